@@ -1,0 +1,274 @@
+"""Every knob on one screen, and a loader that takes nothing on trust.
+
+A run's configuration = the defaults below <- recipes and TOML files, merged left to right <-
+`section.key=value` from the command line. Unknown names, wrong types and impossible values raise
+ConfigError with the nearest valid name, before any device or file of data is touched.
+"""
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from nanonormuon.model import GPTConfig
+
+
+class ConfigError(ValueError):
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "builtin:python"  # a directory of shards, or the interpreter's own Python sources
+    tokenizer: str = "bpe:4096"  # of builtin data; a directory brings its own
+    seq_len: int = 256  # tokens per window
+    order: Literal["shuffled", "sequential"] = "shuffled"  # sequential: as modded-nanogpt reads
+    verify: Literal["auto", "structure", "full"] = "auto"  # of shards: sizes only, or hashes too
+    val_tokens: int = 0  # evaluate on the first so many targets; 0: all
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["normuon", "muon", "adamw"] = "normuon"  # for the hidden matrices
+    lr: float = 0.02  # of the hidden matrices, and so the next two
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    momentum_start: float = 0.85  # rises linearly to momentum ...
+    momentum_warmup: int = 300  # ... over so many steps
+    nesterov: bool = True
+    beta2: float = 0.95  # of NorMuon's second moment, one number per neuron
+    neuron_axis: Literal["rows", "longest"] = "rows"  # longest: columns where they outnumber rows
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"  # latter: AdamW's lr carries over
+    ns_coefficients: str = "muon"  # Newton-Schulz: muon | polar_express | "a, b, c"
+    ns_steps: int = 5
+    cautious: bool = False  # decay only weights that the update moves towards zero
+    embed_lr: float = 0.3  # AdamW's rates for the rest
+    head_lr: float = 0.003
+    vector_lr: float = 0.01
+    adam_beta1: float = 0.8
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-10
+    adam_weight_decay: float = 0.0
+    warmup: int = 0  # steps of linear warm-up, for every rate
+    decay: float = 0.7  # share of the run, at its end, in which every rate falls linearly ...
+    final_lr: float = 0.0  # ... to this share of its height
+    grad_clip: float = 0.0  # largest norm of the raw gradient; 0: no clipping
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000  # optimizer steps
+    stop_at: int = 0  # end early at this step, saved; the schedule still runs to `steps`. 0: never
+    batch_tokens: int = 8192  # per optimizer step, over all ranks and micro-batches
+    micro_batch: int | Literal["auto"] = "auto"  # sequences per device at a time
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 250  # steps; the last step is always evaluated. 0: only the last
+    save_every: int = 250  # steps; the last step is always saved. 0: only the last
+    keep_last: int = 2  # checkpoints kept; 0: all
+    sample_every: int = 0  # steps; 0: before and after the run only
+    sample_tokens: int = 128  # per sample; 0: no samples
+    sample_prompt: str = ""  # "": samples begin a new document
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute; weights and optimizer stay float32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several ranks; auto: ddp
+    reshard: bool = True  # fsdp: weights too are sharded between uses; false: only their gradients
+
+
+@dataclass(frozen=True)
+class Config:
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+SECTIONS: dict[str, type] = {f.name: f.type for f in fields(Config)}  # type: ignore[misc]
+POSITIVE = ("data.seq_len", "train.steps", "train.batch_tokens", "train.log_every", "optim.ns_steps")
+UNIT = ("optim.momentum", "optim.momentum_start", "optim.beta2", "optim.adam_beta1", "optim.adam_beta2")
+MAY_CHANGE = (  # on resume; anything else would make it another run
+    "train.steps train.stop_at train.micro_batch train.log_every train.eval_every train.save_every "
+    "train.keep_last train.sample_every train.sample_tokens train.sample_prompt train.device "
+    "train.compile train.parallel train.reshard data.verify data.path"  # the data's content is checked
+).split()
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """ "; did you mean X?" for a misspelt name, else the whole list."""
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f'did you mean "{close[0]}"?' if close else f"expected one of {', '.join(valid)}"
+
+
+def recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that comes with the package."""
+    folder = Path(str(resources.files("nanonormuon") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load(arguments: Sequence[str], base: Config | None = None) -> tuple[Config, dict[str, str]]:
+    """Recipes, TOML files and key=value arguments -> the configuration and each changed key's origin.
+
+    Raises ConfigError naming the argument or file, what was found and what is valid there.
+    """
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    files = [a for a in arguments if "=" not in a]
+    for source in files:
+        path = recipes().get(source) or Path(source)
+        for section, table in read_toml(path, source).items():
+            if section not in SECTIONS or not isinstance(table, dict):
+                raise ConfigError(f"{source}: unknown section [{section}]: {nearest(section, SECTIONS)}")
+            for key, value in table.items():
+                values[f"{section}.{key}"], origin[f"{section}.{key}"] = value, source
+    for argument in arguments:
+        if "=" in argument:
+            name, _, text = argument.partition("=")
+            values[name.strip()], origin[name.strip()] = text.strip(), "command line"
+    config = base or Config()
+    changed: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        annotations = typing.get_type_hints(SECTIONS[section]) if section in SECTIONS else {}
+        if key not in annotations:
+            everything = [f"{s}.{f.name}" for s in SECTIONS for f in fields(SECTIONS[s])]
+            same_key = [n for n in everything if n.partition(".")[2] == name.rpartition(".")[2]]
+            hint = nearest(name, same_key or everything) if not same_key else f'did you mean "{same_key[0]}"?'
+            raise ConfigError(f'{origin[name]}: unknown key "{name}": {hint}')
+        changed[section][key] = coerce(value, annotations[key], f"{origin[name]}: {name}")
+    try:
+        config = replace(config, **{s: replace(getattr(config, s), **c) for s, c in changed.items()})
+    except ValueError as error:  # the model's own checks
+        raise ConfigError(f"model: {error}") from None
+    check(config, origin)
+    return config, origin
+
+
+def read_toml(path: Path, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = f'no file "{source}"' if source.endswith(".toml") else nearest(source, recipes())
+        raise ConfigError(f'unknown recipe "{source}": {hint}') from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{source}: not a readable TOML file: {error}") from None
+
+
+def coerce(value: Any, kind: Any, where: str) -> Any:
+    """A TOML value or a command line's text -> the annotated type, or ConfigError. 0.5M and 524_288
+    are numbers; nothing is rounded."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value in choices:
+            return value
+        raise ConfigError(f'{where} = "{value}": {nearest(str(value), choices)}')
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        number, words = typing.get_args(kind)
+        return value if value in typing.get_args(words) else coerce(value, number, where)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if isinstance(value, bool) or str(value).lower() in words:
+            return value if isinstance(value, bool) else words[value.lower()]
+    elif kind in (int, float) and not isinstance(value, bool):
+        number = parse_number(value) if isinstance(value, str) else value
+        if isinstance(number, int | float) and number == number and abs(number) != float("inf"):
+            if kind is float:
+                return float(number)
+            if number == int(number):
+                return int(number)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise ConfigError(f"{where} = {value!r}: expected {names[kind]}")
+
+
+def parse_number(text: str) -> float | None:
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if scale > 1 else text
+    try:
+        return int(digits) * scale if scale == 1 else float(digits) * scale
+    except ValueError:
+        try:
+            return float(digits)
+        except ValueError:
+            return None
+
+
+def check(config: Config, origin: dict[str, str]) -> None:
+    """Values that no run could have, whatever the device and the data."""
+
+    def refuse(name: str, expected: str) -> None:
+        section, _, key = name.partition(".")
+        value = getattr(getattr(config, section), key)
+        raise ConfigError(f"{origin.get(name, 'default')}: {name} = {value}: expected {expected}")
+
+    for name in POSITIVE + UNIT:
+        section, _, key = name.partition(".")
+        value = getattr(getattr(config, section), key)
+        if name in POSITIVE and value < 1:
+            refuse(name, "at least 1")
+        if name in UNIT and not 0 <= value < 1:
+            refuse(name, "0 <= value < 1")
+    for section in ("data", "optim", "train"):
+        for f in fields(SECTIONS[section]):
+            value = getattr(getattr(config, section), f.name)
+            if isinstance(value, int | float) and value < 0:
+                refuse(f"{section}.{f.name}", "0 or more")
+    if config.train.micro_batch == 0:
+        refuse("train.micro_batch", "at least 1, or auto")
+    if config.optim.decay > 1:
+        refuse("optim.decay", "a share of the run, 0 to 1")
+    tokens, T = config.train.batch_tokens, config.data.seq_len
+    if tokens % T:
+        near = " or ".join(str(n) for n in (tokens // T * T, (tokens // T + 1) * T) if n)
+        refuse("train.batch_tokens", f"a multiple of data.seq_len = {T}; the nearest are {near}")
+    if config.optim.ns_coefficients not in ("muon", "polar_express"):
+        from nanonormuon.optim import parse_triple
+
+        try:
+            parse_triple(config.optim.ns_coefficients)
+        except ValueError as error:
+            raise ConfigError(f"{origin.get('optim.ns_coefficients')}: optim.{error}") from None
+
+
+def from_dict(content: dict[str, dict[str, Any]]) -> Config:
+    """dataclasses.asdict(config), as a checkpoint's state.json has it -> the configuration."""
+    try:
+        return Config(**{section: SECTIONS[section](**table) for section, table in content.items()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the saved configuration is of another version: {error}") from None
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The keys in which a resumed run would be another one, as readable lines."""
+    lines = []
+    for section, kind in SECTIONS.items():
+        for f in fields(kind):
+            a, b = (getattr(getattr(c, section), f.name) for c in (old, new))
+            if a != b and f"{section}.{f.name}" not in MAY_CHANGE:
+                lines.append(f"{section}.{f.name}: {a} -> {b}")
+    return lines
+
+
+def to_toml(config: Config, origin: dict[str, str] | None = None) -> str:
+    """The whole configuration as TOML; with `origin`, each line says where its value comes from."""
+    lines = []
+    for section, kind in SECTIONS.items():
+        lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
+        for f in fields(kind):
+            value = getattr(getattr(config, section), f.name)
+            text = str(value).lower() if isinstance(value, bool) else repr(value)
+            if isinstance(value, str):
+                text = json.dumps(value, ensure_ascii=False)  # its escapes are TOML's
+            line = f"{f.name} = {text}"
+            if origin is not None:
+                line = f"{line:<36}  # {origin.get(f'{section}.{f.name}', 'default')}"
+            lines.append(line)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,160 @@
+"""One process or many: start, wrap a model from outside, sums over ranks, stop.
+
+Without torchrun's environment variables there is one rank and no process group, and every function
+here is the identity. Nothing assumes that the ranks share a machine.
+"""
+
+import ctypes
+import json
+import os
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes the files and speaks."""
+        return self.rank == 0
+
+
+def size() -> int:
+    """Number of ranks that torchrun announced; known before anything is started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: str = "auto") -> World:
+    """Choose this rank's device and join the process group, if there are others.
+
+    Raises ValueError if the device asked for is not there.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        mps = torch.backends.mps.is_available() and size() == 1
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda":
+        found = torch.cuda.device_count()
+        if local_rank >= found:
+            raise ValueError(
+                f"train.device = cuda: rank {local_rank} of this machine needs a GPU of its own, "
+                f"found {found}; start fewer processes or set train.device=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+        where = torch.device("cuda", local_rank)
+    elif device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("train.device = mps: not available here; set train.device=cpu")
+    else:
+        where = torch.device(device)
+    if where.type == "cpu":
+        keep_freed_memory()
+        if size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    if size() > 1 and not dist.is_initialized():
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        device_id = where if where.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
+    return World(int(os.environ.get("RANK", "0")), size(), where)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks instead of returning them to the system.
+
+    Otherwise each activation of each step is mapped and zeroed afresh, page by page: a third of an
+    eager training step on a CPU.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+            libc.mallopt(-2, 1 << 26)  # M_TOP_PAD: grow in steps of 64 MB
+
+
+def stop() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def compute_dtype(wish: str, device: torch.device) -> torch.dtype:
+    """auto -> bfloat16 where the device multiplies it natively, else float32."""
+    if wish == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            native = device.type == "cpu" and any(
+                getattr(torch.cpu, check, lambda: False)() for check in checks
+            )
+        wish = "bf16" if native else "fp32"
+    return torch.bfloat16 if wish == "bf16" else torch.float32
+
+
+def wrap(
+    model: nn.Module, parallel: str, dtype: torch.dtype = torch.float32, reshard: bool = True
+) -> nn.Module:
+    """Make the model one of several replicas ("ddp") or shards ("fsdp"); one rank changes nothing.
+
+    fsdp: FSDP2, block by block (`model.layers`), compute in `dtype`, gradients reduced in float32;
+    the parameters become DTensors in place. reshard: free a block's whole weights after its forward.
+    """
+    if size() == 1:
+        return model
+    if parallel == "fsdp":
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for layer in model.layers:
+            fully_shard(layer, mp_policy=policy, reshard_after_forward=reshard)
+        return fully_shard(model, mp_policy=policy, reshard_after_forward=reshard)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def sync_gradients(model: nn.Module, on: bool) -> None:
+    """Whether the next backward pass averages gradients over ranks: only an accumulation's last."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(on)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over ranks."""
+    if size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def largest(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise maximum over ranks, so that all of them reach the same verdict."""
+    if size() == 1:
+        return values
+    x = torch.tensor(values, dtype=torch.float32, device=device)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.tolist()
+
+
+def from_first(value: Any, device: torch.device) -> Any:
+    """Rank 0's value (anything JSON can say) on every rank."""
+    if size() == 1:
+        return value
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    length = torch.tensor([len(text)], device=device)
+    dist.broadcast(length, 0)
+    if dist.get_rank():
+        text = torch.empty(int(length), dtype=torch.uint8, device=device)
+    dist.broadcast(text, 0)
+    return json.loads(bytes(text.tolist()))

@@ -1,0 +1,190 @@
+"""What a run leaves behind and what it says: run directory, metrics.jsonl, console.
+
+    RUN/config.toml  environment.json  metrics.jsonl  train.log  groups.txt  checkpoints/  summary.json
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from nanonormuon.checkpoint import replace_file
+
+log = logging.getLogger("nanonormuon")
+
+
+class RunError(ValueError):
+    exit_code = 2
+
+
+class Console(logging.Handler):
+    """Lines on stderr that do not tear a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(Exception):  # a closed terminal must not end a run
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+def to_console(level: int = logging.INFO) -> None:
+    """Send the package's log lines to stderr, once per process."""
+    if not any(isinstance(h, Console) for h in log.handlers):
+        handler = Console()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(level)
+
+
+class RunDirectory:
+    """One run's files, with one writer at a time. Ranks other than the first only know the path.
+
+    Raises RunError for a directory that another process writes, or that holds a run although
+    `resume` is False; OSError if it cannot be made.
+    """
+
+    def __init__(self, path: Path, resume: bool, first: bool = True):
+        self.path, self.first = path, first
+        self.metrics: TextIO | None = None
+        self.handler: logging.Handler | None = None
+        self.lock: TextIO | None = None
+        if not first:
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if not resume and ((path / "config.toml").exists() or (path / "checkpoints").exists()):
+            self.close()
+            raise RunError(
+                f"{path} already holds a run: continue it with --resume, or choose another --out"
+            )
+
+    def _lock(self) -> None:
+        """Held by the open file and so dropped by the system when this process dies, however."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.seek(0)
+            owner = self.lock.read().strip() or "unknown"
+            self.lock.close()
+            raise RunError(
+                f"{self.path} is being written by process {owner}: wait for it or choose another --out"
+            ) from None
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()}\n")
+        self.lock.flush()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def open(self, config_toml: str, environment: dict[str, Any], step: int) -> list[dict[str, Any]]:
+        """Write what describes the run and open its logs for the steps after `step`. Returns the
+        metrics of the steps up to it; later ones, of work that was lost, are dropped."""
+        if not self.first:
+            return []
+        replace_file(self.path / "config.toml", config_toml.encode())
+        replace_file(
+            self.path / "environment.json", (json.dumps(environment, indent=1) + "\n").encode()
+        )
+        file = self.path / "metrics.jsonl"
+        kept = [row for row in read_metrics(file) if row["step"] <= step]
+        replace_file(file, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.metrics = open(file, "a", encoding="utf-8")  # noqa: SIM115
+        self.handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(self.handler)
+        return kept
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append one step's metrics."""
+        if self.metrics is not None:
+            self.metrics.write(json.dumps(row) + "\n")
+            self.metrics.flush()
+
+    def write(self, name: str, content: str) -> None:
+        if self.first:
+            replace_file(self.path / name, content.encode())
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        if self.first and self.path.is_dir() and os.listdir(self.path) == [".lock"]:
+            (self.path / ".lock").unlink()  # the run ended before it wrote anything
+            self.path.rmdir()
+
+    def close(self) -> None:
+        if self.handler is not None:
+            log.removeHandler(self.handler)
+            self.handler.close()
+        for file in (self.metrics, self.lock):
+            if file is not None:
+                file.close()
+        self.metrics = self.handler = self.lock = None
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
+    return rows
+
+
+def environment(device: torch.device, ranks: int) -> dict[str, Any]:
+    """What else decides a result: command, source, versions, device."""
+    import numpy
+    import safetensors
+    import tiktoken
+
+    from nanonormuon import __version__
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "git_commit": git_commit(Path(__file__).parents[1]),
+        "source_sha256": source_hash(),
+        "nanonormuon": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "safetensors": safetensors.__version__,
+        "tiktoken": tiktoken.__version__,
+        "platform": platform.platform(),
+        "device": f"{device} {name}".strip(),
+        "cpu_threads": torch.get_num_threads(),
+        "ranks": ranks,
+    }
+
+
+def git_commit(checkout: Path) -> str | None:
+    """The commit checked out, read from git's own files; None where there are none."""
+    with suppress(OSError):
+        head = (checkout / ".git" / "HEAD").read_text().strip()
+        return head if " " not in head else (checkout / ".git" / head.split()[1]).read_text().strip()
+    return None
+
+
+def source_hash() -> str:
+    """sha256 over the package's own code and recipes: tells a changed checkout from its commit."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for file in sorted([*folder.glob("*.py"), *folder.glob("recipes/*.toml")]):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

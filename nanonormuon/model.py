@@ -1,0 +1,339 @@
+"""A decoder-only transformer. It imports torch alone and knows nothing of ranks, files or optimizers.
+
+Left alone, the config describes the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention,
+per-head QK-norm with gains, SwiGLU, no biases), and parameter names are Hugging Face's without the
+prefix `model.`, so a checkpoint needs no translation. The fields under "departures" turn it, together,
+into the GPT of modded-nanogpt's track 3; hf.py names those that other software could not load.
+
+Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# logits at a time in HeadLoss: 16 MB of them stay in a CPU's cache, a GPU wants larger products
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
+IGNORE = -1  # a target that counts for nothing (padding of the last validation window)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The model's knobs; a 0 stands for the value its comment derives."""
+
+    vocab_size: int = 0  # rows of embedding and head; 0: the data's, rounded up to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12  # query heads
+    n_kv_head: int = 0  # key and value heads; 0: n_head
+    n_embd: int = 768  # width of the residual stream
+    head_dim: int = 0  # 0: n_embd / n_head
+    n_hidden: int = 0  # width of the MLP; 0: 8/3 n_embd up to a multiple of 64 (swiglu), 4 n_embd (relu2)
+    tied: bool = False  # head = embedding
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6  # 0: torch's default for the dtype
+    embed_std: float = 0.0  # of the initial embedding; 0: 1 untied, 0.02 tied
+    # departures from Qwen3
+    mlp: str = "swiglu"  # swiglu | relu2 (two matrices around a squared ReLU)
+    bias: bool = False  # in every linear layer, the head too
+    qk_gain: bool = True  # gains in the norms of q and k
+    rope: str = "full"  # full | half (half of the pairs do not turn; modded-nanogpt's frequencies)
+    attn_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
+    embed_norm: bool = False  # an RMSNorm after the embedding
+    logit_cap: float = 0.0  # c > 0: logits become c x / sqrt(x^2 + c^2)
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        for name in ("vocab_size", "n_kv_head", "head_dim", "n_hidden", "norm_eps", "embed_std"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected 0 or more")
+        if self.head_dim == 0 and self.n_embd % self.n_head:
+            near = max(d for d in range(1, self.n_head + 1) if self.n_embd % d == 0)
+            raise ValueError(
+                f"n_embd = {self.n_embd} does not divide by n_head = {self.n_head}: "
+                f"take n_head = {near} or give head_dim"
+            )
+        if (self.head_dim or self.n_embd // self.n_head) % 4:
+            raise ValueError(
+                f"head_dim = {self.head_dim or self.n_embd // self.n_head}: expected a multiple of 4"
+            )
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_head = {self.n_head} does not divide by n_kv_head = {self.n_kv_head}"
+            )
+        if self.mlp not in ("swiglu", "relu2"):
+            raise ValueError(f'mlp = "{self.mlp}": expected swiglu or relu2')
+        if self.rope not in ("full", "half"):
+            raise ValueError(f'rope = "{self.rope}": expected full or half')
+
+    def resolved(self) -> "GPTConfig":
+        """The same config with every 0 that stands for a derived value replaced by that value."""
+        if not self.vocab_size:
+            raise ValueError("vocab_size = 0: expected the number of token ids")
+        hidden = 4 * self.n_embd if self.mlp == "relu2" else -(-8 * self.n_embd // 3 // 64) * 64
+        return replace(
+            self,
+            n_kv_head=self.n_kv_head or self.n_head,
+            head_dim=self.head_dim or self.n_embd // self.n_head,
+            n_hidden=self.n_hidden or hidden,
+            embed_std=self.embed_std or (0.02 if self.tied else 1.0),
+            attn_scale=self.attn_scale or (self.head_dim or self.n_embd // self.n_head) ** -0.5,
+        )
+
+
+class Linear(nn.Linear):
+    """Weights rest in their own dtype (float32); the product runs in the dtype of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, gain: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size)) if gain else None
+        self.size, self.eps = size, eps or None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, (self.size,), weight, self.eps)
+
+
+def rope_tables(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (length, D), for `rotate`; float32."""
+    D = config.head_dim
+    if config.rope == "half":  # its pairs turn the other way round than Qwen3's
+        turning = (1 / 1024) ** torch.linspace(0, 1, D // 4, device=device)
+        frequencies = torch.cat([-turning, turning.new_zeros(D // 2 - D // 4)])
+    else:
+        frequencies = config.rope_theta ** (-torch.arange(0, D, 2, device=device) / D)
+    angle = torch.outer(torch.arange(length, device=device), frequencies).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on (B, heads, T, D): the first half of the channels pairs with the second half."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-x2, x1], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C, D, H, G = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
+        self.head_dim, self.scale, self.grouped = D, config.attn_scale, G != H
+        # three matrices, not one: NorMuon orthogonalises each on its own
+        self.q_proj = Linear(C, H * D, bias=config.bias)
+        self.k_proj = Linear(C, G * D, bias=config.bias)
+        self.v_proj = Linear(C, G * D, bias=config.bias)
+        self.o_proj = Linear(H * D, C, bias=config.bias)
+        self.q_norm = RMSNorm(D, config.norm_eps, config.qk_gain)
+        self.k_norm = RMSNorm(D, config.norm_eps, config.qk_gain)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None") -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(self, k, v)
+        # a single new token sees all that is cached; several start from an empty cache
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=q.size(2) > 1, scale=self.scale, enable_gqa=self.grouped
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C, hidden, bias = config.n_embd, config.n_hidden, config.bias
+        self.gate_proj = Linear(C, hidden, bias=bias) if config.mlp == "swiglu" else None
+        self.up_proj = Linear(C, hidden, bias=bias)
+        self.down_proj = Linear(hidden, C, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        h = F.relu(up).square() if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
+        return self.down_proj(h)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None") -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross entropy, summed over N tokens, of the logits cap(h W^T + b); gradients in the same pass.
+
+    All logits at once, (N, vocab_size) in float32, would be the largest tensor of a training step.
+    Here they live one chunk of rows at a time, and each chunk's gradient is taken while its logits
+    are at hand (the idea of Liger Kernel's fused linear cross entropy, arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float):
+        """h (N, C), weight (vocab_size, C), bias (vocab_size,), targets (N,) -> float32 scalar."""
+        differentiate = any(ctx.needs_input_grad)
+        W, b = weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
+        loss = torch.zeros((), device=h.device)
+        dh = torch.empty_like(h) if differentiate else None
+        dW = torch.zeros_like(weight, dtype=torch.float32) if differentiate else None
+        db = torch.zeros_like(bias, dtype=torch.float32) if differentiate and b is not None else None
+        rows = max(64, CHUNK.get(h.device.type, 1 << 27) // W.size(0))
+        for start in range(0, h.size(0), rows):
+            x, y = h[start : start + rows], targets[start : start + rows, None]
+            z = F.linear(x, W, b).float()
+            if cap:
+                shrink = (z.square() + cap * cap).rsqrt_()
+                z = cap * z * shrink
+            z -= z.amax(1, keepdim=True)
+            counts, y = y != IGNORE, y.clamp_min(0)
+            picked = z.gather(1, y)
+            total = z.exp_().sum(1, keepdim=True)
+            loss += ((total.log() - picked) * counts).sum()
+            if differentiate:
+                dz = z.div_(total)  # softmax minus one-hot is the gradient
+                dz.scatter_add_(1, y, torch.full_like(picked, -1.0)).mul_(counts)
+                if cap:
+                    dz *= (cap * shrink) ** 3
+                dz = dz.to(h.dtype)
+                torch.mm(dz, W, out=dh[start : start + rows])
+                dW += dz.T @ x
+                if db is not None:
+                    db += dz.sum(0)
+        ctx.save_for_backward(dh, dW, db)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        dh, dW, db = (None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+        return dh, dW, db, None, None
+
+
+class GPT(nn.Module):
+    """The model. `compute_dtype` is what activations and products use; weights stay float32."""
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        config = self.config = config.resolved()
+        self.compute_dtype = compute_dtype
+        eps = config.norm_eps
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_norm = RMSNorm(config.n_embd, eps) if config.embed_norm else None
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, eps)
+        head = Linear(config.n_embd, config.vocab_size, bias=config.bias)
+        self.lm_head = None if config.tied else head
+
+    def init_weights(self, seed: int) -> "GPT":
+        """Fill the parameters from a generator of their own, so that no other randomness matters.
+
+        Output projections and an untied head start at zero: at the first step every block is the
+        identity and the loss is log(vocab_size) (modded-nanogpt). The other matrices are
+        N(0, sqrt(0.33 / fan_in)).
+        """
+        random = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                value = torch.zeros(p.shape)
+                if name.endswith("norm.weight"):
+                    value.fill_(1.0)
+                elif name == "embed_tokens.weight":
+                    value.normal_(std=self.config.embed_std, generator=random)
+                elif p.ndim == 2 and not name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                    value.normal_(std=(0.33 / p.size(1)) ** 0.5, generator=random)
+                p.copy_(value)
+        return self
+
+    def hidden(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
+        """tokens (B, T) int64 -> the residual stream after the last norm (B, T, C)."""
+        start = 0 if cache is None else cache.length
+        length = start + tokens.size(1)
+        cos, sin = (
+            t[start:].to(self.compute_dtype) for t in rope_tables(self.config, length, tokens.device)
+        )
+        x = self.embed_tokens(tokens).to(self.compute_dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache)
+        if cache is not None:
+            cache.length = length
+        return self.norm(x)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h (..., C) -> float32 logits (..., vocab_size)."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        bias = getattr(head, "bias", None)
+        z = F.linear(h, head.weight.to(h.dtype), None if bias is None else bias.to(h.dtype)).float()
+        cap = self.config.logit_cap
+        return cap * z * (z.square() + cap * cap).rsqrt() if cap else z
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """Logits (B, T, vocab_size), or with targets (B, T) their cross entropy in nats.
+
+        reduction: "mean" or "sum" over the targets that are not IGNORE. cache: `tokens` continue
+        those it holds, and are added to it.
+        """
+        h = self.hidden(tokens, cache)
+        if targets is None:
+            return self.logits(h)
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        bias = getattr(head, "bias", None)
+        loss = HeadLoss.apply(
+            h.flatten(0, 1), head.weight, bias, targets.flatten(), self.config.logit_cap
+        )
+        return loss if reduction == "sum" else loss / (targets != IGNORE).sum()
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of forward and backward per trained token.
+
+        6 per weight of a product, and 12 n_layer (H D) seq_len / 2 for causal attention's two
+        products (PaLM, arXiv 2204.02311, appendix B, halved because half of the scores are masked).
+        """
+        c = self.config
+        weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        lookup = 0 if c.tied else self.embed_tokens.weight.numel()  # a lookup multiplies nothing
+        return 6 * (weights - lookup) + 6 * c.n_layer * c.n_head * c.head_dim * seq_len
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, for generation: room for `size` tokens."""
+
+    def __init__(self, model: GPT, batch: int, size: int):
+        p, c = model.embed_tokens.weight, model.config
+        shape = (batch, c.n_kv_head, size, c.head_dim)
+        self.length, self.size = 0, size
+        self.kv = {
+            layer.self_attn: p.new_empty((2, *shape), dtype=model.compute_dtype)
+            for layer in model.layers
+        }
+
+    def extend(self, attention: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, G, T, D); returns all keys and values so far."""
+        end = self.length + k.size(2)
+        if end > self.size:
+            raise ValueError(f"cache of {self.size} tokens: {end} do not fit")
+        assert self.length == 0 or k.size(2) == 1, "several tokens need an empty cache"
+        kv = self.kv[attention]
+        kv[0, :, :, self.length : end], kv[1, :, :, self.length : end] = k, v
+        return kv[0, :, :, :end], kv[1, :, :, :end]

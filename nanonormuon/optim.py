@@ -1,0 +1,198 @@
+"""Which parameter goes to which optimizer, and what the schedule makes of the learning rates.
+
+    role        parameters                                          optimizer
+    matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon or AdamW, by name
+    embedding   weights of nn.Embedding, also when the head is tied AdamW
+    head        the linear layer that ends in the vocabulary        AdamW
+    vector      gains, biases, matrices of one row or one column    AdamW
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from nanonormuon.normuon import MUON, POLAR_EXPRESS, NorMuon
+
+ROLES = ("matrix", "embedding", "head", "vector")
+COEFFICIENTS = {"muon": MUON, "polar_express": POLAR_EXPRESS}
+
+
+def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[dict]:
+    """Sort a module's trainable parameters by role: one dict {role, names, params} per role in use.
+
+    Works on any module: an embedding is known by its type, a head by being tied to one or by having
+    as many outputs as an embedding has rows. roles = {name pattern: role} decides where that is not
+    enough, as for a raw 2-D parameter, of which nobody can tell which side its neurons lie on.
+
+    Raises ValueError for a parameter it cannot place and for a pattern that matches none.
+    """
+    roles = dict(roles or {})
+    tables = {id(m.weight): m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    rows = set(tables.values())
+    owners = {
+        id(p): module
+        for module in model.modules()
+        for p in module.parameters(recurse=False)
+        if isinstance(module, nn.Embedding | nn.Linear)
+    }
+    found: dict[str, dict] = {role: {"role": role, "names": [], "params": []} for role in ROLES}
+    unused = set(roles)
+    for name, p in model.named_parameters():  # a tied weight comes once
+        if not p.requires_grad:
+            continue
+        owner, pattern = owners.get(id(p)), next((k for k in roles if fnmatchcase(name, k)), None)
+        if pattern is not None:
+            unused.discard(pattern)
+            role = roles[pattern]
+            if role not in ROLES:
+                raise ValueError(f'role "{role}" for {name}: expected one of {", ".join(ROLES)}')
+        elif id(p) in tables:
+            role = "embedding"
+        elif p.ndim < 2 or (p.ndim == 2 and min(p.shape) < 2):
+            role = "vector"
+        elif isinstance(owner, nn.Linear):
+            role = "head" if p.size(0) in rows else "matrix"
+        else:
+            raise ValueError(
+                f"{name}, shape {tuple(p.shape)}, belongs to no nn.Linear or nn.Embedding: say what "
+                f'it is with roles={{"{name}": "matrix"}} (rows = output neurons) or another role'
+            )
+        found[role]["names"].append(name)
+        found[role]["params"].append(p)
+    if unused:
+        raise ValueError(f"roles: {', '.join(sorted(unused))} match no parameter of the model")
+    return [group for group in found.values() if group["params"]]
+
+
+def make_optimizers(
+    model: nn.Module,
+    *,
+    name: str = "normuon",
+    lr: float = 0.02,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    beta2: float = 0.95,
+    nesterov: bool = True,
+    neuron_axis: str = "rows",
+    adjust_lr_fn: str = "original",
+    ns_coefficients: str = "muon",
+    ns_steps: int = 5,
+    ns_dtype: torch.dtype = torch.bfloat16,
+    cautious: bool = False,
+    embed_lr: float = 0.3,
+    head_lr: float = 0.003,
+    vector_lr: float = 0.01,
+    adam_beta1: float = 0.8,
+    adam_beta2: float = 0.95,
+    adam_eps: float = 1e-10,
+    adam_weight_decay: float = 0.0,
+) -> list[torch.optim.Optimizer]:
+    """Optimizers that between them hold every trainable parameter exactly once.
+
+    Each group carries `role`, `names` and `initial_lr` beside its optimizer's own settings.
+    """
+    lrs = {"matrix": lr, "embedding": embed_lr, "head": head_lr, "vector": vector_lr}
+    matrices, others = [], []
+    for group in param_groups(model):
+        is_matrix = group["role"] == "matrix"
+        group["lr"] = group["initial_lr"] = lrs[group["role"]]
+        group["weight_decay"] = weight_decay if is_matrix else adam_weight_decay
+        (matrices if is_matrix and name != "adamw" else others).append(group)
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        triples = COEFFICIENTS.get(ns_coefficients) or parse_triple(ns_coefficients)
+        optimizers.append(
+            NorMuon(
+                matrices,
+                momentum=momentum,
+                beta2=beta2 if name == "normuon" else None,
+                nesterov=nesterov,
+                neuron_axis=neuron_axis,
+                adjust_lr_fn=adjust_lr_fn,
+                ns_coefficients=triples,
+                ns_steps=ns_steps,
+                ns_dtype=ns_dtype,
+                cautious=cautious,
+            )
+        )
+    if others:
+        fused = all(p.device.type in ("cpu", "cuda") for g in others for p in g["params"])
+        betas = (adam_beta1, adam_beta2)
+        optimizers.append(torch.optim.AdamW(others, betas=betas, eps=adam_eps, fused=fused))
+    held = sorted(id(p) for o in optimizers for g in o.param_groups for p in g["params"])
+    assert held == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    return optimizers
+
+
+def parse_triple(text: str) -> tuple[float, float, float]:
+    """ "2, -1.5, 0.5" -> (2.0, -1.5, 0.5), a Newton-Schulz iteration's coefficients."""
+    try:
+        a, b, c = (float(x) for x in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f'ns_coefficients = "{text}": expected {", ".join(COEFFICIENTS)} or three numbers "a, b, c"'
+        ) from None
+    return a, b, c
+
+
+def kind(optimizer: torch.optim.Optimizer, group: dict) -> str:
+    muon = isinstance(optimizer, NorMuon) and group["beta2"] is None
+    return "Muon" if muon else type(optimizer).__name__
+
+
+def describe(optimizers: Sequence[torch.optim.Optimizer]) -> str:
+    """The table of groups: per parameter its shape, role, optimizer, learning rate and weight decay."""
+    rows = [("parameter", "shape", "role", "optimizer", "lr", "weight_decay")]
+    for optimizer in optimizers:
+        for g in optimizer.param_groups:
+            for name, p in zip(g["names"], g["params"]):
+                shape, rates = "x".join(map(str, p.shape)), (g["initial_lr"], g["weight_decay"])
+                rows.append((name, shape, g["role"], kind(optimizer, g), *(f"{r:.4g}" for r in rates)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def summary(optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
+    """The same, a line per role."""
+    return [
+        f"{g['role'] + ':':<10} {kind(optimizer, g):<8} lr {g['initial_lr']:<8.4g} weight_decay "
+        f"{g['weight_decay']:<6.4g} {sum(p.numel() for p in g['params']):>13,} parameters in "
+        f"{len(g['params'])} tensors"
+        for optimizer in optimizers
+        for g in optimizer.param_groups
+    ]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rates and momentum as pure functions of the step (0 .. steps - 1)."""
+
+    steps: int
+    warmup: int = 0  # steps of linear warm-up
+    decay: float = 0.7  # the last part of the run, in which the rates fall linearly ...
+    final_lr: float = 0.0  # ... to this share of their height
+    momentum: float = 0.95
+    momentum_start: float = 0.85
+    momentum_warmup: int = 300  # steps from momentum_start to momentum
+
+    def lr(self, step: int) -> float:
+        """The factor on every group's initial_lr: up, constant, and down to final_lr."""
+        up = (step + 1) / self.warmup if step < self.warmup else 1.0
+        falling = self.decay * self.steps
+        down = (self.steps - step) / falling if self.steps - step < falling else 1.0
+        return min(up, self.final_lr + (1 - self.final_lr) * down)
+
+    def momentum_at(self, step: int) -> float:
+        part = min(1.0, step / self.momentum_warmup) if self.momentum_warmup else 1.0
+        return self.momentum_start + part * (self.momentum - self.momentum_start)
+
+    def set(self, optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
+        """Write the step's values into every group of every optimizer."""
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.lr(step)
+                if "momentum" in group:
+                    group["momentum"] = self.momentum_at(step)

@@ -1,0 +1,130 @@
+"""NorMuon is the same optimizer on every layout: replicas, FSDP2 shards (even, uneven, empty, one row) and
+HSDP, on 2, 3 and 4 processes, against the plain twin; and the twin whose norms are local to the shards,
+which other implementations accept, fails the same comparison."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import worker
+from safetensors.torch import load_file
+from twin import Twin
+
+HERE = Path(__file__).parent
+WORLDS = (2, 3, 4)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def answers(request, tmp_path_factory):
+    """World size, tensors and facts, from one set of processes per world size."""
+    folder = tmp_path_factory.mktemp(f"world{request.param}")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "worker.py"), str(folder)],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(request.param),
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(request.param)
+    ]  # fmt: skip
+    output = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * request.param, "\n".join(output)
+    facts = json.loads((folder / "facts.json").read_text())
+    return request.param, load_file(folder / "tensors.safetensors"), facts
+
+
+def twin(name, shards=0, ns_dtype=None, axis="rows", adjust="original"):
+    """What the plain twin makes of one parameter of the workers' problem."""
+    weights, grads = worker.problem()
+    W = weights[name]
+    stack = W if W.ndim == 3 else W[None]
+    results = []
+    for i, matrix in enumerate(stack):
+        one = Twin(matrix, 0.05, axis=axis, adjust=adjust, shards=shards, ns_dtype=ns_dtype)
+        for step in grads:
+            G = step[name]
+            one.step(G[i] if G.ndim == 3 else G)
+        results.append(one.W)
+    return torch.stack(results) if W.ndim == 3 else results[0]
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    return {
+        f"{axis}-{adjust}.{name}": twin(name, axis=axis, adjust=adjust)
+        for axis in ("rows", "longest")
+        for adjust in ("original", "match_rms_adamw")
+        for name in worker.SHAPES
+    }
+
+
+def test_weights_equal_the_plain_twin(answers, wanted):
+    world, tensors, _ = answers
+    compared = 0
+    for key, found in tensors.items():
+        dtype, kind, rest = key.split(".", 2)
+        if dtype == "fp32":
+            assert relative(found, wanted[rest]) < 1e-5, f"{world} ranks, {kind}, {rest}"
+            compared += 1
+    assert compared == len(wanted) * (4 if world == 4 else 3)
+
+
+def test_bfloat16_iterations_stay_close(answers):
+    world, tensors, _ = answers
+    for name in worker.SHAPES:
+        reference = twin(name, ns_dtype=torch.bfloat16)
+        for kind in ("ddp", "fsdp"):
+            found = tensors[f"bf16.{kind}.rows-original.{name}"]
+            assert relative(found, reference) < 2e-2, f"{world} ranks, {kind}, {name}"
+
+
+def test_norms_local_to_a_shard_would_be_caught(answers, wanted):
+    """The negative control: at least 40 times the tolerance away, wherever shards have rows to differ."""
+    world = answers[0]
+    for name in ("square0", "uneven", "wide", "tall0"):
+        error = relative(twin(name, shards=world), wanted[f"rows-original.{name}"])
+        assert error > 40 * 1e-5, f"{world} ranks, {name}: {error}"
+
+
+def test_the_number_of_collectives_does_not_grow_with_the_layers(answers):
+    for kind, (few, many) in answers[2]["collectives"].items():
+        assert few == many, kind
+        gathers = ["all_gather"]
+        exchange = ["all_reduce", "all_to_all_single", "all_to_all_single"]
+        assert few == (gathers if kind in ("ddp", "replicas") else exchange)
+
+
+def test_missing_gradients_count_as_zero(answers):
+    _, tensors, _ = answers
+    torch.manual_seed(5)
+    W = torch.randn(3, 8, 6)
+    twins = [Twin(w, 0.1) for w in W]
+    for _ in range(2):
+        for one in twins[:2]:
+            one.step(torch.randn(8, 6))
+        twins[2].step(torch.zeros(8, 6))
+    for kind in {key.split(".")[1] for key in tensors if key.startswith("missing")}:
+        assert relative(tensors[f"missing.{kind}.0"], twins[0].W) < 1e-5
+        assert relative(tensors[f"missing.{kind}.2"], twins[2].W) < 1e-5
+        assert tensors[f"missing.{kind}.1"].isfinite().all()
+
+
+def test_unsupported_placements_are_refused_by_name(answers):
+    assert "Shard(dim=1)" in answers[2]["refusals"]["columns"]
+    assert "shards along the rows" in answers[2]["refusals"]["columns"]
+
+
+def test_state_lies_like_its_parameter_and_survives_a_state_dict(answers):
+    assert answers[2]["state"] is True

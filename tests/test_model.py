@@ -1,0 +1,162 @@
+"""The model: causal, equal to the Track 3 reference with its settings, its chunked loss equal to the
+plain cross entropy with every gradient, generation with a cache equal to full recomputation."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig
+
+SMALL = {"vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
+TRACK3 = {
+    "mlp": "relu2",
+    "bias": True,
+    "qk_gain": False,
+    "rope": "half",
+    "attn_scale": 0.12,
+    "embed_norm": True,
+    "logit_cap": 15.0,
+    "norm_eps": 0.0,
+}
+VARIANTS = [{}, {"tied": True}, {"n_kv_head": 4, "head_dim": 12}, TRACK3]
+
+
+def filled(settings=None, dtype=torch.float32):
+    """A model in which no parameter is zero, so that every path matters."""
+    model = GPT(GPTConfig(**{**SMALL, **(settings or {})}), dtype).init_weights(0)
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=random))
+    return model
+
+
+def test_track3_reference():
+    path = Path(__file__).parents[2] / "shared" / "golden" / "track3_gpt.safetensors"
+    if not path.exists():
+        pytest.skip("needs track3_gpt.safetensors (13 MB), which is not kept here")
+    golden = load_file(path)
+    model = GPT(GPTConfig(vocab_size=96, n_layer=2, n_head=2, n_embd=256, **TRACK3))
+
+    def ours(name):
+        for theirs, here in (
+            ("blocks.", "layers."),
+            ("attn.proj", "self_attn.o_proj"),
+            ("attn.q.", "self_attn.q_proj."),
+            ("attn.k.", "self_attn.k_proj."),
+            ("attn.v.", "self_attn.v_proj."),
+            ("mlp.fc", "mlp.up_proj"),
+            ("mlp.proj", "mlp.down_proj"),
+        ):
+            name = name.replace(theirs, here)
+        if name.startswith("layers."):
+            name = name.replace("norm1.gains", "input_layernorm.weight")
+            return name.replace("norm2.gains", "post_attention_layernorm.weight")
+        start, _, end = name.partition(".")
+        start = {"embed": "embed_tokens", "proj": "lm_head", "norm1": "embed_norm"}.get(start, start)
+        return "norm.weight" if start == "norm2" else f"{start}.{end.replace('gains', 'weight')}"
+
+    model.load_state_dict({ours(k[6:]): v for k, v in golden.items() if k.startswith("param.")})
+    logits = model(golden["inputs"])
+    assert (logits - golden["logits"]).norm() < 1e-5 * golden["logits"].norm()
+    loss = model(golden["inputs"], golden["targets"], reduction="sum")
+    assert float(loss) == pytest.approx(float(golden["loss_sum"]), rel=1e-5)
+    loss.backward()
+    grads = {k[5:]: v for k, v in golden.items() if k.startswith("grad.")}
+    parameters = dict(model.named_parameters())
+    assert len(grads) == len(parameters)
+    for name, wanted in grads.items():
+        assert (parameters[ours(name)].grad - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_no_token_sees_a_later_one(settings):
+    model = filled(settings)
+    tokens = torch.randint(50, (2, 12))
+    changed = tokens.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 50
+    a, b = model(tokens), model(changed)
+    assert torch.equal(a[:, :7], b[:, :7])
+    assert ((a - b).abs().amax((0, 2))[7:] > 1e-4).all()
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_and_gradients_equal_plain_cross_entropy(settings, reduction, monkeypatch):
+    monkeypatch.setattr("nanonormuon.model.CHUNK", {"cpu": 50 * 64})  # three chunks, the last short
+    model = filled(settings)
+    torch.manual_seed(0)
+    tokens, targets = torch.randint(50, (6, 25)), torch.randint(50, (6, 25))
+    targets[1, 3:9] = IGNORE
+    loss = model(tokens, targets, reduction=reduction)
+    (3 * loss).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    z = model(tokens).flatten(0, 1)
+    plain = F.cross_entropy(z, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+    (3 * plain).backward()
+    assert float(loss) == pytest.approx(float(plain), rel=1e-6)
+    for name, p in model.named_parameters():
+        assert (found[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+    with torch.no_grad():
+        assert float(model(tokens, targets, reduction=reduction)) == pytest.approx(float(plain), rel=1e-6)
+
+
+def test_compute_in_bfloat16_keeps_float32_weights_and_gradients():
+    full, half = filled(), filled(dtype=torch.bfloat16)
+    tokens = torch.randint(50, (4, 16))
+    assert half.hidden(tokens).dtype == torch.bfloat16 and half(tokens).dtype == torch.float32
+    assert (half(tokens) - full(tokens)).norm() < 0.03 * full(tokens).norm()
+    half(tokens, tokens).backward()
+    assert {p.grad.dtype for p in half.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_cache_gives_the_logits_of_full_recomputation(settings):
+    model = filled(settings).eval()
+    tokens = torch.randint(50, (3, 14))
+    with torch.no_grad():
+        wanted, cache = model(tokens), Cache(model, 3, 14)
+        found = [model(tokens[:, :5], cache=cache)]
+        found += [model(tokens[:, i : i + 1], cache=cache) for i in range(5, 14)]
+        assert torch.allclose(torch.cat(found, 1), wanted, atol=1e-5)
+        with pytest.raises(ValueError, match="do not fit"):
+            model(tokens[:, :1], cache=cache)
+
+
+def test_initial_loss_is_that_of_a_uniform_guess_and_weights_depend_on_the_seed_alone():
+    a = GPT(GPTConfig(**SMALL)).init_weights(3)
+    torch.manual_seed(99)
+    b, c = GPT(GPTConfig(**SMALL)).init_weights(3), GPT(GPTConfig(**SMALL)).init_weights(4)
+    tokens = torch.randint(50, (2, 8))
+    assert float(a(tokens, tokens)) == pytest.approx(math.log(50), rel=1e-6)
+    same = [torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())]
+    other = [torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()) if p.std() > 0]
+    assert all(same) and not any(other)
+
+
+def test_flops_per_token_by_hand():
+    model = GPT(GPTConfig(vocab_size=100, n_layer=1, n_head=2, n_embd=16, n_hidden=64))
+    products = 4 * 16 * 16 + 3 * 16 * 64 + 16 * 100
+    assert model.flops_per_token(32) == 6 * products + 6 * 16 * 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n_embd": 30}, "take n_head = 3 or give head_dim"),
+        ({"n_head": 0}, "n_head = 0: expected at least 1"),
+        ({"n_kv_head": 3}, "does not divide by n_kv_head = 3"),
+        ({"mlp": "gelu"}, "expected swiglu or relu2"),
+        ({"rope": "none"}, "expected full or half"),
+        ({"head_dim": 6}, "expected a multiple of 4"),
+        ({"n_hidden": -1}, "expected 0 or more"),
+    ],
+)
+def test_impossible_models_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        GPTConfig(**{**SMALL, **settings})

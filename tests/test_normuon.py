@@ -1,0 +1,197 @@
+"""NorMuon in one process: equal to the authors' published code, to the paper's Algorithm 1 and to a plain
+twin after every step; Muon equal to torch's; no harm from zero, missing or rank-deficient gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from twin import Twin, orthogonalise
+
+from nanonormuon import NorMuon
+from nanonormuon.normuon import POLAR_EXPRESS, newton_schulz
+
+GOLDEN = load_file(Path(__file__).parent / "golden" / "normuon.safetensors")
+FP32 = {"ns_dtype": torch.float32}
+PAPER = {"lr": 0.004, "nesterov": False, "adjust_lr_fn": "match_rms_adamw", **FP32}
+VARIANTS = {
+    "official_fp32": ({"lr": 0.02, **FP32}, 1e-5),
+    "official_fp32_no_nesterov": ({"lr": 0.02, "nesterov": False, **FP32}, 1e-5),
+    "official_bf16": ({"lr": 0.02}, 2e-2),
+    "paper": (PAPER, 1e-5),
+}
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def train(W, grads, optimizer=NorMuon, **settings):
+    """The weights after each step."""
+    p = torch.nn.Parameter(W.clone())
+    optimizer = optimizer([p], **settings)
+    for G in grads:
+        p.grad = G.clone()
+        optimizer.step()
+        assert torch.equal(p.grad, G), "the gradient was written to"
+        yield p.detach().clone()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", range(6))
+def test_golden_trajectories(case, variant):
+    settings, tolerance = VARIANTS[variant]
+    W, grads = GOLDEN[f"case{case}.weight0"], GOLDEN[f"case{case}.grads"]
+    wanted = GOLDEN[f"case{case}.{variant}"]
+    found = list(train(W, grads, weight_decay=0.1, **settings))
+    assert len(found) == len(wanted) == 6
+    for step, (a, b) in enumerate(zip(found, wanted)):
+        assert relative(a, b) < tolerance, f"step {step}"
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 10), (10, 24), (2, 40)])
+@pytest.mark.parametrize("axis", ["rows", "longest"])
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("cautious", [True, False])
+def test_equals_the_plain_twin(shape, axis, adjust, nesterov, cautious):
+    torch.manual_seed(1)
+    W, grads = torch.randn(shape).double(), torch.randn(6, *shape).double()
+    shared = {"lr": 0.03, "weight_decay": 0.2, "nesterov": nesterov, "cautious": cautious}
+    twin = Twin(W, axis=axis, adjust=adjust, **shared)
+    ours = train(
+        W, grads, neuron_axis=axis, adjust_lr_fn=adjust, ns_dtype=torch.float64, **shared
+    )
+    for G, found in zip(grads, ours):
+        assert relative(found, twin.step(G)) < 1e-6  # the second moment is float32
+
+
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
+def test_without_beta2_it_is_torchs_muon(shape, adjust):
+    torch.manual_seed(2)
+    W, grads = torch.randn(shape), torch.randn(5, *shape)
+    settings = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": adjust}
+    ours = train(W, grads, beta2=None, **settings)
+    for a, b in zip(ours, train(W, grads, torch.optim.Muon, **settings)):
+        assert relative(a, b) < 5e-3  # both iterate in bfloat16, in another order of operations
+
+
+def test_newton_schulz_serves_a_stack_as_it_serves_each_matrix():
+    torch.manual_seed(3)
+    for shape in [(5, 12, 12), (3, 20, 6), (4, 6, 20)]:
+        X = torch.randn(shape).double()
+        for triples, safety in (((3.4445, -4.7750, 2.0315),) * 5, 1.0), (POLAR_EXPRESS, 1.02):
+            for found, x in zip(newton_schulz(X, triples), X):
+                assert relative(found, orthogonalise(x, triples, safety)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("settings", "limits"),
+    [
+        ({}, (0.6, 1.25)),  # Muon's coefficients leave the singular values in this band
+        ({"ns_coefficients": POLAR_EXPRESS}, (0.85, 1.15)),
+        ({"ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 12}, (0.99, 1.01)),
+    ],
+)
+def test_coefficients_bring_the_singular_values_near_one(settings, limits):
+    torch.manual_seed(4)
+    p = torch.nn.Parameter(torch.zeros(24, 64))
+    optimizer = NorMuon([p], **settings)
+    assert len(optimizer.ns_coefficients) == settings.get("ns_steps", 5)
+    values = torch.linalg.svdvals(newton_schulz(torch.randn(1, 24, 64), optimizer.ns_coefficients))
+    assert limits[0] < values.min() and values.max() < limits[1]
+
+
+def test_every_neuron_moves_at_the_same_rate_and_the_norm_is_the_adjusted_one():
+    torch.manual_seed(5)
+    m, n = 32, 12
+    G = torch.randn(m, n) * torch.logspace(-2, 1, m)[:, None]
+    (W,) = train(torch.zeros(m, n), [G], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    rates = W.square().mean(1).sqrt()
+    assert torch.allclose(rates, torch.full((m,), 0.2), rtol=1e-2)
+    (W,) = train(torch.zeros(n, m), [G.T], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw",
+                 neuron_axis="longest")  # fmt: skip
+    assert torch.allclose(W.square().mean(0).sqrt(), torch.full((m,), 0.2), rtol=1e-2)
+
+
+def test_zero_missing_and_rank_deficient_gradients_stay_finite():
+    torch.manual_seed(6)
+    W = torch.randn(12, 8)
+    for G in (torch.zeros(12, 8), torch.outer(torch.randn(12), torch.randn(8)), torch.eye(12, 8) * 1e-30):
+        for found in train(W, [G] * 3):
+            assert found.isfinite().all()
+    (found,) = train(W, [torch.zeros(12, 8)], lr=0.1, weight_decay=0.5)
+    assert torch.allclose(found, W * 0.95)
+    p, q = torch.nn.Parameter(W.clone()), torch.nn.Parameter(W.clone())
+    optimizer = NorMuon([p, q], lr=0.1)
+    p.grad = torch.randn(12, 8)
+    optimizer.step()  # q has none: it counts as zero
+    assert torch.allclose(q.detach(), W * 0.99) and not torch.allclose(p.detach(), W * 0.99)
+
+
+def test_a_stack_is_updated_matrix_by_matrix():
+    torch.manual_seed(7)
+    W, grads = torch.randn(3, 10, 6), torch.randn(4, 3, 10, 6)
+    *_, stacked = train(W, grads, **FP32)
+    for i in range(3):
+        *_, single = train(W[i], grads[:, i], **FP32)
+        assert relative(stacked[i], single) < 1e-6
+
+
+def test_state_exists_from_construction_and_survives_a_state_dict():
+    torch.manual_seed(8)
+    W, grads = torch.randn(6, 9), torch.randn(6, 6, 9)
+    p = torch.nn.Parameter(W.clone())
+    optimizer = NorMuon([p], lr=0.02)
+    assert {k: v.shape for k, v in optimizer.state[p].items()} == {
+        "momentum": (6, 9),
+        "second_moment": (6, 1),
+    }
+    *_, wanted = train(W, grads, lr=0.02)
+    for G in grads[:3]:
+        p.grad = G
+        optimizer.step()
+    q = torch.nn.Parameter(p.detach().clone())
+    second = NorMuon([q], lr=0.5)
+    second.load_state_dict(optimizer.state_dict())
+    for G in grads[3:]:
+        q.grad = G
+        second.step()
+    assert torch.equal(q.detach(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_parameter_dtypes(dtype):
+    torch.manual_seed(9)
+    W, grads = torch.randn(6, 9, dtype=dtype), torch.randn(3, 6, 9, dtype=dtype)
+    *_, found = train(W, grads)
+    *_, wanted = train(W.float(), grads.float())
+    assert found.dtype == dtype and relative(found, wanted) < (2e-2 if dtype == torch.bfloat16 else 5e-3)
+
+
+def test_torchs_schedulers_drive_it():
+    p = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = NorMuon([p], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=2)
+    before, p.grad = p.detach().clone(), torch.zeros(4, 4)
+    optimizer.step()
+    assert torch.allclose(p.detach(), before * (1 - 0.05 * 0.1))
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.075)
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "words"),
+    [
+        ((5,), {}, "AdamW"),
+        ((1, 8), {}, "at least 2 x 2"),
+        ((2, 3, 4, 5), {}, "stack of them"),
+        ((4, 4), {"neuron_axis": "columns"}, "rows or longest"),
+        ((4, 4), {"adjust_lr_fn": "rms"}, "match_rms_adamw"),
+        ((4, 4), {"momentum": 1.0}, r"\[0, 1\)"),
+    ],
+)
+def test_refusals_say_what_is_expected(shape, settings, words):
+    with pytest.raises(ValueError, match=words):
+        NorMuon([torch.nn.Parameter(torch.zeros(shape))], **settings)

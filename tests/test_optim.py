@@ -1,0 +1,113 @@
+"""Every parameter has exactly one optimizer, found by role on any module; schedules are functions of the
+step that reach every group."""
+
+import pytest
+import torch
+from torch import nn
+
+from nanonormuon import NorMuon, param_groups
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.optim import Schedule, describe, make_optimizers, summary
+
+SMALL = GPTConfig(vocab_size=40, n_layer=2, n_head=2, n_embd=16)
+
+
+def roles(model, **more):
+    return {name: g["role"] for g in param_groups(model, **more) for name in g["names"]}
+
+
+def test_roles_of_our_model():
+    found = roles(GPT(SMALL))
+    assert found.pop("embed_tokens.weight") == "embedding"
+    assert found.pop("lm_head.weight") == "head"
+    for name, role in found.items():
+        assert role == ("vector" if "norm" in name else "matrix"), name
+    assert "lm_head.weight" not in roles(GPT(GPTConfig(vocab_size=40, n_layer=1, n_head=2, n_embd=16, tied=True)))
+
+
+def test_roles_of_a_foreign_module_by_type_and_tying():
+    class Foreign(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.words, self.places = nn.Embedding(30, 8), nn.Embedding(5, 8)
+            self.body = nn.TransformerEncoderLayer(8, 2, 16)
+            self.gate = nn.Linear(8, 1)
+            self.out = nn.Linear(8, 30)
+            if tied:
+                self.out.weight = self.words.weight
+
+    names = {"body.self_attn.in_proj_weight": "matrix"}
+    for tied in (True, False):
+        found = roles(Foreign(tied), roles=names)
+        assert found["words.weight"] == found["places.weight"] == "embedding"
+        assert found.get("out.weight") == (None if tied else "head")
+        assert found["gate.weight"] == found["body.norm1.weight"] == found["out.bias"] == "vector"
+        assert found["body.linear1.weight"] == found["body.self_attn.out_proj.weight"] == "matrix"
+    with pytest.raises(ValueError, match=r"in_proj_weight.*say what"):
+        param_groups(Foreign(True))
+    with pytest.raises(ValueError, match="match no parameter"):
+        param_groups(GPT(SMALL), {"layers.9.*": "matrix"})
+    with pytest.raises(ValueError, match="expected one of matrix"):
+        param_groups(GPT(SMALL), {"embed*": "table"})
+
+
+def test_frozen_parameters_are_left_out():
+    model = GPT(SMALL)
+    model.embed_tokens.weight.requires_grad_(False)
+    assert "embed_tokens.weight" not in roles(model)
+
+
+@pytest.mark.parametrize("name", ["normuon", "muon", "adamw"])
+def test_every_parameter_once_with_its_own_rate(name):
+    model = GPT(SMALL)
+    optimizers = make_optimizers(model, name=name, lr=0.5, embed_lr=0.1, head_lr=0.2, vector_lr=0.3,
+                                 weight_decay=0.4, adam_weight_decay=0.05)  # fmt: skip
+    held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
+    rates = {g["role"]: (g["lr"], g["weight_decay"]) for o in optimizers for g in o.param_groups}
+    assert rates == {
+        "matrix": (0.5, 0.4),
+        "embedding": (0.1, 0.05),
+        "head": (0.2, 0.05),
+        "vector": (0.3, 0.05),
+    }
+    kinds = {type(o) for o in optimizers}
+    assert kinds == ({torch.optim.AdamW} if name == "adamw" else {NorMuon, torch.optim.AdamW})
+    table = describe(optimizers).splitlines()
+    assert len(table) == 1 + len(held)
+    assert {"normuon": "NorMuon", "muon": "Muon", "adamw": "AdamW"}[name] in [
+        line.split()[3] for line in table if "q_proj" in line
+    ]
+    assert len(summary(optimizers)) == 4
+
+
+def test_coefficients_by_name_and_number():
+    model = GPT(SMALL)
+    custom = make_optimizers(model, ns_coefficients="2, -1.5, 0.5", ns_steps=12)[0]
+    assert custom.ns_coefficients == ((2.0, -1.5, 0.5),) * 12
+    polar = make_optimizers(model, ns_coefficients="polar_express", ns_steps=7)[0].ns_coefficients
+    assert len(polar) == 7 and polar[4] == polar[6] != polar[3]
+    with pytest.raises(ValueError, match="three numbers"):
+        make_optimizers(model, ns_coefficients="2, -1.5")
+
+
+def test_schedule_values():
+    s = Schedule(100, warmup=10, decay=0.5, final_lr=0.1, momentum_start=0.85, momentum_warmup=20)
+    assert [s.lr(0), s.lr(9), s.lr(30), s.lr(50)] == pytest.approx([0.1, 1.0, 1.0, 1.0])
+    assert s.lr(75) == pytest.approx(0.55) and s.lr(100) == pytest.approx(0.1)
+    assert [s.momentum_at(k) for k in (0, 10, 20, 90)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    plain = Schedule(10, decay=0.0, momentum_warmup=0)
+    assert {plain.lr(k) for k in range(10)} == {1.0} and plain.momentum_at(0) == 0.95
+    track3 = Schedule(3300)
+    assert track3.lr(989) == 1 and track3.lr(3299) == pytest.approx(1 / (0.7 * 3300))
+
+
+def test_schedule_reaches_every_group_of_every_optimizer():
+    optimizers = make_optimizers(GPT(SMALL))
+    s = Schedule(100)
+    s.set(optimizers, 80)
+    for o in optimizers:
+        for g in o.param_groups:
+            assert g["lr"] == pytest.approx(g["initial_lr"] * s.lr(80)) and s.lr(80) < 1
+    assert optimizers[0].param_groups[0]["momentum"] == s.momentum_at(80)
+    assert "momentum" not in optimizers[1].param_groups[0]

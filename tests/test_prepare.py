@@ -1,0 +1,417 @@
+"""Proves: what comes out is the text that went in, with the promised counts, hashes and split; a
+rerun gives the same bytes; an interruption at any file operation leaves nothing that loads and
+nothing that is in the way; other people's files are not touched; bad input is named.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanonormuon import data, tokenizer
+from nanonormuon import prepare as module
+from nanonormuon.data import DataError
+from nanonormuon.prepare import Document, documents, prepare
+
+SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """120 small text files in two directories, and things that a walk passes over."""
+    root = tmp_path / "corpus"
+    (root / "sub").mkdir(parents=True)
+    for i in range(120):
+        folder = root / "sub" if i % 3 else root
+        (folder / f"{i:03d}.txt").write_text(f"Document {i}: " + "text é 字 " * i + "\n")
+    (root / "empty.txt").touch()
+    (root / "binary.txt").write_bytes(b"abc\0def")
+    (root / "latin.txt").write_bytes("déjà vu, à peu près".encode("latin-1"))
+    (root / "picture.png").write_bytes(b"not text by its name")
+    (root / ".hidden.txt").write_text("hidden")
+    (root / ".git").mkdir()
+    (root / ".git" / "x.txt").write_text("hidden")
+    return root
+
+
+def texts(out: Path, split: str) -> list[bytes]:
+    """The documents of a prepared split, decoded."""
+    opened = data.open_data(out, verify="full")
+    words = tokenizer.load(out)
+    ids = np.concatenate(getattr(opened, split).shards)
+    starts = np.flatnonzero(ids == words.eot).tolist()
+    assert starts[0] == 0, "a document begins with <|endoftext|>"
+    ends = [*starts[1:], len(ids)]
+    return [words.decode_bytes(ids[a + 1 : b]) for a, b in zip(starts, ends, strict=True)]
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+@pytest.mark.parametrize("spec", ["byte", "bpe:400"])
+def test_what_goes_in_comes_out(corpus: Path, tmp_path: Path, spec: str) -> None:
+    out = tmp_path / "out"
+    manifest = prepare([corpus], out, tokenizer=spec, val=0.2, shard_tokens=3000)
+    files = {p.read_bytes() for p in corpus.rglob("*.txt") if p.stem.isdigit()}
+    expected: dict[str, list[bytes]] = {"train": [], "val": []}
+    for text in files:
+        fraction = int(hashlib.sha256(text).hexdigest()[:16], 16) / 16**16
+        expected["val" if fraction < 0.2 else "train"].append(text)
+    assert 10 < len(expected["val"]) < 40
+    for split, wanted in expected.items():
+        found = texts(out, split)
+        assert sorted(found) == sorted(wanted)
+        entry = manifest[split]
+        assert (entry["documents"], entry["bytes"]) == (len(wanted), len(b"".join(wanted)))
+        assert len(entry["shards"]) > 1
+        for shard in entry["shards"]:
+            raw = (out / shard["name"]).read_bytes()
+            tokens = np.frombuffer(raw[1024:], "<u2")
+            assert shard["sha256"] == hashlib.sha256(raw).hexdigest()
+            assert (shard["size"], shard["tokens"]) == (len(raw), len(tokens))
+            assert shard["max_token"] == tokens.max()
+        assert max(s["max_token"] for s in entry["shards"]) == manifest["tokenizer"]["eot"]
+        assert [s["tokens"] for s in entry["shards"][:-1]] == [3000] * (len(entry["shards"]) - 1)
+    assert manifest == json.loads((out / "manifest.json").read_text())
+    assert manifest["tokenizer"]["hash"] == tokenizer.load(out).hash
+    (source,) = manifest["sources"]
+    assert (source["name"], source["documents"]) == ("corpus", 120)
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+    assert sorted(p.name for p in out.iterdir() if p.suffix != ".bin") == [
+        "manifest.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_same_bytes_from_other_places_and_batches(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare([corpus], tmp_path / "a", tokenizer="bpe:400")
+    moved = tmp_path / "elsewhere" / "corpus"
+    shutil.copytree(corpus, moved)
+    monkeypatch.setattr(module, "BATCH_BYTES", 100)
+    monkeypatch.setattr(tokenizer, "PIECE", 50)
+    prepare([moved], tmp_path / "b", tokenizer="bpe:400")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_split_is_stable_when_files_are_added(corpus: Path, tmp_path: Path) -> None:
+    prepare([corpus], tmp_path / "a", tokenizer="byte", val=0.3)
+    (corpus / "000new.txt").write_text("something else")
+    prepare([corpus], tmp_path / "b", tokenizer="byte", val=0.3)
+    new = {b"something else"}
+    for split in ("train", "val"):
+        before, after = texts(tmp_path / "a", split), texts(tmp_path / "b", split)
+        assert set(after) - set(before) <= new and set(before) <= set(after)
+    assert new <= {*texts(tmp_path / "b", "train"), *texts(tmp_path / "b", "val")}
+
+
+@pytest.mark.parametrize("val", [0.1, 0.02])
+def test_one_file_is_cut_as_nanogpt_cuts(
+    tmp_path: Path, val: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not SHAKESPEARE.exists():
+        pytest.skip(f"needs {SHAKESPEARE}")
+    caplog.set_level(logging.INFO)
+    manifest = prepare([SHAKESPEARE], tmp_path / "out", tokenizer="byte", val=val)
+    text = SHAKESPEARE.read_bytes()
+    cut = int(len(text) * (1 - val))
+    assert texts(tmp_path / "out", "train") == [text[:cut]]
+    assert texts(tmp_path / "out", "val") == [text[cut:]]
+    assert manifest["method"] == "tail of the longest document"
+    assert sum("tinyshakespeare" in r.message for r in caplog.records) == 1
+
+
+def test_tail_counts_characters_and_keeps_invalid_bytes(tmp_path: Path) -> None:
+    text = "字".encode() * 3000 + b"\xff" + "é".encode() * 999
+    (tmp_path / "x").write_bytes(text)
+    prepare([tmp_path / "x"], tmp_path / "out", tokenizer="byte", val=0.25)
+    assert texts(tmp_path / "out", "train") == ["字".encode() * 3000]
+    assert texts(tmp_path / "out", "val") == [b"\xff" + "é".encode() * 999]
+
+
+def test_few_files_keep_the_others_whole(tmp_path: Path) -> None:
+    for name, text in (("a", "short"), ("b", "the longest of them"), ("c", "short")):
+        (tmp_path / name).write_text(text)
+    sources = [tmp_path / name for name in "abc"]
+    prepare(sources, tmp_path / "out", tokenizer="byte", val=1e-9)
+    assert texts(tmp_path / "out", "train") == [b"short", b"the longest of the", b"short"]
+    assert texts(tmp_path / "out", "val") == [b"m"]
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(DataError, match="1 characters cannot be split"):
+        prepare([tmp_path / "a"], tmp_path / "one", tokenizer="byte")
+
+
+def test_large_vocabulary_uses_version_2(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte = tokenizer.get("byte")
+    words = tokenizer.Tokenizer("wide", byte.pattern, byte.ranks, {tokenizer.EOT: 70_000})
+    words.save(tmp_path / "wide")
+    manifest = prepare([corpus], tmp_path / "out", tokenizer=tmp_path / "wide")
+    assert manifest["tokenizer"]["vocab_size"] == 70_001
+    assert data.open_data(tmp_path / "out").train.shards[0].dtype == np.uint32
+    assert len(texts(tmp_path / "out", "train")) == manifest["train"]["documents"]
+
+
+def test_named_files_and_bad_sources(corpus: Path, tmp_path: Path) -> None:
+    picture, hidden = corpus / "picture.png", corpus / ".hidden.txt"
+    assert [d.name for d in documents([picture, hidden])] == ["picture.png", ".hidden.txt"]
+    for name, says in (
+        ("binary.txt", r"binary\.txt: offset 3: UTF-8 text expected, byte 0x00"),
+        ("latin.txt", r"latin\.txt: offset 1: UTF-8 text expected, byte 0xe9"),
+        ("picture.pgn", r"no such file.*did you mean .*corpus/picture\.png"),
+        ("empty.txt", "no text found"),
+    ):
+        with pytest.raises(DataError, match=says):
+            prepare([corpus / name], tmp_path / "out", tokenizer="byte")
+    with pytest.raises(DataError, match="0 < val < 1"):
+        prepare([corpus], tmp_path / "out", val=0.0)
+    for spec, says in (
+        ("gtp2", "did you mean gpt2"),
+        ("bpe:99", "at least 257"),
+        ("bpe:x", "bpe:N"),
+    ):
+        with pytest.raises(tokenizer.TokenizerError, match=says):
+            prepare([corpus], tmp_path / "out", tokenizer=spec)
+    assert not (tmp_path / "out").exists()
+
+
+def test_walk(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    (corpus / "out").mkdir()
+    (corpus / "out" / "x.txt").write_text("own output")
+    names = [d.name for d in documents([corpus], skip=corpus / "out")]
+    assert names == sorted(names) and len(names) == 120 and "sub/001.txt" in names
+    assert "skipped 2 binary files" in caplog.text
+
+
+def test_few_invalid_bytes_are_kept(tmp_path: Path) -> None:
+    text = b"mostly text. " * 200 + b"\xff" + b" and more" * 50
+    (tmp_path / "x").write_bytes(text)
+    prepare([tmp_path / "x"], tmp_path / "out", tokenizer="bpe:300")
+    assert b"".join(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == text
+
+
+def test_same_preparation_is_reused_and_another_refused(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = prepare([corpus], out, tokenizer="bpe:300")
+    times = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert prepare([corpus], out, tokenizer="bpe:300") == first
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
+    with pytest.raises(DataError, match=r"already holds .* another request"):
+        prepare([corpus], out, tokenizer="bpe:301")
+    with pytest.raises(DataError, match="another request"):
+        prepare([corpus], out, tokenizer="bpe:300", val=0.5)
+    (corpus / "000.txt").write_text("changed")
+    with pytest.raises(DataError, match="another sources"):
+        prepare([corpus], out, tokenizer="bpe:300")
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
+
+
+def test_damaged_output_is_not_reused(corpus: Path, tmp_path: Path) -> None:
+    prepare([corpus], tmp_path / "out", tokenizer="byte")
+    path = tmp_path / "out" / "train_000000.bin"
+    raw = bytearray(path.read_bytes())
+    raw[2000] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=r"remove it or choose another --out: .*sha256"):
+        prepare([corpus], tmp_path / "out", tokenizer="byte")
+
+
+@pytest.mark.parametrize("name", ["fineweb_train_000001.bin", "val_9.bin", "tokenizer.json"])
+def test_other_peoples_files_are_left_alone(corpus: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_bytes(b"precious")
+    with pytest.raises(DataError, match=f"{name}: in the way"):
+        prepare([corpus], out, tokenizer="byte")
+    assert content(out) == {name: b"precious"}
+
+
+class Killed(BaseException):
+    """Stands for the process ending: nothing may catch it and carry on."""
+
+
+def test_interrupted_anywhere(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop at the n-th write, sync, rename or removal, for every n; then run again."""
+    clean = tmp_path / "clean"
+    prepare([corpus], clean, tokenizer="byte", val=0.2, shard_tokens=20_000)
+    wanted = content(clean)
+    left, stopped = 0, False
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left, stopped
+            left -= 1
+            if left == 0:
+                stopped = True
+            if stopped:  # the process is gone, so no clean-up happens either
+                raise Killed
+            return original(*args, **kwargs)
+
+        return call
+
+    steps = 0
+    while True:
+        out = tmp_path / f"out{steps}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", counted(os.fsync))
+            patch.setattr(Path, "replace", counted(Path.replace))
+            patch.setattr(Path, "rmdir", counted(Path.rmdir))
+            patch.setattr(Path, "mkdir", counted(Path.mkdir))
+            patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+            left, stopped = steps + 1, False
+            try:
+                prepare([corpus], out, tokenizer="byte", val=0.2, shard_tokens=20_000)
+                break
+            except Killed:
+                pass
+        if (out / "manifest.json").exists():
+            data.open_data(out, verify="full")  # the last step was done, so all of them were
+        else:
+            with pytest.raises(
+                DataError, match=r"no such data directory|unfinished|no train split"
+            ):
+                data.open_data(out)
+        prepare([corpus], out, tokenizer="byte", val=0.2, shard_tokens=20_000)
+        assert content(out) == wanted
+        steps += 1
+    assert steps > 12
+
+
+def test_leftover_shards_of_a_larger_preparation_go(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    original = Path.replace
+
+    def stop_at_manifest(self: Path, target: Path) -> Path:
+        if self.name == "manifest.json":
+            raise Killed
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop_at_manifest)
+        with pytest.raises(Killed):
+            prepare([corpus], out, tokenizer="byte", shard_tokens=5000)
+    assert len(list(out.glob("train_*.bin"))) > 5
+    manifest = prepare([corpus], out, tokenizer="byte")
+    assert [p.name for p in out.glob("train_*.bin")] == ["train_000000.bin"]
+    assert data.open_data(out, verify="full").manifest == manifest
+
+
+def test_change_during_preparation_is_noticed(tmp_path: Path) -> None:
+    text = [b"first pass " * 20, b"second pass" * 20]
+
+    def read() -> list[Document]:
+        return [Document("x", 0, text.pop(0))]
+
+    with pytest.raises(DataError, match="changed during preparation"):
+        module._prepare(read, ["x"], tmp_path / "out", "byte", 0.1)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_written_and_read_back_bytes_are_compared(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = data.header
+
+    def corrupt(version: int, tokens: int) -> bytes:
+        return original(version, tokens) + b"??"  # overwrites the first token
+
+    monkeypatch.setattr(data, "header", corrupt)
+    with pytest.raises(DataError, match=r"read back other bytes|id below 257"):
+        prepare([corpus], tmp_path / "out", tokenizer="byte")
+
+
+def test_sample_is_bounded_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 1000)
+    documents = [bytes([65 + i % 26]) * 100 for i in range(100)]
+    taken = list(module._sample(documents, 10_000))
+    assert len(taken) == 10 and len({text[0] for text in taken}) == 10
+    assert len(list(module._sample(documents[:10], 1000))) == 10
+
+
+def test_unwritable_out_is_an_os_error(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        prepare([corpus], tmp_path / "file" / "out", tokenizer="byte")
+
+
+def test_python_sources() -> None:
+    found = list(module.python_sources())
+    names = [d.name for d in found]
+    assert len(set(names)) == len(names) > 400
+    assert "os.py" in names and "json/decoder.py" in names
+    assert not any(part in name for name in names for part in ("-packages", "__pycache__"))
+    assert sum(len(d.data) for d in found) > 5e6
+    assert next(d for d in found if d.name == "os.py").data == Path(os.__file__).read_bytes()
+
+
+@pytest.fixture
+def few_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The demo's corpus cut to its first MB, and a cache directory of our own."""
+    found = []
+    for document in module.python_sources():
+        found.append(document)
+        if sum(len(d.data) for d in found) > 1e6:
+            break
+    monkeypatch.setattr(module, "python_sources", lambda: iter(found))
+    monkeypatch.setenv("NANONORMUON_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_builtin_python(few_sources: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = module.builtin_python("bpe:500")
+    assert path.parent == few_sources and path.name.startswith("python-")
+    before = content(path)
+    assert module.builtin_python("bpe:500") == path and content(path) == before
+    assert module.builtin_python("byte") != path
+    raw = bytearray(before["train_000000.bin"])
+    raw[5000] ^= 1
+    (path / "train_000000.bin").write_bytes(raw)
+    assert module.builtin_python("bpe:500") == path and content(path) == before
+    assert "rebuilding the demo's data" in caplog.text
+    assert len(os.listdir(few_sources)) == 2, "no scratch directory is left"
+
+
+def test_builtin_python_by_two_processes_at_once(few_sources: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=module.builtin_python, args=("byte",)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    (name,) = os.listdir(few_sources)
+    data.open_data(few_sources / name, verify="full")
+
+
+def test_no_network(few_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("opened a socket")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    assert data.open_data(module.builtin_python("bpe:400")).vocab_size == 400
+
+
+def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("NANONORMUON_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.platform", "linux")
+    assert module.cache_directory() == tmp_path / "nanonormuon"
+    monkeypatch.setenv("NANONORMUON_CACHE", str(tmp_path / "own"))
+    assert module.cache_directory() == tmp_path / "own"

@@ -1,0 +1,180 @@
+"""Run by test_distributed.py, one process per rank: every case that one world size can answer, in one go,
+since processes are slow to start. Rank 0 writes what it found; the parent compares.
+
+usage: worker.py OUTPUT_FOLDER   with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from nanonormuon import NorMuon, normuon
+
+STEPS = 10
+# name -> shape: more rows than ranks, fewer (so that some shards are empty), one row per shard, uneven
+# shards, wide, tall, and stacks of matrices; several of one shape, and fewer than there are ranks
+SHAPES = {
+    "square0": (12, 12),
+    "square1": (12, 12),
+    "square2": (12, 12),
+    "square3": (12, 12),
+    "square4": (12, 12),
+    "uneven": (10, 6),
+    "few_rows": (2, 9),
+    "one_row_each": (4, 7),
+    "wide": (6, 20),
+    "tall0": (33, 5),
+    "tall1": (33, 5),
+    "experts": (5, 6, 8),
+}
+SETTINGS = {
+    f"{axis}-{adjust}": {"neuron_axis": axis, "adjust_lr_fn": adjust}
+    for axis in ("rows", "longest")
+    for adjust in ("original", "match_rms_adamw")
+}
+
+
+def problem():
+    """Weights and, per step, gradients: the same on every rank and in the parent."""
+    random = torch.Generator().manual_seed(11)
+    weights = {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
+    grads = [
+        {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
+        for _ in range(STEPS)
+    ]
+    return weights, grads
+
+
+def place(value, layout):
+    """A plain tensor for DDP, a DTensor otherwise."""
+    if layout is None:
+        return value.clone()
+    mesh, placements = layout
+    return distribute_tensor(value, mesh, placements)
+
+
+def whole(t):
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+
+
+def train(layout, ns_dtype, **settings):
+    weights, grads = problem()
+    params = {name: torch.nn.Parameter(place(w, layout)) for name, w in weights.items()}
+    optimizer = NorMuon(params.values(), lr=0.05, ns_dtype=ns_dtype, **settings)
+    for step in grads:
+        for name, p in params.items():
+            p.grad = place(step[name], layout)
+        optimizer.step()
+    return {name: whole(p) for name, p in params.items()}
+
+
+def count_collectives(layout, copies):
+    """Number of collectives in a step over `copies` equal matrices."""
+    params = [torch.nn.Parameter(place(torch.randn(8, 6), layout)) for _ in range(copies)]
+    for p in params:
+        p.grad = place(torch.randn(8, 6), layout)
+    optimizer, names = NorMuon(params), []
+    originals = [
+        (normuon, "all_gather"), (dist, "all_to_all_single"), (dist, "all_reduce"),
+    ]  # fmt: skip
+    originals = [(module, name, getattr(module, name)) for module, name in originals]
+
+    def counted(name, original):
+        def call(*args, **kwargs):
+            names.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    try:
+        for module, name, original in originals:
+            setattr(module, name, counted(name, original))
+        optimizer.step()
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
+    return sorted(names)
+
+
+def missing_gradients(layout):
+    """A parameter without a gradient on all ranks, and one without on the last rank alone."""
+    torch.manual_seed(5)
+    W = torch.randn(3, 8, 6)
+    params = [torch.nn.Parameter(place(w, layout)) for w in W]
+    optimizer = NorMuon(params, lr=0.1, ns_dtype=torch.float32)
+    for _ in range(2):
+        for p in params[:2]:
+            p.grad = place(torch.randn(8, 6), layout)
+        if layout is not None and dist.get_rank() == dist.get_world_size() - 1:
+            params[1].grad = None  # its rows count as zero
+        optimizer.step()
+    return {f"{i}": whole(p) for i, p in enumerate(params)}
+
+
+def refusals(mesh):
+    found = {}
+    for name, placements in {"columns": [Shard(1)]}.items():
+        try:
+            NorMuon([torch.nn.Parameter(distribute_tensor(torch.randn(8, 8), mesh, placements))])
+            found[name] = ""
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def state_round_trip(mesh):
+    """State lies like its parameter, and torch's state_dict carries it."""
+    layer = torch.nn.Linear(6, 10, bias=False)
+    fully_shard(layer, mesh=mesh)
+    optimizer = NorMuon(layer.parameters())
+    layer(torch.ones(1, 6)).sum().backward()
+    optimizer.step()
+    second = NorMuon(layer.parameters())
+    second.load_state_dict(optimizer.state_dict())
+    (p,) = layer.parameters()
+    a, b = optimizer.state[p], second.state[p]
+    assert a["momentum"].placements == a["second_moment"].placements == p.placements
+    return all(torch.equal(whole(a[key]), whole(b[key])) for key in a) and len(a) == len(b) == 2
+
+
+def main(folder):
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cpu", (world,))
+    layouts = {"ddp": None, "fsdp": (mesh, [Shard(0)]), "replicas": (mesh, [Replicate()])}
+    if world == 4:
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        layouts["hsdp"] = (grid, [Replicate(), Shard(0)])
+    tensors, facts = {}, {"collectives": {}}
+    for kind, layout in layouts.items():
+        for label, settings in SETTINGS.items():
+            for name, value in train(layout, torch.float32, **settings).items():
+                tensors[f"fp32.{kind}.{label}.{name}"] = value
+        for name, value in train(layout, torch.bfloat16).items():
+            tensors[f"bf16.{kind}.rows-original.{name}"] = value
+        facts["collectives"][kind] = [count_collectives(layout, copies) for copies in (2, 9)]
+        for name, value in missing_gradients(layout).items():
+            tensors[f"missing.{kind}.{name}"] = value
+    facts["refusals"] = refusals(mesh)
+    facts["state"] = state_round_trip(mesh)
+    for key in sorted(tensors):  # replicas must not drift apart by a single bit
+        mine = tensors[key].clone()
+        dist.broadcast(mine, 0)
+        # (unless the test itself gave two replicas different gradients)
+        assert key == "missing.hsdp.1" or torch.equal(mine, tensors[key]), key
+    if rank == 0:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "tensors.safetensors")
+        (folder / "facts.json").write_text(json.dumps(facts))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
