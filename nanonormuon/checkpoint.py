@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -209,8 +209,10 @@ def model_file(weights: Mapping[str, Tensor]) -> bytes:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
+    try:  # read, not mapped: a mapped file that shrinks kills the process
+        return from_safetensors(path.read_bytes())
+    except OSError:
+        raise
     except Exception as error:  # safetensors raises its own type for a damaged header
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
 

@@ -105,9 +105,12 @@ def prepare(
     sources: Annotated[list[Path], typer.Argument(help="Text files, or directories of them.")],
     out: Annotated[Path, typer.Option(help="Directory for the shards.")],
     tokenizer: Annotated[
-        str, typer.Option(help="byte, gpt2, bpe:N (trained on the text), or a saved tokenizer's path.")
+        str,
+        typer.Option(help="byte, gpt2, bpe:N (trained on the text), or a saved tokenizer's path."),
     ] = "bpe:4096",
-    val: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.02,
+    val: Annotated[
+        float, typer.Option(help="Share of the documents held out for validation.")
+    ] = 0.02,
 ) -> None:
     """Turn text into verified shards of tokens.
 
@@ -119,7 +122,8 @@ def prepare(
     from nanonormuon.prepare import prepare as prepare_shards
 
     manifest = prepare_shards(sources, out, tokenizer, val)
-    for name, split in manifest["splits"].items():
+    for name in ("train", "val"):
+        split = manifest[name]
         typer.echo(
             f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, "
             f"{split['tokens']:,} tokens"
@@ -134,7 +138,9 @@ def sample(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Keep so many likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Keep this much probability.")] = 0.95,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Keep this much probability.")
+    ] = 0.95,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     num: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -148,7 +154,10 @@ def sample(
     from nanonormuon import distributed
     from nanonormuon import sample as sampling
 
-    world = distributed.start(device)
+    try:
+        world = distributed.start(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     dtype = distributed.compute_dtype("auto", world.device)
     model, tokenizer, _ = sampling.load_run(path, dtype, world.device)
     for i in range(num):

@@ -29,7 +29,7 @@ class DataConfig:
     tokenizer: str = "bpe:4096"  # of builtin data; a directory brings its own
     seq_len: int = 256  # tokens per window
     order: Literal["shuffled", "sequential"] = "shuffled"  # sequential: as modded-nanogpt reads
-    verify: Literal["auto", "structure", "full"] = "auto"  # of shards: sizes only, or hashes too
+    verify: Literal["auto", "full"] = "auto"  # shards' hashes: up to 256 MB of data, or always
     val_tokens: int = 0  # evaluate on the first so many targets; 0: all
 
 
@@ -44,7 +44,9 @@ class OptimConfig:
     nesterov: bool = True
     beta2: float = 0.95  # of NorMuon's second moment, one number per neuron
     neuron_axis: Literal["rows", "longest"] = "rows"  # longest: columns where they outnumber rows
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"  # latter: AdamW's lr carries over
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = (
+        "original"  # latter: AdamW's lr carries over
+    )
     ns_coefficients: str = "muon"  # Newton-Schulz: muon | polar_express | "a, b, c"
     ns_steps: int = 5
     cautious: bool = False  # decay only weights that the update moves towards zero
@@ -76,7 +78,9 @@ class TrainConfig:
     sample_tokens: int = 128  # per sample; 0: no samples
     sample_prompt: str = ""  # "": samples begin a new document
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute; weights and optimizer stay float32
+    dtype: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # of compute; weights and optimizer stay float32
+    )
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several ranks; auto: ddp
     reshard: bool = True  # fsdp: weights too are sharded between uses; false: only their gradients
@@ -91,13 +95,27 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {f.name: f.type for f in fields(Config)}  # type: ignore[misc]
-POSITIVE = ("data.seq_len", "train.steps", "train.batch_tokens", "train.log_every", "optim.ns_steps")
-UNIT = ("optim.momentum", "optim.momentum_start", "optim.beta2", "optim.adam_beta1", "optim.adam_beta2")
-MAY_CHANGE = (  # on resume; anything else would make it another run
-    "train.steps train.stop_at train.micro_batch train.log_every train.eval_every train.save_every "
-    "train.keep_last train.sample_every train.sample_tokens train.sample_prompt train.device "
-    "train.compile train.parallel train.reshard data.verify data.path"  # the data's content is checked
-).split()
+POSITIVE = (
+    "data.seq_len",
+    "train.steps",
+    "train.batch_tokens",
+    "train.log_every",
+    "optim.ns_steps",
+)
+UNIT = (
+    "optim.momentum",
+    "optim.momentum_start",
+    "optim.beta2",
+    "optim.adam_beta1",
+    "optim.adam_beta2",
+)
+MAY_CHANGE = (
+    (  # on resume; anything else would make it another run
+        "train.steps train.stop_at train.micro_batch train.log_every train.eval_every train.save_every "
+        "train.keep_last train.sample_every train.sample_tokens train.sample_prompt train.device "
+        "train.compile train.parallel train.reshard data.verify data.path"  # the data's content is checked
+    ).split()
+)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -125,7 +143,9 @@ def load(arguments: Sequence[str], base: Config | None = None) -> tuple[Config, 
         path = recipes().get(source) or Path(source)
         for section, table in read_toml(path, source).items():
             if section not in SECTIONS or not isinstance(table, dict):
-                raise ConfigError(f"{source}: unknown section [{section}]: {nearest(section, SECTIONS)}")
+                raise ConfigError(
+                    f"{source}: unknown section [{section}]: {nearest(section, SECTIONS)}"
+                )
             for key, value in table.items():
                 values[f"{section}.{key}"], origin[f"{section}.{key}"] = value, source
     for argument in arguments:
@@ -140,11 +160,17 @@ def load(arguments: Sequence[str], base: Config | None = None) -> tuple[Config, 
         if key not in annotations:
             everything = [f"{s}.{f.name}" for s in SECTIONS for f in fields(SECTIONS[s])]
             same_key = [n for n in everything if n.partition(".")[2] == name.rpartition(".")[2]]
-            hint = nearest(name, same_key or everything) if not same_key else f'did you mean "{same_key[0]}"?'
+            hint = (
+                nearest(name, same_key or everything)
+                if not same_key
+                else f'did you mean "{same_key[0]}"?'
+            )
             raise ConfigError(f'{origin[name]}: unknown key "{name}": {hint}')
         changed[section][key] = coerce(value, annotations[key], f"{origin[name]}: {name}")
     try:
-        config = replace(config, **{s: replace(getattr(config, s), **c) for s, c in changed.items()})
+        config = replace(
+            config, **{s: replace(getattr(config, s), **c) for s, c in changed.items()}
+        )
     except ValueError as error:  # the model's own checks
         raise ConfigError(f"model: {error}") from None
     check(config, origin)

@@ -171,13 +171,14 @@ class Data:
     fingerprint: str
 
 
-def open_data(path: str | Path, vocab_size: int | None = None, verify: str = "structure") -> Data:
+def open_data(path: str | Path, vocab_size: int | None = None, verify: str = "auto") -> Data:
     """Open a data directory.
 
     With a manifest, the shards must be the listed ones with the listed sizes, and the vocabulary no
-    larger than `vocab_size` (the model's, if given); sha256 is compared if verify="full" or if all
-    shards together have at most 256 MB. Without one (FineWeb as published), all ids are compared
-    with `vocab_size` if that is given. Raises DataError.
+    larger than `vocab_size` (the model's, if given); without one (FineWeb as published) ids are
+    compared with `vocab_size`, if that is given. Contents (sha256, or ids) are read whole if
+    verify="full" or if all shards together have at most 256 MB; the ids of every batch are compared
+    in any case. Raises DataError.
     """
     path = Path(path)
     if not path.is_dir():
@@ -217,7 +218,7 @@ def open_data(path: str | Path, vocab_size: int | None = None, verify: str = "st
         for i, p in enumerate(split.paths):
             if manifest and full:
                 _compare(p, {"sha256": sha256(p)}, manifest[name]["shards"][i])
-            elif not manifest and vocab_size is not None:
+            elif full and not manifest and vocab_size is not None:
                 check_ids(split.shards[i], vocab_size, p)
     if manifest:  # what decides the tokens; not what the sources are called, nor the tool's version
         identity: Any = [manifest["tokenizer"]["hash"], manifest["train"], manifest["val"]]

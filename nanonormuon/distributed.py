@@ -42,6 +42,8 @@ def start(device: str = "auto") -> World:
     Raises ValueError if the device asked for is not there.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f'device "{device}": expected one of auto, cpu, cuda, mps')
     if device == "auto":
         mps = torch.backends.mps.is_available() and size() == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"

@@ -1,6 +1,6 @@
 """What a run leaves behind and what it says: run directory, metrics.jsonl, console.
 
-    RUN/config.toml  environment.json  metrics.jsonl  train.log  groups.txt  checkpoints/  summary.json
+RUN/config.toml  environment.json  metrics.jsonl  train.log  groups.txt  checkpoints/  summary.json
 """
 
 import hashlib
@@ -36,11 +36,12 @@ class Console(logging.Handler):
 
 def to_console(level: int = logging.INFO) -> None:
     """Send the package's log lines to stderr, once per process."""
-    if not any(isinstance(h, Console) for h in log.handlers):
-        handler = Console()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-    log.setLevel(level)
+    for handler in [h for h in log.handlers if isinstance(h, Console)]:
+        log.removeHandler(handler)
+    handler = Console(level)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
 
 
 class RunDirectory:
@@ -89,7 +90,9 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def open(self, config_toml: str, environment: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    def open(
+        self, config_toml: str, environment: dict[str, Any], step: int
+    ) -> list[dict[str, Any]]:
         """Write what describes the run and open its logs for the steps after `step`. Returns the
         metrics of the steps up to it; later ones, of work that was lost, are dropped."""
         if not self.first:
@@ -105,6 +108,7 @@ class RunDirectory:
         self.handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self.handler)
+        log.setLevel(logging.DEBUG)  # train.log has all; what the console shows is its own matter
         return kept
 
     def record(self, row: dict[str, Any]) -> None:
@@ -178,7 +182,9 @@ def git_commit(checkout: Path) -> str | None:
     """The commit checked out, read from git's own files; None where there are none."""
     with suppress(OSError):
         head = (checkout / ".git" / "HEAD").read_text().strip()
-        return head if " " not in head else (checkout / ".git" / head.split()[1]).read_text().strip()
+        return (
+            head if " " not in head else (checkout / ".git" / head.split()[1]).read_text().strip()
+        )
     return None
 
 

@@ -29,7 +29,9 @@ class GPTConfig:
     n_kv_head: int = 0  # key and value heads; 0: n_head
     n_embd: int = 768  # width of the residual stream
     head_dim: int = 0  # 0: n_embd / n_head
-    n_hidden: int = 0  # width of the MLP; 0: 8/3 n_embd up to a multiple of 64 (swiglu), 4 n_embd (relu2)
+    n_hidden: int = (
+        0  # width of the MLP; 0: 8/3 n_embd up to a multiple of 64 (swiglu), 4 n_embd (relu2)
+    )
     tied: bool = False  # head = embedding
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6  # 0: torch's default for the dtype
@@ -191,7 +193,9 @@ class HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), device=h.device)
         dh = torch.empty_like(h) if differentiate else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if differentiate else None
-        db = torch.zeros_like(bias, dtype=torch.float32) if differentiate and b is not None else None
+        db = (
+            torch.zeros_like(bias, dtype=torch.float32) if differentiate and b is not None else None
+        )
         rows = max(64, CHUNK.get(h.device.type, 1 << 27) // W.size(0))
         for start in range(0, h.size(0), rows):
             x, y = h[start : start + rows], targets[start : start + rows, None]
@@ -253,7 +257,9 @@ class GPT(nn.Module):
                     value.fill_(1.0)
                 elif name == "embed_tokens.weight":
                     value.normal_(std=self.config.embed_std, generator=random)
-                elif p.ndim == 2 and not name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                elif p.ndim == 2 and not name.endswith(
+                    ("o_proj.weight", "down_proj.weight", "lm_head.weight")
+                ):
                     value.normal_(std=(0.33 / p.size(1)) ** 0.5, generator=random)
                 p.copy_(value)
         return self
@@ -263,7 +269,8 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         length = start + tokens.size(1)
         cos, sin = (
-            t[start:].to(self.compute_dtype) for t in rope_tables(self.config, length, tokens.device)
+            t[start:].to(self.compute_dtype)
+            for t in rope_tables(self.config, length, tokens.device)
         )
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         if self.embed_norm is not None:
@@ -320,11 +327,11 @@ class Cache:
     """Keys and values of the tokens seen so far, for generation: room for `size` tokens."""
 
     def __init__(self, model: GPT, batch: int, size: int):
-        p, c = model.embed_tokens.weight, model.config
+        c, device = model.config, model.embed_tokens.weight.device
         shape = (batch, c.n_kv_head, size, c.head_dim)
         self.length, self.size = 0, size
         self.kv = {
-            layer.self_attn: p.new_empty((2, *shape), dtype=model.compute_dtype)
+            layer.self_attn: torch.empty(2, *shape, dtype=model.compute_dtype, device=device)
             for layer in model.layers
         }
 

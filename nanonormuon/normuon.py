@@ -143,7 +143,9 @@ class NorMuon(torch.optim.Optimizer):
                 f"momentum = {momentum}, beta2 = {beta2}, ns_steps = {ns_steps}: "
                 "expected momentum and beta2 in [0, 1), ns_steps at least 1"
             )
-        triples = [ns_coefficients] if isinstance(ns_coefficients[0], float | int) else ns_coefficients
+        triples = (
+            [ns_coefficients] if isinstance(ns_coefficients[0], float | int) else ns_coefficients
+        )
         self.ns_coefficients = (*triples, *[triples[-1]] * ns_steps)[:ns_steps]
         self.ns_dtype = ns_dtype
         defaults = {
@@ -177,7 +179,8 @@ class NorMuon(torch.optim.Optimizer):
             dtype = wide(p.dtype)
             if isinstance(p, DTensor):
                 keep = [
-                    Replicate() if a.is_shard(p.ndim - 2) and not by_row else a for a in p.placements
+                    Replicate() if a.is_shard(p.ndim - 2) and not by_row else a
+                    for a in p.placements
                 ]
                 state["second_moment"] = distributed_zeros(
                     shape, dtype=dtype, device_mesh=p.device_mesh, placements=keep
@@ -390,9 +393,7 @@ def make_layout(params: list[Tensor]) -> Alone:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return Replicated(K, None) if several else Alone()
     mesh, placements = p.device_mesh, p.placements
-    shards = [
-        (i, a) for i, a in enumerate(placements) if not a.is_replicate() and mesh.size(i) > 1
-    ]
+    shards = [(i, a) for i, a in enumerate(placements) if not a.is_replicate() and mesh.size(i) > 1]
     if not shards and mesh.ndim == 1 and mesh.size() > 1:
         return Replicated(K, mesh.get_group())
     if not shards:  # replicated over several dimensions: every rank does all of the work

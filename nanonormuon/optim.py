@@ -1,10 +1,10 @@
 """Which parameter goes to which optimizer, and what the schedule makes of the learning rates.
 
-    role        parameters                                          optimizer
-    matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon or AdamW, by name
-    embedding   weights of nn.Embedding, also when the head is tied AdamW
-    head        the linear layer that ends in the vocabulary        AdamW
-    vector      gains, biases, matrices of one row or one column    AdamW
+role        parameters                                          optimizer
+matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon or AdamW, by name
+embedding   weights of nn.Embedding, also when the head is tied AdamW
+head        the linear layer that ends in the vocabulary        AdamW
+vector      gains, biases, matrices of one row or one column    AdamW
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,9 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     Raises ValueError for a parameter it cannot place and for a pattern that matches none.
     """
     roles = dict(roles or {})
-    tables = {id(m.weight): m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = {
+        id(m.weight): m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)
+    }
     rows = set(tables.values())
     owners = {
         id(p): module
@@ -150,7 +152,9 @@ def describe(optimizers: Sequence[torch.optim.Optimizer]) -> str:
         for g in optimizer.param_groups:
             for name, p in zip(g["names"], g["params"]):
                 shape, rates = "x".join(map(str, p.shape)), (g["initial_lr"], g["weight_decay"])
-                rows.append((name, shape, g["role"], kind(optimizer, g), *(f"{r:.4g}" for r in rates)))
+                rows.append(
+                    (name, shape, g["role"], kind(optimizer, g), *(f"{r:.4g}" for r in rates))
+                )
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from nanonormuon import data
 from nanonormuon.data import MANIFEST, PARTIAL, DataError
-from nanonormuon.tokenizer import CONFIG, FILE, Tokenizer, pieces
+from nanonormuon.tokenizer import CONFIG, FILE, PATTERN, Tokenizer, pieces
 from nanonormuon.tokenizer import get as get_tokenizer
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def builtin_python(tokenizer: str = "bpe:4096", val: float = 0.06) -> Path:
     Several processes may call this at once: each prepares a directory of its own, one is kept.
     """
     corpus = list(python_sources())
-    key = hashlib.sha256(f"{data.FORMAT} {tokenizer} {val}".encode())
+    key = hashlib.sha256(f"{data.FORMAT} {tokenizer} {PATTERN} {val}".encode())
     for document in corpus:
         key.update(hashlib.sha256(document.data).digest())
     target = cache_directory() / f"python-{key.hexdigest()[:12]}"

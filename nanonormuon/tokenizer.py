@@ -205,7 +205,9 @@ class Tokenizer:
             "split_special_tokens": True,
         }
         contents = {FILE: _to_json(self), CONFIG: config}
-        return {n: json.dumps(c, ensure_ascii=False, indent=1).encode() for n, c in contents.items()}
+        return {
+            n: json.dumps(c, ensure_ascii=False, indent=1).encode() for n, c in contents.items()
+        }
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json."""

@@ -62,23 +62,24 @@ def open_corpus(config: Config, world: distributed.World) -> tuple[Data, Tokeniz
             raise ConfigError(f'data.path = "{config.data.path}": did you mean "builtin:python"?')
         built = str(prepare.builtin_python(config.data.tokenizer)) if world.first else ""
         path = Path(distributed.from_first(built, world.device))
-    with_manifest = (path / "manifest.json").exists()
-    tokenizer = None
+    if (path / "manifest.json").exists():
+        data, tokenizer = open_data(path, None, config.data.verify), load_tokenizer(path)
+        expected = data.manifest["tokenizer"]["hash"]
+        if tokenizer.hash != expected:
+            raise DataError(
+                f"{path / 'tokenizer.json'}: hash {tokenizer.hash}, expected {expected} "
+                "(manifest.json); prepare the data again"
+            )
+        return data, tokenizer
+    tokenizer, problem = None, ""
     try:
-        tokenizer = load_tokenizer(path) if with_manifest else get_tokenizer(config.data.tokenizer)
+        tokenizer = get_tokenizer(config.data.tokenizer)
     except TokenizerError as error:
-        if with_manifest:
-            raise
-        log.warning("no samples and no bits per byte: %s", error)
-    vocab_size = None if with_manifest else config.model.vocab_size or None
-    if vocab_size is None and not with_manifest and tokenizer is not None:
-        vocab_size = tokenizer.vocab_size
+        problem = str(error)
+    vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     data = open_data(path, vocab_size, config.data.verify)
-    if with_manifest and tokenizer.hash != data.manifest["tokenizer"]["hash"]:
-        raise DataError(
-            f"{path / 'tokenizer.json'}: hash {tokenizer.hash}, expected "
-            f"{data.manifest['tokenizer']['hash']} (manifest.json): prepare the data again"
-        )
+    if tokenizer is None and world.first:
+        log.warning(f"no samples and no bits per byte, data.tokenizer is not usable: {problem}")
     return data, tokenizer
 
 
@@ -113,11 +114,15 @@ def split_batch(config: Config, ranks: int, device: torch.device) -> tuple[int, 
     if micro == "auto":
         # Estimated, not probed: what a layer keeps for its backward pass, with 40 % to spare.
         m = config.model
-        per_token = 2 * m.n_layer * (14 * m.n_embd + 6 * (m.n_hidden or 4 * m.n_embd)) + 8 * m.n_embd
+        per_token = (
+            2 * m.n_layer * (14 * m.n_embd + 6 * (m.n_hidden or 4 * m.n_embd)) + 8 * m.n_embd
+        )
         room = 8192 * per_token
         if device.type == "cuda":
             room = int(0.6 * torch.cuda.mem_get_info(device)[0]) - (1 << 29)
-        fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0 and n * T * per_token <= room]
+        fitting = [
+            n for n in range(1, per_rank + 1) if per_rank % n == 0 and n * T * per_token <= room
+        ]
         micro = max(fitting, default=1)
     return per_rank, micro
 
@@ -157,7 +162,9 @@ class Stopping:
             if self.number:
                 os._exit(128 + number)
             self.number = number
-            log.warning("signal %d: finishing the step, then saving; once more ends at once", number)
+            log.warning(
+                "signal %d: finishing the step, then saving; once more ends at once", number
+            )
 
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -305,7 +312,9 @@ class Trainer:
             self.validate()  # the process ended between this step's checkpoint and its evaluation
             self.run.record({"step": self.step, "tokens": self.tokens, **self.last_validation})
         terminal = sys.stderr.isatty()
-        bar = tqdm(total=last_step, initial=self.step, unit="step", disable=not (speak and terminal))
+        bar = tqdm(
+            total=last_step, initial=self.step, unit="step", disable=not (speak and terminal)
+        )
         logged, tick, loss = (self.step, self.seconds), time.perf_counter(), None
         while self.step < last_step:
             loss, grad_norm = self.take_step()
@@ -466,7 +475,9 @@ class Trainer:
         if odd := hf.obstacles(m):
             log.warning(f"Hugging Face's Qwen3 cannot load this model: {', '.join(odd)}")
         if epochs > 4:
-            log.warning(f"{epochs:.1f} epochs: beyond 4, repetition teaches little (arXiv 2305.16264)")
+            log.warning(
+                f"{epochs:.1f} epochs: beyond 4, repetition teaches little (arXiv 2305.16264)"
+            )
         log.info(f"writing to {self.run.path}")
 
 

@@ -103,14 +103,18 @@ def test_mistakes_in_files_are_named_with_the_file(tmp_path, text, words):
 
 
 def test_what_may_change_on_resume_exists_and_the_rest_is_reported():
-    everything = {f"{s}.{f.name}" for s, kind in config.SECTIONS.items() for f in dataclasses.fields(kind)}
+    everything = {
+        f"{s}.{f.name}" for s, kind in config.SECTIONS.items() for f in dataclasses.fields(kind)
+    }
     assert set(config.MAY_CHANGE) <= everything
     old = Config()
     for name in everything:
         section, _, key = name.partition(".")
         table = getattr(old, section)
         value = getattr(table, key)
-        other = {bool: lambda v: not v, str: lambda v: v + "x"}.get(type(value), lambda v: v + 1)(value)
+        other = {bool: lambda v: not v, str: lambda v: v + "x"}.get(type(value), lambda v: v + 1)(
+            value
+        )
         new = dataclasses.replace(old)  # checks of the model do not matter here
         object.__setattr__(new, section, dataclasses.replace(table))
         object.__setattr__(getattr(new, section), key, other)

@@ -28,6 +28,10 @@ def split_of(*lengths: int, vocab_size: int | None = None) -> Split:
     return Split([Path(f"none/train_{i}.bin") for i in range(len(lengths))], shards, vocab_size)
 
 
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """Two train shards and one val shard over 100 ids, with their manifest."""
@@ -82,7 +86,7 @@ def test_shard_layout(tmp_path: Path, vocab_size: int, version: int, dtype: str)
     shard = data.read_shard(tmp_path / "x.bin")
     assert shard.tolist() == tokens.tolist() and shard.dtype == dtype
     assert not shard.flags.writeable
-    assert os.listdir(tmp_path) == ["x.bin"]
+    assert names(tmp_path) == ["x.bin"]
 
 
 def test_write_refuses_ids_outside_the_vocabulary(tmp_path: Path) -> None:
@@ -95,7 +99,7 @@ def test_write_refuses_ids_outside_the_vocabulary(tmp_path: Path) -> None:
             data.write_shard(tmp_path / "x.bin", tokens, 50)
     with pytest.raises(DataError, match="vector"):
         data.write_shard(tmp_path / "x.bin", np.zeros(3), 50)
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_interrupted_write_leaves_the_old_shard(tmp_path: Path, monkeypatch: Any) -> None:
@@ -107,7 +111,7 @@ def test_interrupted_write_leaves_the_old_shard(tmp_path: Path, monkeypatch: Any
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
         data.write_shard(tmp_path / "x.bin", np.array([3]), 50)
-    assert os.listdir(tmp_path) == ["x.bin"]
+    assert names(tmp_path) == ["x.bin"]
     assert data.read_shard(tmp_path / "x.bin").tolist() == [1, 2]
 
 
@@ -156,6 +160,9 @@ def test_not_a_regular_file(directory: Path) -> None:
     assert data.open_data(directory).train.tokens == 800
     os.mkfifo(directory / "manifest.json")
     refused(directory, "regular file")
+    (directory / "manifest.json").unlink()
+    (directory / "manifest.json").symlink_to(directory / "nothing")
+    refused(directory, "regular file")
 
 
 # ------------------------------------------------------------------------------------ directories
@@ -181,6 +188,13 @@ def test_without_manifest(directory: Path) -> None:
     refused(directory, r"000000\.bin: token 7: id below 99 expected, 99 found", vocab_size=99)
     (directory / "fineweb_val_000000.bin").unlink()
     refused(directory, "no val split")
+
+
+def test_unfinished_preparation(directory: Path) -> None:
+    """Its shards may be in place already and look like published ones."""
+    (directory / ".partial").mkdir()
+    (directory / "manifest.json").rename(directory / ".partial" / "manifest.json")
+    refused(directory, "unfinished preparation; run normuon-train prepare again")
 
 
 def test_missing_directory_says_what_to_run(tmp_path: Path) -> None:
@@ -338,6 +352,17 @@ def test_every_window_once_per_epoch(
     for epoch in range(3):
         assert sorted(stream[epoch * n : (epoch + 1) * n]) == windows
     assert batches.epoch(steps) == steps * sequences / n
+
+
+def test_each_epoch_and_seed_has_an_order_of_its_own() -> None:
+    orders = [
+        Batches(split_of(501), 5, 100, seed).windows(epoch).tolist()
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    ]
+    for i, order in enumerate(orders):
+        for other in orders[:i]:
+            assert sum(a == b for a, b in zip(order, other, strict=True)) < 20
 
 
 @settings(max_examples=60, deadline=None)

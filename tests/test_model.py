@@ -57,7 +57,9 @@ def test_track3_reference():
             name = name.replace("norm1.gains", "input_layernorm.weight")
             return name.replace("norm2.gains", "post_attention_layernorm.weight")
         start, _, end = name.partition(".")
-        start = {"embed": "embed_tokens", "proj": "lm_head", "norm1": "embed_norm"}.get(start, start)
+        start = {"embed": "embed_tokens", "proj": "lm_head", "norm1": "embed_norm"}.get(
+            start, start
+        )
         return "norm.weight" if start == "norm2" else f"{start}.{end.replace('gains', 'weight')}"
 
     model.load_state_dict({ours(k[6:]): v for k, v in golden.items() if k.startswith("param.")})
@@ -103,7 +105,9 @@ def test_loss_and_gradients_equal_plain_cross_entropy(settings, reduction, monke
     for name, p in model.named_parameters():
         assert (found[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
     with torch.no_grad():
-        assert float(model(tokens, targets, reduction=reduction)) == pytest.approx(float(plain), rel=1e-6)
+        assert float(model(tokens, targets, reduction=reduction)) == pytest.approx(
+            float(plain), rel=1e-6
+        )
 
 
 def test_compute_in_bfloat16_keeps_float32_weights_and_gradients():

@@ -59,9 +59,7 @@ def test_equals_the_plain_twin(shape, axis, adjust, nesterov, cautious):
     W, grads = torch.randn(shape).double(), torch.randn(6, *shape).double()
     shared = {"lr": 0.03, "weight_decay": 0.2, "nesterov": nesterov, "cautious": cautious}
     twin = Twin(W, axis=axis, adjust=adjust, **shared)
-    ours = train(
-        W, grads, neuron_axis=axis, adjust_lr_fn=adjust, ns_dtype=torch.float64, **shared
-    )
+    ours = train(W, grads, neuron_axis=axis, adjust_lr_fn=adjust, ns_dtype=torch.float64, **shared)
     for G, found in zip(grads, ours):
         assert relative(found, twin.step(G)) < 1e-6  # the second moment is float32
 
@@ -118,7 +116,11 @@ def test_every_neuron_moves_at_the_same_rate_and_the_norm_is_the_adjusted_one():
 def test_zero_missing_and_rank_deficient_gradients_stay_finite():
     torch.manual_seed(6)
     W = torch.randn(12, 8)
-    for G in (torch.zeros(12, 8), torch.outer(torch.randn(12), torch.randn(8)), torch.eye(12, 8) * 1e-30):
+    for G in (
+        torch.zeros(12, 8),
+        torch.outer(torch.randn(12), torch.randn(8)),
+        torch.eye(12, 8) * 1e-30,
+    ):
         for found in train(W, [G] * 3):
             assert found.isfinite().all()
     (found,) = train(W, [torch.zeros(12, 8)], lr=0.1, weight_decay=0.5)
@@ -167,7 +169,9 @@ def test_other_parameter_dtypes(dtype):
     W, grads = torch.randn(6, 9, dtype=dtype), torch.randn(3, 6, 9, dtype=dtype)
     *_, found = train(W, grads)
     *_, wanted = train(W.float(), grads.float())
-    assert found.dtype == dtype and relative(found, wanted) < (2e-2 if dtype == torch.bfloat16 else 5e-3)
+    assert found.dtype == dtype and relative(found, wanted) < (
+        2e-2 if dtype == torch.bfloat16 else 5e-3
+    )
 
 
 def test_torchs_schedulers_drive_it():

@@ -22,7 +22,9 @@ def test_roles_of_our_model():
     assert found.pop("lm_head.weight") == "head"
     for name, role in found.items():
         assert role == ("vector" if "norm" in name else "matrix"), name
-    assert "lm_head.weight" not in roles(GPT(GPTConfig(vocab_size=40, n_layer=1, n_head=2, n_embd=16, tied=True)))
+    assert "lm_head.weight" not in roles(
+        GPT(GPTConfig(vocab_size=40, n_layer=1, n_head=2, n_embd=16, tied=True))
+    )
 
 
 def test_roles_of_a_foreign_module_by_type_and_tying():

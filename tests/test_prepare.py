@@ -330,19 +330,19 @@ def test_written_and_read_back_bytes_are_compared(
     original = data.header
 
     def corrupt(version: int, tokens: int) -> bytes:
-        return original(version, tokens) + b"??"  # overwrites the first token
+        return original(version, tokens) + bytes(2)  # overwrites the first token
 
     monkeypatch.setattr(data, "header", corrupt)
-    with pytest.raises(DataError, match=r"read back other bytes|id below 257"):
+    with pytest.raises(DataError, match="read back other bytes"):
         prepare([corpus], tmp_path / "out", tokenizer="byte")
 
 
 def test_sample_is_bounded_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAMPLE_BYTES", 1000)
-    documents = [bytes([65 + i % 26]) * 100 for i in range(100)]
-    taken = list(module._sample(documents, 10_000))
-    assert len(taken) == 10 and len({text[0] for text in taken}) == 10
-    assert len(list(module._sample(documents[:10], 1000))) == 10
+    texts = [f"{i:02d}".encode() * 50 for i in range(100)]
+    taken = [int(text[:2]) for text in module._sample(texts, 10_000)]
+    assert len(taken) == 10 and set(np.diff(taken)) <= {9, 10, 11}
+    assert len(list(module._sample(texts[:10], 1000))) == 10
 
 
 def test_unwritable_out_is_an_os_error(corpus: Path, tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_builtin_python(few_sources: Path, caplog: pytest.LogCaptureFixture) -> 
     (path / "train_000000.bin").write_bytes(raw)
     assert module.builtin_python("bpe:500") == path and content(path) == before
     assert "rebuilding the demo's data" in caplog.text
-    assert len(os.listdir(few_sources)) == 2, "no scratch directory is left"
+    assert len(list(few_sources.iterdir())) == 2, "no scratch directory is left"
 
 
 def test_builtin_python_by_two_processes_at_once(few_sources: Path) -> None:
@@ -396,8 +396,8 @@ def test_builtin_python_by_two_processes_at_once(few_sources: Path) -> None:
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    (name,) = os.listdir(few_sources)
-    data.open_data(few_sources / name, verify="full")
+    (path,) = few_sources.iterdir()
+    data.open_data(path, verify="full")
 
 
 def test_no_network(few_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,190 @@
+"""Checkpoints: complete or absent; every corruption is found before anything is loaded; retention counts
+steps, not strings; any tensor dropped or added is noticed."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+
+import pytest
+import torch
+from conftest import TINY
+
+from nanonormuon import checkpoint, optim
+from nanonormuon.checkpoint import CheckpointError
+from nanonormuon.config import load
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.train import train
+
+FILES = {
+    "model.safetensors": b"weights",
+    "optimizer.safetensors": b"buffers",
+    "config.json": b"{}",
+    "state.json": b'{"step": 7}',
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return checkpoint.write(tmp_path, 7, FILES)
+
+
+def test_what_is_written_is_verified_and_found(saved, tmp_path):
+    assert checkpoint.verify(saved) == {"step": 7}
+    assert checkpoint.newest(tmp_path) == (saved, {"step": 7})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000007"]
+    old = os.umask(0o022)
+    os.umask(old)
+    for file in saved.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~old, file
+
+
+def damage(path, kind):
+    content = path.read_bytes()
+    if kind == "flip":
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    elif kind == "truncate":
+        path.write_bytes(content[:-1])
+    elif kind == "append":
+        path.write_bytes(content + b"\0")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "remove":
+        path.unlink()
+    elif kind == "link":
+        path.rename(path.parent.parent / "elsewhere")
+        path.symlink_to(path.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate", "append", "empty", "remove", "link"])
+@pytest.mark.parametrize("name", FILES)
+def test_every_corruption_of_every_file_is_named(name, kind, saved, tmp_path):
+    older = checkpoint.write(tmp_path, 3, FILES)
+    damage(saved / name, kind)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        checkpoint.verify(saved)
+    assert checkpoint.newest(tmp_path)[0] == older
+
+
+@pytest.mark.parametrize("kind", ["truncate", "empty", "remove"])
+def test_a_damaged_manifest(kind, saved):
+    damage(saved / "manifest.json", kind)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        checkpoint.verify(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"files": []},
+        {"files": {}},
+        {"files": {"../outside": {"size": 1, "sha256": ""}}},
+        {"files": {"/etc/passwd": {"size": 1, "sha256": ""}}},
+    ],
+)
+def test_a_manifest_that_is_not_ours(change, saved):
+    manifest = json.loads((saved / "manifest.json").read_text()) | change
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        checkpoint.verify(saved)
+
+
+def test_debris_and_foreign_files_are_neither_used_nor_deleted(tmp_path):
+    (tmp_path / ".partial-step-000009").mkdir()
+    (tmp_path / "step-000010").mkdir()  # empty: a crash of somebody else's tool
+    (tmp_path / "step-final").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    good = checkpoint.write(tmp_path, 8, FILES)
+    checkpoint.write(tmp_path, 2, FILES)
+    assert checkpoint.newest(tmp_path)[0] == good
+    checkpoint.retain(tmp_path, 5)
+    assert (tmp_path / "step-final").is_dir() and (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(CheckpointError, match="no step-NNNNNN directory"):
+        checkpoint.newest(tmp_path / "nothing")
+
+
+def test_retention_counts_steps(tmp_path):
+    for step in (999_999, 1_000_000, 9, 10):
+        checkpoint.write(tmp_path, step, FILES)
+    checkpoint.retain(tmp_path, 0)
+    assert len(checkpoint.all_steps(tmp_path)) == 4
+    checkpoint.retain(tmp_path, 2)
+    assert [p.name for p in checkpoint.all_steps(tmp_path)] == ["step-999999", "step-1000000"]
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_full_disk_costs_nothing_that_was_there(at, tmp_path, monkeypatch):
+    """No space at the n-th write, sync or rename of a save."""
+    older = checkpoint.write(tmp_path, 3, FILES)
+    calls = []
+
+    def failing(original):
+        def call(*args, **kwargs):
+            calls.append(original)
+            if len(calls) == at:
+                raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(checkpoint.os, name, failing(getattr(os, name)))
+    try:
+        checkpoint.write(tmp_path, 7, FILES)
+        failed = False
+    except OSError:
+        failed = True
+    monkeypatch.undo()
+    assert failed == (at <= 9)  # 5 files, 2 directories, the rename, its directory
+    assert checkpoint.newest(tmp_path)[0] in (older, tmp_path / "step-000007")
+    checkpoint.verify(older)
+    checkpoint.write(tmp_path, 7, FILES)  # and the next save finds its way past the debris
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "step-000007"
+    assert checkpoint.verify(tmp_path / "step-000007") == {"step": 7}
+
+
+@pytest.fixture
+def trained(shards, tmp_path):
+    config = load([*TINY, f"data.path={shards}", "train.steps=2", "train.sample_tokens=0"])[0]
+    train(config, tmp_path / "run")
+    return config, tmp_path / "run" / "checkpoints" / "step-000002"
+
+
+def test_every_buffer_is_stored_and_none_may_be_missing(trained):
+    """For each item of state, dropping it from the file is noticed."""
+    config, path = trained
+    model = GPT(GPTConfig(**{**config.model.__dict__, "vocab_size": 320}))
+    optimizers = optim.make_optimizers(model)
+    checkpoint.load_weights(model, path)
+    checkpoint.load_optimizers(optimizers, path)
+    buffers = checkpoint.read_tensors(path / "optimizer.safetensors")
+    names = {name for name, _ in model.named_parameters()}
+    kinds = {
+        key: {n.rpartition(".")[2] for n in buffers if n.rpartition(".")[0] == key} for key in names
+    }
+    for name in names:
+        hidden = name.startswith("layers") and "norm" not in name
+        wanted = {"momentum", "second_moment"} if hidden else {"exp_avg", "exp_avg_sq", "step"}
+        assert kinds[name] == wanted, name
+    for name in sorted(buffers)[::5]:
+        fewer = {k: v for k, v in buffers.items() if k != name}
+        (path / "optimizer.safetensors").write_bytes(checkpoint.serialise(fewer))
+        with pytest.raises(CheckpointError, match=f"1 tensors missing, first {name}"):
+            checkpoint.load_optimizers(optimizers, path)
+    more = buffers | {"layers.9.mlp.momentum": torch.zeros(1)}
+    (path / "optimizer.safetensors").write_bytes(checkpoint.serialise(more))
+    with pytest.raises(CheckpointError, match="unexpected"):
+        checkpoint.load_optimizers(optimizers, path)
+
+
+def test_weights_of_another_shape_are_refused(trained):
+    _, path = trained
+    other = GPT(GPTConfig(vocab_size=320, n_layer=2, n_head=2, n_kv_head=1, n_embd=64))
+    with pytest.raises(CheckpointError, match="has shape"):
+        checkpoint.load_weights(other, path)
+    deeper = GPT(GPTConfig(vocab_size=320, n_layer=3, n_head=2, n_kv_head=1, n_embd=32))
+    with pytest.raises(CheckpointError, match="tensors missing, first model.layers.2"):
+        checkpoint.load_weights(deeper, path)
+    shutil.rmtree(path)

@@ -1,0 +1,171 @@
+"""The command line: every mistake ends in its exit code and one line that names what to do, before any
+training and with nothing left behind; what the commands print is what they promise."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import command
+
+from nanonormuon import cli, config
+from nanonormuon.data import write_shard
+
+
+def called(arguments, capsys):
+    """Exit code and the error line of a command run in this process."""
+    code = cli.main([str(a) for a in arguments])
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run", "demo", "train.stepz=3"], 2, 'did you mean "train.steps"'),
+        (["run", "demmo"], 2, 'did you mean "demo"'),
+        (["run", "--resme"], 2, "--resume"),
+        (["runn"], 2, "run"),
+        (["run", "train.steps=many"], 2, "expected a whole number"),
+        (["run", "train.batch_tokens=1000"], 2, "the nearest are 768 or 1024"),
+        (
+            ["run", "train.batch_tokens=8192", "train.micro_batch=7"],
+            2,
+            "the nearest are 7168 or 8960",
+        ),
+        (["run", "data.path=builtin:pyhton", "--out", "OUT"], 2, 'did you mean "builtin:python"'),
+        (
+            ["run", "data.path=nowhere", "--out", "OUT"],
+            3,
+            "nowhere: no such data directory; run normuon-train prepare",
+        ),
+        (["run", "--resume"], 2, "--resume: no --out given"),
+        (["run", "--resume", "--out", "OUT"], 2, "expected a run directory"),
+        (["show", "demo", "optim.lr=big"], 2, "expected a number"),
+        (["sample", "OUT"], 4, "neither a run directory"),
+        (["sample", "OUT", "--top-q", "1"], 2, "--top-p"),
+        (["sample", "OUT", "--device", "gpu"], 2, "expected one of auto, cpu, cuda, mps"),
+        (["prepare", "nothing.txt", "--out", "OUT"], 3, "nothing.txt"),
+        (["prepare", __file__, "--out", "OUT", "--tokenizer", "gtp2"], 3, "gpt2"),
+        (["prepare", __file__, "--out", "OUT", "--tokenizer", "bpe:12"], 3, "257"),
+        (["prepare", __file__, "--out", "OUT", "--val", "1.5"], 3, "val"),
+    ],
+)
+def test_mistakes(arguments, code, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, message = called([tmp_path / "out" if a == "OUT" else a for a in arguments], capsys)
+    assert found == code and words in message
+    assert message.startswith("error: ") or message.startswith("Usage: ")
+    assert list(tmp_path.iterdir()) == []  # nothing was made
+
+
+def refused(arguments, code, words, capsys, out):
+    found, message = called(["run", *arguments, "--out", out], capsys)
+    assert found == code, message
+    line = message.strip().splitlines()[-1]
+    assert line.startswith("error: ") and words in line
+    assert not out.exists() or [p.name for p in out.iterdir()] == ["keep"]
+
+
+def test_bad_text(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"some text\0\1\2" * 50)
+    for name, words in (("empty.txt", "empty"), ("binary.txt", "offset 9")):
+        code, message = called(["prepare", tmp_path / name, "--out", tmp_path / "out"], capsys)
+        assert code == 3 and name in message and words in message
+        assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_bad_data(tiny, shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    small = [a for a in tiny if not a.startswith("data.path")]
+
+    def with_copy(name):
+        shutil.copytree(shards, tmp_path / name)
+        return [*small, f"data.path={tmp_path / name}"], tmp_path / name
+
+    arguments, folder = with_copy("truncated")
+    shard = folder / "train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    refused(arguments, 3, "train_000000.bin", capsys, out)
+    arguments, folder = with_copy("flipped")
+    shard, content = (
+        folder / "train_000000.bin",
+        bytearray((shards / "train_000000.bin").read_bytes()),
+    )
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    refused(arguments, 3, "sha256", capsys, out)
+    refused([*tiny, "model.vocab_size=100"], 2, "the data in", capsys, out)
+    refused(
+        [*tiny, "data.seq_len=200_000", "train.batch_tokens=200_000"], 3, "seq_len", capsys, out
+    )
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for split in ("train", "val"):
+        write_shard(plain / f"my_{split}_0.bin", np.arange(3000) % 500, 500)
+    arguments = [*small, f"data.path={plain}", "data.tokenizer=byte"]
+    refused([*arguments, "model.vocab_size=300"], 3, "token 300: id below 300", capsys, out)
+
+
+def test_an_output_that_cannot_be_written(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    code, message = called(["run", *tiny, "--out", tmp_path / "file" / "run"], capsys)
+    assert code == 8 and str(tmp_path / "file") in message
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_an_unknown_fault_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(config, "load", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["show"])
+
+
+def test_help_names_every_command_and_gives_examples(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in ("run", "prepare", "sample", "recipes", "show"):
+        assert re.search(rf"^  {name} ", text, re.M)
+        assert cli.main([name, "--help"]) == 0
+        assert name == "recipes" or f"normuon-train {name}" in capsys.readouterr().out
+
+
+def test_recipes_and_show(capsys):
+    assert cli.main(["recipes"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == set(
+        config.recipes()
+    )
+    assert cli.main(["show", "demo", "optim.lr=0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^lr = 0.5 +# command line$", shown, re.M)
+    assert re.search(r"^n_layer = \d+ +# demo$", shown, re.M)
+    assert re.search(r"^nesterov = true +# default$", shown, re.M)
+    assert cli.main(["run", "demo", "optim.lr=0.5", "--dry-run"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_from_text_to_samples_as_a_user_does_it(text, tmp_path):
+    """prepare, run, resume and sample, each in a process of its own, with quiet and greppable output."""
+    code, out, _ = command(
+        "prepare", text, "--out", "data/mine", "--tokenizer", "bpe:300", cwd=tmp_path
+    )
+    assert code == 0 and "train: 1 documents" in out and "next: normuon-train run" in out
+    small = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "data.path=data/mine",
+             "data.seq_len=32", "train.batch_tokens=512", "train.steps=6", "train.log_every=2"]  # fmt: skip
+    code, out, err = command("run", *small, "--out", "runs/a", cwd=tmp_path)
+    assert code == 0, err
+    assert re.search(
+        r"^done: step 6, 3,072 tokens: val_loss \d\.\d{4}, \d\.\d{4} bits per byte", out
+    )
+    assert "checkpoint: runs/a/checkpoints/step-000006" in out
+    assert "next: normuon-train sample runs/a" in out
+    assert len(re.findall(r"^step \d/6  loss ", err, re.M)) == 3 and "\r" not in err
+    assert "sample before training" in err and "sample after training" in err
+    code, out, err = command("run", "--resume", "train.steps=8", "--out", "runs/a", cwd=tmp_path)
+    assert code == 0 and "resumed from runs/a/checkpoints/step-000006" in err, err
+    assert json.loads((tmp_path / "runs/a/summary.json").read_text())["steps"] == 8
+    ask = ["sample", "runs/a", "--prompt", "the cat", "--max-tokens", "9", "--num", "2"]
+    code, out, err = command(*ask, cwd=tmp_path)
+    assert code == 0 and out.count("the cat") == 2 and "--- sample 2" in out, err
+    assert command(*ask, cwd=tmp_path)[1] == out
+    assert command(*ask, "--seed", "5", cwd=tmp_path)[1] != out

@@ -1,0 +1,69 @@
+"""Sampling: greedy with a cache equals full recomputation, seeds decide, filters keep what they should, and
+characters come out whole."""
+
+import pytest
+import torch
+
+from nanonormuon import sample, tokenizer
+from nanonormuon.checkpoint import CheckpointError
+from nanonormuon.model import GPT, GPTConfig
+
+
+@pytest.fixture(scope="module")
+def model():
+    gpt = GPT(GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=16)).init_weights(0).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+    return gpt
+
+
+def test_greedy_with_a_cache_equals_full_recomputation(model):
+    prompt = torch.randint(64, (3, 5))
+    found = torch.stack(list(sample.generate(model, prompt, 12, temperature=0)), 1)
+    tokens = prompt
+    for _ in range(12):
+        with torch.no_grad():
+            tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, tokens[:, 5:])
+
+
+def test_the_seed_decides(model):
+    prompt = torch.randint(64, (1, 4))
+    a, b, c = ([int(t) for t in sample.generate(model, prompt, 30, seed=s)] for s in (1, 1, 2))
+    assert a == b != c
+
+
+def test_filters():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(4000, 1)
+    random = torch.Generator().manual_seed(0)
+
+    def shares(temperature, top_k, top_p):
+        drawn = sample.draw(logits, temperature, top_k, top_p, random)
+        return torch.bincount(drawn, minlength=4) / 4000
+
+    p = torch.tensor([3.0, 2.0, 1.0, 0.0]).softmax(0)
+    assert torch.allclose(shares(1, 0, 1), p, atol=0.03)
+    assert torch.allclose(shares(0.5, 0, 1), (p**2) / (p**2).sum(), atol=0.03)
+    assert torch.allclose(
+        shares(1, 2, 1), torch.cat([p[:2] / p[:2].sum(), p.new_zeros(2)]), atol=0.03
+    )
+    assert shares(1, 0, 0.5).tolist() == [1, 0, 0, 0]  # the first token alone has 0.64
+    assert (shares(1, 0, 0.7) > 0).tolist() == [True, True, False, False]
+    assert shares(0, 0, 1).tolist() == [1, 0, 0, 0]
+
+
+def test_characters_spread_over_tokens_come_out_whole(monkeypatch):
+    byte = tokenizer.get("byte")
+    text = "né 東🎉!"
+    ids = [*text.encode(), 0xFF, ord("x"), 0xE6, byte.eot, ord("y")]
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: (torch.tensor([i]) for i in ids))
+    pieces = list(sample.stream(None, byte, "", 99))
+    assert "".join(pieces) == text + "\ufffdx\ufffd"
+    assert "東" in pieces and "🎉" in pieces
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a run directory"):
+        sample.find_checkpoint(tmp_path)

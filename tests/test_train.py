@@ -1,0 +1,264 @@
+"""A run is exact: stopped after any step and resumed it ends in the same bytes, two processes follow one,
+accumulation changes nothing but rounding, and nothing that is not finite is ever saved."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from nanonormuon import train as train_module
+from nanonormuon.checkpoint import CheckpointError
+from nanonormuon.config import ConfigError, load
+from nanonormuon.log import RunError, read_metrics
+from nanonormuon.train import NonFinite, train
+
+
+def final(out, step=8):
+    """The bytes of the last checkpoint's weights and optimizer."""
+    path = Path(out) / "checkpoints" / f"step-{step:06d}"
+    return [(path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+
+
+def run(arguments, out, resume=False):
+    return train(load(arguments)[0], Path(out), resume)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "whole"
+    return out, run(tiny, out)
+
+
+def test_what_a_run_leaves(uninterrupted):
+    out, summary = uninterrupted
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["step"] for row in rows if "val_loss" in row] == [4, 8]
+    assert rows[-1]["val_loss"] < rows[3]["val_loss"] < 5.8  # it learns: log(320) = 5.77
+    assert {"tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second"} <= set(rows[0])
+    saved = json.loads((out / "summary.json").read_text())
+    assert saved == summary and saved["steps"] == 8 and saved["tokens"] == 8 * 256
+    assert saved["val_loss"] == saved["best_val_loss"] == rows[-1]["val_loss"]
+    # every target is a byte of ASCII text, so bits per byte is the loss in bits
+    assert saved["val_bpb"] == pytest.approx(saved["val_loss"] / 0.6931471805599453, rel=1e-6)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000006", "step-000008"]
+    assert "NorMuon" in (out / "groups.txt").read_text()
+    assert json.loads((out / "environment.json").read_text())["torch"] == torch.__version__
+    assert load([str(out / "config.toml")])[0].model.vocab_size == 320
+    assert "val_loss" in (out / "train.log").read_text()
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_stopped_at_any_step_and_resumed_it_ends_in_the_same_bytes(
+    stop, tiny, tmp_path, uninterrupted
+):
+    run([*tiny, f"train.stop_at={stop}"], tmp_path / "run")
+    summary = run(tiny, tmp_path / "run", resume=True)
+    assert final(tmp_path / "run") == final(uninterrupted[0])
+    assert summary["val_loss"] == uninterrupted[1]["val_loss"]
+    steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == list(range(1, 9))
+
+
+def test_accumulation_is_resumed_bitwise_and_changes_only_rounding(tiny, tmp_path, uninterrupted):
+    small = [*tiny, "train.micro_batch=2"]
+    run(small, tmp_path / "whole")
+    run([*small, "train.stop_at=5"], tmp_path / "parts")
+    run(small, tmp_path / "parts", resume=True)
+    assert final(tmp_path / "whole") == final(tmp_path / "parts") != final(uninterrupted[0])
+    one, other = (
+        read_metrics(Path(p) / "metrics.jsonl") for p in (uninterrupted[0], tmp_path / "whole")
+    )
+    assert [r["loss"] for r in other] == pytest.approx([r["loss"] for r in one], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_the_other_optimizers_resume_too(name, tiny, tmp_path):
+    more = [*tiny, f"optim.name={name}", "optim.lr=0.002", "optim.grad_clip=0.5"]
+    run(more, tmp_path / "whole")
+    run([*more, "train.stop_at=4"], tmp_path / "parts")
+    run(more, tmp_path / "parts", resume=True)
+    assert final(tmp_path / "whole") == final(tmp_path / "parts")
+
+
+def test_a_resumed_run_repeats_lost_work_and_a_lost_evaluation(tiny, tmp_path, uninterrupted):
+    run([*tiny, "train.stop_at=4"], tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    rows = read_metrics(file)
+    del rows[-1]["val_loss"]  # as if the process had died between saving and evaluating
+    later = [{"step": 5, "loss": 1.0}, {"step": 6, "loss": 1.0}]  # and lost two logged steps
+    file.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows[:-1] + later) + '{"step": 7, "lo'
+    )
+    run(tiny, tmp_path / "run", resume=True)
+    found, wanted = read_metrics(file), read_metrics(uninterrupted[0] / "metrics.jsonl")
+    assert [r["step"] for r in found] == list(range(1, 9))
+    for a, b in zip(found, wanted):
+        assert a.get("val_loss") == b.get("val_loss"), a["step"]
+        if a["step"] != 4:  # its training loss went with the process, its evaluation did not
+            assert a["loss"] == b["loss"]
+
+
+def test_extending_a_finished_run_is_allowed(tiny, tmp_path):
+    run(tiny, tmp_path / "run")
+    assert run([*tiny, "train.steps=10"], tmp_path / "run", resume=True)["steps"] == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.n_embd=64", "model.n_embd: 32 -> 64"),
+        ("train.batch_tokens=512", "train.batch_tokens: 256 -> 512"),
+        ("optim.lr=0.5", "optim.lr: 0.02 -> 0.5"),
+        ("train.seed=1", "train.seed: 0 -> 1"),
+        ("train.steps=3", "is at step 5 already"),
+    ],
+)
+def test_another_run_is_not_resumed(change, words, tiny, tmp_path):
+    run([*tiny, "train.stop_at=5"], tmp_path / "run")
+    before = final(tmp_path / "run", 5)
+    with pytest.raises(ConfigError, match=words):
+        run([*tiny, change], tmp_path / "run", resume=True)
+    assert final(tmp_path / "run", 5) == before
+
+
+def test_other_data_are_not_resumed(tiny, text, tmp_path):
+    from nanonormuon.prepare import prepare
+
+    run([*tiny, "train.stop_at=2"], tmp_path / "run")
+    (tmp_path / "more.txt").write_text(text.read_text() + "and then it stopped.\n")
+    prepare([tmp_path / "more.txt"], tmp_path / "data", "byte", 0.1)
+    with pytest.raises(ConfigError, match="data: fingerprint"):
+        run([*tiny, f"data.path={tmp_path / 'data'}"], tmp_path / "run", resume=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(tiny, tmp_path, uninterrupted, caplog):
+    run([*tiny, "train.stop_at=6"], tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-000006" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 4
+    file.write_bytes(content)
+    run(tiny, tmp_path / "run", resume=True)
+    assert "optimizer.safetensors: sha256" in caplog.text and "trying the one before" in caplog.text
+    assert final(tmp_path / "run") == final(uninterrupted[0])
+    file = tmp_path / "run" / "checkpoints" / "step-000008" / "model.safetensors"
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint .*0 bytes, expected"):
+        run([*tiny, "train.steps=9"], tmp_path / "run", resume=True)
+
+
+def test_a_fresh_start_never_overwrites_a_run(tiny, uninterrupted):
+    with pytest.raises(RunError, match="--resume, or choose another --out"):
+        run(tiny, uninterrupted[0])
+
+
+def test_one_writer(tiny, tmp_path):
+    from nanonormuon.log import RunDirectory
+
+    with (
+        RunDirectory(tmp_path / "run", resume=False),
+        pytest.raises(RunError, match=rf"written by process {os.getpid()}"),
+    ):
+        run(tiny, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nothing_that_is_not_finite_is_saved(where, tiny, tmp_path, monkeypatch):
+    original = train_module.GPT.forward
+
+    def forward(self, tokens, targets=None, **more):
+        out = original(self, tokens, targets, **more)
+        if targets is None or not self.training or not torch.is_grad_enabled():
+            return out
+        calls.append(1)
+        if len(calls) < 5:
+            return out
+        if where == "loss":
+            return out * float("nan")
+        return (
+            out
+            + 0
+            * (self.layers[1].mlp.up_proj.weight.sum() + 1)
+            .sub(self.layers[1].mlp.up_proj.weight.sum() + 1)
+            .sqrt()
+        )
+
+    calls = []
+    monkeypatch.setattr(train_module.GPT, "forward", forward)
+    with pytest.raises(NonFinite, match=rf"the {where} of step 4 .*sequences 0 to 7"):
+        run(tiny, tmp_path / "run")
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-000003"]
+    for tensor in load_file(
+        tmp_path / "run" / "checkpoints" / names[0] / "model.safetensors"
+    ).values():
+        assert tensor.isfinite().all()
+
+
+def test_batches_that_do_not_divide_name_the_nearest_sizes():
+    config = load(["data.seq_len=64", "train.batch_tokens=4096", "train.micro_batch=3"])[0]
+    with pytest.raises(ConfigError, match="the nearest are 3840 or 4224"):
+        train_module.split_batch(config, 2, torch.device("cpu"))
+    assert train_module.split_batch(
+        replace(config, train=replace(config.train, micro_batch=4)), 2, torch.device("cpu")
+    ) == (32, 4)
+
+
+def torchrun(ranks, arguments, out, timeout=180):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+         str(ROOT / "train.py"), *arguments, "--out", str(out)],
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [(2, []), (2, ["train.parallel=fsdp"]), (4, ["train.parallel=fsdp", "train.reshard=false"])],
+)
+def test_several_processes_follow_one(ranks, more, tiny, tmp_path, uninterrupted):
+    """The same stream of tokens and the same losses, and checkpoints that one process resumes."""
+    torchrun(ranks, [*tiny, *more, "train.stop_at=6"], tmp_path / "run")
+    summary = run(tiny, tmp_path / "run", resume=True)
+    one, many = (
+        read_metrics(Path(p) / "metrics.jsonl") for p in (uninterrupted[0], tmp_path / "run")
+    )
+    for a, b in zip(one, many, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-4), a["step"]
+    assert summary["val_loss"] == pytest.approx(uninterrupted[1]["val_loss"], abs=1e-4)
+    ours, theirs = (load_file(Path(p) / "checkpoints/step-000008/model.safetensors")
+                    for p in (uninterrupted[0], tmp_path / "run"))  # fmt: skip
+    for name, value in ours.items():
+        assert torch.allclose(value, theirs[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_resumes_bitwise(number, tiny, tmp_path):
+    out, steps = tmp_path / "run", "train.steps=3000"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nanonormuon.cli", "run", *tiny, steps, "--out", str(out)],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stderr:
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 128 + number and f"stopped by signal {int(number)}" in rest
+    assert f"--resume --out {out}" in rest
+    stopped = max(int(p.name[5:]) for p in (out / "checkpoints").iterdir())
+    assert stopped >= 3
+    end = stopped + 2
+    run([*tiny, steps, f"train.stop_at={end}"], out, resume=True)
+    run([*tiny, steps, f"train.stop_at={end}"], tmp_path / "whole")
+    assert final(out, end) == final(tmp_path / "whole", end)
