@@ -1,4 +1,4 @@
-"""Checkpoints: directories that are complete or absent, verified before anything is taken from them.
+"""Checkpoints: directories that are complete or absent, verified before anything is used.
 
     checkpoints/step-000500/
         model.safetensors      weights, float32, under Hugging Face's names
@@ -39,7 +39,7 @@ class CheckpointError(ValueError):
     exit_code = 4
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Directories
 
 
@@ -62,7 +62,7 @@ def sync_directory(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Exchange a small file's content in one step: a reader sees the old or the new, never a part."""
+    """Exchange a small file in one step: a reader sees the old or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     write_durably(temporary, content)
     os.replace(temporary, path)
@@ -82,8 +82,8 @@ def all_steps(folder: Path) -> list[Path]:
 
 def write(folder: Path, step: int, files: Mapping[str, bytes]) -> Path:
     """Publish `files` as folder/step-NNNNNN. Digests are of what is in memory, not of what was read
-    back. The order (data, manifest, rename, each waited for) leaves no moment in which a crash could
-    publish a part. Raises OSError, with every older checkpoint intact."""
+    back. The order (data, manifest, rename, each waited for) leaves no moment in which a crash
+    could publish a part. Raises OSError, with every older checkpoint intact."""
     target = folder / f"step-{step:06d}"
     partial = folder / f".partial-{target.name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,14 +160,14 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def retain(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest checkpoints; 0 keeps all. A name is withdrawn before its content."""
+    """Delete all but the newest checkpoints; 0 keeps all. First goes the name, then the content."""
     for path in all_steps(folder)[:-keep_last] if keep_last else []:
         doomed = folder / f".deleting-{path.name}"
         os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Tensors
 
 
@@ -184,7 +184,7 @@ def whole(t: Tensor) -> Tensor:
 def collect(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], keep: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and optimizer buffers by name. All ranks take part; those with keep=False get none."""
+    """Weights and optimizer buffers by name, for ranks with keep=True; all must take part."""
     weights, buffers = {}, {}
     for name, p in model.named_parameters():
         value = whole(p)
@@ -226,7 +226,7 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a model of any layout from model.safetensors. Every name and shape must be there, no more."""
+    """Fill a model of any layout from model.safetensors, whose names and shapes must be its own."""
     values = read_tensors(path / "model.safetensors")
     parameters = dict(model.named_parameters())
     check_names(path / "model.safetensors", set(values), {to_hf(name) for name in parameters})

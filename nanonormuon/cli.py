@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def exit_code(error: Exception) -> int | None:
-    """The documented code of an expected error; None for a fault of ours, which keeps its traceback."""
+    """An expected error's code; None for a fault of ours, which keeps its traceback."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):

@@ -109,12 +109,23 @@ UNIT = (
     "optim.adam_beta1",
     "optim.adam_beta2",
 )
-MAY_CHANGE = (
-    (  # on resume; anything else would make it another run
-        "train.steps train.stop_at train.micro_batch train.log_every train.eval_every train.save_every "
-        "train.keep_last train.sample_every train.sample_tokens train.sample_prompt train.device "
-        "train.compile train.parallel train.reshard data.verify data.path"  # the data's content is checked
-    ).split()
+MAY_CHANGE = (  # on resume; anything else would make it another run (data are compared by content)
+    "train.steps",
+    "train.stop_at",
+    "train.micro_batch",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.sample_every",
+    "train.sample_tokens",
+    "train.sample_prompt",
+    "train.device",
+    "train.compile",
+    "train.parallel",
+    "train.reshard",
+    "data.verify",
+    "data.path",
 )
 
 
@@ -132,7 +143,7 @@ def recipes() -> dict[str, Path]:
 
 
 def load(arguments: Sequence[str], base: Config | None = None) -> tuple[Config, dict[str, str]]:
-    """Recipes, TOML files and key=value arguments -> the configuration and each changed key's origin.
+    """Recipes, TOML files, key=value arguments -> the configuration, and each set key's origin.
 
     Raises ConfigError naming the argument or file, what was found and what is valid there.
     """

@@ -111,7 +111,7 @@ def wrap(
     """Make the model one of several replicas ("ddp") or shards ("fsdp"); one rank changes nothing.
 
     fsdp: FSDP2, block by block (`model.layers`), compute in `dtype`, gradients reduced in float32;
-    the parameters become DTensors in place. reshard: free a block's whole weights after its forward.
+    the parameters become DTensors in place. reshard: free whole weights after a block's forward.
     """
     if size() == 1:
         return model

@@ -1,7 +1,7 @@
 """A checkpoint as Hugging Face sees it: `config.json` and parameter names.
 
-The default model is transformers' Qwen3 to the letter, and its modules carry Qwen3's names already, so
-all that differs is the prefix `model.` on everything but the head.
+The default model is transformers' Qwen3 to the letter, and its modules carry Qwen3's names already,
+so all that differs is the prefix `model.` on everything but the head.
 """
 
 import math
@@ -30,7 +30,7 @@ def to_hf(name: str) -> str:
 
 
 def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, Any]:
-    """The content of config.json; `config` must be resolved. Our own fields lie under "nanonormuon"."""
+    """The content of config.json, of a resolved config; our own fields are under "nanonormuon"."""
     ours = {"nanonormuon": asdict(config)}
     if obstacles(config):
         return {"model_type": "nanonormuon", **ours}

@@ -80,7 +80,7 @@ class RunDirectory:
             owner = self.lock.read().strip() or "unknown"
             self.lock.close()
             raise RunError(
-                f"{self.path} is being written by process {owner}: wait for it or choose another --out"
+                f"{self.path} is being written by process {owner}: wait, or choose another --out"
             ) from None
         self.lock.truncate(0)
         self.lock.write(f"{os.getpid()}\n")

@@ -1,9 +1,9 @@
-"""A decoder-only transformer. It imports torch alone and knows nothing of ranks, files or optimizers.
+"""A decoder-only transformer. Imports torch alone; knows nothing of ranks, files or optimizers.
 
 Left alone, the config describes the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention,
 per-head QK-norm with gains, SwiGLU, no biases), and parameter names are Hugging Face's without the
-prefix `model.`, so a checkpoint needs no translation. The fields under "departures" turn it, together,
-into the GPT of modded-nanogpt's track 3; hf.py names those that other software could not load.
+prefix `model.`, so a checkpoint needs no translation. The fields under "departures" turn it,
+together, into the GPT of modded-nanogpt's track 3; hf.py names those that nobody else could load.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
 """
@@ -60,7 +60,8 @@ class GPTConfig:
             )
         if (self.head_dim or self.n_embd // self.n_head) % 4:
             raise ValueError(
-                f"head_dim = {self.head_dim or self.n_embd // self.n_head}: expected a multiple of 4"
+                f"head_dim = {self.head_dim or self.n_embd // self.n_head}: "
+                "expected a multiple of 4"
             )
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ValueError(
@@ -178,7 +179,7 @@ class Block(nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross entropy, summed over N tokens, of the logits cap(h W^T + b); gradients in the same pass.
+    """Cross entropy, summed over N tokens, of the logits cap(h W^T + b), and its gradients.
 
     All logits at once, (N, vocab_size) in float32, would be the largest tensor of a training step.
     Here they live one chunk of rows at a time, and each chunk's gradient is taken while its logits

@@ -3,15 +3,16 @@
 One step, for one matrix W of m rows (output neurons) and n columns, with gradient G:
 
     M <- momentum M + (1 - momentum) G
-    X  = momentum M + (1 - momentum) G        Nesterov's look ahead; without it X = M
-    O  = newton_schulz(X)                     all singular values of X pushed towards 1: Muon's update
-    v <- beta2 v + (1 - beta2) mean(O^2)      one number per neuron: the mean runs along its weights
-    U  = O / sqrt(v)                          every neuron moves at the same rate ...
-    W <- (1 - lr weight_decay) W - lr s U     ... and the scalar s gives U back the length that O had
+    X  = momentum M + (1 - momentum) G       Nesterov's look ahead; without it X = M
+    O  = newton_schulz(X)                    all singular values pushed towards 1: Muon's update
+    v <- beta2 v + (1 - beta2) mean(O^2)     one number per neuron, the mean over its weights
+    U  = O / sqrt(v)                         every neuron moves at the same rate ...
+    W <- (1 - lr weight_decay) W - lr s U    ... and s gives U back the length that O had
 
-Only newton_schulz needs whole matrices. M, v and W keep to their rows, and s takes two sums of squares
-per matrix. So one step serves every layout; a layout answers two questions: how do whole matrices come
-together (`whole`, `back`), and how is a number summed over the ranks that share a matrix (`total`).
+Only newton_schulz needs whole matrices. M, v and W keep to their rows, and s takes two sums of
+squares per matrix. So one step serves every layout; a layout answers two questions: how do whole
+matrices come together (`whole`, `back`), and how is a number summed over the ranks that share a
+matrix (`total`).
 """
 
 import math
@@ -26,12 +27,12 @@ from torch.distributed.tensor import zeros as distributed_zeros
 # torch 2.13 renamed it
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The maths, on stacks of K matrices of one shape
 
 # each triple (a, b, c) is one iteration X <- a X + (b A + c A^2) X with A = X X^T
 MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Keller Jordan's, the same each time
-POLAR_EXPRESS = (  # arXiv 2505.16932: the best sequence for singular values that start below 1 / 1.02
+POLAR_EXPRESS = (  # arXiv 2505.16932: the best sequence for singular values below 1 / 1.02
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -67,9 +68,10 @@ def neuron_factors(
 ) -> Tensor:
     """The second moment's step and what it makes of the update: s U = factors * O.
 
-    O (K, rows here, n). v (K, rows here, 1) with one number per row, or (K, 1, n) with one per column,
-    is moved in place. shape = (m, n) of the whole matrices; `total` sums over the ranks that share
-    them. Returns v's shape. U is never formed: its norm follows from the neurons' own norms.
+    O (K, rows here, n). v (K, rows here, 1) with one number per row, or (K, 1, n) with one per
+    column, is moved in place. shape = (m, n) of the whole matrices; `total` sums over the ranks
+    that share them. Returns v's shape. U is never formed: its norm follows from the neurons' own
+    norms.
     """
     m, n = shape
     by_row = v.size(-1) == 1
@@ -88,7 +90,7 @@ def neuron_factors(
     return inverse * (0.2 * math.sqrt(m * n) / U_norm)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The step
 
 
@@ -96,22 +98,24 @@ class NorMuon(torch.optim.Optimizer):
     """For hidden weight matrices; embeddings, heads, norms and biases belong to AdamW.
 
     params: 2-D parameters, or 3-D ones that are stacks of matrices (as experts are stored); plain
-        tensors or FSDP2's DTensors. Under an initialised process group of several ranks plain tensors
-        are taken as replicated, with gradients already averaged (as DDP leaves them).
+        tensors or FSDP2's DTensors. Under an initialised process group of several ranks plain
+        tensors are taken as replicated, with gradients already averaged (as DDP leaves them).
     lr, weight_decay: W <- (1 - lr weight_decay) W - lr update.
-    momentum, nesterov: as above. beta2: None leaves out the neurons' step sizes, which is Muon.
+    momentum, nesterov: as above. beta2: None leaves the neurons' step sizes out, which is Muon.
     neuron_axis: "rows" (the paper), or "longest": rows where m >= n, else columns (modded-nanogpt).
-    adjust_lr_fn: "original" scales the update by sqrt(max(1, m / n)) (Keller Jordan, lr about 0.02);
-        "match_rms_adamw" gives it the root mean square 0.2, so that AdamW's lr carries over (the
-        paper). Both names, and Muon's scales, are torch.optim.Muon's.
-    ns_coefficients, ns_steps: one triple for all steps, or a sequence of triples of which the last is
-        repeated. ns_dtype: of Newton-Schulz and of what is sent for it.
+    adjust_lr_fn: "original" scales the update by sqrt(max(1, m / n)) (Keller Jordan, lr about
+        0.02); "match_rms_adamw" gives it the root mean square 0.2, so that AdamW's lr carries over
+        (the paper). Both names, and Muon's scales, are torch.optim.Muon's.
+    ns_coefficients, ns_steps: a triple for every step, or a sequence of triples, the last of which
+        is repeated. ns_dtype: of Newton-Schulz, and of what is sent for it.
     cautious: decay only weights that the update moves towards zero (arXiv 2510.12402).
 
-    A parameter without a gradient counts as one with gradient zero, on every layout: whether another
-    rank has one cannot be known without asking. To freeze a matrix, leave it out.
-    State per parameter, from construction on, shaped and sharded like it: `momentum` (as the
-    parameter) and, in float32 at least, `second_moment` (one number per neuron).
+    A parameter without a gradient counts as one with gradient zero, on every layout: whether
+    another rank has one cannot be known without asking. To freeze a matrix, leave it out.
+    State per parameter, from construction on, shaped and sharded like it: `momentum`, in its dtype
+    (averaging in bfloat16 would lose the small gradients, so there is no option for it), and
+    `second_moment`, one number per neuron, in float32 at least. A fused QKV should be split, or
+    viewed as a 3-D stack: orthogonalised as one matrix it is another optimizer.
 
     Raises ValueError for parameters and placements it cannot update exactly.
     """
@@ -135,67 +139,52 @@ class NorMuon(torch.optim.Optimizer):
         if neuron_axis not in ("rows", "longest"):
             raise ValueError(f'neuron_axis = "{neuron_axis}": expected rows or longest')
         if adjust_lr_fn not in ("original", "match_rms_adamw"):
-            raise ValueError(
-                f'adjust_lr_fn = "{adjust_lr_fn}": expected original or match_rms_adamw'
-            )
-        if not 0 <= momentum < 1 or not (beta2 is None or 0 <= beta2 < 1) or ns_steps < 1:
+            raise ValueError(f'adjust_lr_fn = "{adjust_lr_fn}": not original or match_rms_adamw')
+        if not 0 <= momentum < 1 or not 0 <= (beta2 or 0) < 1 or ns_steps < 1:
             raise ValueError(
                 f"momentum = {momentum}, beta2 = {beta2}, ns_steps = {ns_steps}: "
                 "expected momentum and beta2 in [0, 1), ns_steps at least 1"
             )
-        triples = (
-            [ns_coefficients] if isinstance(ns_coefficients[0], float | int) else ns_coefficients
-        )
+        triples = ns_coefficients if isinstance(ns_coefficients[0], Sequence) else [ns_coefficients]
         self.ns_coefficients = (*triples, *[triples[-1]] * ns_steps)[:ns_steps]
         self.ns_dtype = ns_dtype
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "beta2": beta2,
-            "nesterov": nesterov,
-            "neuron_axis": neuron_axis,
-            "adjust_lr_fn": adjust_lr_fn,
-            "cautious": cautious,
-        }
-        super().__init__(params, defaults)
+        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2)  # noqa: C408
+        defaults |= dict(nesterov=nesterov, neuron_axis=neuron_axis, cautious=cautious)  # noqa: C408
+        super().__init__(params, defaults | {"adjust_lr_fn": adjust_lr_fn})
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for p in group["params"]:
+        for p in self.param_groups[-1]["params"]:
             if p.ndim not in (2, 3) or min(p.shape[-2:]) < 2:
                 raise ValueError(
                     f"NorMuon got a parameter of shape {tuple(p.shape)}: expected matrices of at "
                     "least 2 x 2, or a stack of them; give anything else to AdamW"
                 )
-            shape = list(p.shape)
-            by_row = group["neuron_axis"] == "rows" or shape[-2] >= shape[-1]
-            shape[-1 if by_row else -2] = 1
-            state = self.state[p]
-            state["momentum"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            if group["beta2"] is None:
-                continue
-            dtype = wide(p.dtype)
-            if isinstance(p, DTensor):
-                keep = [
-                    Replicate() if a.is_shard(p.ndim - 2) and not by_row else a
-                    for a in p.placements
-                ]
-                state["second_moment"] = distributed_zeros(
-                    shape, dtype=dtype, device_mesh=p.device_mesh, placements=keep
-                )
-            else:
-                state["second_moment"] = p.new_zeros(shape, dtype=dtype)
+            self._make_state(p, self.param_groups[-1])
         self.buckets = [
             (index, params, make_layout(params))
             for index, group in enumerate(self.param_groups)
             for params in alike(group["params"])
         ]
 
+    def _make_state(self, p: Tensor, group: dict) -> None:
+        self.state[p]["momentum"] = torch.zeros_like(p)
+        if group["beta2"] is None:
+            return
+        shape, dtype = list(p.shape), wide(p.dtype)
+        by_row = group["neuron_axis"] == "rows" or shape[-2] >= shape[-1]
+        shape[-1 if by_row else -2] = 1
+        if isinstance(p, DTensor):  # a column's number belongs to all ranks that hold its weights
+            rows = p.ndim - 2
+            places = [Replicate() if a.is_shard(rows) and not by_row else a for a in p.placements]
+            v = distributed_zeros(shape, dtype=dtype, device_mesh=p.device_mesh, placements=places)
+        else:
+            v = p.new_zeros(shape, dtype=dtype)
+        self.state[p]["second_moment"] = v
+
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """One update of every parameter, bucket by bucket, each bucket a stack of equal matrices."""
+        """One update of every parameter, in buckets of equal matrices."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -263,12 +252,12 @@ def stack(tensors: list[Tensor]) -> Tensor:
 
 
 def unstack(stacked: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Views of the stack, one per tensor it was made of, with that tensor's number of dimensions."""
+    """Views of the stack, one per tensor it was made of and with as many dimensions."""
     parts = stacked.split([len(t) if t.ndim == 3 else 1 for t in like])
     return [part if t.ndim == 3 else part[0] for part, t in zip(parts, like)]
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The layouts: how whole matrices come together, and how a number is summed over their ranks
 
 
@@ -276,11 +265,11 @@ class Alone:
     """Whole matrices, and nobody to share the work with."""
 
     def whole(self, X: Tensor) -> Callable[[], Tensor]:
-        """(K, rows here, n) -> a function that waits and returns the matrices this rank iterates."""
+        """(K, rows here, n) -> a function that waits for the matrices this rank iterates."""
         return lambda: X
 
     def back(self, O: Tensor) -> Callable[[], Tensor]:
-        """The iterated matrices -> a function that waits and returns (K, rows here, n)."""
+        """The iterated matrices -> a function that waits for (K, rows here, n)."""
         return lambda: O
 
     def total(self, x: Tensor) -> Tensor:
@@ -289,7 +278,7 @@ class Alone:
 
 
 class Replicated(Alone):
-    """Every rank holds all of the K matrices (DDP): each iterates its share, an all-gather joins them."""
+    """Every rank holds all K matrices (DDP): each iterates a share, an all-gather joins them."""
 
     def __init__(self, K: int, group: dist.ProcessGroup | None):
         self.K, self.group = K, group
@@ -366,7 +355,7 @@ def all_to_all(
 
 
 def as_bytes(t: Tensor) -> Tensor:
-    """For collectives that only move data: every backend moves bytes, not every one moves bfloat16."""
+    """For collectives that only move data: every backend moves bytes, not all move bfloat16."""
     return t.view(-1).view(torch.uint8)
 
 
@@ -402,7 +391,7 @@ def make_layout(params: list[Tensor]) -> Alone:
     if len(shards) > 1 or type(a) is not Shard or not (whole_matrices or a.dim == p.ndim - 2):
         raise ValueError(
             f"NorMuon cannot update a parameter of shape {tuple(p.shape)} placed as {placements}: "
-            "expected replicas, or shards along the rows on one dimension of the mesh (FSDP2's default)"
+            "expected replicas, or shards along the rows on one dimension of the mesh (as FSDP2's)"
         )
     # a stack sharded between its matrices needs no exchange
     return Alone() if whole_matrices else RowSharded(K, m, local(p).size(-2), mesh.get_group(i))

@@ -59,7 +59,7 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
             role = "head" if p.size(0) in rows else "matrix"
         else:
             raise ValueError(
-                f"{name}, shape {tuple(p.shape)}, belongs to no nn.Linear or nn.Embedding: say what "
+                f"{name}, shape {tuple(p.shape)}, is of no nn.Linear or nn.Embedding: say what "
                 f'it is with roles={{"{name}": "matrix"}} (rows = output neurons) or another role'
             )
         found[role]["names"].append(name)
@@ -135,7 +135,8 @@ def parse_triple(text: str) -> tuple[float, float, float]:
         a, b, c = (float(x) for x in text.split(","))
     except ValueError:
         raise ValueError(
-            f'ns_coefficients = "{text}": expected {", ".join(COEFFICIENTS)} or three numbers "a, b, c"'
+            f'ns_coefficients = "{text}": expected {", ".join(COEFFICIENTS)} or three numbers: '
+            '"a, b, c"'
         ) from None
     return a, b, c
 
@@ -146,7 +147,7 @@ def kind(optimizer: torch.optim.Optimizer, group: dict) -> str:
 
 
 def describe(optimizers: Sequence[torch.optim.Optimizer]) -> str:
-    """The table of groups: per parameter its shape, role, optimizer, learning rate and weight decay."""
+    """The table of groups: each parameter's shape, role, optimizer, learning rate and decay."""
     rows = [("parameter", "shape", "role", "optimizer", "lr", "weight_decay")]
     for optimizer in optimizers:
         for g in optimizer.param_groups:

@@ -1,8 +1,8 @@
-"""Set-up and the loop: the file to open first.
+"""The run: the file to open first. `Trainer.take_step` is one training step.
 
-A run is a function of its configuration and its data. The batch of step k is arithmetic, the learning
-rate of step k is arithmetic, and the random generators are seeded anew from (seed, step, rank), so a
-resumed run needs nothing but weights, optimizer buffers and k.
+A run is a function of its configuration and its data. The batch of step k is arithmetic, the
+learning rate of step k is arithmetic, and the random generators are seeded anew from (seed, step,
+rank), so a resumed run needs nothing but weights, optimizer buffers and k.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from nanonormuon import checkpoint, distributed, evaluate, hf, optim, prepare, sample
-from nanonormuon.config import Config, ConfigError, differences, from_dict, to_toml
-from nanonormuon.data import Batches, Data, DataError, open_data, validation_targets
+from nanonormuon import checkpoint, distributed, evaluate, hf, optim, plan, sample
+from nanonormuon.config import Config, ConfigError, to_toml
+from nanonormuon.data import Batches, validation_targets
 from nanonormuon.log import RunDirectory, environment
 from nanonormuon.model import GPT
-from nanonormuon.tokenizer import Tokenizer, TokenizerError
-from nanonormuon.tokenizer import get as get_tokenizer
-from nanonormuon.tokenizer import load as load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -50,109 +47,10 @@ class Interrupted(Exception):
         self.exit_code = 128 + number
 
 
-# ---------------------------------------------------------------------------------------------------
-# Set-up
-
-
-def open_corpus(config: Config, world: distributed.World) -> tuple[Data, Tokenizer | None]:
-    """The data and the tokenizer that made them, None if it is not known."""
-    path = Path(config.data.path)
-    if config.data.path.startswith("builtin:"):
-        if config.data.path != "builtin:python":
-            raise ConfigError(f'data.path = "{config.data.path}": did you mean "builtin:python"?')
-        built = str(prepare.builtin_python(config.data.tokenizer)) if world.first else ""
-        path = Path(distributed.from_first(built, world.device))
-    if (path / "manifest.json").exists():
-        data, tokenizer = open_data(path, None, config.data.verify), load_tokenizer(path)
-        expected = data.manifest["tokenizer"]["hash"]
-        if tokenizer.hash != expected:
-            raise DataError(
-                f"{path / 'tokenizer.json'}: hash {tokenizer.hash}, expected {expected} "
-                "(manifest.json); prepare the data again"
-            )
-        return data, tokenizer
-    tokenizer, problem = None, ""
-    try:
-        tokenizer = get_tokenizer(config.data.tokenizer)
-    except TokenizerError as error:
-        problem = str(error)
-    vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
-    data = open_data(path, vocab_size, config.data.verify)
-    if tokenizer is None and world.first:
-        log.warning(f"no samples and no bits per byte, data.tokenizer is not usable: {problem}")
-    return data, tokenizer
-
-
-def complete(config: Config, data: Data) -> Config:
-    """The configuration with the vocabulary that the data decide."""
-    given, found = config.model.vocab_size, data.vocab_size
-    if not found and not given:
-        raise ConfigError(f"model.vocab_size = 0, and {data.path} does not tell it: give it")
-    if given and found and given < found:
-        raise ConfigError(
-            f"model.vocab_size = {given}: the data in {data.path} have {found} token ids; "
-            "leave it at 0 to take it from the data"
-        )
-    vocab_size = given or -(-found // 64) * 64  # whole tiles for the largest product
-    return replace(config, model=replace(config.model, vocab_size=vocab_size).resolved())
-
-
-def split_batch(config: Config, ranks: int, device: torch.device) -> tuple[int, int]:
-    """Sequences per rank and step, and how many of them at a time.
-
-    Raises ConfigError, with the nearest sizes that work, if batch_tokens does not divide.
-    """
-    T, tokens, micro = config.data.seq_len, config.train.batch_tokens, config.train.micro_batch
-    unit = T * ranks * (1 if micro == "auto" else micro)
-    if tokens % unit:
-        near = [n for n in (tokens // unit * unit, (tokens // unit + 1) * unit) if n]
-        raise ConfigError(
-            f"train.batch_tokens = {tokens}: expected a multiple of {unit} (seq_len {T} x {ranks} "
-            f"ranks x micro_batch {micro}); the nearest are {' or '.join(map(str, near))}"
-        )
-    per_rank = tokens // T // ranks
-    if micro == "auto":
-        # Estimated, not probed: what a layer keeps for its backward pass, with 40 % to spare.
-        m = config.model
-        per_token = (
-            2 * m.n_layer * (14 * m.n_embd + 6 * (m.n_hidden or 4 * m.n_embd)) + 8 * m.n_embd
-        )
-        room = 8192 * per_token
-        if device.type == "cuda":
-            room = int(0.6 * torch.cuda.mem_get_info(device)[0]) - (1 << 29)
-        fitting = [
-            n for n in range(1, per_rank + 1) if per_rank % n == 0 and n * T * per_token <= room
-        ]
-        micro = max(fitting, default=1)
-    return per_rank, micro
-
-
-def compiled(
-    model: nn.Module, wish: str, trial: Callable[[Callable], None], device: torch.device
-) -> tuple[Callable[..., Tensor], float]:
-    """The model, through torch.compile if that is wanted and works; and the seconds it took.
-
-    auto: on CUDA. On CPUs no gain was measured for models that a CPU can train (dev/LOG.md).
-    """
-    if wish == "off" or (wish == "auto" and device.type != "cuda"):
-        return model, 0.0
-    start, failure = time.perf_counter(), ""
-    fast = torch.compile(model, dynamic=False)
-    try:
-        trial(fast)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a compiler may raise; the model itself is tested
-        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    if distributed.largest([float(bool(failure))], device)[0]:
-        log.warning("torch.compile failed, going on without it: %s", failure or "on another rank")
-        fast = model
-    return fast, time.perf_counter() - start
-
-
 @dataclass
 class Stopping:
-    """SIGINT and SIGTERM let the step finish and be saved; a second one ends the process at once."""
+    """SIGINT and SIGTERM let the step finish and be saved; a second one ends the process at
+    once."""
 
     number: int = 0
 
@@ -174,15 +72,15 @@ class Stopping:
                 signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The run
 
 
 def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
     """Train as configured, leaving everything in `out`; returns what summary.json says.
 
-    Raises ConfigError, DataError, CheckpointError, RunError, NonFinite or OSError with one line that
-    says what to do, and Interrupted after a signal.
+    Raises ConfigError, DataError, CheckpointError, RunError, NonFinite or OSError with one line
+    that says what to do, and Interrupted after a signal.
     """
     with Stopping().watch() as stopping:
         try:
@@ -190,7 +88,9 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         try:
-            split_batch(config, world.size, torch.device("cpu"))  # refuses before anything is made
+            plan.split_batch(
+                config, world.size, torch.device("cpu")
+            )  # refuses before anything is made
             out = Path(distributed.from_first(str(out), world.device))  # names carry the time
             with RunDirectory(out, resume, world.first) as run:
                 trainer = Trainer(config, run, world)
@@ -206,11 +106,11 @@ class Trainer:
     def __init__(self, config: Config, run: RunDirectory, world: distributed.World):
         self.began = time.perf_counter()
         self.run, self.world = run, world
-        self.data, self.tokenizer = open_corpus(config, world)
-        self.config = config = complete(config, self.data)
+        self.data, self.tokenizer = plan.open_corpus(config, world)
+        self.config = config = plan.complete(config, self.data)
         T, val_tokens = config.data.seq_len, config.data.val_tokens
 
-        self.per_rank, self.micro_batch = split_batch(config, world.size, world.device)
+        self.per_rank, self.micro_batch = plan.split_batch(config, world.size, world.device)
         self.first_sequence = self.per_rank * world.rank
         self.batches = Batches(
             self.data.train, T, self.per_rank * world.size, config.train.seed, config.data.order
@@ -239,14 +139,15 @@ class Trainer:
         """Take up where an interrupted run left off, open the logs, compile."""
         came_from = None
         if resume:
-            came_from, state = newest_on_all(self.run, self.world)
-            refuse_other_run(self.config, state, self.data, self.tokenizer)
+            came_from, state = plan.newest_on_all(self.run.checkpoints, self.world)
+            plan.refuse_other_run(self.config, state, self.data, self.tokenizer)
             self.step, self.seconds = state["step"], state["seconds"]
             self.earlier_seconds = state["total_seconds"]
             self.best = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
             if self.step > self.config.train.steps:
                 raise ConfigError(
-                    f"train.steps = {self.config.train.steps}: {came_from} is at step {self.step} already"
+                    f"train.steps = {self.config.train.steps}: {came_from} is at step {self.step} "
+                    "already"
                 )
             checkpoint.load_weights(self.gpt, came_from)
             checkpoint.load_optimizers(self.optimizers, came_from)
@@ -267,7 +168,7 @@ class Trainer:
                 p.grad = None
 
         wish, device = self.config.train.compile, self.world.device
-        self.forward, self.compile_seconds = compiled(self.model, wish, trial, device)
+        self.forward, self.compile_seconds = plan.compiled(self.model, wish, trial, device)
         if self.compile_seconds and self.world.first:
             log.info("compiled in %.0f s", self.compile_seconds)
 
@@ -278,7 +179,8 @@ class Trainer:
         return tokens.to(self.world.device), targets.to(self.world.device)
 
     def take_step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns this rank's mean loss and the gradient's norm, 0-d tensors."""
+        """One optimizer step. Returns this rank's mean loss and the gradient's norm, 0-d
+        tensors."""
         seed = (self.config.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
         torch.manual_seed(seed % (1 << 63))  # nothing random is carried from step to step
         self.schedule.set(self.optimizers, self.step)
@@ -344,7 +246,7 @@ class Trainer:
         self.show_sample("after training")
         return self.summarise(loss)
 
-    # -----------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
     # Between the steps
 
     @property
@@ -448,9 +350,9 @@ class Trainer:
         what = "gradient" if bool(torch.isfinite(loss)) else "loss"
         tensors = f", first in {bad[0]} of {len(bad)} tensors" if bad else ", on another rank"
         return (
-            f"not finite: the {what} of step {self.step} (rank {self.world.rank}, sequences {first} to "
-            f"{last} of the batch){tensors}. Nothing was updated or saved since step {self.step}: "
-            "lower optim.lr and the auxiliary rates or set optim.grad_clip, in a new run"
+            f"not finite: the {what} of step {self.step} (rank {self.world.rank}, sequences "
+            f"{first} to {last} of the batch){tensors}. Nothing was updated or saved since step "
+            f"{self.step}: start anew with a lower optim.lr and auxiliary rates, or optim.grad_clip"
         )
 
     def introduce(self) -> None:
@@ -464,11 +366,12 @@ class Trainer:
             f", {world.size} rank{'s' * (world.size > 1)}"
         )
         log.info(
-            f"data: {data.path}, {data.train.tokens:,} train and {data.val.tokens:,} validation tokens"
+            f"data: {data.path}, {data.train.tokens:,} train and {data.val.tokens:,} validation "
+            "tokens"
         )
         log.info(
-            f"plan: {t.steps:,} steps of {t.batch_tokens:,} tokens ({self.micro_batch} sequences at a "
-            f"time per rank) = {epochs:.2f} epochs"
+            f"plan: {t.steps:,} steps of {t.batch_tokens:,} tokens ({self.micro_batch} sequences "
+            f"at a time per rank) = {epochs:.2f} epochs"
         )
         for line in optim.summary(self.optimizers):
             log.info(line)
@@ -494,36 +397,6 @@ def total_norm(model: nn.Module) -> Tensor:
     """The norm of the whole gradient, over all parameters and ranks' shards; 0-d, on the device."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def newest_on_all(run: RunDirectory, world: distributed.World) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint to resume from and its state, verified by the first rank, the same on all."""
-    answer: dict[str, Any] = {}
-    if world.first:
-        try:
-            path, state = checkpoint.newest(run.checkpoints)
-            answer = {"path": str(path), "state": state}
-        except (checkpoint.CheckpointError, OSError) as error:
-            answer = {"error": str(error)}
-    answer = distributed.from_first(answer, world.device)
-    if "error" in answer:
-        raise checkpoint.CheckpointError(answer["error"])
-    return Path(answer["path"]), answer["state"]
-
-
-def refuse_other_run(
-    config: Config, state: dict[str, Any], data: Data, tokenizer: Tokenizer | None
-) -> None:
-    """Raise ConfigError with every difference that would make this another run."""
-    lines = differences(from_dict(state["config"]), config)
-    if state["data"] != data.fingerprint:
-        lines.append(f"data: fingerprint {state['data'][:12]} -> {data.fingerprint[:12]}")
-    if tokenizer is not None and state["tokenizer"] not in (None, tokenizer.hash):
-        lines.append(f"tokenizer: hash {state['tokenizer'][:12]} -> {tokenizer.hash[:12]}")
-    if lines:
-        raise ConfigError(
-            f"--resume: this would be another run: {'; '.join(lines)}. Undo that, or start a new --out"
-        )
 
 
 def announce(row: dict[str, Any], steps: int, bar: tqdm, terminal: bool) -> None:

@@ -1,4 +1,5 @@
-"""Shared by the tests: a small corpus of learnable text, prepared once, and a fast configuration."""
+"""Shared by the tests: a small corpus of learnable text, prepared once, and a fast
+configuration."""
 
 import os
 import subprocess

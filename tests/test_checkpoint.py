@@ -1,5 +1,5 @@
-"""Checkpoints: complete or absent; every corruption is found before anything is loaded; retention counts
-steps, not strings; any tensor dropped or added is noticed."""
+"""Checkpoints: complete or absent; every corruption is found before anything is loaded; retention
+counts steps, not strings; any tensor dropped or added is noticed."""
 
 import errno
 import json
@@ -185,6 +185,6 @@ def test_weights_of_another_shape_are_refused(trained):
     with pytest.raises(CheckpointError, match="has shape"):
         checkpoint.load_weights(other, path)
     deeper = GPT(GPTConfig(vocab_size=320, n_layer=3, n_head=2, n_kv_head=1, n_embd=32))
-    with pytest.raises(CheckpointError, match="tensors missing, first model.layers.2"):
+    with pytest.raises(CheckpointError, match=r"tensors missing, first model\.layers\.2"):
         checkpoint.load_weights(deeper, path)
     shutil.rmtree(path)

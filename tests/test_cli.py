@@ -1,5 +1,5 @@
-"""The command line: every mistake ends in its exit code and one line that names what to do, before any
-training and with nothing left behind; what the commands print is what they promise."""
+"""The command line: every mistake ends in its exit code and one line that names what to do, before
+any training and with nothing left behind; what the commands print is what they promise."""
 
 import json
 import re
@@ -145,13 +145,15 @@ def test_recipes_and_show(capsys):
 
 
 def test_from_text_to_samples_as_a_user_does_it(text, tmp_path):
-    """prepare, run, resume and sample, each in a process of its own, with quiet and greppable output."""
+    """prepare, run, resume and sample, each in a process of its own, with quiet and greppable
+    output."""
     code, out, _ = command(
         "prepare", text, "--out", "data/mine", "--tokenizer", "bpe:300", cwd=tmp_path
     )
     assert code == 0 and "train: 1 documents" in out and "next: normuon-train run" in out
     small = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "data.path=data/mine",
-             "data.seq_len=32", "train.batch_tokens=512", "train.steps=6", "train.log_every=2"]  # fmt: skip
+             "data.seq_len=32", "train.batch_tokens=512", "train.steps=6",
+             "train.log_every=2"]  # fmt: skip
     code, out, err = command("run", *small, "--out", "runs/a", cwd=tmp_path)
     assert code == 0, err
     assert re.search(

@@ -1,5 +1,5 @@
-"""Configuration: nothing misspelt or mistyped passes, the message names the nearest valid name, and what
-is printed reads back as the same configuration."""
+"""Configuration: nothing misspelt or mistyped passes, the message names the nearest valid name, and
+what is printed reads back as the same configuration."""
 
 import dataclasses
 

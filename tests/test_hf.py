@@ -1,5 +1,5 @@
-"""A checkpoint is a Hugging Face model directory: transformers loads it offline, gives the same logits,
-generates the same tokens, and its tokenizer is ours."""
+"""A checkpoint is a Hugging Face model directory: transformers loads it offline, gives the same
+logits, generates the same tokens, and its tokenizer is ours."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""NorMuon is the same optimizer on every layout: replicas, FSDP2 shards (even, uneven, empty, one row) and
-HSDP, on 2, 3 and 4 processes, against the plain twin; and the twin whose norms are local to the shards,
-which other implementations accept, fails the same comparison."""
+"""NorMuon is the same optimizer on every layout: replicas, FSDP2 shards (even, uneven, empty, one
+row) and HSDP, on 2, 3 and 4 processes, against the plain twin; and the twin whose norms are local
+to the shards, which other implementations accept, fails the same comparison."""
 
 import json
 import os
@@ -91,7 +91,8 @@ def test_bfloat16_iterations_stay_close(answers):
 
 
 def test_norms_local_to_a_shard_would_be_caught(answers, wanted):
-    """The negative control: at least 40 times the tolerance away, wherever shards have rows to differ."""
+    """The negative control: at least 40 times the tolerance away, wherever shards have rows to
+    differ."""
     world = answers[0]
     for name in ("square0", "uneven", "wide", "tall0"):
         error = relative(twin(name, shards=world), wanted[f"rows-original.{name}"])

@@ -1,5 +1,5 @@
-"""The model: causal, equal to the Track 3 reference with its settings, its chunked loss equal to the
-plain cross entropy with every gradient, generation with a cache equal to full recomputation."""
+"""The model: causal, equal to the Track 3 reference with its settings, its chunked loss equal to
+the plain cross entropy with every gradient, generation with a cache equal to full recomputation."""
 
 import math
 from pathlib import Path

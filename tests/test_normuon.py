@@ -1,5 +1,6 @@
-"""NorMuon in one process: equal to the authors' published code, to the paper's Algorithm 1 and to a plain
-twin after every step; Muon equal to torch's; no harm from zero, missing or rank-deficient gradients."""
+"""NorMuon in one process: equal to the authors' published code, to the paper's Algorithm 1 and to a
+plain twin after every step; Muon equal to torch's; no harm from zero, missing or rank-deficient
+gradients."""
 
 from pathlib import Path
 

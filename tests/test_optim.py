@@ -1,5 +1,5 @@
-"""Every parameter has exactly one optimizer, found by role on any module; schedules are functions of the
-step that reach every group."""
+"""Every parameter has exactly one optimizer, found by role on any module; schedules are functions
+of the step that reach every group."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Sampling: greedy with a cache equals full recomputation, seeds decide, filters keep what they should, and
-characters come out whole."""
+"""Sampling: greedy with a cache equals full recomputation, seeds decide, filters keep what they
+should, and characters come out whole."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
-"""A run is exact: stopped after any step and resumed it ends in the same bytes, two processes follow one,
-accumulation changes nothing but rounding, and nothing that is not finite is ever saved."""
+"""A run is exact: stopped after any step and resumed it ends in the same bytes, two processes
+follow one, accumulation changes nothing but rounding, and nothing that is not finite is ever
+saved."""
 
 import json
 import os

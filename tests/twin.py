@@ -18,8 +18,8 @@ def orthogonalise(X, triples=(MUON,) * 5, safety=1.0):
 
 
 class Twin:
-    """lr and the rest as in nanonormuon.NorMuon; `shards` > 0 restores the norm per block of rows, as
-    a sharded implementation does that forgets the other ranks (the negative control)."""
+    """lr and the rest as in nanonormuon.NorMuon; `shards` > 0 restores the norm per block of rows,
+    as a sharded implementation does that forgets the other ranks (the negative control)."""
 
     def __init__(self, W, lr, weight_decay=0.1, momentum=0.95, beta2=0.95, nesterov=True,
                  axis="rows", adjust="original", triples=(MUON,) * 5, safety=1.0, cautious=False,

@@ -1,5 +1,5 @@
-"""Run by test_distributed.py, one process per rank: every case that one world size can answer, in one go,
-since processes are slow to start. Rank 0 writes what it found; the parent compares.
+"""Run by test_distributed.py, one process per rank: every case that one world size can answer, in
+one go, since processes are slow to start. Rank 0 writes what it found; the parent compares.
 
 usage: worker.py OUTPUT_FOLDER   with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
 """
@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from nanonormuon import NorMuon, normuon
 
 STEPS = 10
-# name -> shape: more rows than ranks, fewer (so that some shards are empty), one row per shard, uneven
-# shards, wide, tall, and stacks of matrices; several of one shape, and fewer than there are ranks
+# name -> shape: more rows than ranks, fewer (so that some shards are empty), one row per shard,
+# uneven shards, wide, tall, and stacks of matrices; several of one shape, and fewer than there are
+# ranks
 SHAPES = {
     "square0": (12, 12),
     "square1": (12, 12),

@@ -1,0 +1,148 @@
+"""What is decided before the first step: data and tokenizer, sizes, compilation, where to
+resume."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanonormuon import checkpoint, distributed, prepare
+from nanonormuon.config import Config, ConfigError, differences, from_dict
+from nanonormuon.data import Data, DataError, open_data
+from nanonormuon.tokenizer import Tokenizer, TokenizerError
+from nanonormuon.tokenizer import get as get_tokenizer
+from nanonormuon.tokenizer import load as load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def open_corpus(config: Config, world: distributed.World) -> tuple[Data, Tokenizer | None]:
+    """The data and the tokenizer that made them, None if it is not known."""
+    path = Path(config.data.path)
+    if config.data.path.startswith("builtin:"):
+        if config.data.path != "builtin:python":
+            raise ConfigError(f'data.path = "{config.data.path}": did you mean "builtin:python"?')
+        built = str(prepare.builtin_python(config.data.tokenizer)) if world.first else ""
+        path = Path(distributed.from_first(built, world.device))
+    if (path / "manifest.json").exists():
+        data, tokenizer = open_data(path, None, config.data.verify), load_tokenizer(path)
+        expected = data.manifest["tokenizer"]["hash"]
+        if tokenizer.hash != expected:
+            raise DataError(
+                f"{path / 'tokenizer.json'}: hash {tokenizer.hash}, expected {expected} "
+                "(manifest.json); prepare the data again"
+            )
+        return data, tokenizer
+    tokenizer, problem = None, ""
+    try:
+        tokenizer = get_tokenizer(config.data.tokenizer)
+    except TokenizerError as error:
+        problem = str(error)
+    vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
+    data = open_data(path, vocab_size, config.data.verify)
+    if tokenizer is None and world.first:
+        log.warning(f"no samples and no bits per byte, data.tokenizer is not usable: {problem}")
+    return data, tokenizer
+
+
+def complete(config: Config, data: Data) -> Config:
+    """The configuration with the vocabulary that the data decide."""
+    given, found = config.model.vocab_size, data.vocab_size
+    if not found and not given:
+        raise ConfigError(f"model.vocab_size = 0, and {data.path} does not tell it: give it")
+    if given and found and given < found:
+        raise ConfigError(
+            f"model.vocab_size = {given}: the data in {data.path} have {found} token ids; "
+            "leave it at 0 to take it from the data"
+        )
+    vocab_size = given or -(-found // 64) * 64  # whole tiles for the largest product
+    return replace(config, model=replace(config.model, vocab_size=vocab_size).resolved())
+
+
+def split_batch(config: Config, ranks: int, device: torch.device) -> tuple[int, int]:
+    """Sequences per rank and step, and how many of them at a time.
+
+    Raises ConfigError, with the nearest sizes that work, if batch_tokens does not divide.
+    """
+    T, tokens, micro = config.data.seq_len, config.train.batch_tokens, config.train.micro_batch
+    unit = T * ranks * (1 if micro == "auto" else micro)
+    if tokens % unit:
+        near = [n for n in (tokens // unit * unit, (tokens // unit + 1) * unit) if n]
+        raise ConfigError(
+            f"train.batch_tokens = {tokens}: expected a multiple of {unit} (seq_len {T} x {ranks} "
+            f"ranks x micro_batch {micro}); the nearest are {' or '.join(map(str, near))}"
+        )
+    per_rank = tokens // T // ranks
+    if micro == "auto":
+        # Estimated, not probed: what a layer keeps for its backward pass, with 40 % to spare.
+        m = config.model
+        per_token = (
+            2 * m.n_layer * (14 * m.n_embd + 6 * (m.n_hidden or 4 * m.n_embd)) + 8 * m.n_embd
+        )
+        room = 8192 * per_token
+        if device.type == "cuda":
+            room = int(0.6 * torch.cuda.mem_get_info(device)[0]) - (1 << 29)
+        fitting = [
+            n for n in range(1, per_rank + 1) if per_rank % n == 0 and n * T * per_token <= room
+        ]
+        micro = max(fitting, default=1)
+    return per_rank, micro
+
+
+def compiled(
+    model: nn.Module, wish: str, trial: Callable[[Callable], None], device: torch.device
+) -> tuple[Callable[..., Tensor], float]:
+    """The model, through torch.compile if that is wanted and works; and the seconds it took.
+
+    auto: on CUDA. On CPUs no gain was measured for models that a CPU can train (dev/LOG.md).
+    """
+    if wish == "off" or (wish == "auto" and device.type != "cuda"):
+        return model, 0.0
+    start, failure = time.perf_counter(), ""
+    fast = torch.compile(model, dynamic=False)
+    try:
+        trial(fast)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler may raise; the model itself is tested
+        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    if distributed.largest([float(bool(failure))], device)[0]:
+        log.warning("torch.compile failed, going on without it: %s", failure or "on another rank")
+        fast = model
+    return fast, time.perf_counter() - start
+
+
+def newest_on_all(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint to resume from and its state, verified by the first rank, the same on all."""
+    answer: dict[str, Any] = {}
+    if world.first:
+        try:
+            path, state = checkpoint.newest(folder)
+            answer = {"path": str(path), "state": state}
+        except (checkpoint.CheckpointError, OSError) as error:
+            answer = {"error": str(error)}
+    answer = distributed.from_first(answer, world.device)
+    if "error" in answer:
+        raise checkpoint.CheckpointError(answer["error"])
+    return Path(answer["path"]), answer["state"]
+
+
+def refuse_other_run(
+    config: Config, state: dict[str, Any], data: Data, tokenizer: Tokenizer | None
+) -> None:
+    """Raise ConfigError with every difference that would make this another run."""
+    lines = differences(from_dict(state["config"]), config)
+    if state["data"] != data.fingerprint:
+        lines.append(f"data: fingerprint {state['data'][:12]} -> {data.fingerprint[:12]}")
+    if tokenizer is not None and state["tokenizer"] not in (None, tokenizer.hash):
+        lines.append(f"tokenizer: hash {state['tokenizer'][:12]} -> {tokenizer.hash[:12]}")
+    if lines:
+        raise ConfigError(
+            f"--resume: this would be another run: {'; '.join(lines)}. "
+            "Undo that, or start a new --out"
+        )
