@@ -3,9 +3,16 @@
 The same arguments as `normuon-train run`. The loop itself is in nanonormuon/train.py.
 """
 
+import os
 import sys
 
 from nanonormuon.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["run", *sys.argv[1:]]))
+    code = main(["run", *sys.argv[1:]])
+    if code and "RANK" in os.environ:
+        # a failed rank must be gone at once: taking a process group down can wait for its peers
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -76,7 +76,8 @@ def step_of(path: Path) -> int | None:
 
 def all_steps(folder: Path) -> list[Path]:
     """The checkpoints in a folder, by rising step; other entries are none of ours."""
-    found = [p for p in folder.iterdir() if step_of(p) is not None] if folder.is_dir() else []
+    entries = folder.iterdir() if folder.is_dir() else ()
+    found = [p for p in entries if step_of(p) is not None and p.is_dir()]
     return sorted(found, key=lambda p: step_of(p) or 0)
 
 
@@ -89,14 +90,18 @@ def write(folder: Path, step: int, files: Mapping[str, bytes]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    entries = {}
-    for name, content in files.items():
-        write_durably(partial / name, content)
-        entries[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    sync_directory(partial)
-    manifest = {"format": FORMAT, "step": step, "files": entries}
-    write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
-    sync_directory(partial)
+    try:
+        entries = {}
+        for name, content in files.items():
+            write_durably(partial / name, content)
+            entries[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        sync_directory(partial)
+        manifest = {"format": FORMAT, "step": step, "files": entries}
+        write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
+        sync_directory(partial)
+    except BaseException:  # a full disk should not stay full for half a checkpoint
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if target.exists():  # this step was saved before and found damaged, or it would not be repeated
         os.replace(target, aside := folder / f".damaged-{target.name}-{os.getpid()}")
         log.warning("%s existed and was moved to %s", target, aside)
@@ -113,8 +118,12 @@ def verify(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path / 'manifest.json'}: format {manifest.get('format')!r}, expected {FORMAT}"
         )
+    if manifest.get("step") != step_of(path):
+        raise CheckpointError(f"{path / 'manifest.json'}: of step {manifest.get('step')!r}")
     for name, entry in files.items():
         file = path / name
+        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+            raise CheckpointError(f"{path / 'manifest.json'}: no size and sha256 of {name!r}")
         if Path(name).name != name or name in (".", "..") or file.is_symlink():
             raise CheckpointError(f"{path / 'manifest.json'}: unsafe file name {name!r}")
         if not file.is_file():
@@ -128,7 +137,10 @@ def verify(path: Path) -> dict[str, Any]:
     for name in ("model.safetensors", "optimizer.safetensors", "state.json", "config.json"):
         if name not in files:
             raise CheckpointError(f"{path / 'manifest.json'}: lists no {name}")
-    return read_json(path / "state.json")
+    state = read_json(path / "state.json")
+    if state.get("step") != manifest["step"]:
+        raise CheckpointError(f"{path / 'state.json'}: of step {state.get('step')!r}")
+    return state
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
@@ -152,16 +164,24 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
     for path in reversed(all_steps(folder)):
         try:
             return path, verify(path)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             log.error("checkpoint refused: %s; trying the one before", error)
             failures.append(str(error))
     found = "; ".join(failures) or "no step-NNNNNN directory there"
     raise CheckpointError(f"{folder}: no usable checkpoint ({found})")
 
 
-def retain(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest checkpoints; 0 keeps all. First goes the name, then the content."""
-    for path in all_steps(folder)[:-keep_last] if keep_last else []:
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half written or half deleted; for the run's only writer."""
+    for path in [*folder.glob(".partial-step-*"), *folder.glob(".deleting-step-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def retain(folder: Path, keep_last: int, step: int) -> None:
+    """Delete all but the last checkpoints up to `step`, just written; 0 keeps all. Later ones, left
+    by a run that fell back behind them, do not count. First goes the name, then the content."""
+    ours = [p for p in all_steps(folder) if (step_of(p) or 0) <= step]
+    for path in ours[:-keep_last] if keep_last else []:
         doomed = folder / f".deleting-{path.name}"
         os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)

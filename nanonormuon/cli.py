@@ -63,7 +63,7 @@ def run(
     from nanonormuon.train import train
 
     arguments = overrides or []
-    sources = [Path(a).stem for a in arguments if "=" not in a]
+    sources = [Path(a).stem for a in arguments if not config.is_setting(a)]
     if resume:
         if out is None or not (out / "config.toml").is_file():
             known = sorted(str(p.parent) for p in Path("runs").glob("*/config.toml"))
@@ -71,7 +71,7 @@ def run(
                 f"--resume: {out or 'no --out given'}: expected a run directory; known here: "
                 + (", ".join(known[-5:]) or "none in runs/")
             )
-        arguments = [str(out / "config.toml"), *arguments]
+        arguments = [str(out.resolve() / "config.toml"), *arguments]
     elif not sources:
         sources, arguments = ["demo"], ["demo", *arguments]
     settings, origin = config.load(arguments)
@@ -159,13 +159,14 @@ def sample(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     dtype = distributed.compute_dtype("auto", world.device)
-    model, tokenizer, _ = sampling.load_run(path, dtype, world.device)
+    model, tokenizer, found = sampling.load_run(path, dtype, world.device)
+    context = sampling.context_of(found)
     for i in range(num):
         if num > 1:
             typer.echo(f"--- sample {i + 1}")
         sys.stdout.write(prompt)
         for piece in sampling.stream(
-            model, tokenizer, prompt, max_tokens, temperature, top_k, top_p, seed + i
+            model, tokenizer, prompt, max_tokens, temperature, top_k, top_p, seed + i, context
         ):
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -198,6 +199,8 @@ def show(overrides: Overrides = None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code (README, "Exit codes")."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if debug := "--debug" in arguments:  # wherever it stands
+        arguments = ["--debug", *(a for a in arguments if a != "--debug")]
     try:
         code = app(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -208,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
             error.show()
             return error.exit_code
         code, message = exit_code(error), describe(error)
-        if code is None or "--debug" in arguments:
+        if code is None or debug:
             raise
     print(f"error: {message}", file=sys.stderr)
     return code
@@ -216,21 +219,36 @@ def main(arguments: list[str] | None = None) -> int:
 
 def exit_code(error: Exception) -> int | None:
     """An expected error's code; None for a fault of ours, which keeps its traceback."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
+    if hasattr(error, "exit_code"):
+        return error.exit_code
+    if out_of_memory(error):
         return 6
     if isinstance(error, OSError):
         return 8
-    return getattr(error, "exit_code", None)
+    return 7 if lost_peer(error) else None
+
+
+def out_of_memory(error: Exception) -> bool:
+    import torch
+
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    import torch.distributed as dist
+
+    gone = "Connection closed by peer", "Connection reset by peer"
+    return isinstance(error, getattr(dist, "DistError", ())) or any(g in str(error) for g in gone)
 
 
 def describe(error: Exception) -> str:
-    import torch
-
     text = " ".join(str(error).split())
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory(error):
         return f"out of memory: {text}; lower train.micro_batch, the batch itself can stay"
+    if exit_code(error) == 7 and lost_peer(error):
+        return f"another rank failed or is gone; its own message says why ({text})"
     return text
 
 

@@ -7,11 +7,13 @@ ConfigError with the nearest valid name, before any device or file of data is to
 
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal, InvalidOperation
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -142,15 +144,19 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def load(arguments: Sequence[str], base: Config | None = None) -> tuple[Config, dict[str, str]]:
+def is_setting(argument: str) -> bool:
+    """key=value, as against the name of a recipe or a file, in which = may occur too."""
+    return re.match(r"\s*[\w.]+\s*=", argument) is not None
+
+
+def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
     """Recipes, TOML files, key=value arguments -> the configuration, and each set key's origin.
 
     Raises ConfigError naming the argument or file, what was found and what is valid there.
     """
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    files = [a for a in arguments if "=" not in a]
-    for source in files:
+    for source in [a for a in arguments if not is_setting(a)]:
         path = recipes().get(source) or Path(source)
         for section, table in read_toml(path, source).items():
             if section not in SECTIONS or not isinstance(table, dict):
@@ -160,10 +166,10 @@ def load(arguments: Sequence[str], base: Config | None = None) -> tuple[Config, 
             for key, value in table.items():
                 values[f"{section}.{key}"], origin[f"{section}.{key}"] = value, source
     for argument in arguments:
-        if "=" in argument:
+        if is_setting(argument):
             name, _, text = argument.partition("=")
             values[name.strip()], origin[name.strip()] = text.strip(), "command line"
-    config = base or Config()
+    config = Config()
     changed: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, value in values.items():
         section, _, key = name.partition(".")
@@ -226,16 +232,15 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
     raise ConfigError(f"{where} = {value!r}: expected {names[kind]}")
 
 
-def parse_number(text: str) -> float | None:
+def parse_number(text: str) -> int | float | None:
+    """ "524_288", "0.5M", "1e-3" -> a number; None if it is none."""
     scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    digits = text[:-1] if scale > 1 else text
     try:
-        return int(digits) * scale if scale == 1 else float(digits) * scale
-    except ValueError:
-        try:
-            return float(digits)
-        except ValueError:
-            return None
+        number = Decimal(text if scale == 1 else text[:-1]) * scale  # in decimals 1.005M is whole
+    except InvalidOperation:
+        return None
+    whole = number.is_finite() and number == number.to_integral_value()
+    return int(number) if whole and abs(number) < 10**18 else float(number)
 
 
 def check(config: Config, origin: dict[str, str]) -> None:

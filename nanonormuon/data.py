@@ -387,7 +387,7 @@ def _gather(split: Split, windows: np.ndarray, seq_len: int) -> tuple[torch.Tens
             tokens[row, : len(window) - 1] = window[:-1]
             targets[row, : len(window) - 1] = window[1:]
     if split.vocab_size is not None and max(tokens.max(), targets.max()) >= split.vocab_size:
-        for shard, offset in windows.tolist():
+        for shard, offset in windows[windows[:, 0] >= 0].tolist():
             window = split.shards[shard][offset : offset + seq_len + 1]
             check_ids(window, split.vocab_size, split.paths[shard], offset)
     return torch.from_numpy(tokens), torch.from_numpy(targets)

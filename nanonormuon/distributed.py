@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -147,6 +148,31 @@ def largest(values: list[float], device: torch.device) -> list[float]:
     x = torch.tensor(values, dtype=torch.float32, device=device)
     dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.tolist()
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; its own message is its own."""
+
+    exit_code = 7
+
+
+def first_does(work: Callable[[], Any], device: torch.device) -> Any:
+    """Run `work` on rank 0 alone; its result (anything JSON can say) or failure reaches all."""
+    failure, answer = None, {}
+    if not int(os.environ.get("RANK", "0")):
+        try:
+            answer = {"value": work()}
+        except Exception as error:
+            failure = error
+            answer = {"error": str(error), "exit_code": getattr(error, "exit_code", 7)}
+    answer = from_first(answer, device)
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        peer = PeerError(f"rank 0: {answer['error']}")
+        peer.exit_code = answer["exit_code"]
+        raise peer
+    return answer["value"]
 
 
 def from_first(value: Any, device: torch.device) -> Any:

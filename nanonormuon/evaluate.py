@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from nanonormuon import distributed
-from nanonormuon.data import Split, validation_batches
+from nanonormuon.data import DataError, Split, validation_batches
 from nanonormuon.model import IGNORE
 
 
@@ -29,13 +29,14 @@ def validation_loss(
     for tokens, targets in validation_batches(
         split, seq_len, batch, world.rank, world.size, max_tokens
     ):
+        targets_seen += int((targets != IGNORE).sum())
         tokens, targets = tokens.to(world.device), targets.to(world.device)
         losses.append(forward(tokens, targets, reduction="sum"))
-        targets_seen += int((targets != IGNORE).sum())
     # float32 carries the two sums exactly enough: each rank's is rounded once, here
     nats = float(torch.stack(losses).cpu().double().sum()) if losses else 0.0
     sums = torch.tensor([nats, float(targets_seen)], dtype=torch.float64)
-    sums = distributed.total(sums if world.device.type == "cpu" else sums.to(world.device))
+    if world.size > 1:
+        sums = distributed.total(sums.to(world.device))
     return float(sums[0] / sums[1]), int(sums[1])
 
 
@@ -48,9 +49,16 @@ def bits_per_byte(loss: float, targets: int, text_bytes: int | None) -> float | 
 def count_bytes(split: Split, token_lengths: np.ndarray, max_tokens: int = 0) -> int:
     """UTF-8 bytes of the text behind a split's targets, from the length of each token."""
     total, left = 0, max_tokens or split.tokens
-    for shard in split.shards:
+    for i, shard in enumerate(split.shards):
         for start in range(1, len(shard), 1 << 24):  # the first token of a shard is never a target
             part = shard[start : min(len(shard), start + (1 << 24), start + left)]
+            if not len(part):
+                return total
+            if int(part.max()) >= len(token_lengths):
+                raise DataError(
+                    f"{split.names[i]}: id {int(part.max())} found, data.tokenizer has only "
+                    f"{len(token_lengths)}: it is not what made these shards"
+                )
             total += int(token_lengths[part].sum())
             left -= len(part)
     return total

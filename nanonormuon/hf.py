@@ -33,7 +33,7 @@ def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, A
     """The content of config.json, of a resolved config; our own fields are under "nanonormuon"."""
     ours = {"nanonormuon": asdict(config)}
     if obstacles(config):
-        return {"model_type": "nanonormuon", **ours}
+        return {"model_type": "nanonormuon", "max_position_embeddings": seq_len, **ours}
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from nanonormuon import checkpoint
 from nanonormuon.checkpoint import replace_file
 
 log = logging.getLogger("nanonormuon")
@@ -47,24 +48,30 @@ def to_console(level: int = logging.INFO) -> None:
 class RunDirectory:
     """One run's files, with one writer at a time. Ranks other than the first only know the path.
 
-    Raises RunError for a directory that another process writes, or that holds a run although
-    `resume` is False; OSError if it cannot be made.
+    Leaving the `with` block releases it, and removes it again if nothing was written into it.
     """
 
-    def __init__(self, path: Path, resume: bool, first: bool = True):
+    def __init__(self, path: Path, first: bool = True):
         self.path, self.first = path, first
         self.metrics: TextIO | None = None
         self.handler: logging.Handler | None = None
         self.lock: TextIO | None = None
-        if not first:
-            return
-        path.mkdir(parents=True, exist_ok=True)
+
+    def acquire(self, resume: bool) -> None:
+        """Make the directory and become its writer; on the first rank.
+
+        Raises RunError for a directory that another process writes, or that holds a run although
+        `resume` is False; OSError if it cannot be made.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if not resume and ((path / "config.toml").exists() or (path / "checkpoints").exists()):
-            self.close()
+        ours = ("config.toml", "checkpoints")
+        if not resume and any((self.path / name).exists() for name in ours):
             raise RunError(
-                f"{path} already holds a run: continue it with --resume, or choose another --out"
+                f"{self.path} already holds a run: continue it with --resume, "
+                "or choose another --out"
             )
+        checkpoint.sweep(self.checkpoints)
 
     def _lock(self) -> None:
         """Held by the open file and so dropped by the system when this process dies, however."""
@@ -95,8 +102,6 @@ class RunDirectory:
     ) -> list[dict[str, Any]]:
         """Write what describes the run and open its logs for the steps after `step`. Returns the
         metrics of the steps up to it; later ones, of work that was lost, are dropped."""
-        if not self.first:
-            return []
         replace_file(self.path / "config.toml", config_toml.encode())
         replace_file(
             self.path / "environment.json", (json.dumps(environment, indent=1) + "\n").encode()

@@ -187,9 +187,16 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float):
+    def forward(
+        ctx,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        cap: float,
+        differentiate: bool,
+    ) -> Tensor:
         """h (N, C), weight (vocab_size, C), bias (vocab_size,), targets (N,) -> float32 scalar."""
-        differentiate = any(ctx.needs_input_grad)
         W, b = weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
         loss = torch.zeros((), device=h.device)
         dh = torch.empty_like(h) if differentiate else None
@@ -225,7 +232,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         dh, dW, db = (None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
-        return dh, dW, db, None, None
+        return dh, dW, db, None, None, None
 
 
 class GPT(nn.Module):
@@ -240,8 +247,9 @@ class GPT(nn.Module):
         self.embed_norm = RMSNorm(config.n_embd, eps) if config.embed_norm else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps)
-        head = Linear(config.n_embd, config.vocab_size, bias=config.bias)
-        self.lm_head = None if config.tied else head
+        self.lm_head = None
+        if not config.tied:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.bias)
 
     def init_weights(self, seed: int) -> "GPT":
         """Fill the parameters from a generator of their own, so that no other randomness matters.
@@ -282,9 +290,13 @@ class GPT(nn.Module):
             cache.length = length
         return self.norm(x)
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The module whose weight makes the logits; transformers' name for it."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
     def logits(self, h: Tensor) -> Tensor:
         """h (..., C) -> float32 logits (..., vocab_size)."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        head = self.get_output_embeddings()
         bias = getattr(head, "bias", None)
         z = F.linear(h, head.weight.to(h.dtype), None if bias is None else bias.to(h.dtype)).float()
         cap = self.config.logit_cap
@@ -305,11 +317,9 @@ class GPT(nn.Module):
         h = self.hidden(tokens, cache)
         if targets is None:
             return self.logits(h)
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        bias = getattr(head, "bias", None)
-        loss = HeadLoss.apply(
-            h.flatten(0, 1), head.weight, bias, targets.flatten(), self.config.logit_cap
-        )
+        head, train = self.get_output_embeddings(), torch.is_grad_enabled()
+        bias, cap = getattr(head, "bias", None), self.config.logit_cap
+        loss = HeadLoss.apply(h.flatten(0, 1), head.weight, bias, targets.flatten(), cap, train)
         return loss if reduction == "sum" else loss / (targets != IGNORE).sum()
 
     def flops_per_token(self, seq_len: int) -> float:

@@ -23,9 +23,10 @@ COEFFICIENTS = {"muon": MUON, "polar_express": POLAR_EXPRESS}
 def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[dict]:
     """Sort a module's trainable parameters by role: one dict {role, names, params} per role in use.
 
-    Works on any module: an embedding is known by its type, a head by being tied to one or by having
-    as many outputs as an embedding has rows. roles = {name pattern: role} decides where that is not
-    enough, as for a raw 2-D parameter, of which nobody can tell which side its neurons lie on.
+    Works on any module: an embedding is known by its type; the head is what get_output_embeddings()
+    returns (our model and transformers' have it), else the only linear layer with as many outputs
+    as an embedding has rows, unless it is tied to that. roles = {name pattern: role} decides where
+    this is not enough, as for a raw 2-D parameter, whose neurons may lie on either side.
 
     Raises ValueError for a parameter it cannot place and for a pattern that matches none.
     """
@@ -33,7 +34,7 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     tables = {
         id(m.weight): m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)
     }
-    rows = set(tables.values())
+    heads = find_heads(model, tables)
     owners = {
         id(p): module
         for module in model.modules()
@@ -56,7 +57,7 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
         elif p.ndim < 2 or (p.ndim == 2 and min(p.shape) < 2):
             role = "vector"
         elif isinstance(owner, nn.Linear):
-            role = "head" if p.size(0) in rows else "matrix"
+            role = "head" if id(p) in heads else "matrix"
         else:
             raise ValueError(
                 f"{name}, shape {tuple(p.shape)}, is of no nn.Linear or nn.Embedding: say what "
@@ -67,6 +68,25 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     if unused:
         raise ValueError(f"roles: {', '.join(sorted(unused))} match no parameter of the model")
     return [group for group in found.values() if group["params"]]
+
+
+def find_heads(model: nn.Module, tables: Mapping[int, int]) -> set[int]:
+    """Ids of the head's weight, from the model itself or by its width; see param_groups."""
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+        return set() if head is None else {id(head.weight)}
+    wide = {
+        name: id(m.weight)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m.out_features in tables.values()
+    }
+    untied = {name: i for name, i in wide.items() if i not in tables}
+    if len(untied) > 1:
+        raise ValueError(
+            f"which is the head? {', '.join(untied)} all have as many outputs as an embedding has "
+            'rows: give the model get_output_embeddings(), or say roles={"NAME.weight": ...}'
+        )
+    return set(untied.values())
 
 
 def make_optimizers(
@@ -182,6 +202,8 @@ class Schedule:
     momentum: float = 0.95
     momentum_start: float = 0.85
     momentum_warmup: int = 300  # steps from momentum_start to momentum
+
+    OWN = ("warmup", "decay", "final_lr", "momentum_start", "momentum_warmup")  # not an optimizer's
 
     def lr(self, step: int) -> float:
         """The factor on every group's initial_lr: up, constant, and down to final_lr."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nanonormuon import checkpoint, distributed, prepare
 from nanonormuon.config import Config, ConfigError, differences, from_dict
 from nanonormuon.data import Data, DataError, open_data
+from nanonormuon.model import GPT
 from nanonormuon.tokenizer import Tokenizer, TokenizerError
 from nanonormuon.tokenizer import get as get_tokenizer
 from nanonormuon.tokenizer import load as load_tokenizer
@@ -27,8 +28,10 @@ def open_corpus(config: Config, world: distributed.World) -> tuple[Data, Tokeniz
     if config.data.path.startswith("builtin:"):
         if config.data.path != "builtin:python":
             raise ConfigError(f'data.path = "{config.data.path}": did you mean "builtin:python"?')
-        built = str(prepare.builtin_python(config.data.tokenizer)) if world.first else ""
-        path = Path(distributed.from_first(built, world.device))
+        built = distributed.first_does(
+            lambda: str(prepare.builtin_python(config.data.tokenizer)), world.device
+        )
+        path = Path(built)
     if (path / "manifest.json").exists():
         data, tokenizer = open_data(path, None, config.data.verify), load_tokenizer(path)
         expected = data.manifest["tokenizer"]["hash"]
@@ -64,8 +67,8 @@ def complete(config: Config, data: Data) -> Config:
     return replace(config, model=replace(config.model, vocab_size=vocab_size).resolved())
 
 
-def split_batch(config: Config, ranks: int, device: torch.device) -> tuple[int, int]:
-    """Sequences per rank and step, and how many of them at a time.
+def split_batch(config: Config, ranks: int) -> int:
+    """Sequences per rank and step.
 
     Raises ConfigError, with the nearest sizes that work, if batch_tokens does not divide.
     """
@@ -77,21 +80,29 @@ def split_batch(config: Config, ranks: int, device: torch.device) -> tuple[int, 
             f"train.batch_tokens = {tokens}: expected a multiple of {unit} (seq_len {T} x {ranks} "
             f"ranks x micro_batch {micro}); the nearest are {' or '.join(map(str, near))}"
         )
-    per_rank = tokens // T // ranks
-    if micro == "auto":
-        # Estimated, not probed: what a layer keeps for its backward pass, with 40 % to spare.
-        m = config.model
-        per_token = (
-            2 * m.n_layer * (14 * m.n_embd + 6 * (m.n_hidden or 4 * m.n_embd)) + 8 * m.n_embd
-        )
-        room = 8192 * per_token
-        if device.type == "cuda":
-            room = int(0.6 * torch.cuda.mem_get_info(device)[0]) - (1 << 29)
-        fitting = [
-            n for n in range(1, per_rank + 1) if per_rank % n == 0 and n * T * per_token <= room
-        ]
-        micro = max(fitting, default=1)
-    return per_rank, micro
+    return tokens // T // ranks
+
+
+def micro_batch(config: Config, model: GPT, per_rank: int, world: distributed.World) -> int:
+    """Sequences per device at a time: the same on every rank, and a divisor of per_rank.
+
+    auto is an estimate, not a probe: what a layer keeps for its backward pass, with 40 % to spare.
+    """
+    if config.train.micro_batch != "auto":
+        return config.train.micro_batch
+    m, T = config.model, config.data.seq_len
+    per_value = 2 if model.compute_dtype == torch.bfloat16 else 4
+    per_token = per_value * m.n_layer * (14 * m.n_embd + 6 * m.n_hidden) + 8 * m.n_embd
+    room = 8192 * per_token  # more gains nothing on a CPU
+    if world.device.type == "cuda":
+        parameters = sum(p.numel() for p in model.parameters())
+        kept = 12 * parameters  # gradients and optimizer; the weights are there already
+        if config.train.parallel == "fsdp":
+            kept = kept // world.size
+        free = torch.cuda.mem_get_info(world.device)[0]
+        room = int(0.6 * (free - kept)) - (1 << 29)  # and the logits' chunk
+    fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0 and n * T * per_token <= room]
+    return -int(distributed.largest([-max(fitting, default=1)], world.device)[0])
 
 
 def compiled(
@@ -105,31 +116,34 @@ def compiled(
         return model, 0.0
     start, failure = time.perf_counter(), ""
     fast = torch.compile(model, dynamic=False)
+    distributed.sync_gradients(model, False)  # a rank that fails must not leave others waiting
     try:
         trial(fast)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler may raise; the model itself is tested
-        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        lines = str(error).strip().splitlines() or [""]
+        failure = f"{type(error).__name__}: {lines[0]}"
+    finally:
+        model.zero_grad(set_to_none=True)
     if distributed.largest([float(bool(failure))], device)[0]:
         log.warning("torch.compile failed, going on without it: %s", failure or "on another rank")
         fast = model
     return fast, time.perf_counter() - start
 
 
-def newest_on_all(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint to resume from and its state, verified by the first rank, the same on all."""
-    answer: dict[str, Any] = {}
-    if world.first:
-        try:
-            path, state = checkpoint.newest(folder)
-            answer = {"path": str(path), "state": state}
-        except (checkpoint.CheckpointError, OSError) as error:
-            answer = {"error": str(error)}
-    answer = distributed.from_first(answer, world.device)
-    if "error" in answer:
-        raise checkpoint.CheckpointError(answer["error"])
-    return Path(answer["path"]), answer["state"]
+def where_to_resume(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from and its state, verified by the first rank; None if the run
+    ended before its first one. Raises CheckpointError if there are some and none is usable."""
+
+    def look() -> list[Any] | None:
+        if not checkpoint.all_steps(folder):
+            return None
+        path, state = checkpoint.newest(folder)
+        return [str(path), state]
+
+    found = distributed.first_does(look, world.device)
+    return None if found is None else (Path(found[0]), found[1])
 
 
 def refuse_other_run(

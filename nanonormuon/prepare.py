@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from nanonormuon import data
 from nanonormuon.data import MANIFEST, PARTIAL, DataError
-from nanonormuon.tokenizer import CONFIG, FILE, PATTERN, Tokenizer, pieces
+from nanonormuon.tokenizer import CONFIG, FILE, PATTERN, Tokenizer, TokenizerError, load, pieces
 from nanonormuon.tokenizer import get as get_tokenizer
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,10 @@ def documents(sources: list[str | Path], skip: Path | None = None) -> Iterator[D
             raise DataError(f"{source}: no such file or directory{hint}")
         skipped = 0
         for path in files:
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
             if (bad := _not_text(content)) is None:
                 name = source.name if path == source else path.relative_to(source).as_posix()
                 yield Document(name, index, content)
@@ -132,9 +135,11 @@ def builtin_python(tokenizer: str = "bpe:4096", val: float = 0.06) -> Path:
     def usable() -> bool:
         if target.exists():
             try:
-                data.open_data(target, verify="full")
-                return True
-            except DataError as error:
+                manifest = data.open_data(target, verify="full").manifest
+                if manifest and load(target).hash == manifest["tokenizer"]["hash"]:
+                    return True
+                log.warning("prepare: rebuilding the demo's data: another tokenizer in %s", target)
+            except (DataError, TokenizerError) as error:
                 log.warning("prepare: rebuilding the demo's data: %s", error)
         return False
 
@@ -432,10 +437,13 @@ def _begin(out: Path) -> Path:
 
 def _publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
     """Move everything from `partial` to `out`, the manifest last."""
-    with (partial / MANIFEST).open("w", encoding="utf-8", newline="\n") as file:
+    # it announces that files are being moved, so it is there whole or not at all
+    with (partial / "manifest.tmp").open("w", encoding="utf-8", newline="\n") as file:
         json.dump(manifest, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
+    (partial / "manifest.tmp").replace(partial / MANIFEST)
+    _sync_directory(partial)
     for path in sorted(partial.iterdir()):
         if path.name != MANIFEST:
             path.replace(out / path.name)

@@ -1,5 +1,6 @@
 """Text from a model: from a run directory alone, token by token, with a KV cache."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from nanonormuon import checkpoint, hf
 from nanonormuon.model import GPT, Cache
-from nanonormuon.tokenizer import Tokenizer
+from nanonormuon.tokenizer import Tokenizer, TokenizerError
 from nanonormuon.tokenizer import load as load_tokenizer
 
 
@@ -33,6 +34,11 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> GPT:
     return model.to(device).eval()
 
 
+def context_of(path: Path) -> int:
+    """Tokens that a checkpoint's model was trained to look back on."""
+    return json.loads((path / "config.json").read_text())["max_position_embeddings"]
+
+
 def load_run(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
     """Model, tokenizer and checkpoint of a run. Raises CheckpointError for what is damaged."""
     path = find_checkpoint(path)
@@ -53,21 +59,28 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    context: int = 1 << 30,
 ) -> Iterator[Tensor]:
     """prompt (B, T) int64, T >= 1 -> up to max_tokens times the next tokens (B,), on the CPU.
 
     temperature 0 takes the likeliest token. top_k > 0 keeps so many of the likeliest tokens, top_p
     the fewest that together have that probability. The draw is made on the CPU: one seed, one text,
-    on every device with the same logits.
+    on every device with the same logits. context: tokens that the model was trained to look back
+    on; when they are full, the older half is forgotten.
     """
     random = torch.Generator().manual_seed(seed)
-    cache = Cache(model, prompt.size(0), prompt.size(1) + max_tokens)
-    tokens = prompt.to(model.embed_tokens.weight.device)
+    device = model.embed_tokens.weight.device
+    seen, cache, tokens = prompt, None, prompt
+    size = min(context, prompt.size(1) + max_tokens)
     for _ in range(max_tokens):
-        logits = model(tokens, cache=cache)[:, -1].cpu()
+        if cache is None or cache.length == size:
+            tokens = seen if seen.size(1) < size else seen[:, -max(1, size // 2) :]
+            cache = Cache(model, prompt.size(0), size)
+        logits = model(tokens.to(device), cache=cache)[:, -1].cpu()
         choice = draw(logits, temperature, top_k, top_p, random)
         yield choice
-        tokens = choice[:, None].to(tokens.device)
+        tokens = choice[:, None]
+        seen = torch.cat([seen, tokens], 1)
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, random) -> Tensor:
@@ -95,20 +108,20 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    context: int = 1 << 30,
 ) -> Iterator[str]:
     """The continuation of `prompt` in printable pieces, up to the end of the document. A character
     whose bytes are spread over tokens comes when it is complete."""
-    ids = [tokenizer.eot, *tokenizer.encode(prompt)]  # every training document begins so
-    waiting = b""
-    for choice in generate(model, torch.tensor([ids]), max_tokens, temperature, top_k, top_p, seed):
-        token = int(choice)
-        if token == tokenizer.eot or token >= tokenizer.vocab_size:  # the latter: a padding row
+    ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(prompt)]])  # as every document begins
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for choice in generate(model, ids, max_tokens, temperature, top_k, top_p, seed, context):
+        if int(choice) == tokenizer.eot:
             break
-        waiting += tokenizer.decode_bytes([token])
-        text = waiting.decode("utf-8", errors="ignore")
-        if len(waiting) < 4 and text.encode() != waiting:
-            continue  # perhaps the beginning of a character
-        yield waiting.decode("utf-8", errors="replace")
-        waiting = b""
-    if waiting:
-        yield waiting.decode("utf-8", errors="replace")
+        try:
+            token = tokenizer.decode_bytes([int(choice)])
+        except TokenizerError:  # an id without a token: a row that pads the vocabulary
+            break
+        if text := decoder.decode(token):
+            yield text
+    if rest := decoder.decode(b"", final=True):
+        yield rest

@@ -88,16 +88,19 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         try:
-            plan.split_batch(
-                config, world.size, torch.device("cpu")
-            )  # refuses before anything is made
+            plan.split_batch(config, world.size)  # refuses before anything is made
             out = Path(distributed.from_first(str(out), world.device))  # names carry the time
-            with RunDirectory(out, resume, world.first) as run:
+            with RunDirectory(out, world.first) as run:
+                distributed.first_does(lambda: run.acquire(resume), world.device)
                 trainer = Trainer(config, run, world)
                 trainer.begin(resume)
-                return trainer.loop(stopping)
-        finally:
-            distributed.stop()
+                summary = trainer.loop(stopping)
+        except BaseException:
+            if world.size == 1:
+                distributed.stop()  # with others, taking the group down could wait for them
+            raise
+        distributed.stop()
+        return summary
 
 
 class Trainer:
@@ -110,7 +113,7 @@ class Trainer:
         self.config = config = plan.complete(config, self.data)
         T, val_tokens = config.data.seq_len, config.data.val_tokens
 
-        self.per_rank, self.micro_batch = plan.split_batch(config, world.size, world.device)
+        self.per_rank = plan.split_batch(config, world.size)
         self.first_sequence = self.per_rank * world.rank
         self.batches = Batches(
             self.data.train, T, self.per_rank * world.size, config.train.seed, config.data.order
@@ -123,12 +126,14 @@ class Trainer:
 
         self.dtype = distributed.compute_dtype(config.train.dtype, world.device)
         self.gpt = GPT(config.model, self.dtype).init_weights(config.train.seed).to(world.device)
+        self.micro_batch = plan.micro_batch(config, self.gpt, self.per_rank, world)
         parallel = "ddp" if config.train.parallel == "auto" else config.train.parallel
         self.model = distributed.wrap(self.gpt, parallel, self.dtype, config.train.reshard)
         settings = asdict(config.optim)
-        chosen = {k: settings[k] for k in optim.make_optimizers.__kwdefaults__ if k in settings}
-        self.optimizers = optim.make_optimizers(self.gpt, ns_dtype=self.dtype, **chosen)
-        shape = {k: settings[k] for k in optim.Schedule.__annotations__ if k in settings}
+        settings.pop("grad_clip")  # the loop's own; all others belong to one of these two, or fail
+        shape = {k: settings.pop(k) for k in optim.Schedule.OWN}
+        shape["momentum"] = settings["momentum"]
+        self.optimizers = optim.make_optimizers(self.gpt, ns_dtype=self.dtype, **settings)
         self.schedule = optim.Schedule(config.train.steps, **shape)
 
         self.step = 0  # optimizer steps done
@@ -137,40 +142,47 @@ class Trainer:
 
     def begin(self, resume: bool) -> None:
         """Take up where an interrupted run left off, open the logs, compile."""
-        came_from = None
-        if resume:
-            came_from, state = plan.newest_on_all(self.run.checkpoints, self.world)
-            plan.refuse_other_run(self.config, state, self.data, self.tokenizer)
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.earlier_seconds = state["total_seconds"]
-            self.best = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
-            if self.step > self.config.train.steps:
-                raise ConfigError(
-                    f"train.steps = {self.config.train.steps}: {came_from} is at step {self.step} "
-                    "already"
-                )
-            checkpoint.load_weights(self.gpt, came_from)
-            checkpoint.load_optimizers(self.optimizers, came_from)
+        found = plan.where_to_resume(self.run.checkpoints, self.world) if resume else None
+        if found:
+            self.load(*found)
         described = environment(self.world.device, self.world.size)
-        rows = self.run.open(to_toml(self.config), described, self.step)
+        rows = distributed.first_does(
+            lambda: self.run.open(to_toml(self.config), described, self.step), self.world.device
+        )
         self.run.write("groups.txt", optim.describe(self.optimizers) + "\n")
         for row in rows:
-            self.last_validation = {k: row[k] for k in ("val_loss", "val_bpb") if k in row}
             self.best = min(self.best, row.get("val_loss", math.inf))
+            if row["step"] == self.step and "val_loss" in row:
+                self.last_validation = {k: row[k] for k in ("val_loss", "val_bpb")}
         if self.world.first:
             self.introduce()
-            if came_from:
-                log.info("resumed from %s", came_from)
+            if resume:
+                log.info(f"resumed from {found[0] if found else 'the start: nothing was saved'}")
 
         def trial(forward: Callable[..., Tensor]) -> None:
             forward(*self.batch(self.step, 0)).backward()
-            for p in self.gpt.parameters():
-                p.grad = None
 
         wish, device = self.config.train.compile, self.world.device
         self.forward, self.compile_seconds = plan.compiled(self.model, wish, trial, device)
         if self.compile_seconds and self.world.first:
             log.info("compiled in %.0f s", self.compile_seconds)
+
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Become the run that a verified checkpoint describes, if it is this one."""
+        plan.refuse_other_run(self.config, state, self.data, self.tokenizer)
+        steps, before = self.config.train.steps, state["config"]["train"]["steps"]
+        if state["step"] > steps:
+            raise ConfigError(f"train.steps = {steps}: {path} is at step {state['step']} already")
+        if steps != before and self.world.first:
+            log.warning(f"train.steps: {before} -> {steps}; the schedule of the rest follows it")
+        checkpoint.load_weights(self.gpt, path)
+        checkpoint.load_optimizers(self.optimizers, path)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.earlier_seconds = state["total_seconds"]
+        self.best = math.inf if state["best_val_loss"] is None else state["best_val_loss"]
+        if self.config.train.micro_batch == "auto" and state["ranks"] == self.world.size:
+            # for the same roundings, also on a device with less room
+            self.micro_batch = state["micro_batch"]
 
     def batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
         """This rank's micro-batch: tokens and targets, each (micro_batch, seq_len) int64."""
@@ -178,9 +190,9 @@ class Trainer:
         tokens, targets = self.batches.batch(step, i, i + self.micro_batch)
         return tokens.to(self.world.device), targets.to(self.world.device)
 
-    def take_step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns this rank's mean loss and the gradient's norm, 0-d
-        tensors."""
+    def take_step(self, signal: int = 0) -> tuple[Tensor, Tensor, int]:
+        """One optimizer step. Returns this rank's mean loss and the gradient's norm, 0-d tensors,
+        and the signal that any rank has had."""
         seed = (self.config.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
         torch.manual_seed(seed % (1 << 63))  # nothing random is carried from step to step
         self.schedule.set(self.optimizers, self.step)
@@ -192,8 +204,9 @@ class Trainer:
             part.backward()
             loss += part.detach()
         grad_norm = total_norm(self.gpt)
-        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        if distributed.largest([not finite], self.world.device)[0]:
+        broken = not bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        broken, signal = distributed.largest([broken, signal], self.world.device)
+        if broken:  # on any rank: all of them stop before the update
             raise NonFinite(self.blame(loss))
         if limit := self.config.optim.grad_clip:
             grads = [p.grad for p in self.gpt.parameters() if p.grad is not None]
@@ -202,7 +215,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss, grad_norm
+        return loss, grad_norm, int(signal)
 
     def loop(self, stopping: Stopping) -> dict[str, Any]:
         """Steps, and what comes between them: save, then evaluate, then sample."""
@@ -217,11 +230,10 @@ class Trainer:
         bar = tqdm(
             total=last_step, initial=self.step, unit="step", disable=not (speak and terminal)
         )
-        logged, tick, loss = (self.step, self.seconds), time.perf_counter(), None
+        logged, tick = (self.step, self.seconds), time.perf_counter()
         while self.step < last_step:
-            loss, grad_norm = self.take_step()
+            loss, grad_norm, stopped = self.take_step(stopping.number)
             bar.update()
-            stopped = int(distributed.largest([stopping.number], self.world.device)[0])
             saving = bool(stopped) or due(self.step, settings.save_every, last_step)
             evaluating = not stopped and due(self.step, settings.eval_every, last_step)
             sampling = not stopped and due(self.step, settings.sample_every, 0)
@@ -244,7 +256,7 @@ class Trainer:
             tick = time.perf_counter()
         bar.close()
         self.show_sample("after training")
-        return self.summarise(loss)
+        return self.summarise()
 
     # ---------------------------------------------------------------------------------------------
     # Between the steps
@@ -273,8 +285,12 @@ class Trainer:
     def save(self) -> None:
         """Publish a checkpoint; every rank takes part, the first one writes."""
         weights, buffers = checkpoint.collect(self.gpt, self.optimizers, keep=self.world.first)
-        if not self.world.first:
-            return
+        distributed.first_does(lambda: self.publish(weights, buffers), self.world.device)
+
+    def publish(self, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+        for name, value in (*weights.items(), *buffers.items()):
+            if not bool(torch.isfinite(value).all()):
+                raise NonFinite(f"not finite: {name} after step {self.step}; it is not saved")
         tokenizer, config = self.tokenizer, self.config
         state = {
             "step": self.step,
@@ -282,6 +298,8 @@ class Trainer:
             "seconds": self.seconds,
             "total_seconds": self.earlier_seconds + time.perf_counter() - self.began,
             "best_val_loss": None if self.best == math.inf else self.best,
+            "ranks": self.world.size,
+            "micro_batch": self.micro_batch,
             "config": asdict(config),
             "data": self.data.fingerprint,
             "tokenizer": tokenizer and tokenizer.hash,
@@ -295,7 +313,7 @@ class Trainer:
             **(tokenizer.files() if tokenizer else {}),
         }
         checkpoint.write(self.run.checkpoints, self.step, files)
-        checkpoint.retain(self.run.checkpoints, config.train.keep_last)
+        checkpoint.retain(self.run.checkpoints, config.train.keep_last, self.step)
 
     def validate(self) -> dict[str, float | None]:
         """The loss on the whole validation split, the same on every rank."""
@@ -318,12 +336,14 @@ class Trainer:
         if tokenizer is None or not settings.sample_tokens:
             return
         prompt = settings.sample_prompt  # every rank takes part: sharded layers run in step
-        text = "".join(sample.stream(self.gpt, tokenizer, prompt, settings.sample_tokens))
+        context = self.config.data.seq_len
+        pieces = sample.stream(self.gpt, tokenizer, prompt, settings.sample_tokens, context=context)
+        text = "".join(pieces)
         if self.world.first:
             lines = (prompt + text).splitlines()
             log.info("sample %s:\n%s", when, "\n".join(f"  | {line}" for line in lines))
 
-    def summarise(self, loss: Tensor | None) -> dict[str, Any]:
+    def summarise(self) -> dict[str, Any]:
         """Write summary.json: where the run stands, after its last step or stop_at."""
         summary = {
             "steps": self.step,

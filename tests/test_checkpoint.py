@@ -17,17 +17,16 @@ from nanonormuon.config import load
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.train import train
 
-FILES = {
-    "model.safetensors": b"weights",
-    "optimizer.safetensors": b"buffers",
-    "config.json": b"{}",
-    "state.json": b'{"step": 7}',
-}
+FILES = {"model.safetensors": b"weights", "optimizer.safetensors": b"buffers", "config.json": b"{}"}
+
+
+def write(folder, step):
+    return checkpoint.write(folder, step, FILES | {"state.json": b'{"step": %d}' % step})
 
 
 @pytest.fixture
 def saved(tmp_path):
-    return checkpoint.write(tmp_path, 7, FILES)
+    return write(tmp_path, 7)
 
 
 def test_what_is_written_is_verified_and_found(saved, tmp_path):
@@ -58,9 +57,9 @@ def damage(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["flip", "truncate", "append", "empty", "remove", "link"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, "state.json"])
 def test_every_corruption_of_every_file_is_named(name, kind, saved, tmp_path):
-    older = checkpoint.write(tmp_path, 3, FILES)
+    older = write(tmp_path, 3)
     damage(saved / name, kind)
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         checkpoint.verify(saved)
@@ -78,6 +77,9 @@ def test_a_damaged_manifest(kind, saved):
     "change",
     [
         {"format": 2},
+        {"step": 8},
+        {"files": {"model.safetensors": {"sizf": 7}}},
+        {"files": {"model.safetensors": 7}},
         {"files": []},
         {"files": {}},
         {"files": {"../outside": {"size": 1, "sha256": ""}}},
@@ -95,29 +97,47 @@ def test_debris_and_foreign_files_are_neither_used_nor_deleted(tmp_path):
     (tmp_path / ".partial-step-000009").mkdir()
     (tmp_path / "step-000010").mkdir()  # empty: a crash of somebody else's tool
     (tmp_path / "step-final").mkdir()
+    (tmp_path / "step-000011").write_text("no directory")
     (tmp_path / "notes.txt").write_text("mine")
-    good = checkpoint.write(tmp_path, 8, FILES)
-    checkpoint.write(tmp_path, 2, FILES)
+    good = write(tmp_path, 8)
+    write(tmp_path, 2)
     assert checkpoint.newest(tmp_path)[0] == good
-    checkpoint.retain(tmp_path, 5)
+    checkpoint.retain(tmp_path, 5, 8)
     assert (tmp_path / "step-final").is_dir() and (tmp_path / "notes.txt").read_text() == "mine"
     with pytest.raises(CheckpointError, match="no step-NNNNNN directory"):
         checkpoint.newest(tmp_path / "nothing")
 
 
+def test_a_run_that_fell_back_keeps_what_it_writes(tmp_path):
+    write(tmp_path, 2)
+    damage(write(tmp_path, 5) / "model.safetensors", "flip")
+    assert checkpoint.newest(tmp_path)[1] == {"step": 2}
+    write(tmp_path, 3)
+    checkpoint.retain(tmp_path, 1, 3)
+    assert checkpoint.newest(tmp_path)[1] == {"step": 3}
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path):
+    for name in (".partial-step-000009", ".deleting-step-000002", ".partial-other"):
+        (tmp_path / name).mkdir()
+    write(tmp_path, 3)
+    checkpoint.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".partial-other", "step-000003"]
+
+
 def test_retention_counts_steps(tmp_path):
     for step in (999_999, 1_000_000, 9, 10):
-        checkpoint.write(tmp_path, step, FILES)
-    checkpoint.retain(tmp_path, 0)
+        write(tmp_path, step)
+    checkpoint.retain(tmp_path, 0, 1_000_000)
     assert len(checkpoint.all_steps(tmp_path)) == 4
-    checkpoint.retain(tmp_path, 2)
+    checkpoint.retain(tmp_path, 2, 1_000_000)
     assert [p.name for p in checkpoint.all_steps(tmp_path)] == ["step-999999", "step-1000000"]
 
 
 @pytest.mark.parametrize("at", range(1, 12))
 def test_a_full_disk_costs_nothing_that_was_there(at, tmp_path, monkeypatch):
     """No space at the n-th write, sync or rename of a save."""
-    older = checkpoint.write(tmp_path, 3, FILES)
+    older = write(tmp_path, 3)
     calls = []
 
     def failing(original):
@@ -132,7 +152,7 @@ def test_a_full_disk_costs_nothing_that_was_there(at, tmp_path, monkeypatch):
     for name in ("fsync", "replace"):
         monkeypatch.setattr(checkpoint.os, name, failing(getattr(os, name)))
     try:
-        checkpoint.write(tmp_path, 7, FILES)
+        write(tmp_path, 7)
         failed = False
     except OSError:
         failed = True
@@ -140,7 +160,7 @@ def test_a_full_disk_costs_nothing_that_was_there(at, tmp_path, monkeypatch):
     assert failed == (at <= 9)  # 5 files, 2 directories, the rename, its directory
     assert checkpoint.newest(tmp_path)[0] in (older, tmp_path / "step-000007")
     checkpoint.verify(older)
-    checkpoint.write(tmp_path, 7, FILES)  # and the next save finds its way past the debris
+    write(tmp_path, 7)  # and the next save finds its way past the debris
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "step-000007"
     assert checkpoint.verify(tmp_path / "step-000007") == {"step": 7}
 

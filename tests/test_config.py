@@ -22,6 +22,11 @@ def test_values_are_parsed_by_type_and_their_origin_is_kept(tmp_path):
     assert found.data.path == "a=b" and found.train.micro_batch == 8
     assert origin["optim.lr"] == str(file) and origin["train.steps"] == "command line"
     assert load([str(file), "data.seq_len=250"])[0].train.batch_tokens == 500_000
+    odd = tmp_path / "lr=0.5"
+    odd.mkdir()
+    (odd / "c.toml").write_text("[train]\nsteps = 1.005e6\n")
+    assert load([str(odd / "c.toml")])[0].train.steps == 1_005_000
+    assert load(["train.steps=1.005M"])[0].train.steps == 1_005_000
 
 
 @pytest.mark.parametrize("name", config.recipes())

@@ -53,6 +53,20 @@ def test_roles_of_a_foreign_module_by_type_and_tying():
         param_groups(GPT(SMALL), {"embed*": "table"})
 
 
+def test_a_hidden_layer_as_wide_as_the_vocabulary_is_no_head():
+    model = GPT(GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=16, n_hidden=64, tied=True))
+    assert roles(model)["layers.0.mlp.up_proj.weight"] == "matrix"
+    assert "head" not in roles(model).values()
+
+    class Ambiguous(nn.Module):  # nothing tells which of the two is the head
+        def __init__(self):
+            super().__init__()
+            self.words, self.up, self.out = nn.Embedding(30, 8), nn.Linear(8, 30), nn.Linear(8, 30)
+
+    with pytest.raises(ValueError, match=r"which is the head\? up, out"):
+        param_groups(Ambiguous())
+
+
 def test_frozen_parameters_are_left_out():
     model = GPT(SMALL)
     model.embed_tokens.weight.requires_grad_(False)

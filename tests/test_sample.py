@@ -57,11 +57,40 @@ def test_filters():
 def test_characters_spread_over_tokens_come_out_whole(monkeypatch):
     byte = tokenizer.get("byte")
     text = "né 東🎉!"
-    ids = [*text.encode(), 0xFF, ord("x"), 0xE6, byte.eot, ord("y")]
+    ids = [*text.encode(), 0xFF, ord("x"), 0xE6, byte.eot, ord("y")]  # 0xE6 begins a character
     monkeypatch.setattr(sample, "generate", lambda *a, **k: (torch.tensor([i]) for i in ids))
     pieces = list(sample.stream(None, byte, "", 99))
     assert "".join(pieces) == text + "\ufffdx\ufffd"
     assert "東" in pieces and "🎉" in pieces
+
+
+def test_a_token_that_ends_inside_a_character(monkeypatch):
+    """As byte-level BPE makes them: one whole character and the first byte of the next."""
+    byte = tokenizer.get("byte")
+    parts = {0: "的".encode() + b"\xe4", 1: b"\xb8\xad", 2: b"!"}
+    monkeypatch.setattr(tokenizer.Tokenizer, "decode_bytes", lambda self, ids: parts[ids[0]])
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: (torch.tensor([i]) for i in range(3)))
+    assert list(sample.stream(None, byte, "", 3)) == ["的", "中", "!"]
+
+
+def test_an_id_without_a_token_ends_the_text(monkeypatch):
+    byte, ids = tokenizer.get("byte"), (65, 300, 66)
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: (torch.tensor([i]) for i in ids))
+    assert list(sample.stream(None, byte, "", 3)) == ["A"]
+
+
+def test_beyond_its_context_the_model_sees_the_younger_half(model):
+    prompt = torch.randint(64, (2, 5))
+    found = torch.stack(list(sample.generate(model, prompt, 20, temperature=0, context=8)), 1)
+    seen, start = prompt, 0
+    for _ in range(20):
+        if seen.size(1) - start > 8:
+            start = seen.size(1) - 4
+        with torch.no_grad():
+            seen = torch.cat([seen, model(seen[:, start:])[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, seen[:, 5:])
+    long = list(sample.generate(model, torch.randint(64, (1, 30)), 3, context=8))
+    assert len(long) == 3
 
 
 def test_what_is_no_run_is_named(tmp_path):

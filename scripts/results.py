@@ -1,0 +1,73 @@
+"""Rows of dev/RESULTS.md from run directories, so that no figure is typed by hand.
+
+    python scripts/results.py runs/a runs/b >> dev/RESULTS.md
+
+Runs that differ in their seed alone become one row with n, mean and standard deviation.
+"""
+
+import json
+import statistics
+import sys
+import tomllib
+from pathlib import Path
+
+COLUMNS = ("run", "changed", "n", "steps", "tokens", "val_loss", "val_bpb", "train s", "total s",
+           "tokens/s", "device", "torch", "commit")  # fmt: skip
+
+
+def spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def changed(config: dict, recipe: dict) -> str:
+    """What a run set beside its recipe, but for the seed and what does not decide a result."""
+    silent = {"train.seed", "data.path", "model.vocab_size"}
+    return ", ".join(
+        f"{section}.{key}={value}"
+        for section, table in config.items()
+        for key, value in table.items()
+        if f"{section}.{key}" not in silent and recipe.get(section, {}).get(key, value) != value
+    )
+
+
+def main(folders: list[str]) -> None:
+    from dataclasses import asdict
+
+    from nanonormuon import config as configuration
+
+    groups: dict[tuple, list[tuple[dict, dict]]] = {}
+    for folder in map(Path, folders):
+        config = tomllib.loads((folder / "config.toml").read_text())
+        environment = json.loads((folder / "environment.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+        words = environment["command"].split()
+        recipe = next((w for w in words if w in configuration.recipes()), "demo")
+        settings = asdict(configuration.load([recipe])[0])
+        settings["model"] = config["model"]  # resolved from the data in the run's own file
+        key = (recipe, changed(config, settings), summary["steps"], environment["git_commit"])
+        groups.setdefault(key, []).append((summary, environment))
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|" + "---|" * len(COLUMNS))
+    for (recipe, settings, steps, commit), runs in groups.items():
+        s, e = [r[0] for r in runs], runs[0][1]
+        cells = [
+            recipe,
+            settings,
+            len(runs),
+            steps,
+            f"{s[0]['tokens']:,}",
+            spread([x["val_loss"] for x in s], 4),
+            spread([x["val_bpb"] for x in s], 4),
+            spread([x["train_seconds"] for x in s], 1),
+            spread([x["total_seconds"] for x in s], 1),
+            spread([x["tokens_per_second"] for x in s], 0),
+            f"{e['device']} x {e['ranks']}, {e['cpu_threads']} threads",
+            e["torch"],
+            (commit or "")[:8],
+        ]
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

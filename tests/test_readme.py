@@ -1,0 +1,101 @@
+"""The README is true: its Python runs, its commands parse, its links lead somewhere, and the steps
+for one's own text work in the order given."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT, command
+
+from nanonormuon import config
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for kind, block in BLOCKS
+    for line in block.splitlines()
+    if not kind and line.startswith(("normuon-train", "torchrun", "pip", "python"))
+]
+
+
+def test_the_python_example_trains_a_transformers_model():
+    transformers = pytest.importorskip("transformers")
+    (example,) = (block for kind, block in BLOCKS if kind == "python")
+    torch.manual_seed(0)
+    tokens = torch.arange(33).repeat(4, 1)
+    for tied in (True, False):
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
+            )
+        )  # fmt: skip
+        batch = {"input_ids": tokens, "labels": tokens}
+        before = float(model(**batch).loss.detach())
+        exec(example, {"model": model, "batches": [batch] * 40})
+        assert float(model(**batch).loss.detach()) < before / 2
+
+
+def test_commands_name_what_exists():
+    assert len(COMMANDS) > 10
+    for words in COMMANDS:
+        if words[:2] == ["normuon-train", "run"] or words[0] == "torchrun":
+            words = words[words.index("train.py" if words[0] == "torchrun" else "run") + 1 :]
+            if "--out" in words:
+                del words[words.index("--out") : words.index("--out") + 2]
+            config.load([w for w in words if not w.startswith("--")])
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file()
+
+
+def test_links_and_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for name in re.findall(r"`((?:nanonormuon|data|tests|scripts)/[\w./]+\.\w+)`", README):
+        assert (ROOT / name).is_file(), name
+    for name in re.findall(r"`(\w+\.py)`", README):
+        assert (ROOT / name).is_file() or (ROOT / "nanonormuon" / name).is_file(), name
+
+
+def test_train_on_your_own_text_as_written(text, tmp_path):
+    """The three commands of that section, with a model small enough for a test."""
+    own = [words for words in COMMANDS if "data/mine" in words or "data.path=data/mine" in words
+           or "runs/mine" in words]  # fmt: skip
+    assert [words[1] for words in own] == ["prepare", "run", "sample"]
+    (tmp_path / "essays").mkdir()
+    lines = text.read_text().splitlines(keepends=True)
+    (tmp_path / "notes.txt").write_text("".join(lines[:1000]))
+    for i in range(20):
+        (tmp_path / "essays" / f"{i}.md").write_text("".join(lines[1000 + i * 60 : 1060 + i * 60]))
+    small = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "data.seq_len=32",
+             "train.batch_tokens=512", "train.steps=4"]  # fmt: skip
+    for words in own:
+        words = [w.replace("bpe:4096", "bpe:300") for w in words]
+        more = small if words[1] == "run" else ["--max-tokens", "5"] if words[1] == "sample" else []
+        code, out, err = command(*words[1:], *more, cwd=tmp_path)
+        assert code == 0, err
+    assert out.startswith("Once")
+
+
+def test_the_shakespeare_recipe_reads_what_its_script_makes(tmp_path):
+    source = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    if not source.exists():
+        pytest.skip("needs tinyshakespeare.txt, which is not kept here")
+    import subprocess
+    import sys
+
+    script = [sys.executable, str(ROOT / "data" / "shakespeare.py"), "--out", str(tmp_path / "d")]
+    done = subprocess.run([*script, "--from", str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    from nanonormuon.data import open_data
+
+    data = open_data(tmp_path / "d")
+    # nanoGPT's own split: 1,003,854 and 111,540 characters; one separator stands before each
+    assert (data.train.tokens, data.val.tokens) == (1_003_855, 111_541)
+    (tmp_path / "other.txt").write_text("To be")
+    done = subprocess.run(
+        [*script, "--from", str(tmp_path / "other.txt")], capture_output=True, text=True
+    )
+    assert done.returncode == 3 and "not Tiny Shakespeare" in done.stderr
