@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import worker
+from conftest import TINY
 from safetensors.torch import load_file
 from twin import Twin
+
+from nanonormuon.config import load
+from nanonormuon.train import train
 
 HERE = Path(__file__).parent
 WORLDS = (2, 3, 4)
@@ -23,8 +27,16 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.fixture(scope="module")
+def saved(shards, tmp_path_factory):
+    """A checkpoint of a small run in one process."""
+    out = tmp_path_factory.mktemp("saved") / "run"
+    train(load([*TINY, f"data.path={shards}", "train.steps=2", "train.sample_tokens=0"])[0], out)
+    return out / "checkpoints" / "step-000002"
+
+
 @pytest.fixture(scope="module", params=WORLDS)
-def answers(request, tmp_path_factory):
+def answers(request, saved, tmp_path_factory):
     """World size, tensors and facts, from one set of processes per world size."""
     folder = tmp_path_factory.mktemp(f"world{request.param}")
     with socket.socket() as s:
@@ -32,7 +44,7 @@ def answers(request, tmp_path_factory):
         port = s.getsockname()[1]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), str(folder)],
+            [sys.executable, str(HERE / "worker.py"), str(folder), str(saved)],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(request.param),
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -129,3 +141,7 @@ def test_unsupported_placements_are_refused_by_name(answers):
 
 def test_state_lies_like_its_parameter_and_survives_a_state_dict(answers):
     assert answers[2]["state"] is True
+
+
+def test_a_checkpoint_is_read_back_identical_on_every_layout(answers):
+    assert answers[2]["checkpoint"] == {"ddp": True, "fsdp": True}

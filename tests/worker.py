@@ -1,7 +1,7 @@
 """Run by test_distributed.py, one process per rank: every case that one world size can answer, in
 one go, since processes are slow to start. Rank 0 writes what it found; the parent compares.
 
-usage: worker.py OUTPUT_FOLDER   with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
+usage: worker.py OUTPUT_FOLDER CHECKPOINT   with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
 """
 
 import json
@@ -145,7 +145,33 @@ def state_round_trip(mesh):
     return all(torch.equal(whole(a[key]), whole(b[key])) for key in a) and len(a) == len(b) == 2
 
 
-def main(folder):
+def checkpoint_round_trip(path, mesh):
+    """Whether a checkpoint read into this world's layouts is read back identical."""
+    from nanonormuon import checkpoint, hf, optim
+    from nanonormuon.model import GPT
+
+    config = hf.gpt_config(checkpoint.read_json(path / "config.json"))
+    stored = checkpoint.read_tensors(path / "model.safetensors")
+    buffers = checkpoint.read_tensors(path / "optimizer.safetensors")
+    same = {}
+    for kind in ("ddp", "fsdp"):
+        model = GPT(config).init_weights(99)
+        if kind == "fsdp":
+            for layer in model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        optimizers = optim.make_optimizers(model)
+        checkpoint.load_weights(model, path)
+        checkpoint.load_optimizers(optimizers, path)
+        found, state = checkpoint.collect(model, optimizers, keep=True)
+        found = {hf.to_hf(name): t for name, t in found.items()}
+        same[kind] = found.keys() == stored.keys() and state.keys() == buffers.keys()
+        same[kind] &= all(torch.equal(found[k], stored[k]) for k in stored)
+        same[kind] &= all(torch.equal(state[k], buffers[k]) for k in buffers)
+    return same
+
+
+def main(folder, checkpoint_path):
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -166,6 +192,7 @@ def main(folder):
             tensors[f"missing.{kind}.{name}"] = value
     facts["refusals"] = refusals(mesh)
     facts["state"] = state_round_trip(mesh)
+    facts["checkpoint"] = checkpoint_round_trip(checkpoint_path, mesh)
     for key in sorted(tensors):  # replicas must not drift apart by a single bit
         mine = tensors[key].clone()
         dist.broadcast(mine, 0)
@@ -178,4 +205,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,149 @@
+"""The optimizer step alone: NorMuon beside torch.optim.Muon and fused AdamW, on one and two processes.
+
+    python scripts/bench_optimizer.py [--steps 7]
+
+Prints a table and, last, one JSON line. Optimizers take turns within one run, and medians are
+compared, because machines drift: only the ratios mean anything. On two processes it also counts the
+bytes that a rank sends, against the formula in `expected_bytes`.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from nanonormuon import NorMuon
+
+SIZES = {"768 x 4 layers": (768, 4), "256 x 6 layers": (256, 6)}
+
+
+def shapes(width: int, layers: int) -> list[tuple[int, int]]:
+    """q, k, v, o and a plain MLP of four times the width, per layer."""
+    layer = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
+    return layer * layers
+
+
+def parameters(width: int, layers: int, mesh=None) -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    params = []
+    for shape in shapes(width, layers):
+        W, G = torch.randn(shape), torch.randn(shape)
+        if mesh is not None:
+            W, G = (distribute_tensor(t, mesh, [Shard(0)]) for t in (W, G))
+        params.append(torch.nn.Parameter(W))
+        params[-1].grad = G
+    return params
+
+
+def in_turns(optimizers: dict[str, torch.optim.Optimizer], steps: int) -> dict[str, float]:
+    """Median milliseconds of each optimizer's step, after one that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for _ in range(steps + 1):
+        for name, optimizer in optimizers.items():
+            if dist.is_initialized():
+                dist.barrier()
+            start = time.perf_counter()
+            optimizer.step()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> float:
+    """Bytes of state per parameter."""
+    state = [t for s in optimizer.state.values() for t in s.values()]
+    count = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
+    return sum(t.numel() * t.element_size() for t in state) / count
+
+
+def expected_bytes(width: int, layers: int, ranks: int) -> float:
+    """What a rank sends in the two all-to-alls: 2 + 2 bytes of bf16 for its share of every matrix,
+    but for what it keeps; FSDP itself sends 12 bytes per parameter in float32 (two gathers of the
+    weights, one reduction of the gradients), so this is a third more."""
+    count = sum(m * n for m, n in shapes(width, layers))
+    return 4 * count / ranks * (ranks - 1) / ranks
+
+
+def one_process(steps: int) -> dict:
+    found = {}
+    for label, size in SIZES.items():
+        optimizers = {
+            "NorMuon": NorMuon(parameters(*size)),
+            "torch.optim.Muon": torch.optim.Muon(parameters(*size)),
+            "fused AdamW": torch.optim.AdamW(parameters(*size), fused=True),
+        }
+        row = in_turns(optimizers, steps)
+        row["NorMuon / Muon"] = row["NorMuon"] / row["torch.optim.Muon"]
+        row["state bytes per parameter"] = state_bytes(optimizers["NorMuon"])
+        found[label] = row
+    return found
+
+
+def several_processes(rank: int, ranks: int, port: int, steps: int, queue) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks)
+    )
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    dist.init_process_group("gloo")
+    mesh, found = init_device_mesh("cpu", (ranks,)), {}
+    for label, size in SIZES.items():
+        sharded = NorMuon(parameters(*size, mesh))
+        row = in_turns({"DDP": NorMuon(parameters(*size)), "FSDP2": sharded}, steps)
+        sent, original = [0], dist.all_to_all_single
+
+        def counted(out, data, received, sizes, *args, _to=original, _sent=sent, **kwargs):
+            _sent[0] += sum(sizes) - sizes[rank]
+            return _to(out, data, received, sizes, *args, **kwargs)
+
+        dist.all_to_all_single = counted
+        sharded.step()
+        dist.all_to_all_single = original
+        row["bytes sent by rank 0"] = sent[0]
+        row["bytes expected"] = expected_bytes(*size, ranks)
+        row["beside FSDP in float32"] = sent[0] / (3 * expected_bytes(*size, ranks))
+        found[label] = row
+    if rank == 0:
+        queue.put(found)
+    dist.destroy_process_group()
+
+
+def start_processes(ranks: int, steps: int) -> dict:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = [(rank, ranks, port, steps, queue) for rank in range(ranks)]
+    processes = [context.Process(target=several_processes, args=a) for a in arguments]
+    for process in processes:
+        process.start()
+    found = queue.get(timeout=600)
+    for process in processes:
+        process.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=7, help="counted steps of each")
+    steps = parser.parse_args().steps
+    result = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    result["one process"] = one_process(steps)
+    result["two processes"] = start_processes(2, steps)
+    for kind in ("one process", "two processes"):
+        for label, row in result[kind].items():
+            print(f"{kind}, width {label}")
+            for name, value in row.items():
+                print(f"  {name:<28} {value:>14,.2f}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
