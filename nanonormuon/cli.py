@@ -71,7 +71,8 @@ def run(
                 f"--resume: {out or 'no --out given'}: expected a run directory; known here: "
                 + (", ".join(known[-5:]) or "none in runs/")
             )
-        arguments = [str(out.resolve() / "config.toml"), *arguments]
+        # stop_at was for the process that had it
+        arguments = [str(out.resolve() / "config.toml"), "train.stop_at=0", *arguments]
     elif not sources:
         sources, arguments = ["demo"], ["demo", *arguments]
     settings, origin = config.load(arguments)

@@ -120,7 +120,7 @@ def python_sources() -> Iterator[Document]:
             yield Document(name.as_posix(), 0, content)
 
 
-def builtin_python(tokenizer: str = "bpe:4096", val: float = 0.06) -> Path:
+def builtin_python(tokenizer: str = "bpe:4096", val: float = 0.02) -> Path:
     """The demo's data directory: `python_sources`, prepared once into the user's cache.
 
     It is found by a hash of contents and settings, and verified in full each time it is used.

@@ -380,6 +380,7 @@ class Trainer:
         m, t, world, data = self.config.model, self.config.train, self.world, self.data
         epochs = self.batches.epoch(t.steps)
         parameters = sum(p.numel() for p in self.gpt.parameters())
+        work = self.gpt.flops_per_token(self.config.data.seq_len) * t.steps * t.batch_tokens
         log.info(
             f"model: {parameters / 1e6:.2f}M parameters, {m.n_layer} layers, width {m.n_embd}, "
             f"vocabulary {m.vocab_size}; {str(self.dtype).removeprefix('torch.')} on {world.device}"
@@ -391,7 +392,7 @@ class Trainer:
         )
         log.info(
             f"plan: {t.steps:,} steps of {t.batch_tokens:,} tokens ({self.micro_batch} sequences "
-            f"at a time per rank) = {epochs:.2f} epochs"
+            f"at a time per rank) = {epochs:.2f} epochs, {work:.2g} FLOP"
         )
         for line in optim.summary(self.optimizers):
             log.info(line)

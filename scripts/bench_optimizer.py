@@ -1,4 +1,4 @@
-"""The optimizer step alone: NorMuon beside torch.optim.Muon and fused AdamW, on one and two processes.
+"""The optimizer step alone: NorMuon, torch.optim.Muon and fused AdamW, on one process and on two.
 
     python scripts/bench_optimizer.py [--steps 7]
 

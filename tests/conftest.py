@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 torch.set_num_threads(2)
 
 TINY = [
+    "demo",  # what the command line begins with too
     "model.n_layer=2",
     "model.n_head=2",
     "model.n_kv_head=1",

@@ -267,7 +267,7 @@ FSDP = ["train.parallel=fsdp"]
     [
         (3, [], 1e-5),
         (3, FSDP, 1e-5),
-        (4, [*FSDP, "train.reshard=false", "train.micro_batch=1"], 1e-5),
+        (2, [*FSDP, "train.reshard=false", "train.micro_batch=2"], 1e-5),
         (2, [*FSDP, "train.dtype=bf16"], 0.05),
     ],
 )
@@ -279,7 +279,8 @@ def test_several_processes_follow_one(ranks, more, tolerance, tiny, tmp_path, un
     a, b = (read_metrics(p / "metrics.jsonl") for p in (uninterrupted[0], tmp_path / "run"))
     for one, many in zip(a, b, strict=True):
         assert many["loss"] == pytest.approx(one["loss"], abs=tolerance), one["step"]
-        assert many.get("val_loss") == pytest.approx(one.get("val_loss"), abs=tolerance)
+        if "val_loss" in one:
+            assert many["val_loss"] == pytest.approx(one["val_loss"], abs=tolerance), one["step"]
     assert summary["val_loss"] == pytest.approx(uninterrupted[1]["val_loss"], abs=tolerance)
     ours, theirs = (load_file(p / "checkpoints/step-000008/model.safetensors")
                     for p in (uninterrupted[0], tmp_path / "run"))  # fmt: skip
