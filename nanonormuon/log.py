@@ -165,7 +165,8 @@ def environment(device: torch.device, ranks: int) -> dict[str, Any]:
 
     from nanonormuon import __version__
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    cuda = device.type == "cuda"  # platform.processor() would start a process to ask
+    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": git_commit(Path(__file__).parents[1]),

@@ -2,8 +2,11 @@
 any training and with nothing left behind; what the commands print is what they promise."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -171,3 +174,56 @@ def test_from_text_to_samples_as_a_user_does_it(text, tmp_path):
     assert code == 0 and out.count("the cat") == 2 and "--- sample 2" in out, err
     assert command(*ask, cwd=tmp_path)[1] == out
     assert command(*ask, "--seed", "5", cwd=tmp_path)[1] != out
+
+
+def test_a_truncated_checkpoint_is_refused(tiny, tmp_path, capsys):
+    assert cli.main(["run", *tiny, "train.steps=1", "--out", str(tmp_path / "run")]) == 0
+    file = tmp_path / "run" / "checkpoints" / "step-000001" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    for arguments in (
+        ["sample", tmp_path / "run"],
+        ["run", "train.steps=2", "--resume", "--out", tmp_path / "run"],
+    ):
+        capsys.readouterr()
+        code, message = called(arguments, capsys)
+        line = message.strip().splitlines()[-1]
+        assert code == 4 and line.startswith("error: ") and "model.safetensors" in line
+
+
+AUDIT = """
+import sys
+seen = []
+network = {"socket.connect", "socket.getaddrinfo"}
+watched = network | {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec"}
+sys.addaudithook(lambda event, args: seen.append((event, args)) if event in watched else None)
+from nanonormuon.cli import main
+for arguments in {commands}:
+    assert main(arguments) == 0, arguments
+assert not seen, seen
+"""
+
+
+def test_no_command_opens_a_connection_a_pickle_or_a_process(tiny, text, tmp_path):
+    """Also with decoys beside the checkpoint that would run code if anything unpickled them."""
+    decoys = tmp_path / "run" / "checkpoints"
+    decoys.mkdir(parents=True)
+    for name in ("step-000009", "pytorch_model.bin", "optimizer.pt"):
+        (decoys / name).write_bytes(b"cos\nsystem\n(S'echo owned'\ntR.")
+    run, out = ["run", *tiny], ["--out", str(tmp_path / "run" / "a")]
+    commands = [
+        ["prepare", str(text), "--out", str(tmp_path / "data"), "--tokenizer", "bpe:300"],
+        [*run, "train.stop_at=2", *out],
+        [*run, "--resume", *out],
+        ["sample", out[1], "--max-tokens", "3"],
+        ["run", "data.path=builtin:python", "train.steps=1", "train.sample_tokens=3",
+         "model.n_layer=1", "model.n_embd=32", "model.n_head=2", "data.tokenizer=byte",
+         "data.val_tokens=1000", "--out", str(tmp_path / "builtin")],
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", AUDIT.replace("{commands}", repr(commands))],
+        env={**os.environ, "NANONORMUON_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
