@@ -165,7 +165,7 @@ def environment(device: torch.device, ranks: int) -> dict[str, Any]:
 
     from nanonormuon import __version__
 
-    cuda = device.type == "cuda"  # platform.processor() would start a process to ask
+    cuda = device.type == "cuda"  # platform.processor() and .platform() would start a process
     name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -177,7 +177,7 @@ def environment(device: torch.device, ranks: int) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "safetensors": safetensors.__version__,
         "tiktoken": tiktoken.__version__,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "device": f"{device} {name}".strip(),
         "cpu_threads": torch.get_num_threads(),
         "ranks": ranks,
