@@ -7,6 +7,7 @@ head        the linear layer that ends in the vocabulary        AdamW
 vector      gains, biases, matrices of one row or one column    AdamW
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -166,29 +167,26 @@ def kind(optimizer: torch.optim.Optimizer, group: dict) -> str:
     return "Muon" if muon else type(optimizer).__name__
 
 
-def describe(optimizers: Sequence[torch.optim.Optimizer]) -> str:
-    """The table of groups: each parameter's shape, role, optimizer, learning rate and decay."""
-    rows = [("parameter", "shape", "role", "optimizer", "lr", "weight_decay")]
+def describe(optimizers: Sequence[torch.optim.Optimizer], fold: bool = False) -> str:
+    """The table of groups: each parameter's shape, role, optimizer, learning rate and decay.
+
+    fold: one line for all layers' parameters of one name, with their number.
+    """
+    rows: dict[tuple[str, ...], int] = {}
     for optimizer in optimizers:
         for g in optimizer.param_groups:
+            rates = f"{g['initial_lr']:.4g}", f"{g['weight_decay']:.4g}"
             for name, p in zip(g["names"], g["params"]):
-                shape, rates = "x".join(map(str, p.shape)), (g["initial_lr"], g["weight_decay"])
-                rows.append(
-                    (name, shape, g["role"], kind(optimizer, g), *(f"{r:.4g}" for r in rates))
-                )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
-
-
-def summary(optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
-    """The same, a line per role."""
-    return [
-        f"{g['role'] + ':':<10} {kind(optimizer, g):<8} lr {g['initial_lr']:<8.4g} weight_decay "
-        f"{g['weight_decay']:<6.4g} {sum(p.numel() for p in g['params']):>13,} parameters in "
-        f"{len(g['params'])} tensors"
-        for optimizer in optimizers
-        for g in optimizer.param_groups
-    ]
+                name = re.sub(r"\.\d+\.", ".*.", name) if fold else name
+                shape = " x ".join(map(str, p.shape))
+                row = (name, shape, g["role"], kind(optimizer, g), *rates)
+                rows[row] = rows.get(row, 0) + 1
+    head = ("parameter", "shape", "role", "optimizer", "lr", "weight_decay")
+    lines = [head, *rows]
+    if fold:
+        lines = [(*head[:1], "n", *head[1:]), *((r[0], str(n), *r[1:]) for r, n in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in lines)
 
 
 @dataclass(frozen=True)

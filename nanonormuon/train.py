@@ -394,8 +394,7 @@ class Trainer:
             f"plan: {t.steps:,} steps of {t.batch_tokens:,} tokens ({self.micro_batch} sequences "
             f"at a time per rank) = {epochs:.2f} epochs, {work:.2g} FLOP"
         )
-        for line in optim.summary(self.optimizers):
-            log.info(line)
+        log.info(optim.describe(self.optimizers, fold=True))
         if odd := hf.obstacles(m):
             log.warning(f"Hugging Face's Qwen3 cannot load this model: {', '.join(odd)}")
         if epochs > 4:

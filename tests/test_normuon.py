@@ -164,6 +164,32 @@ def test_state_exists_from_construction_and_survives_a_state_dict():
     assert torch.equal(q.detach(), wanted)
 
 
+def test_the_second_moment_of_bfloat16_weights_stays_float32_through_a_state_dict():
+    torch.manual_seed(8)
+    p = torch.nn.Parameter(torch.randn(6, 9).bfloat16())
+    optimizer, second = NorMuon([p]), NorMuon([p])
+    p.grad = torch.randn(6, 9).bfloat16()
+    optimizer.step()
+    second.load_state_dict(optimizer.state_dict())
+    a, b = optimizer.state[p]["second_moment"], second.state[p]["second_moment"]
+    assert b.dtype == torch.float32 and torch.equal(a, b) and a is not b
+
+
+def test_rates_may_be_tensors():
+    """As a compiled step needs them, that must not recompile when a schedule moves the rate."""
+    torch.manual_seed(8)
+    W, G = torch.randn(6, 9), torch.randn(6, 9)
+    p, q = torch.nn.Parameter(W.clone()), torch.nn.Parameter(W.clone())
+    plain, tensor = NorMuon([p], lr=0.1), NorMuon([q], lr=torch.tensor(0.1))
+    for lr in (0.1, 0.07, 0.03):
+        plain.param_groups[0]["lr"] = lr
+        tensor.param_groups[0]["lr"].fill_(lr)
+        p.grad, q.grad = G.clone(), G.clone()
+        plain.step()
+        tensor.step()
+    assert torch.allclose(p.detach(), q.detach(), atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_parameter_dtypes(dtype):
     torch.manual_seed(9)
