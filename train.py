@@ -3,16 +3,9 @@
 The same arguments as `normuon-train run`. The loop itself is in nanonormuon/train.py.
 """
 
-import os
 import sys
 
-from nanonormuon.cli import main
+from nanonormuon.cli import entry
 
 if __name__ == "__main__":
-    code = main(["run", *sys.argv[1:]])
-    if code and "RANK" in os.environ:
-        # a failed rank must be gone at once: taking a process group down can wait for its peers
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    entry(["run", *sys.argv[1:]])

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -218,6 +218,21 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+def entry(arguments: list[str] | None = None) -> NoReturn:
+    """What the shell and torchrun start: `main`, and an end without waiting for anybody.
+
+    As one of several ranks the process ends at once, with all output written: taking a process
+    group down can wait for ranks that are gone, and gloo's threads can abort it.
+    """
+    code = main(arguments)
+    if "RANK" in os.environ:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def exit_code(error: Exception) -> int | None:
     """An expected error's code; None for a fault of ours, which keeps its traceback."""
     if hasattr(error, "exit_code"):
@@ -254,4 +269,4 @@ def describe(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -1,4 +1,4 @@
-"""One process or many: start, wrap a model from outside, sums over ranks, stop.
+"""One process or many: start, wrap a model from outside, sums over ranks, finish.
 
 Without torchrun's environment variables there is one rank and no process group, and every function
 here is the identity. Nothing assumes that the ranks share a machine.
@@ -87,9 +87,11 @@ def keep_freed_memory() -> None:
             libc.mallopt(-2, 1 << 26)  # M_TOP_PAD: grow in steps of 64 MB
 
 
-def stop() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def finish() -> None:
+    """Wait for all ranks at the end of a run. The group is left standing: gloo's threads have been
+    seen to abort a process that takes them down, and the process ends now anyway (cli.entry)."""
+    if size() > 1:
+        dist.barrier()
 
 
 def compute_dtype(wish: str, device: torch.device) -> torch.dtype:

@@ -87,19 +87,14 @@ def train(config: Config, out: Path, resume: bool = False) -> dict[str, Any]:
             world = distributed.start(config.train.device)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        try:
-            plan.split_batch(config, world.size)  # refuses before anything is made
-            out = Path(distributed.from_first(str(out), world.device))  # names carry the time
-            with RunDirectory(out, world.first) as run:
-                distributed.first_does(lambda: run.acquire(resume), world.device)
-                trainer = Trainer(config, run, world)
-                trainer.begin(resume)
-                summary = trainer.loop(stopping)
-        except BaseException:
-            if world.size == 1:
-                distributed.stop()  # with others, taking the group down could wait for them
-            raise
-        distributed.stop()
+        plan.split_batch(config, world.size)  # refuses before anything is made
+        out = Path(distributed.from_first(str(out), world.device))  # names carry the time
+        with RunDirectory(out, world.first) as run:
+            distributed.first_does(lambda: run.acquire(resume), world.device)
+            trainer = Trainer(config, run, world)
+            trainer.begin(resume)
+            summary = trainer.loop(stopping)
+        distributed.finish()
         return summary
 
 

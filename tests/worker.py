@@ -5,6 +5,7 @@ usage: worker.py OUTPUT_FOLDER CHECKPOINT   with RANK, WORLD_SIZE, MASTER_ADDR, 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -210,7 +211,8 @@ def main(folder, checkpoint_path):
     if rank == 0:
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "tensors.safetensors")
         (folder / "facts.json").write_text(json.dumps(facts))
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # as cli.entry ends: taking gloo's threads down can abort
 
 
 if __name__ == "__main__":
