@@ -305,7 +305,7 @@ def test_a_mistake_that_only_the_first_rank_sees_ends_all(tiny, tmp_path, uninte
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          str(ROOT / "train.py"), *tiny, "--out", str(uninterrupted[0])],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode != 0 and "already holds a run" in done.stderr
     assert final(uninterrupted[0]) == before
