@@ -161,7 +161,8 @@ class Split:
 
 @dataclass
 class Data:
-    """A data directory, opened and checked. `fingerprint` changes whenever its content may have."""
+    """A data directory, opened and checked. `fingerprint` tells other data: by content with a
+    manifest, by names and sizes without one."""
 
     path: Path
     train: Split
