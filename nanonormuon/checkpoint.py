@@ -11,28 +11,32 @@ Tensors are whole, whatever the number of ranks, so any layout resumes what any 
 about the data order or randomness is stored: both are functions of (seed, step).
 """
 
+import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from nanonormuon.files import naming, settle, sync_directory, write_durably
 from nanonormuon.hf import to_hf
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
+JSON_LIMIT = 1 << 26  # bytes of a JSON file or header that anything is believed of
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -43,34 +47,8 @@ class CheckpointError(ValueError):
 # Directories
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a new file and wait until the disk has it."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the disk has the directory's entries (POSIX; elsewhere there is no such call)."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Exchange a small file in one step: a reader sees the old or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_durably(temporary, content)
-    os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
 def step_of(path: Path) -> int | None:
-    match = re.fullmatch(r"step-(\d{6,})", path.name)
+    match = re.fullmatch(r"step-(\d{6,15})", path.name, re.ASCII)
     return int(match[1]) if match else None
 
 
@@ -81,10 +59,11 @@ def all_steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: step_of(p) or 0)
 
 
-def write(folder: Path, step: int, files: Mapping[str, bytes]) -> Path:
-    """Publish `files` as folder/step-NNNNNN. Digests are of what is in memory, not of what was read
-    back. The order (data, manifest, rename, each waited for) leaves no moment in which a crash
-    could publish a part. Raises OSError, with every older checkpoint intact."""
+def write(folder: Path, step: int, files: Mapping[str, bytes | Iterable]) -> Path:
+    """Publish `files`, each given whole or piece by piece, as folder/step-NNNNNN. Digests are of
+    what is in memory, not of what was read back. The order (data, manifest, rename, each waited
+    for) leaves no moment in which a crash could publish a part. Raises OSError, with every older
+    checkpoint intact."""
     target = folder / f"step-{step:06d}"
     partial = folder / f".partial-{target.name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +72,14 @@ def write(folder: Path, step: int, files: Mapping[str, bytes]) -> Path:
     try:
         entries = {}
         for name, content in files.items():
-            write_durably(partial / name, content)
-            entries[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            size, digest = 0, hashlib.sha256()
+            with open(partial / name, "wb") as file, naming(partial / name):
+                for piece in (content,) if isinstance(content, bytes) else content:
+                    file.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
+                settle(file)
+            entries[name] = {"size": size, "sha256": digest.hexdigest()}
         sync_directory(partial)
         manifest = {"format": FORMAT, "step": step, "files": entries}
         write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -112,6 +97,8 @@ def write(folder: Path, step: int, files: Mapping[str, bytes]) -> Path:
 
 def verify(path: Path) -> dict[str, Any]:
     """Check every byte of a checkpoint; returns its state.json. Raises CheckpointError."""
+    if path.is_symlink() or (path / "manifest.json").is_symlink():
+        raise CheckpointError(f"{path}: a symbolic link, expected the files themselves")
     manifest = read_json(path / "manifest.json")
     files = manifest.get("files")
     if manifest.get("format") != FORMAT or not isinstance(files, dict):
@@ -124,8 +111,8 @@ def verify(path: Path) -> dict[str, Any]:
         file = path / name
         if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
             raise CheckpointError(f"{path / 'manifest.json'}: no size and sha256 of {name!r}")
-        if Path(name).name != name or name in (".", "..") or file.is_symlink():
-            raise CheckpointError(f"{path / 'manifest.json'}: unsafe file name {name!r}")
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) or file.is_symlink():
+            raise CheckpointError(f"{path / 'manifest.json'}: unsafe file name {name[:99]!r}")
         if not file.is_file():
             raise CheckpointError(f"{file}: missing, although the manifest lists it")
         if (size := file.stat().st_size) != entry["size"]:
@@ -144,10 +131,12 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete")
+    if not path.is_file() or path.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"{path}: expected a plain file of at most {JSON_LIMIT} bytes")
     try:
         content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
@@ -177,14 +166,39 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def retain(folder: Path, keep_last: int, step: int) -> None:
-    """Delete all but the last checkpoints up to `step`, just written; 0 keeps all. Later ones, left
-    by a run that fell back behind them, do not count. First goes the name, then the content."""
+def retain(
+    folder: Path, keep_last: int, step: int, keep_every: int = 0, best: int | None = None
+) -> None:
+    """Delete all but the last checkpoints up to `step`, just written, each keep_every steps' one
+    and the best. keep_last = 0 keeps all. Later ones, left by a run that fell back behind them, do
+    not count. Nothing is deleted before the newest has been read back and found whole; first goes
+    the name, then the content."""
     ours = [p for p in all_steps(folder) if (step_of(p) or 0) <= step]
-    for path in ours[:-keep_last] if keep_last else []:
-        doomed = folder / f".deleting-{path.name}"
-        os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    doomed = [
+        path
+        for path in (ours[:-keep_last] if keep_last else [])
+        if step_of(path) != best and not (keep_every and (step_of(path) or 0) % keep_every == 0)
+    ]
+    if doomed:
+        verify(ours[-1])
+    for path in doomed:
+        hidden = folder / f".deleting-{path.name}"
+        os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def check_space(folder: Path, size: int, keep_last: int) -> None:
+    """Raise OSError unless the disk has room for the checkpoints that will be kept, and for the one
+    that is written before the oldest goes; those already there have theirs."""
+    copies = max(1, (keep_last or 1) + 1 - len(all_steps(folder)))
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    if (free := shutil.disk_usage(place).free) < copies * size:
+        raise OSError(
+            errno.ENOSPC,
+            f"{free / 1e9:.2f} GB free, expected room for {copies} checkpoints of "
+            f"{size / 1e9:.2f} GB; free some, lower train.keep_last, or choose another --out",
+            str(folder),
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -196,45 +210,113 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
+def named_state(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights by parameter, optimizer buffers by parameter.buffer: all that changes in training."""
+    weights = dict(model.named_parameters())
+    buffers = {
+        f"{name}.{key}": buffer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for name, p in zip(group["names"], group["params"])
+        for key, buffer in sorted(optimizer.state[p].items())
+    }
+    return weights, buffers
+
+
+def named_for_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {to_hf(name): t for name, t in weights.items()}
+
+
 def whole(t: Tensor) -> Tensor:
     """A tensor's full content on the CPU; for a sharded one all ranks must call this."""
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous()
 
 
-def collect(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], keep: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and optimizer buffers by name, for ranks with keep=True; all must take part."""
-    weights, buffers = {}, {}
-    for name, p in model.named_parameters():
-        value = whole(p)
+def stream(tensors: Mapping[str, Tensor], keep: bool = True) -> Iterator[Any]:
+    """The bytes of a safetensors file, piece by piece, each tensor gathered when its turn comes, so
+    that no more than one of them is held whole. Sharded ones need every rank to exhaust its stream;
+    ranks with keep=False get nothing for it."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in ordered:
+        end = offset + t.numel() * t.element_size()
+        header[name] = {
+            "dtype": DTYPES[t.dtype],
+            "shape": [*t.shape],
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, t in ordered:
         if keep:
-            weights[name] = value
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for name, p in zip(group["names"], group["params"]):
-                for key, buffer in sorted(optimizer.state[p].items()):
-                    value = whole(buffer)
-                    if keep:
-                        buffers[f"{name}.{key}"] = value
-    return weights, buffers
+            yield memoryview(whole(t).reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(t, DTensor):
+            t.full_tensor()
 
 
 def serialise(tensors: Mapping[str, Tensor]) -> bytes:
-    return to_safetensors(dict(tensors), metadata={"format": "pt"})
+    return b"".join(stream(tensors))
 
 
 def model_file(weights: Mapping[str, Tensor]) -> bytes:
-    return serialise({to_hf(name): t for name, t in weights.items()})
+    return serialise(named_for_hf(weights))
+
+
+class TensorFile:
+    """A safetensors file, read tensor by tensor: read, not mapped, since a mapped file that shrinks
+    kills the process. What its header declares is compared with the file's size before anything is
+    allocated for it. Raises CheckpointError."""
+
+    def __init__(self, path: Path):
+        self.path, self.entries = path, {}
+        size = path.stat().st_size
+        kinds = {text: dtype for dtype, text in DTYPES.items()}
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, JSON_LIMIT):
+                raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size}")
+            try:
+                header = json.loads(file.read(length))
+                header.pop("__metadata__", None)
+                self.start, end = 8 + length, 0
+                for name, entry in sorted(header.items(), key=lambda i: i[1]["data_offsets"]):
+                    dtype, shape = kinds[entry["dtype"]], entry["shape"]
+                    if not all(type(n) is int and n >= 0 for n in shape):
+                        raise ValueError(f"{name} has shape {shape}")
+                    begin, end = end, end + math.prod(shape) * dtype.itemsize
+                    if entry["data_offsets"] != [begin, end]:
+                        raise ValueError(f"{name} lies at {entry['data_offsets']}, {[begin, end]}")
+                    self.entries[name] = dtype, tuple(shape), begin
+                if self.start + end != size:
+                    raise ValueError(f"tensors of {end} bytes, {size - self.start} found")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise CheckpointError(
+                    f"{path}: not a readable safetensors file ({str(error)[:200]})"
+                ) from None
+
+    def read(self, name: str) -> Tensor:
+        dtype, shape, begin = self.entries[name]
+        value = torch.empty(shape, dtype=dtype)
+        with open(self.path, "rb") as file:
+            file.seek(self.start + begin)
+            if file.readinto(value.view(-1).view(torch.uint8).numpy()) != value.nbytes:
+                raise CheckpointError(f"{self.path}: {name} is cut short")
+        return value
+
+    def expect(self, like: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError unless the file has just these tensors of just these shapes."""
+        check_names(self.path, set(self.entries), set(like))
+        for name, shape in like.items():
+            check_shape(self.path, name, self.entries[name][1], shape)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:  # read, not mapped: a mapped file that shrinks kills the process
-        return from_safetensors(path.read_bytes())
-    except OSError:
-        raise
-    except Exception as error:  # safetensors raises its own type for a damaged header
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+    file = TensorFile(path)
+    return {name: file.read(name) for name in file.entries}
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
@@ -247,41 +329,57 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Fill a model of any layout from model.safetensors, whose names and shapes must be its own."""
-    values = read_tensors(path / "model.safetensors")
-    parameters = dict(model.named_parameters())
-    check_names(path / "model.safetensors", set(values), {to_hf(name) for name in parameters})
+    file = TensorFile(path / "model.safetensors")
+    parameters = named_for_hf(dict(model.named_parameters()))
+    file.expect({name: p.shape for name, p in parameters.items()})
     with torch.no_grad():
         for name, p in parameters.items():
-            value = values[to_hf(name)]
-            check_shape(path / "model.safetensors", to_hf(name), value, p)
-            p.copy_(placed_like(value, p))
+            p.copy_(placed_like(file.read(name), p))
 
 
 def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], path: Path) -> None:
     """Fill optimizers of any layout from optimizer.safetensors, complete or not at all."""
-    file = path / "optimizer.safetensors"
-    values = read_tensors(file)
-    expected = {
-        f"{name}.{key}"
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for name, p in zip(group["names"], group["params"])
-        for key in (optimizer.state[p] or ADAMW_STATE)  # AdamW makes its buffers at its first step
-    }
-    check_names(file, set(values), expected)
+    file = TensorFile(path / "optimizer.safetensors")
+    file.expect(
+        {
+            f"{name}.{key}": shape
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for name, p in zip(group["names"], group["params"])
+            for key, shape in buffer_shapes(optimizer, p).items()
+        }
+    )
     for optimizer in optimizers:
         content = optimizer.state_dict()
         names = [name for group in optimizer.param_groups for name in group["names"]]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for index, (name, p) in enumerate(zip(names, params)):
             state = {}
-            for key in optimizer.state[p] or ADAMW_STATE:
-                value = values[f"{name}.{key}"]
+            for key in buffer_shapes(optimizer, p):
+                value = file.read(f"{name}.{key}")
                 like = optimizer.state[p].get(key, p if value.shape == p.shape else value)
-                check_shape(file, f"{name}.{key}", value, like)
                 state[key] = placed_like(value, like)
             content["state"][index] = state
         optimizer.load_state_dict(content)
+
+
+def buffer_shapes(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]:
+    """A parameter's buffers, also those that AdamW makes at its first step only."""
+    if state := optimizer.state[p]:
+        return {key: tuple(value.shape) for key, value in state.items()}
+    return {key: () if key == "step" else tuple(p.shape) for key in ADAMW_STATE}
+
+
+def size_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Bytes of the tensors in a checkpoint; whole ones, whatever this rank holds."""
+    buffers = sum(
+        4 * math.prod(shape)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for shape in buffer_shapes(optimizer, p).values()
+    )
+    return buffers + sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def check_names(file: Path, found: set[str], expected: set[str]) -> None:
@@ -290,8 +388,8 @@ def check_names(file: Path, found: set[str], expected: set[str]) -> None:
             raise CheckpointError(f"{file}: {len(names)} tensors {what}, first {min(names)}")
 
 
-def check_shape(file: Path, name: str, value: Tensor, like: Tensor) -> None:
-    if value.shape != like.shape:
+def check_shape(file: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(found) != tuple(expected):
         raise CheckpointError(
-            f"{file}: {name} has shape {tuple(value.shape)}, expected {tuple(like.shape)}"
+            f"{file}: {name} has shape {tuple(found)}, expected {tuple(expected)}"
         )

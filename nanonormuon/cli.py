@@ -2,12 +2,16 @@
 
 import logging
 import os
+import shlex
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+
+from nanonormuon import commands, faults
 
 app = typer.Typer(
     name="normuon-train",
@@ -30,15 +34,22 @@ Overrides = Annotated[
 
 @app.callback()
 def common(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Say nothing on stderr but warnings and errors.")
+    ] = False,
 ) -> None:
+    if context.invoked_subcommand == "run":  # signals are answered from here on
+        context.obj = context.with_resource(faults.Stopping())
     from nanonormuon.log import to_console
 
-    to_console(logging.DEBUG if debug else logging.INFO)
+    to_console(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
 
 
 @app.command()
 def run(
+    context: typer.Context,
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory; runs/RECIPE-DATE-TIME if not given.")
@@ -46,21 +57,25 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
     ] = False,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Begin with this model's weights: a run, or a Qwen3 or Llama directory."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and print the configuration, then stop.")
     ] = False,
 ) -> None:
-    """Train a model. Without a recipe: the demo.
+    """Train a model. Without a recipe: the demo, or with --init-from: finetune.
 
     \b
     normuon-train run
     normuon-train run demo train.steps=300 optim.lr=0.01
     normuon-train run shakespeare-char my.toml --out runs/a
     normuon-train run --resume --out runs/a
+    normuon-train run --init-from runs/a data.path=data/mine --out runs/b
     torchrun --standalone --nproc_per_node=8 train.py gpt2-124m
     """
     from nanonormuon import config
-    from nanonormuon.train import train
 
     arguments = overrides or []
     sources = [Path(a).stem for a in arguments if not config.is_setting(a)]
@@ -71,22 +86,32 @@ def run(
                 f"--resume: {out or 'no --out given'}: expected a run directory; known here: "
                 + (", ".join(known[-5:]) or "none in runs/")
             )
+        if sources:  # the same command again, with --resume
+            logging.getLogger("nanonormuon").info(
+                f"--resume: {out} has its own configuration; {', '.join(sources)} is not read again"
+            )
+            arguments = [a for a in arguments if config.is_setting(a)]
         # stop_at was for the process that had it
         arguments = [str(out.resolve() / "config.toml"), "train.stop_at=0", *arguments]
     elif not sources:
-        sources, arguments = ["demo"], ["demo", *arguments]
+        sources = ["finetune" if init_from else "demo"]
+        arguments = [*sources, *arguments]
+    if init_from is not None:
+        arguments.append(f"train.init_from={init_from}")
     settings, origin = config.load(arguments)
     if dry_run:
         typer.echo(config.to_toml(settings, origin), nl=False)
         return
     if out is None:
         out = Path("runs") / f"{'-'.join(sources)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    summary = train(settings, out, resume)
+    from nanonormuon.train import train
+
+    summary = train(settings, out, resume, context.obj)
     if int(os.environ.get("RANK", "0")) == 0:
-        report(summary, out)
+        report(summary, out, settings.data.path == "builtin:python")
 
 
-def report(summary: dict, out: Path) -> None:
+def report(summary: dict, out: Path, code: bool) -> None:
     """A run's last words: the result, where it lies, what to do next."""
     result = f"step {summary['steps']:,}, {summary['tokens']:,} tokens"
     if summary.get("val_loss") is not None:
@@ -97,86 +122,109 @@ def report(summary: dict, out: Path) -> None:
         f"done: {result}; {summary['train_seconds']:.0f} s of training, "
         f"{summary['total_seconds']:.0f} s in all"
     )
-    typer.echo(f"checkpoint: {out / summary['checkpoint']}  (a Hugging Face model directory)")
-    typer.echo(f"next: normuon-train sample {out} --prompt 'def '")
+    what = "  (a Hugging Face model directory)" if summary["hugging_face"] else ""
+    typer.echo(f"checkpoint: {out / summary['checkpoint']}{what}")
+    best = summary.get("best_checkpoint")
+    if best not in (None, summary["checkpoint"]):
+        typer.echo(f"best: {out / best}: val_loss {summary['best_val_loss']:.4f}")
+    prompt = " --prompt 'def '" if code else ""
+    typer.echo(f"next: normuon-train sample {shlex.quote(str(out))}{prompt}")
 
 
 @app.command()
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(help="Text files, or directories of them.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE", help="Files, directories, quoted patterns, or - (standard input)."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Directory for the shards.")],
     tokenizer: Annotated[
         str,
-        typer.Option(help="byte, gpt2, bpe:N (trained on the text), or a saved tokenizer's path."),
+        typer.Option(
+            help="byte, gpt2, cl100k_base, o200k_base, bpe:N (trained on the text), or the path of "
+            "a tokenizer.json or *.tiktoken file."
+        ),
     ] = "bpe:4096",
     val: Annotated[
         float, typer.Option(help="Share of the documents held out for validation.")
     ] = 0.02,
+    text_field: Annotated[
+        str, typer.Option(help="Field or column of the text in JSON, CSV and Parquet.")
+    ] = "text",
+    doc_separator: Annotated[
+        str, typer.Option(help="What stands between documents in text files; \\n is a line end.")
+    ] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Encoding threads; 0: one per core.")] = 0,
 ) -> None:
     """Turn text into verified shards of tokens.
 
+    Reads text and code, JSON lines and arrays, CSV, Parquet, all also as .gz and .zst, as streams
+    of any size. An interrupted preparation goes on where it was when the command is repeated.
+
     \b
     normuon-train prepare book.txt --out data/book --tokenizer byte
-    normuon-train prepare notes/ essays/ --out data/mine --tokenizer bpe:4096 --val 0.05
+    normuon-train prepare notes/ essays.jsonl.gz --out data/mine --tokenizer bpe:4096 --val 0.05
+    normuon-train prepare "wiki/*.parquet" --text-field body --tokenizer gpt2 --out data/wiki
+    zcat stories.txt.gz | normuon-train prepare - --doc-separator "<|endoftext|>" --out data/st
     normuon-train run demo data.path=data/mine
     """
     from nanonormuon.prepare import prepare as prepare_shards
 
-    manifest = prepare_shards(sources, out, tokenizer, val)
+    manifest = prepare_shards(
+        sources,
+        out,
+        tokenizer,
+        val,
+        text_field=text_field,
+        separator=doc_separator.replace("\\n", "\n").replace("\\t", "\t"),
+        workers=workers,
+    )
     for name in ("train", "val"):
         split = manifest[name]
         typer.echo(
             f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, "
             f"{split['tokens']:,} tokens"
         )
-    typer.echo(f"next: normuon-train run demo data.path={out}")
+    typer.echo(f"next: normuon-train run demo {shlex.quote(f'data.path={out}')}")
 
 
 @app.command()
-def sample(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory or checkpoint.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Keep so many likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Keep this much probability.")
-    ] = 0.95,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    num: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Data directory.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="What made the shards, where the directory does not say it.")
+    ] = "",
+    data_format: Annotated[
+        str, typer.Option("--format", help="shards, or nanogpt for its headerless train.bin.")
+    ] = "shards",
+    as_json: commands.AsJson = False,
 ) -> None:
-    """Continue a text with a trained model, from its run directory alone.
+    """Show what is in a data directory, and what is wrong.
+
+    Exits with 3 if training would refuse it.
 
     \b
-    normuon-train sample runs/demo-20260101-120000 --prompt "def main():" --num 3
-    normuon-train sample RUN --prompt "ROMEO:" --temperature 0.6 --max-tokens 400
+    normuon-train inspect data/mine
+    normuon-train inspect data/fineweb --tokenizer gpt2 --json
     """
-    from nanonormuon import distributed
-    from nanonormuon import sample as sampling
+    from nanonormuon import inspection
 
-    try:
-        world = distributed.start(device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    dtype = distributed.compute_dtype("auto", world.device)
-    model, tokenizer, found = sampling.load_run(path, dtype, world.device)
-    context = sampling.context_of(found)
-    for i in range(num):
-        if num > 1:
-            typer.echo(f"--- sample {i + 1}")
-        sys.stdout.write(prompt)
-        for piece in sampling.stream(
-            model, tokenizer, prompt, max_tokens, temperature, top_k, top_p, seed + i, context
-        ):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+    if data_format not in ("shards", "nanogpt"):
+        raise typer.BadParameter(f'--format "{data_format}": expected shards or nanogpt')
+    found = inspection.inspect(directory, tokenizer, data_format == "nanogpt")
+    if as_json:
+        commands.print_json(found)
+    else:
+        typer.echo(inspection.as_text(found))
+    if "train" not in found:
+        raise typer.Exit(3)
 
 
 @app.command()
 def recipes() -> None:
-    """List the recipes that come with the package, with what each is for."""
+    """List the recipes that come with the package."""
     from nanonormuon import config
 
     for name, path in config.recipes().items():
@@ -186,7 +234,7 @@ def recipes() -> None:
 
 @app.command()
 def show(overrides: Overrides = None) -> None:
-    """Print a configuration, each value with where it comes from.
+    """Print a configuration and where its values come from.
 
     \b
     normuon-train show demo optim.lr=0.01
@@ -197,24 +245,30 @@ def show(overrides: Overrides = None) -> None:
     typer.echo(config.to_toml(settings, origin), nl=False)
 
 
+for command in commands.COMMANDS:
+    app.command()(command)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code (README, "Exit codes")."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if debug := "--debug" in arguments:  # wherever it stands
-        arguments = ["--debug", *(a for a in arguments if a != "--debug")]
+    debug, everywhere = "--debug" in arguments, ("--debug", "--quiet")  # wherever they stand
+    arguments = sorted(arguments, key=lambda a: a not in everywhere)
     try:
         code = app(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except faults.Interrupted as error:
+        code, message = error.exit_code, str(error)
     except typer.Abort:
         code, message = 130, "interrupted"
     except Exception as error:
         if hasattr(error, "show"):  # typer's own: a misspelt option, a missing argument
             error.show()
             return error.exit_code
-        code, message = exit_code(error), describe(error)
-        if code is None or debug:
+        if debug:
             raise
-    print(f"error: {message}", file=sys.stderr)
+        code, message = faults.exit_code(error) or 1, f"error: {faults.describe(error)}"
+    print(message, file=sys.stderr)
     return code
 
 
@@ -224,48 +278,18 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
     As one of several ranks the process ends at once, with all output written: taking a process
     group down can wait for ranks that are gone, and gloo's threads can abort it.
     """
-    code = main(arguments)
+    try:
+        code = main(arguments)
+    except Exception as error:  # under --debug
+        traceback.print_exc()
+        print(f"error: {faults.describe(error)}", file=sys.stderr)
+        code = faults.exit_code(error) or 1
     if "RANK" in os.environ:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def exit_code(error: Exception) -> int | None:
-    """An expected error's code; None for a fault of ours, which keeps its traceback."""
-    if hasattr(error, "exit_code"):
-        return error.exit_code
-    if out_of_memory(error):
-        return 6
-    if isinstance(error, OSError):
-        return 8
-    return 7 if lost_peer(error) else None
-
-
-def out_of_memory(error: Exception) -> bool:
-    import torch
-
-    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-
-def lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    import torch.distributed as dist
-
-    gone = "Connection closed by peer", "Connection reset by peer"
-    return isinstance(error, getattr(dist, "DistError", ())) or any(g in str(error) for g in gone)
-
-
-def describe(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if out_of_memory(error):
-        return f"out of memory: {text}; lower train.micro_batch, the batch itself can stay"
-    if exit_code(error) == 7 and lost_peer(error):
-        return f"another rank failed or is gone; its own message says why ({text})"
-    return text
 
 
 if __name__ == "__main__":

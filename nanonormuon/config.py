@@ -28,7 +28,10 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class DataConfig:
     path: str = "builtin:python"  # a directory of shards, or the interpreter's own Python sources
-    tokenizer: str = "bpe:4096"  # of builtin data; a directory brings its own
+    format: Literal["shards", "nanogpt"] = "shards"  # nanogpt: its train.bin, without a header
+    tokenizer: str = "bpe:4096"  # of builtin data; a prepared directory brings its own
+    mix: str = ""  # "DIR=0.2, DIR=0.1": these shares of the sequences from elsewhere
+    document_mask: bool = False  # attention does not cross <|endoftext|>
     seq_len: int = 256  # tokens per window
     order: Literal["shuffled", "sequential"] = "shuffled"  # sequential: as modded-nanogpt reads
     verify: Literal["auto", "full"] = "auto"  # shards' hashes: up to 256 MB of data, or always
@@ -67,6 +70,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    init_from: str = ""  # model directory to begin with; "": a new model, as [model] says
     steps: int = 1000  # optimizer steps
     stop_at: int = 0  # end early at this step, saved; the schedule still runs to `steps`. 0: never
     batch_tokens: int = 8192  # per optimizer step, over all ranks and micro-batches
@@ -74,17 +78,24 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10
     eval_every: int = 250  # steps; the last step is always evaluated. 0: only the last
+    patience: int = 0  # evaluations without a lower val_loss that end the run; 0: none do
     save_every: int = 250  # steps; the last step is always saved. 0: only the last
     keep_last: int = 2  # checkpoints kept; 0: all
+    keep_every: int = 0  # also those of every so many steps; 0: none
+    keep_best: bool = True  # also the one with the lowest validation loss
     sample_every: int = 0  # steps; 0: before and after the run only
     sample_tokens: int = 128  # per sample; 0: no samples
     sample_prompt: str = ""  # "": samples begin a new document
+    track: Literal["", "tensorboard", "wandb"] = ""  # metrics.jsonl's rows go there as well
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = (
         "auto"  # of compute; weights and optimizer stay float32
     )
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several ranks; auto: ddp
+    skip_spikes: float = 0.0  # leave out updates with so many times the usual gradient; 0: none
+    time_limit: float = 900.0  # seconds for a step or a save, 4 times for longer work; 0: none
+    canonical: bool = False  # the same bits on any number of replicas; slow
     reshard: bool = True  # fsdp: weights too are sharded between uses; false: only their gradients
 
 
@@ -117,11 +128,17 @@ MAY_CHANGE = (  # on resume; anything else would make it another run (data are c
     "train.micro_batch",
     "train.log_every",
     "train.eval_every",
+    "train.patience",
     "train.save_every",
     "train.keep_last",
+    "train.keep_every",
+    "train.keep_best",
+    "train.skip_spikes",
+    "train.time_limit",
     "train.sample_every",
     "train.sample_tokens",
     "train.sample_prompt",
+    "train.track",
     "train.device",
     "train.compile",
     "train.parallel",
@@ -263,8 +280,18 @@ def check(config: Config, origin: dict[str, str]) -> None:
             value = getattr(getattr(config, section), f.name)
             if isinstance(value, int | float) and value < 0:
                 refuse(f"{section}.{f.name}", "0 or more")
+    if config.train.canonical and config.train.micro_batch == "auto":
+        refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")
+    if config.train.canonical and config.train.parallel == "fsdp":
+        refuse("train.parallel", "ddp, since train.canonical is for replicas")
     if config.train.micro_batch == 0:
         refuse("train.micro_batch", "at least 1, or auto")
+    given = [f"{name} ({where})" for name, where in origin.items() if name.startswith("model.")]
+    if config.train.init_from and given and not config.model.vocab_size:
+        raise ConfigError(
+            f"train.init_from = {config.train.init_from}: the model is the one there: leave out "
+            f"{', '.join(given)}; the recipe finetune has no [model]"
+        )
     if config.optim.decay > 1:
         refuse("optim.decay", "a share of the run, 0 to 1")
     tokens, T = config.train.batch_tokens, config.data.seq_len
@@ -284,7 +311,7 @@ def from_dict(content: dict[str, dict[str, Any]]) -> Config:
     """dataclasses.asdict(config), as a checkpoint's state.json has it -> the configuration."""
     try:
         return Config(**{section: SECTIONS[section](**table) for section, table in content.items()})
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"the saved configuration is of another version: {error}") from None
 
 

@@ -1,296 +1,37 @@
-"""Token shards on disk, and every batch as a pure function of (seed, step).
-
-A shard is a 1,024-byte header (256 little-endian int32: 20240520, version, number of tokens, zeros)
-and then the tokens, uint16 in version 1 and uint32 in version 2 (vocabularies over 65,536): the
-format of llm.c and modded-nanogpt. A data directory holds `*train_*.bin`, `*val_*.bin` and, if
-`normuon-train prepare` made it, a `manifest.json` that says what must be in them.
+"""Every batch as a pure function of (seed, step).
 
 The order of the data is arithmetic. Nothing about it is stored, so nothing can be lost or differ
 after a resume, and no number of ranks or micro-batches changes it.
 """
 
-import hashlib
-import json
-import os
-import re
-import stat
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-MAGIC, HEADER_BYTES = 20240520, 1024
-DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by shard version
-MANIFEST, FORMAT, PARTIAL = "manifest.json", 1, ".partial"
-_SHARD = {"name": str, "tokens": int, "size": int, "sha256": str, "max_token": int}
-_SPLIT = {"documents": int, "tokens": int, "bytes": int, "shards": [_SHARD]}
-MANIFEST_SHAPE = {
-    "format": int,
-    "tokenizer": {"name": str, "hash": str, "vocab_size": int, "eot": int},
-    "train": _SPLIT,
-    "val": _SPLIT,
-}
-MANIFEST_LIMIT = 64 << 20  # bytes; a manifest of 100,000 shards has 20 MB
-FULL_CHECK_LIMIT = 256 << 20  # bytes; hashing this much takes about 0.3 s, so it is always done
-CHUNK = 1 << 22  # tokens looked at together when a whole shard is scanned
+from nanonormuon.shards import DataError, Split, check_ids
 
-
-class DataError(ValueError):
-    """Training data that is missing, damaged, or does not fit the request."""
-
-    exit_code = 3
-
-
-# ------------------------------------------------------------------------------------------ shards
-
-
-def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Write token ids (n,) as one shard. The file appears under its name only when complete."""
-    path, tokens = Path(path), np.asarray(tokens)
-    if tokens.ndim != 1 or not 0 < len(tokens) < 2**31 or tokens.dtype.kind not in "iu":
-        raise DataError(f"{path}: a shard takes a vector of 1 to 2**31 - 1 integers")
-    check_ids(tokens, vocab_size, path)
-    version = 1 if vocab_size <= 65_536 else 2
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(header(version, len(tokens)))
-            file.write(tokens.astype(DTYPES[version]).data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def header(version: int, n_tokens: int) -> bytes:
-    """The first 1,024 bytes of a shard."""
-    fields = np.zeros(256, "<i4")
-    fields[:3] = MAGIC, version, n_tokens
-    return fields.tobytes()
-
-
-def read_shard(path: str | Path) -> np.memmap:
-    """Map a shard read-only, after checking its size against its header; no token is read."""
-    path = Path(path)
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; prepare the data again") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path}: not a regular file")
-    with path.open("rb") as file:
-        start = file.read(HEADER_BYTES)
-    if len(start) < HEADER_BYTES:
-        raise DataError(f"{path}: {len(start)} bytes, a shard's header alone has {HEADER_BYTES}")
-    magic, version, n_tokens = (int(x) for x in np.frombuffer(start, "<i4")[:3])
-    if magic != MAGIC:
-        raise DataError(
-            f"{path}: offset 0: {MAGIC} expected, {magic} found; this is no token shard"
-        )
-    if version not in DTYPES:
-        raise DataError(f"{path}: offset 4: version 1 or 2 expected, {version} found")
-    size = HEADER_BYTES + n_tokens * DTYPES[version].itemsize
-    if n_tokens < 1 or status.st_size != size:
-        raise DataError(
-            f"{path}: offset 8: {n_tokens} tokens make a file of {size} bytes,"
-            f" found {status.st_size}; copy or prepare it again"
-        )
-    return np.memmap(path, DTYPES[version], "r", HEADER_BYTES, (n_tokens,))
-
-
-def check_ids(tokens: np.ndarray, vocab_size: int | None, path: Path, offset: int = 0) -> int:
-    """The largest of the ids (n,), found in chunks; DataError if one is not in the vocabulary."""
-    largest = 0
-    for start in range(0, len(tokens), CHUNK):
-        chunk = tokens[start : start + CHUNK]
-        largest = max(largest, int(chunk.max()))
-        if vocab_size is not None and (largest >= vocab_size or int(chunk.min()) < 0):
-            i = int(np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0])
-            raise DataError(
-                f"{path}: token {offset + start + i}: id below {vocab_size} expected,"
-                f" {int(chunk[i])} found; prepare the data with this model's tokenizer"
-            )
-    return largest
-
-
-def sha256(path: str | Path) -> str:
-    """Hash of a file's content, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------- directories
-
-
-@dataclass
-class Split:
-    """The shards of one split in name order. `bytes`: UTF-8 bytes of its text, where known."""
-
-    paths: list[Path]
-    shards: list[np.ndarray]
-    vocab_size: int | None = None
-    bytes: int | None = None
-    _found: list[tuple[int, int]] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._found = [_state(path) for path in self.paths]
-
-    @property
-    def names(self) -> list[str]:
-        return [path.name for path in self.paths]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(shard) for shard in self.shards)
-
-    def check(self, shard: int) -> None:
-        """DataError if a shard's file changed since it was opened; costs one stat()."""
-        if (now := _state(self.paths[shard])) != self._found[shard]:
-            raise DataError(
-                f"{self.paths[shard]}: changed while in use, (bytes, time in ns)"
-                f" {self._found[shard]} expected, {now} found; restore it and resume"
-            )
-
-
-@dataclass
-class Data:
-    """A data directory, opened and checked. `fingerprint` tells other data: by content with a
-    manifest, by names and sizes without one."""
-
-    path: Path
-    train: Split
-    val: Split
-    manifest: dict[str, Any] | None
-    vocab_size: int | None
-    fingerprint: str
-
-
-def open_data(path: str | Path, vocab_size: int | None = None, verify: str = "auto") -> Data:
-    """Open a data directory.
-
-    With a manifest, the shards must be the listed ones with the listed sizes, and the vocabulary no
-    larger than `vocab_size` (the model's, if given); without one (FineWeb as published) ids are
-    compared with `vocab_size`, if that is given. Contents (sha256, or ids) are read whole if
-    verify="full" or if all shards together have at most 256 MB; the ids of every batch are compared
-    in any case. Raises DataError.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise DataError(
-            f"{path}: no such data directory; run normuon-train prepare FILE... --out {path}"
-        )
-    manifest = read_manifest(path) if os.path.lexists(path / MANIFEST) else None
-    if not manifest and (path / PARTIAL).exists():
-        raise DataError(f"{path}: an unfinished preparation; run normuon-train prepare again")
-    if manifest:
-        made_for = manifest["tokenizer"]["vocab_size"]
-        if vocab_size is not None and made_for > vocab_size:
-            raise DataError(
-                f"{path / MANIFEST}: prepared for {made_for} token ids, the model has {vocab_size};"
-                " set model.vocab_size, or prepare the data with the model's tokenizer"
-            )
-        vocab_size = made_for
-    splits = {}
-    for name in ("train", "val"):
-        paths = sorted(p for p in path.glob(f"*{name}_*.bin") if not p.name.startswith("."))
-        listed = {shard["name"]: shard for shard in manifest[name]["shards"]} if manifest else {}
-        if manifest and (wrong := sorted({p.name for p in paths} ^ listed.keys())):
-            problem = "missing, but listed" if wrong[0] in listed else "here, but not listed"
-            raise DataError(f"{path / wrong[0]}: {problem} in {MANIFEST}; prepare the data again")
-        if not paths:
-            raise DataError(f"{path}: no {name} split, *{name}_*.bin expected; prepare it again")
-        shards = [np.asarray(read_shard(p)) for p in paths]
-        for p, shard in zip(paths, shards, strict=True):
-            if manifest:
-                _compare(p, {"tokens": len(shard), "size": p.stat().st_size}, listed[p.name])
-        splits[name] = Split(
-            paths, shards, vocab_size, manifest[name]["bytes"] if manifest else None
-        )
-    shard_bytes = sum(shard.nbytes for split in splits.values() for shard in split.shards)
-    full = verify == "full" or shard_bytes <= FULL_CHECK_LIMIT
-    for name, split in splits.items():
-        for i, p in enumerate(split.paths):
-            if manifest and full:
-                _compare(p, {"sha256": sha256(p)}, manifest[name]["shards"][i])
-            elif full and not manifest and vocab_size is not None:
-                check_ids(split.shards[i], vocab_size, p)
-    if manifest:  # what decides the tokens; not what the sources are called, nor the tool's version
-        identity: Any = [manifest["tokenizer"]["hash"], manifest["train"], manifest["val"]]
-    else:
-        identity = [(p.name, p.stat().st_size) for s in splits.values() for p in s.paths]
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Data(path, splits["train"], splits["val"], manifest, vocab_size, fingerprint)
-
-
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """Read manifest.json and check all that is relied on, before any shard is opened."""
-    path = Path(directory, MANIFEST)
-    try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > MANIFEST_LIMIT:
-            raise ValueError(f"a regular file of at most {MANIFEST_LIMIT} bytes expected")
-        manifest = json.loads(path.read_bytes())
-        _check_shape(manifest, MANIFEST_SHAPE, "manifest")
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"format {FORMAT} expected, {manifest['format']} found")
-        vocab_size = manifest["tokenizer"]["vocab_size"]
-        for split in ("train", "val"):
-            shards = manifest[split]["shards"]
-            names = [shard["name"] for shard in shards]
-            for name in names:  # a plain file name: no directory, no "..", nothing hidden
-                if not re.fullmatch(rf"(\w[\w.-]*)?{split}_[\w.-]*\.bin", name, re.ASCII):
-                    raise ValueError(f"{split}: {name[:80]!r} is no shard's name")
-            if names != sorted(set(names)):
-                raise ValueError(f"{split}: shards are not in name order, each once")
-            if sum(shard["tokens"] for shard in shards) != manifest[split]["tokens"]:
-                raise ValueError(f"{split}: tokens are not the sum over the shards")
-            if (largest := max((s["max_token"] for s in shards), default=0)) >= vocab_size:
-                raise ValueError(f"{split}: token id {largest} in a vocabulary of {vocab_size}")
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {error}; prepare the data again") from None
-    return manifest
-
-
-def _check_shape(value: Any, shape: Any, where: str) -> None:
-    """ValueError unless `value` has the keys and types of `shape`; int means 0 <= x < 2**62."""
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for key, part in shape.items():
-            _check_shape(value.get(key), part, f"{where}.{key}")
-    elif isinstance(shape, list) and isinstance(value, list):
-        for i, part in enumerate(value):
-            _check_shape(part, shape[0], f"{where}[{i}]")
-    elif type(value) is not shape or (shape is int and not 0 <= value < 2**62):
-        kind = shape.__name__ if isinstance(shape, type) else type(shape).__name__
-        raise ValueError(f"{where}: {kind} expected, {str(value)[:80]!r} found")
-
-
-def _compare(path: Path, found: dict[str, Any], listed: dict[str, Any]) -> None:
-    """DataError unless what was found in a shard is what the manifest lists."""
-    if path.is_symlink():
-        raise DataError(f"{path}: a symbolic link, a file of this directory expected; copy it here")
-    for key, value in found.items():
-        if value != listed[key]:
-            raise DataError(
-                f"{path}: {key} {listed[key]} expected by {MANIFEST}, {value} found;"
-                " restore the file or prepare the data again"
-            )
-
-
-def _state(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
-
+SHARES = 1_000_000  # the shares of a mixture are whole numbers of millionths
 
 # ------------------------------------------------------------------------------ the training order
+
+
+@dataclass(frozen=True)
+class Source:
+    """One directory's part in the training stream. Of the sequences that the sources before it
+    leave over, it takes `share` of `of`, spread evenly."""
+
+    name: str
+    starts: np.ndarray  # number of the first window of each shard; and, at the end, of all windows
+    first_shard: int  # where its shards begin in the list of all sources'
+    share: int
+    of: int
+
+    @property
+    def windows(self) -> int:
+        return int(self.starts[-1])
 
 
 class Batches:
@@ -303,48 +44,121 @@ class Batches:
     all shards, and each epoch visits all of them once, in an order that `seed` and the number of
     the epoch decide. order="sequential": every batch is the next sequences*T tokens of a shard, as
     modded-nanogpt's benchmark reads; a shard ends when position + batch + 1 reaches its length.
+
+    `mix`: further splits with their shares in millionths of the sequences; `split` has the rest,
+    and each source its own epochs.
     """
 
     def __init__(
-        self, split: Split, seq_len: int, sequences: int, seed: int = 0, order: str = "shuffled"
+        self,
+        split: Split,
+        seq_len: int,
+        sequences: int,
+        seed: int = 0,
+        order: str = "shuffled",
+        mix: Sequence[tuple[Split, int]] = (),
     ) -> None:
         if seq_len < 1 or sequences < 1 or order not in ("shuffled", "sequential"):
             raise DataError(f"batches: seq_len={seq_len} sequences={sequences} order={order!r}")
-        self.split, self.seq_len, self.sequences = split, seq_len, sequences
-        self.seed, self.order = seed, order
-        batch_tokens = seq_len * sequences
-        lengths = [len(shard) for shard in split.shards]
-        if order == "shuffled":
-            counts, need = [(n - 1) // seq_len for n in lengths], seq_len + 1
-        else:
-            counts, need = (
-                [max(n - 2, 0) // batch_tokens * sequences for n in lengths],
-                batch_tokens + 2,
+        self.seq_len, self.sequences, self.seed, self.order = seq_len, sequences, seed, order
+        rest = SHARES - sum(share for _, share in mix)
+        if min(rest, *(share for _, share in mix), SHARES) < 1 or (mix and order == "sequential"):
+            raise DataError(f"batches: shares {rest}, {[s for _, s in mix]} order={order!r}")
+        parts = [*mix, (split, rest)]
+        self.split, self.sources, left = Split.joined([part for part, _ in parts]), [], SHARES
+        for part, share in parts:
+            shards = sum(len(source.starts) - 1 for source in self.sources)
+            self.sources.append(
+                Source(str(part.paths[0].parent), self._number(part), shards, share, left)
             )
-        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.windows_per_epoch = int(self._starts[-1])
-        if not self.windows_per_epoch:
-            raise DataError(
-                f"{split.paths[0].parent}: order={order} with seq_len {seq_len} needs a shard"
-                f" of {need} tokens, the longest has {max(lengths)}; add text or lower seq_len"
-            )
+            left -= share
 
-    def epoch(self, step: int) -> float:
-        """Epochs consumed before `step`."""
-        return step * self.sequences / self.windows_per_epoch
+    def _number(self, split: Split) -> np.ndarray:
+        """The first window of each shard, and the number of all."""
+        batch_tokens, lengths = self.seq_len * self.sequences, [len(s) for s in split.shards]
+        if self.order == "shuffled":
+            counts, need = [(n - 1) // self.seq_len for n in lengths], self.seq_len + 1
+        else:
+            counts = [max(n - 2, 0) // batch_tokens * self.sequences for n in lengths]
+            need = batch_tokens + 2
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        if not starts[-1]:
+            raise DataError(
+                f"{split.paths[0].parent}: order={self.order} with seq_len {self.seq_len} needs"
+                f" a shard of {need} tokens, the longest has {max(lengths)}; add text or lower"
+                " seq_len"
+            )
+        return starts
+
+    def taken(self, step: int) -> list[int]:
+        """Sequences of each source consumed before `step`."""
+        left, found = step * self.sequences, []
+        for source in self.sources:
+            found.append(left * source.share // source.of)
+            left -= found[-1]
+        return found
+
+    def epochs(self, step: int) -> list[float]:
+        """Epochs of each source consumed before `step`."""
+        return [n / s.windows for n, s in zip(self.taken(step), self.sources)]
+
+    def begun(self, step: int) -> list[tuple[str, int]]:
+        """The sources that begin a further epoch within `step`, and which, counted from 1."""
+        found = []
+        for s, n, m in zip(self.sources, self.taken(step), self.taken(step + 1)):
+            before, after = ((count - 1) // s.windows for count in (n, m))
+            if after > max(before, 0):
+                found.append((s.name, after + 1))
+        return found
 
     def windows(self, step: int) -> np.ndarray:
         """(sequences, 2) int64: shard index and offset of each sequence of a step."""
+        found = np.empty((self.sequences, 2), np.int64)
+        rows = np.arange(self.sequences)
         k = step * self.sequences + np.arange(self.sequences, dtype=np.int64)
-        epoch, window = np.divmod(k, self.windows_per_epoch)
-        if self.order == "shuffled":
-            window = permute(window, self.windows_per_epoch, self.seed, epoch)
-        shard = np.searchsorted(self._starts, window, side="right") - 1
-        return np.stack([shard, (window - self._starts[shard]) * self.seq_len], axis=1)
+        for i, source in enumerate(self.sources):
+            before = k * source.share // source.of  # its sequences so far
+            here = (k + 1) * source.share // source.of > before
+            epoch, window = np.divmod(before[here], source.windows)
+            if self.order == "shuffled":
+                seed = self.seed + (len(self.sources) - 1 - i << 57)
+                window = permute(window, source.windows, seed, epoch)
+            shard = np.searchsorted(source.starts, window, side="right") - 1
+            found[rows[here], 0] = source.first_shard + shard
+            found[rows[here], 1] = (window - source.starts[shard]) * self.seq_len
+            rows, k = rows[~here], (k - before)[~here]
+        return found
 
     def batch(self, step: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and targets, each (stop - start, seq_len) int64, of sequences start..stop-1."""
         return _gather(self.split, self.windows(step)[start:stop], self.seq_len)
+
+
+class Ahead:
+    """`Batches.batch`, with the next one read by a thread while this one is in use.
+
+    It is no state: what comes is a function of what is asked for, and a wrong guess of the next
+    costs no more than reading anew. The thread's errors are raised where its batch is asked for.
+    `pin`: in page-locked memory, from where a copy to a GPU does not hold up the CPU.
+    """
+
+    def __init__(self, batches: Batches, pin: bool = False) -> None:
+        self.batches, self.pin = batches, pin
+        self._pool = ThreadPoolExecutor(1, "batches")
+        self._next: tuple[tuple[int, int, int], Future] | None = None
+
+    def batch(
+        self, now: tuple[int, int, int], then: tuple[int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch (step, start, stop) `now`; `then` is likely to be the next."""
+        guess, self._next = self._next, None
+        found = guess[1].result() if guess and guess[0] == now else self._read(*now)
+        self._next = then, self._pool.submit(self._read, *then)
+        return found
+
+    def _read(self, step: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, targets = self.batches.batch(step, start, stop)
+        return (tokens.pin_memory(), targets.pin_memory()) if self.pin else (tokens, targets)
 
 
 def permute(x: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from nanonormuon.faults import exit_code
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(device: str = "auto") -> World:
+def start(device: str = "auto", timeout: float = 1800.0) -> World:
     """Choose this rank's device and join the process group, if there are others.
 
+    timeout: seconds that one collective may take.
     Raises ValueError if the device asked for is not there.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -69,7 +72,7 @@ def start(device: str = "auto") -> World:
     if size() > 1 and not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
         device_id = where if where.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
     return World(int(os.environ.get("RANK", "0")), size(), where)
 
 
@@ -83,7 +86,7 @@ def keep_freed_memory() -> None:
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
-            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the most that it takes
             libc.mallopt(-2, 1 << 26)  # M_TOP_PAD: grow in steps of 64 MB
 
 
@@ -143,19 +146,27 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def largest(values: list[float], device: torch.device) -> list[float]:
+def largest(values: Sequence[float] | Tensor, device: torch.device) -> list[float]:
     """Element-wise maximum over ranks, so that all of them reach the same verdict."""
-    if size() == 1:
-        return values
-    x = torch.tensor(values, dtype=torch.float32, device=device)
-    dist.all_reduce(x, dist.ReduceOp.MAX)
+    x = torch.as_tensor(values, dtype=torch.float32, device=device)
+    if size() > 1 and len(x):
+        dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.tolist()
+
+
+def gather(x: Tensor) -> Tensor:
+    """(ranks, *x.shape): every rank's x, of one shape on all of them."""
+    everyone = [torch.empty_like(x) for _ in range(size())]
+    if size() > 1:
+        dist.all_gather(everyone, x)
+    return torch.stack(everyone) if size() > 1 else x[None]
 
 
 class PeerError(RuntimeError):
     """Another rank failed; its own message is its own."""
 
     exit_code = 7
+    follows = True
 
 
 def first_does(work: Callable[[], Any], device: torch.device) -> Any:
@@ -164,9 +175,9 @@ def first_does(work: Callable[[], Any], device: torch.device) -> Any:
     if not int(os.environ.get("RANK", "0")):
         try:
             answer = {"value": work()}
-        except Exception as error:
+        except BaseException as error:  # also a signal's: the others wait for an answer
             failure = error
-            answer = {"error": str(error), "exit_code": getattr(error, "exit_code", 7)}
+            answer = {"error": str(error), "exit_code": exit_code(error) or 7}
     answer = from_first(answer, device)
     if failure is not None:
         raise failure

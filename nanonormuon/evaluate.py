@@ -1,14 +1,28 @@
-"""Validation: the whole split, every target once, summed over all ranks."""
+"""The loss on text: a run's validation split, every target once, summed over all ranks; and any
+other text afterwards."""
 
+import json
+import logging
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from nanonormuon import distributed
-from nanonormuon.data import DataError, Split, validation_batches
-from nanonormuon.model import IGNORE
+from nanonormuon import checkpoint, choices, distributed, pretrained
+from nanonormuon.data import validation_batches
+from nanonormuon.extras import UsageError
+from nanonormuon.files import replace_file
+from nanonormuon.model import GPT, IGNORE
+from nanonormuon.shards import DataError, Split
+
+log = logging.getLogger(__name__)
+
+RESULTS = "evaluations.json"
 
 
 @torch.no_grad()
@@ -62,3 +76,178 @@ def count_bytes(split: Split, token_lengths: np.ndarray, max_tokens: int = 0) ->
             total += int(token_lengths[part].sum())
             left -= len(part)
     return total
+
+
+# ------------------------------------------------------------------------------------------------
+# A trained model on any text
+
+
+def evaluate(
+    path: Path,
+    data: Sequence[Path] = (),
+    texts: Sequence[Path] = (),
+    questions: Sequence[Path] = (),
+    window: int = 0,
+    stride: int = 0,
+    max_tokens: int = 0,
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """One result per set: prepared directories' validation splits, raw text files, multiple-choice
+    files. Without any: the validation split of the run itself, as the run measured it.
+
+    window: tokens in sight at most (0: as trained); stride: tokens predicted per window (0: all of
+    it; less gives each at least window - stride before it, and costs window / stride as much).
+    max_tokens: targets per set (0: all). Results of a run are kept in its evaluations.json, unless
+    that cannot be written, which is a warning. Raises DataError, CheckpointError, UsageError.
+    """
+    if run := pretrained.run_of(path):
+        kept(run / RESULTS)  # damage is told before anything is computed
+    where = distributed.start(device).device
+    found = pretrained.find_checkpoint(path)
+    state = pretrained.state_of(found)
+    settings = (state or {}).get("config", {})
+    dtype = distributed.compute_dtype(settings.get("train", {}).get("dtype", "auto"), where)
+    model, tokenizer, _ = pretrained.load_found(found, dtype, where)
+    if settings.get("data", {}).get("document_mask"):  # as in training
+        model.separator = tokenizer.eot
+    window = window or pretrained.context_of(found)
+    stride = stride or window
+    if not 0 < stride <= window:
+        raise UsageError(f"--stride {stride}: expected 1 to --window {window}")
+    own = not (data or texts or questions)
+    results = []
+    for source in [None] if own else data:
+        split = pretrained.data_of(state, tokenizer, source).val
+        limit = max_tokens or (settings["data"]["val_tokens"] if own else 0)
+        text_bytes = None if limit else split.bytes
+        if text_bytes is None:
+            text_bytes = count_bytes(split, tokenizer.token_lengths(), limit)
+        name = str(split.paths[0].parent.name if own else source)
+        loss, targets = loss_on(model, split.shards, window, stride, limit)
+        results.append(as_result(name, loss, targets, text_bytes, window, stride))
+        results[-1]["path"] = split.paths[0].parent
+    for source in texts:
+        content = Path(source).read_bytes()
+        tokens = np.array([tokenizer.eot, *tokenizer.encode(content)])
+        if max_tokens and len(tokens) > max_tokens:
+            tokens = tokens[: max_tokens + 1]
+            content = tokenizer.decode_bytes(tokens[1:].tolist())
+        if not content:
+            raise DataError(f"{source}: empty, expected text")
+        loss, targets = loss_on(model, [tokens], window, stride)
+        results.append(as_result(str(source), loss, targets, len(content), window, stride))
+        results[-1]["path"] = Path(source)
+    for source in questions:
+        result = choices.accuracy(model, tokenizer, choices.read(Path(source)), window)
+        results.append({"set": str(source), **result, "window": window, "path": Path(source)})
+    how = {"step": None if state is None else state["step"]}
+    how["dtype"] = str(dtype).removeprefix("torch.")
+    results = [{**r, **how, "path": str(r["path"].resolve())} for r in results]
+    if run:
+        try:
+            keep(run / RESULTS, results)
+        except (OSError, checkpoint.CheckpointError) as error:  # computed is computed
+            log.warning(f"warning: the results are not kept: {error}")
+    return results
+
+
+def as_result(
+    name: str, loss: float, targets: int, text_bytes: int, window: int, stride: int
+) -> dict[str, Any]:
+    return {
+        "set": name,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": bits_per_byte(loss, targets, text_bytes),
+        "tokens": targets,
+        "bytes": text_bytes,
+        "window": window,
+        "stride": stride,
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A result as one line."""
+    if "questions" in result:
+        plain, normalised = (
+            f"{result[name]:.4f} ± {result[f'{name}_stderr']:.4f}"
+            for name in ("accuracy", "accuracy_normalised")
+        )
+        n = result["questions"]
+        return (
+            f"{result['set']}: accuracy {plain}, length-normalised {normalised} ({n:,} questions)"
+        )
+    bpb = result["bits_per_byte"]
+    return (
+        f"{result['set']}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
+        + (f"{bpb:.4f} bits per byte " if bpb is not None else "")
+        + f"({result['tokens']:,} tokens, window {result['window']}, stride {result['stride']})"
+    )
+
+
+def loss_on(
+    model: GPT, shards: Sequence[np.ndarray], window: int, stride: int, max_tokens: int = 0
+) -> tuple[float, int]:
+    """Mean cross entropy in nats over all tokens (each shard's first is none of them) or the first
+    max_tokens, and their number."""
+    batch = max(1, min(64, 8192 // window))
+    device = model.embed_tokens.weight.device
+    total, seen = 0.0, 0
+    rows = list(sliding(shards, window, stride, max_tokens))
+    bar = range(0, len(rows), batch)
+    with torch.no_grad():
+        for start in tqdm(bar, unit="batch", leave=False, disable=not sys.stderr.isatty()):
+            part = rows[start : start + batch]
+            tokens = torch.zeros(len(part), window, dtype=torch.int64)
+            targets = torch.full_like(tokens, IGNORE)
+            for i, (shard, offset, first, stop) in enumerate(part):
+                ids = torch.from_numpy(shards[shard][offset : stop + 1].astype(np.int64))
+                if int(ids.max()) >= model.config.vocab_size:
+                    raise DataError(
+                        f"token {int(ids.max())} found, the model has {model.config.vocab_size}"
+                    )
+                tokens[i, : len(ids) - 1], targets[i, : len(ids) - 1] = ids[:-1], ids[1:]
+                targets[i, : first - offset - 1] = IGNORE  # predicted in the window before
+            seen += int((targets != IGNORE).sum())
+            total += float(model(tokens.to(device), targets.to(device), reduction="sum"))
+    if not seen:
+        raise DataError("no token to predict: expected at least two")
+    return total / seen, seen
+
+
+def sliding(
+    shards: Sequence[np.ndarray], window: int, stride: int, max_tokens: int = 0
+) -> Iterator[tuple[int, int, int, int]]:
+    """Windows that predict every token but its shard's first exactly once: (shard, offset, first,
+    stop) sees the tokens offset to stop - 1 and predicts the tokens first to stop."""
+    left = max_tokens or sum(map(len, shards))
+    for i, shard in enumerate(shards):
+        last = min(len(shard) - 1, left)  # the last token predicted
+        left -= max(last, 0)
+        done = offset = 0
+        while done < last:
+            stop = min(last, offset + window)
+            yield i, offset, done + 1, stop
+            done, offset = stop, offset + stride
+
+
+def kept(file: Path) -> list[dict[str, Any]]:
+    """The results in an evaluations.json, if there is one. Raises CheckpointError naming it."""
+    found = checkpoint.read_json(file).get("results") if file.exists() else []
+    if not isinstance(found, list) or not all(
+        isinstance(r, dict) and "set" in r and ("loss" in r or "accuracy" in r) for r in found
+    ):
+        raise checkpoint.CheckpointError(f"{file}: no list of results; move it away to go on")
+    return found
+
+
+def keep(file: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Add results to evaluations.json; one of the same set, step, type and windows is replaced."""
+
+    def key(result: dict[str, Any]) -> tuple:
+        names = ("path", "step", "dtype", "window", "stride", "tokens")
+        return tuple(result.get(name) for name in names)
+
+    new = {key(r) for r in results}
+    merged = [r for r in kept(file) if key(r) not in new] + list(results)
+    replace_file(file, (json.dumps({"results": merged}, indent=1) + "\n").encode())

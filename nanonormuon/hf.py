@@ -1,7 +1,8 @@
-"""A checkpoint as Hugging Face sees it: `config.json` and parameter names.
+"""Hugging Face's side of a model: `config.json` and parameter names.
 
-The default model is transformers' Qwen3 to the letter, and its modules carry Qwen3's names already,
-so all that differs is the prefix `model.` on everything but the head.
+The default model is transformers' Qwen3 to the letter, without q and k norms it is Llama, and our
+modules carry their names already, so all that differs is the prefix `model.` on everything but the
+head.
 """
 
 import math
@@ -10,9 +11,21 @@ from typing import Any
 
 from nanonormuon.model import GPTConfig
 
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+# what a config.json of theirs may say, where our model has no choice
+FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
 
 def obstacles(config: GPTConfig) -> list[str]:
-    """The settings that transformers' Qwen3 cannot express; empty when it can load the model."""
+    """The settings that neither Qwen3 nor Llama can express; empty when transformers can load the
+    model."""
     plain = GPTConfig()
     names = ("mlp", "bias", "qk_gain", "rope", "embed_norm", "logit_cap")
     odd = [f"{n} = {getattr(config, n)}" for n in names if getattr(config, n) != getattr(plain, n)]
@@ -34,9 +47,17 @@ def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, A
     ours = {"nanonormuon": asdict(config)}
     if obstacles(config):
         return {"model_type": "nanonormuon", "max_position_embeddings": seq_len, **ours}
+    return {**plain_config(config, seq_len, eot), **ours}
+
+
+def plain_config(
+    config: GPTConfig, seq_len: int, eot: int | None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """config.json as transformers itself would write it, for a config without obstacles."""
+    kind = "qwen3" if config.qk_norm else "llama"
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "intermediate_size": config.n_hidden,
@@ -52,19 +73,58 @@ def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, A
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "max_position_embeddings": seq_len,
         "tie_word_embeddings": config.tied,
-        "use_sliding_window": False,
         "use_cache": True,
         "bos_token_id": eot,
         "eos_token_id": eot,
-        "dtype": "float32",
-        "torch_dtype": "float32",
-        **ours,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        **({"use_sliding_window": False} if config.qk_norm else {"mlp_bias": False}),
     }
 
 
 def gpt_config(content: dict[str, Any]) -> GPTConfig:
-    """config.json as written above -> the model's config. Raises ValueError if it is not ours."""
-    try:
-        return GPTConfig(**content["nanonormuon"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f'config.json: no usable section "nanonormuon" ({error})') from None
+    """config.json, ours or of a Qwen3 or Llama model -> the model's config.
+
+    Raises ValueError that names everything in it which our model cannot do.
+    """
+    if "nanonormuon" in content:
+        try:
+            return GPTConfig(**content["nanonormuon"])
+        except TypeError as error:
+            raise ValueError(f'section "nanonormuon" not usable: {error}') from None
+    kind = content.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"model_type = {kind!r}: expected {' or '.join(ARCHITECTURES)}")
+    rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
+    found = {name: content.get(name) for name in FIXED}
+    found["partial_rotary_factor"] = rope.get("partial_rotary_factor")
+    odd = [f"{k} = {v!r}" for k, v in found.items() if v is not None and v != FIXED[k]]
+    if (turning := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        odd.append(f"rope_type = {turning!r}")
+    if "sliding_attention" in (content.get("layer_types") or []):
+        odd.append("layer_types: sliding_attention")
+    sizes = {}
+    for ours, theirs in {
+        "vocab_size": "vocab_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "n_embd": "hidden_size",
+        "n_hidden": "intermediate_size",
+        "head_dim": "head_dim",
+    }.items():
+        size = content.get(theirs)
+        if size is None and theirs in ("num_key_value_heads", "head_dim"):
+            size = 128 if (kind, theirs) == ("qwen3", "head_dim") else 0  # transformers' defaults
+        elif type(size) is not int or size < 1:
+            odd.append(f"{theirs} = {size!r}")
+        sizes[ours] = size
+    if odd:
+        raise ValueError(f"this {kind} model does not fit: {', '.join(odd)}")
+    return GPTConfig(
+        **sizes,
+        tied=bool(content.get("tie_word_embeddings", False)),
+        rope_theta=float(rope.get("rope_theta", content.get("rope_theta", 10_000.0))),
+        norm_eps=float(content.get("rms_norm_eps", 1e-6)),
+        qk_norm=kind == "qwen3",
+    ).resolved()

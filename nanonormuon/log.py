@@ -1,6 +1,7 @@
 """What a run leaves behind and what it says: run directory, metrics.jsonl, console.
 
-RUN/config.toml  environment.json  metrics.jsonl  train.log  groups.txt  checkpoints/  summary.json
+RUN/config.toml  environment.json  metrics.jsonl  samples.jsonl  train.log  groups.txt  checkpoints/
+    summary.json
 """
 
 import hashlib
@@ -12,13 +13,13 @@ import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from tqdm import tqdm
 
 from nanonormuon import checkpoint
-from nanonormuon.checkpoint import replace_file
+from nanonormuon.files import read_jsonl, replace_file
 
 log = logging.getLogger("nanonormuon")
 
@@ -45,6 +46,14 @@ def to_console(level: int = logging.INFO) -> None:
     log.setLevel(logging.DEBUG)
 
 
+class Sink(Protocol):
+    """Something else that wants the metrics; see trackers.py."""
+
+    def __call__(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class RunDirectory:
     """One run's files, with one writer at a time. Ranks other than the first only know the path.
 
@@ -56,6 +65,7 @@ class RunDirectory:
         self.metrics: TextIO | None = None
         self.handler: logging.Handler | None = None
         self.lock: TextIO | None = None
+        self.sink: Sink | None = None
 
     def acquire(self, resume: bool) -> None:
         """Make the directory and become its writer; on the first rank.
@@ -121,6 +131,13 @@ class RunDirectory:
         if self.metrics is not None:
             self.metrics.write(json.dumps(row) + "\n")
             self.metrics.flush()
+        if self.sink is not None:
+            self.sink(row)
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Add one object to a .jsonl file of the run."""
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def write(self, name: str, content: str) -> None:
         if self.first:
@@ -129,32 +146,46 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None and not hasattr(error, "exit_code"):  # the console shows one line
+            log.debug("the run failed", exc_info=error)
         self.close()
         if self.first and self.path.is_dir() and os.listdir(self.path) == [".lock"]:
             (self.path / ".lock").unlink()  # the run ended before it wrote anything
             self.path.rmdir()
 
     def close(self) -> None:
+        if self.sink is not None:
+            self.sink.close()
         if self.handler is not None:
             log.removeHandler(self.handler)
             self.handler.close()
         for file in (self.metrics, self.lock):
             if file is not None:
                 file.close()
-        self.metrics = self.handler = self.lock = None
+        self.metrics = self.handler = self.lock = self.sink = None
+
+
+def announce(row: dict[str, Any], steps: int, bar: tqdm, terminal: bool) -> None:
+    """A logged step for people: a line, or on a terminal the bar and a line per evaluation."""
+    line = (
+        f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
+        f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"
+    )
+    if "val_loss" in row:
+        line += f"  val_loss {row['val_loss']:.4f}"
+        if row["val_bpb"] is not None:
+            line += f"  val_bpb {row['val_bpb']:.4f}"
+    if row.get("skipped"):
+        line += f"  skipped {row['skipped']}"
+    bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
+    log.log(logging.DEBUG if terminal and "val_loss" not in row else logging.INFO, line)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
-    rows = []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
-    return rows
+    rows = [row for _, row in read_jsonl(file, cut=True)] if file.exists() else []
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def environment(device: torch.device, ranks: int) -> dict[str, Any]:

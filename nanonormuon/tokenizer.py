@@ -15,7 +15,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -24,10 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from nanonormuon.files import replace_file
+
 log = logging.getLogger(__name__)
 
 EOT = "<|endoftext|>"
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+MAX_IDS = 9_999_999  # of a trained vocabulary
 
 # The split for trained vocabularies follows GPT-4's: contractions, words with one leading sign,
 # numbers, runs of signs, line ends, spaces. Numbers go by two digits, because a small vocabulary
@@ -117,7 +119,7 @@ class Tokenizer:
             raise TokenizerError(f"tokenizer {self.name}: token ids are not 0..n-1, each once")
         if {t for t, i in self.ranks.items() if i < 256} != {bytes([b]) for b in range(256)}:
             raise TokenizerError(f"tokenizer {self.name}: ids 0..255 are not the 256 single bytes")
-        if set(self.special) != {EOT} or self.eot < len(self.ranks):
+        if set(self.special) != {EOT} or self.special[EOT] < len(self.ranks):
             raise TokenizerError(f"tokenizer {self.name}: {EOT} is missing or has a token's id")
 
     @property
@@ -150,26 +152,26 @@ class Tokenizer:
         Bytes that are not UTF-8 become single-byte tokens. A lone surrogate in a `str` stands for
         its three bytes in Python's "surrogatepass" encoding, which are not UTF-8 either.
         """
-        return self.encode_batch([text], threads=1)[0].tolist()
+        return self.encode_job(list(pieces(text))).tolist()
 
-    def encode_batch(
-        self, texts: list[str] | list[bytes] | list[str | bytes], threads: int | None = None
-    ) -> list[np.ndarray]:
-        """Ids of each text as uint32 arrays; `threads` defaults to the number of cores."""
-        if len(self.ranks) == 256 and all(self.ranks[bytes([b])] == b for b in range(256)):
-            return [np.frombuffer(_bytes(text), np.uint8).astype(np.uint32) for text in texts]
-        jobs = [(i, piece) for i, text in enumerate(texts) for piece in pieces(text)]
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-            ids = list(pool.map(self._encode_piece, [piece for _, piece in jobs]))
-        parts: list[list[np.ndarray]] = [[] for _ in texts]
-        for (i, _), part in zip(jobs, ids, strict=True):
-            parts[i].append(part)
-        return [np.concatenate(p) if p else np.zeros(0, np.uint32) for p in parts]
+    def encode_job(self, job: list[str | bytes | None]) -> np.ndarray:
+        """Ids (n,) uint32 of what `pieces` gives, one after the other; None stands for
+        <|endoftext|>. tiktoken lets other threads run meanwhile."""
+        parts = [np.zeros(0, np.uint32), *map(self._encode_piece, job)]
+        return np.concatenate(parts)
 
-    def _encode_piece(self, piece: str | bytes) -> np.ndarray:
+    def _encode_piece(self, piece: str | bytes | None) -> np.ndarray:
+        if piece is None:
+            return np.array([self.eot], np.uint32)
+        if self._is_bytes:
+            return np.frombuffer(_bytes(piece), np.uint8).astype(np.uint32)
         if isinstance(piece, bytes):
             return np.array([self.ranks[bytes([b])] for b in piece], np.uint32)
         return self._encoding.encode_to_numpy(piece, disallowed_special=())
+
+    @cached_property
+    def _is_bytes(self) -> bool:
+        return len(self.ranks) == 256 and all(self.ranks[bytes([b])] == b for b in range(256))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for. Raises TokenizerError for an id that no token has."""
@@ -213,12 +215,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
-            temporary = Path(directory, name + ".tmp")
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(Path(directory, name))
+            replace_file(Path(directory, name), content)
 
 
 def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokenizer:
@@ -231,9 +228,9 @@ def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokeniz
     if spec == "byte":
         return Tokenizer("byte", PATTERN, {bytes([b]): b for b in range(256)}, {EOT: 256})
     if spec in PUBLISHED:
-        return _published(spec)
-    if match := re.fullmatch("bpe:([0-9]{1,7})", spec):
-        return _train(int(match[1]), texts)
+        return _from_cache(spec)
+    if size := trained_size(spec):
+        return _train(size, texts)
     if Path(spec).exists():
         return load(spec)
     near = difflib.get_close_matches(spec, ["byte", *PUBLISHED, "bpe:4096"], 1, cutoff=0.4)
@@ -243,35 +240,67 @@ def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokeniz
     )
 
 
-def load(path: str | Path) -> Tokenizer:
-    """Read a tokenizer.json (or the directory that holds it) as written by `Tokenizer.save`.
+def trained_size(spec: str | Path) -> int | None:
+    """N if `spec` is bpe:N, else None. Raises TokenizerError for an N that cannot be."""
+    if not (match := re.fullmatch("bpe:([0-9]+)", str(spec))):
+        return None
+    if len(match[1]) > len(str(MAX_IDS)) or not 257 <= int(match[1]) <= MAX_IDS:
+        raise TokenizerError(
+            f"tokenizer {spec}: needs at least 257 ids, 256 bytes + {EOT}, and at most {MAX_IDS}"
+        )
+    return int(match[1])
 
-    Nothing but that form is accepted: the file must equal what `save` would write for the table
-    in it, so a flipped letter anywhere in it is refused with TokenizerError.
+
+def load(path: str | Path) -> Tokenizer:
+    """Read a tokenizer: a tokenizer.json or the directory that holds it, or a published vocabulary
+    file (vocab.bpe, *.tiktoken), known by its sha256.
+
+    What `Tokenizer.save` wrote must equal what it would write for the table in it, so a flipped
+    letter anywhere in it is refused with TokenizerError; for others see foreign.py.
     """
     path = Path(path, FILE) if Path(path).is_dir() else Path(path)
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        found = hashlib.sha256(data).hexdigest()
+        for name, (_, sha256, _, _) in PUBLISHED.items():
+            if found == sha256:
+                return _published(name, data)
+        content, file = json.loads(data), path.with_name(CONFIG)
+        config = json.loads(file.read_bytes()) if file.exists() else {}
+        ours = "nanonormuon_name" in config and "nanonormuon_foreign" not in config
+        if not ours and not _is_ours(content):
+            from nanonormuon import foreign
+
+            return foreign.read(content, config, path)
         (eot,) = (t["id"] for t in content["added_tokens"])
         pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
         vocab = content["model"]["vocab"]
         ranks = {bytes(BYTES[c] for c in t): i for t, i in vocab.items() if t != EOT}
-        config = path.with_name(CONFIG)
-        name = json.loads(config.read_bytes())["nanonormuon_name"] if config.exists() else "custom"
+        name = config.get("nanonormuon_name", "custom")
         tokenizer = Tokenizer(str(name), str(pattern), ranks, {EOT: eot})
         same = _to_json(tokenizer) == content
     except FileNotFoundError:
         raise TokenizerError(f"{path}: no such file; expected a saved {FILE}") from None
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, TokenizerError) and str(path) in str(error):
+            raise
         raise TokenizerError(
-            f"{path}: damaged, or not byte-level BPE in the form this tool saves"
-            f" ({type(error).__name__}: {str(error)[:200]})"
+            f"{path}: damaged, or not byte-level BPE ({type(error).__name__}: {str(error)[:200]})"
         ) from None
     if not same:
         raise TokenizerError(
             f"{path}: merges, ids or settings differ from what its vocabulary says"
         )
     return tokenizer
+
+
+def _is_ours(content: Any) -> bool:
+    """Whether a tokenizer.json without its tokenizer_config.json has the form that we write."""
+    steps = content["pre_tokenizer"].get("pretokenizers", [{}])
+    known = (PATTERN, GPT2, CL100K, O200K)
+    return [t["content"] for t in content["added_tokens"]] == [EOT] and (
+        steps[0].get("pattern", {}).get("Regex") in known
+    )
 
 
 def pieces(text: str | bytes) -> Iterator[str | bytes]:
@@ -301,19 +330,20 @@ def _bytes(text: str | bytes) -> bytes:
     return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
 
 
-def _published(name: str) -> Tokenizer:
+def _from_cache(name: str) -> Tokenizer:
     """Build a published encoding from tiktoken's cache file.
 
     We read the file ourselves: tiktoken would delete one with a wrong checksum and download anew.
     """
-    url, sha256, pattern, eot = PUBLISHED[name]
+    url, sha256, _, _ = PUBLISHED[name]
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     path = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
     path = path / hashlib.sha1(url.encode()).hexdigest()
     if not path.is_file():
         raise TokenizerError(
             f"tokenizer {name}: {path} is not there and nothing is downloaded here; save {url}"
-            " under that name (set TIKTOKEN_CACHE_DIR to use another directory)"
+            " under that name (set TIKTOKEN_CACHE_DIR to use another directory), or anywhere,"
+            " and give its path"
         )
     data = path.read_bytes()
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
@@ -321,6 +351,12 @@ def _published(name: str) -> Tokenizer:
             f"tokenizer {name}: {path} is damaged, sha256 {sha256} expected, {found} found;"
             f" save {url} there anew"
         )
+    return _published(name, data)
+
+
+def _published(name: str, data: bytes) -> Tokenizer:
+    """A published encoding from the content of its file."""
+    _, _, pattern, eot = PUBLISHED[name]
     lines = data.decode().splitlines()
     if name == "gpt2":  # a list of merges, in the characters of CHARS, after a version line
         tokens = [bytes([b]) for b in _BYTE_ORDER]
@@ -335,10 +371,6 @@ def _train(vocab_size: int, texts: Iterable[str | bytes] | None) -> Tokenizer:
 
     A text too short for so many merges gives a smaller vocabulary, named by its true size.
     """
-    if vocab_size < 257:
-        raise TokenizerError(
-            f"tokenizer bpe:{vocab_size}: needs at least 257 ids, 256 bytes + {EOT}"
-        )
     if texts is None:
         raise TokenizerError(
             f"tokenizer bpe:{vocab_size}: can only be trained, and no text is given"
@@ -356,7 +388,7 @@ def _train(vocab_size: int, texts: Iterable[str | bytes] | None) -> Tokenizer:
     return Tokenizer(f"bpe:{len(ranks) + 1}", PATTERN, ranks, {EOT: len(ranks)})
 
 
-def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     """The pair that makes each merged token, in order of id.
 
     tiktoken merges any pair whose union is a token, Hugging Face only listed pairs. They agree when
@@ -404,6 +436,6 @@ def _to_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": vocab | {EOT: tokenizer.eot},
-            "merges": [f"{text(a)} {text(b)}" for a, b in _merges(tokenizer.ranks)],
+            "merges": [f"{text(a)} {text(b)}" for a, b in merges(tokenizer.ranks)],
         },
     }

@@ -1,10 +1,11 @@
 """The optimizer step alone: NorMuon, torch.optim.Muon and fused AdamW, on one process and on two.
 
-    python scripts/bench_optimizer.py [--steps 7]
+    python scripts/bench_optimizer.py [--steps 7] [--device cuda]
 
 Prints a table and, last, one JSON line. Optimizers take turns within one run, and medians are
-compared, because machines drift: only the ratios mean anything. On two processes it also counts the
-bytes that a rank sends, against the formula in `expected_bytes`.
+compared, because machines drift: only the ratios mean anything. It also prints NorMuon's share of a
+training step, and on two processes the bytes that a rank sends, against the formula in
+`expected_bytes`.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import socket
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -21,8 +23,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from nanonormuon import NorMuon
+from nanonormuon.config import load
+from nanonormuon.distributed import compute_dtype, keep_freed_memory
+from nanonormuon.model import GPT
+from nanonormuon.optim import make_optimizers
 
-SIZES = {"768 x 4 layers": (768, 4), "256 x 6 layers": (256, 6)}
+SIZES = {"width 768, 4 layers": (768, 4), "width 256, 6 layers": (256, 6)}
 
 
 def shapes(width: int, layers: int) -> list[tuple[int, int]]:
@@ -31,16 +37,22 @@ def shapes(width: int, layers: int) -> list[tuple[int, int]]:
     return layer * layers
 
 
-def parameters(width: int, layers: int, mesh=None) -> list[torch.nn.Parameter]:
+def parameters(width: int, layers: int, mesh=None, device: str = "cpu") -> list[torch.nn.Parameter]:
     torch.manual_seed(0)
     params = []
     for shape in shapes(width, layers):
-        W, G = torch.randn(shape), torch.randn(shape)
+        W, G = torch.randn(shape).to(device), torch.randn(shape).to(device)
         if mesh is not None:
             W, G = (distribute_tensor(t, mesh, [Shard(0)]) for t in (W, G))
         params.append(torch.nn.Parameter(W))
         params[-1].grad = G
     return params
+
+
+def wait() -> None:
+    """Until a GPU has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def in_turns(optimizers: dict[str, torch.optim.Optimizer], steps: int) -> dict[str, float]:
@@ -50,8 +62,10 @@ def in_turns(optimizers: dict[str, torch.optim.Optimizer], steps: int) -> dict[s
         for name, optimizer in optimizers.items():
             if dist.is_initialized():
                 dist.barrier()
+            wait()
             start = time.perf_counter()
             optimizer.step()
+            wait()
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
@@ -71,18 +85,53 @@ def expected_bytes(width: int, layers: int, ranks: int) -> float:
     return 4 * count / ranks * (ranks - 1) / ranks
 
 
-def one_process(steps: int) -> dict:
+def one_process(steps: int, device: str) -> dict:
     found = {}
     for label, size in SIZES.items():
+        a, b, c = (parameters(*size, device=device) for _ in range(3))
         optimizers = {
-            "NorMuon": NorMuon(parameters(*size)),
-            "torch.optim.Muon": torch.optim.Muon(parameters(*size)),
-            "fused AdamW": torch.optim.AdamW(parameters(*size), fused=True),
+            "NorMuon": NorMuon(a),
+            "torch.optim.Muon": torch.optim.Muon(b),
+            "fused AdamW": torch.optim.AdamW(c, fused=True),
         }
         row = in_turns(optimizers, steps)
         row["NorMuon / Muon"] = row["NorMuon"] / row["torch.optim.Muon"]
         row["state bytes per parameter"] = state_bytes(optimizers["NorMuon"])
         found[label] = row
+    return found
+
+
+def share_of_a_step(steps: int, device: str) -> dict:
+    """NorMuon's part of a step: forward and backward of one micro-batch are timed, and a step of
+    more tokens is that many micro-batches and one update."""
+    found = {}
+    for recipe, vocab_size, sequences in (("demo", 2048, 16), ("gpt2-124m", 50_304, 1)):
+        settings, _ = load([recipe])
+        seq_len, batch_tokens = settings.data.seq_len, settings.train.batch_tokens
+        label = f"{recipe}, {batch_tokens:,} tokens a step"
+        config = replace(settings.model, vocab_size=vocab_size)
+        model = GPT(config, compute_dtype("auto", torch.device(device))).init_weights(0).to(device)
+        normuon = make_optimizers(model)[0]
+        tokens = torch.randint(config.vocab_size, (sequences, seq_len + 1), device=device)
+        passes, updates = [], []
+        for _ in range(steps // 2 + 2):
+            wait()
+            start = time.perf_counter()
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+            wait()
+            middle = time.perf_counter()
+            normuon.step()
+            wait()
+            passes.append(middle - start)
+            updates.append(time.perf_counter() - middle)
+            model.zero_grad()
+        one_pass, update = statistics.median(passes[1:]), statistics.median(updates[1:])
+        whole = one_pass * batch_tokens / (sequences * seq_len) + update
+        found[label] = {
+            "ms forward and backward, 1,024 tokens": 1e6 * one_pass / (sequences * seq_len) * 1.024,
+            "ms NorMuon": 1e3 * update,
+            "percent of the step": 100 * update / whole,
+        }
     return found
 
 
@@ -133,15 +182,18 @@ def start_processes(ranks: int, steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each")
-    steps = parser.parse_args().steps
-    result = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    result["one process"] = one_process(steps)
-    result["two processes"] = start_processes(2, steps)
-    for kind in ("one process", "two processes"):
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; two processes: cpu only")
+    steps, device = vars(parser.parse_args()).values()
+    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
+    keep_freed_memory()  # as training has it
+    result["one process"] = one_process(steps, device)
+    result["in training"] = share_of_a_step(steps, device)
+    result["two processes"] = start_processes(2, steps) if device == "cpu" else {}
+    for kind in ("one process", "in training", "two processes"):
         for label, row in result[kind].items():
-            print(f"{kind}, width {label}")
+            print(f"{kind}: {label}")
             for name, value in row.items():
-                print(f"  {name:<28} {value:>14,.2f}")
+                print(f"  {name:<42} {value:>14,.3f}")
     print(json.dumps(result))
 
 

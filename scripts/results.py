@@ -11,6 +11,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from nanonormuon.config import MAY_CHANGE
+
 COLUMNS = ("run", "changed", "n", "steps", "tokens", "val_loss", "val_bpb", "train s", "total s",
            "tokens/s", "device", "torch", "commit")  # fmt: skip
 
@@ -22,7 +24,7 @@ def spread(values: list[float], digits: int) -> str:
 
 def changed(config: dict, recipe: dict) -> str:
     """What a run set beside its recipe, but for the seed and what does not decide a result."""
-    silent = {"train.seed", "data.path", "model.vocab_size"}
+    silent = {"train.seed", "data.path", "model.vocab_size", *MAY_CHANGE} - {"train.steps"}
     return ", ".join(
         f"{section}.{key}={value}"
         for section, table in config.items()
@@ -64,7 +66,7 @@ def main(folders: list[str]) -> None:
             spread([x["tokens_per_second"] for x in s], 0),
             f"{e['device']} x {e['ranks']}, {e['cpu_threads']} threads",
             e["torch"],
-            (commit or "")[:8],
+            commit[:8] if commit else f"source {e['source_sha256'][:8]}",
         ]
         print("| " + " | ".join(map(str, cells)) + " |")
 

@@ -165,6 +165,57 @@ def test_a_full_disk_costs_nothing_that_was_there(at, tmp_path, monkeypatch):
     assert checkpoint.verify(tmp_path / "step-000007") == {"step": 7}
 
 
+def test_the_order_of_a_save(tmp_path, monkeypatch):
+    """Data, their directory, the manifest, its directory, the rename, the parent: each on disk
+    before the next begins. Nothing else would survive a power cut."""
+    calls = []
+    sync, replace = os.fsync, os.replace
+
+    def fsync(handle):
+        calls.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path))
+        sync(handle)
+
+    def rename(old, new):
+        calls.append(f"{os.path.relpath(old, tmp_path)} -> {os.path.relpath(new, tmp_path)}")
+        replace(old, new)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    write(tmp_path, 7)
+    partial = ".partial-step-000007"
+    data = [f"{partial}/{name}" for name in (*FILES, "state.json")]
+    after = [partial, f"{partial}/manifest.json", partial, f"{partial} -> step-000007", "."]
+    assert calls == data + after
+
+
+def test_milestones_and_the_best_stay(tmp_path):
+    for step in range(1, 10):
+        write(tmp_path, step)
+        checkpoint.retain(tmp_path, 2, step, keep_every=4, best=min(step, 3))
+    assert [checkpoint.step_of(p) for p in checkpoint.all_steps(tmp_path)] == [3, 4, 8, 9]
+
+
+def test_nothing_is_deleted_while_the_newest_is_not_whole(tmp_path):
+    for step in (1, 2, 3):
+        newest = write(tmp_path, step)
+    damage(newest / "model.safetensors", "flip")
+    with pytest.raises(CheckpointError, match=r"step-000003/model\.safetensors"):
+        checkpoint.retain(tmp_path, 1, 3)
+    assert len(checkpoint.all_steps(tmp_path)) == 3
+    assert checkpoint.newest(tmp_path)[1] == {"step": 2}
+
+
+def test_a_disk_without_room_is_refused_with_numbers(tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path)._replace(free=7_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    folder = tmp_path / "not" / "there" / "yet"
+    checkpoint.check_space(folder, 2_000_000_000, keep_last=2)
+    with pytest.raises(OSError, match=r"7\.00 GB free, .*3 checkpoints of 2\.40 GB"):
+        checkpoint.check_space(folder, 2_400_000_000, keep_last=2)
+
+
 @pytest.fixture
 def trained(shards, tmp_path):
     config = load([*TINY, f"data.path={shards}", "train.steps=2", "train.sample_tokens=0"])[0]
@@ -208,3 +259,13 @@ def test_weights_of_another_shape_are_refused(trained):
     with pytest.raises(CheckpointError, match=r"tensors missing, first model\.layers\.2"):
         checkpoint.load_weights(deeper, path)
     shutil.rmtree(path)
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write and fsync say it
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        write(tmp_path, 3)
+    assert ".partial-step-000003" in caught.value.filename

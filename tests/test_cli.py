@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import command
 
 from nanonormuon import cli, config
-from nanonormuon.data import write_shard
+from nanonormuon.shards import write_shard
 
 
 def called(arguments, capsys):
@@ -48,6 +49,12 @@ def called(arguments, capsys):
         (["sample", "OUT"], 4, "neither a run directory"),
         (["sample", "OUT", "--top-q", "1"], 2, "--top-p"),
         (["sample", "OUT", "--device", "gpu"], 2, "expected one of auto, cpu, cuda, mps"),
+        (["sample", "OUT", "--num", "0"], 2, "--num"),
+        (["evaluate", "OUT"], 4, "neither a run directory"),
+        (["export", "OUT"], 2, "--to"),
+        (["export", "OUT", "--to", "new"], 4, "neither a run directory"),
+        (["export", "OUT", "--to", "new", "--dtype", "fp16"], 2, "expected fp32 or bf16"),
+        (["run", "train.track=tensorbord"], 2, 'did you mean "tensorboard"'),
         (["prepare", "nothing.txt", "--out", "OUT"], 3, "nothing.txt"),
         (["prepare", __file__, "--out", "OUT", "--tokenizer", "gtp2"], 3, "gpt2"),
         (["prepare", __file__, "--out", "OUT", "--tokenizer", "bpe:12"], 3, "257"),
@@ -118,19 +125,26 @@ def test_an_output_that_cannot_be_written(tiny, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_an_unknown_fault_keeps_its_traceback(monkeypatch):
+def test_an_unknown_fault_is_one_line_and_debug_shows_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(config, "load", lambda *_: 1 / 0)
+    code, message = called(["show"], capsys)
+    assert code == 1
+    assert message == "error: ZeroDivisionError: division by zero (--debug shows the traceback)\n"
     with pytest.raises(ZeroDivisionError):
-        cli.main(["show"])
+        cli.main(["show", "--debug"])
 
 
 def test_help_names_every_command_and_gives_examples(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in ("run", "prepare", "sample", "recipes", "show"):
+    assert not re.search(r"\w\.\.\.$", text, re.M)  # no summary is cut off
+    for name in ("run", "prepare", "sample", "evaluate", "export", "compare", "report", "diagnose",
+                 "doctor", "recipes", "show", "inspect"):  # fmt: skip
         assert re.search(rf"^  {name} ", text, re.M)
         assert cli.main([name, "--help"]) == 0
         assert name == "recipes" or f"normuon-train {name}" in capsys.readouterr().out
+        assert cli.main([name, "--no-such-option"]) == 2
+        assert "--no-such-option" in capsys.readouterr().err
 
 
 def test_recipes_and_show(capsys):
@@ -176,6 +190,22 @@ def test_from_text_to_samples_as_a_user_does_it(text, tmp_path):
     assert command(*ask, "--seed", "5", cwd=tmp_path)[1] != out
 
 
+def test_quiet_leaves_results_and_warnings(tiny, tmp_path, capsys):
+    run = ["run", *tiny, "train.steps=1", "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main(run) == 0
+    found = capsys.readouterr()
+    assert found.out.startswith("done: step 1") and found.err == ""
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for theirs, code in ((True, True), (False, False)):
+        cli.report({**summary, "hugging_face": theirs}, Path("a b"), code)
+        out = capsys.readouterr().out
+        assert ("Hugging Face" in out) is theirs and ("--prompt 'def '" in out) is code
+        assert "normuon-train sample 'a b'" in out
+    assert "val_loss" in (tmp_path / "run" / "train.log").read_text()  # there it is all the same
+    assert cli.main(["--quiet", "sample", str(tmp_path / "no")]) == 4
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_a_truncated_checkpoint_is_refused(tiny, tmp_path, capsys):
     assert cli.main(["run", *tiny, "train.steps=1", "--out", str(tmp_path / "run")]) == 0
     file = tmp_path / "run" / "checkpoints" / "step-000001" / "model.safetensors"
@@ -215,6 +245,11 @@ def test_no_command_opens_a_connection_a_pickle_or_a_process(tiny, text, tmp_pat
         [*run, "train.stop_at=2", *out],
         [*run, "--resume", *out],
         ["sample", out[1], "--max-tokens", "3"],
+        ["evaluate", out[1]],
+        ["export", out[1], "--to", str(tmp_path / "export")],
+        ["report", out[1], "-o", str(tmp_path / "report.html")],
+        ["diagnose", out[1]],
+        ["compare", out[1]],
         ["run", "data.path=builtin:python", "train.steps=1", "train.sample_tokens=3",
          "model.n_layer=1", "model.n_embd=32", "model.n_head=2", "data.tokenizer=byte",
          "data.val_tokens=1000", "--out", str(tmp_path / "builtin")],

@@ -1,14 +1,10 @@
-"""Proves: a shard that is not exactly what it should be is refused with path, expected and found;
-the shuffled order visits every window once per epoch, the sequential order is modded-nanogpt's, and
-neither depends on how a step is cut into ranks and micro-batches; validation covers each target
-exactly once on any number of ranks.
+"""Proves: the shuffled order visits every window once per epoch, the sequential order is
+modded-nanogpt's, and neither depends on how a step is cut into ranks and micro-batches; validation
+covers each target exactly once on any number of ranks.
 """
 
-import hashlib
-import json
-import os
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,260 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanonormuon import data
-from nanonormuon.data import Batches, DataError, Split
+from nanonormuon import data, shards
+from nanonormuon.data import Ahead, Batches
+from nanonormuon.shards import DataError, Split
 
 
 def split_of(*lengths: int, vocab_size: int | None = None) -> Split:
     """Shards in memory whose tokens count on: shard i holds 1000 i, 1000 i + 1, ..."""
     shards = [np.arange(n, dtype=np.uint16) + np.uint16(1000 * i) for i, n in enumerate(lengths)]
     return Split([Path(f"none/train_{i}.bin") for i in range(len(lengths))], shards, vocab_size)
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """Two train shards and one val shard over 100 ids, with their manifest."""
-    rng = np.random.default_rng(0)
-    manifest: dict[str, Any] = {
-        "format": 1,
-        "tool": "test",
-        "tokenizer": {"name": "t", "hash": "0", "vocab_size": 100, "eot": 99},
-    }
-    for split, sizes in (("train", [500, 300]), ("val", [200])):
-        shards = []
-        for i, n in enumerate(sizes):
-            path = tmp_path / f"{split}_{i:06d}.bin"
-            tokens = rng.integers(0, 100, n)
-            tokens[7] = 99
-            data.write_shard(path, tokens, 100)
-            entry = {"name": path.name, "tokens": n, "size": 1024 + 2 * n, "max_token": 99}
-            shards.append(entry | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
-        manifest[split] = {"documents": 3, "tokens": sum(sizes), "bytes": 4 * sum(sizes)}
-        manifest[split]["shards"] = shards
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    return tmp_path
-
-
-def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = directory / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
-
-
-def refused(directory: Path, says: str, **options: Any) -> None:
-    with pytest.raises(DataError, match=says) as caught:
-        data.open_data(directory, **options)
-    assert str(directory) in str(caught.value) and "\n" not in str(caught.value)
-    assert caught.value.exit_code == 3
-
-
-# ----------------------------------------------------------------------------------------- shards
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "version", "dtype"), [(65_536, 1, "<u2"), (65_537, 2, "<u4")]
-)
-def test_shard_layout(tmp_path: Path, vocab_size: int, version: int, dtype: str) -> None:
-    tokens = np.array([0, 1, 258, vocab_size - 1])
-    data.write_shard(tmp_path / "x.bin", tokens, vocab_size)
-    raw = (tmp_path / "x.bin").read_bytes()
-    header = np.frombuffer(raw[:1024], "<i4")
-    assert header[:3].tolist() == [20240520, version, 4] and not header[3:].any()
-    assert raw[1024:] == tokens.astype(dtype).tobytes()
-    shard = data.read_shard(tmp_path / "x.bin")
-    assert shard.tolist() == tokens.tolist() and shard.dtype == dtype
-    assert not shard.flags.writeable
-    assert names(tmp_path) == ["x.bin"]
-
-
-def test_write_refuses_ids_outside_the_vocabulary(tmp_path: Path) -> None:
-    tokens = np.zeros(data.CHUNK + 10, np.int64)
-    for wrong in (50, -1):
-        tokens[data.CHUNK + 3] = wrong
-        with pytest.raises(
-            DataError, match=f"token {data.CHUNK + 3}: id below 50 .* {wrong} found"
-        ):
-            data.write_shard(tmp_path / "x.bin", tokens, 50)
-    with pytest.raises(DataError, match="vector"):
-        data.write_shard(tmp_path / "x.bin", np.zeros(3), 50)
-    assert names(tmp_path) == []
-
-
-def test_interrupted_write_leaves_the_old_shard(tmp_path: Path, monkeypatch: Any) -> None:
-    data.write_shard(tmp_path / "x.bin", np.array([1, 2]), 50)
-
-    def fail(_: int) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        data.write_shard(tmp_path / "x.bin", np.array([3]), 50)
-    assert names(tmp_path) == ["x.bin"]
-    assert data.read_shard(tmp_path / "x.bin").tolist() == [1, 2]
-
-
-def put(offset: int, value: int) -> Callable[[bytes], bytes]:
-    return lambda raw: raw[:offset] + value.to_bytes(4, "little", signed=True) + raw[offset + 4 :]
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (put(0, 20240521), "20240520 expected, 20240521 found"),
-        (put(4, 3), "version 1 or 2 expected, 3 found"),
-        (put(4, 2), "500 tokens make a file of 3024 bytes, found 2024"),
-        (put(8, 499), "499 tokens make a file of 2022 bytes, found 2024"),
-        (put(8, 2**31 - 1), "2147483647 tokens make a file of"),
-        (put(8, -1), "-1 tokens"),
-        (lambda raw: raw[:-1], "found 2023"),
-        (lambda raw: raw + b"\0\0", "found 2026"),
-        (lambda raw: raw[:1024], "found 1024"),
-        (lambda raw: raw[:100], "100 bytes, a shard's header alone has 1024"),
-        (lambda raw: b"", "0 bytes"),
-    ],
-)
-@pytest.mark.parametrize("with_manifest", [True, False])
-def test_damaged_shard(
-    directory: Path, change: Callable[[bytes], bytes], says: str, with_manifest: bool
-) -> None:
-    if not with_manifest:
-        (directory / "manifest.json").unlink()
-    path = directory / "train_000000.bin"
-    path.write_bytes(change(path.read_bytes()))
-    refused(directory, rf"train_000000\.bin: .*{says}")
-
-
-def test_not_a_regular_file(directory: Path) -> None:
-    path = directory / "train_000000.bin"
-    path.rename(directory / "elsewhere")
-    path.symlink_to(directory / "elsewhere")
-    refused(directory, "symbolic link")
-    path.unlink()
-    os.mkfifo(path)  # opening it would wait for ever
-    refused(directory, "not a regular file")
-    path.unlink()
-    (directory / "manifest.json").unlink()
-    path.symlink_to(directory / "elsewhere")  # as in a Hugging Face cache
-    assert data.open_data(directory).train.tokens == 800
-    os.mkfifo(directory / "manifest.json")
-    refused(directory, "regular file")
-    (directory / "manifest.json").unlink()
-    (directory / "manifest.json").symlink_to(directory / "nothing")
-    refused(directory, "regular file")
-
-
-# ------------------------------------------------------------------------------------ directories
-
-
-def test_open(directory: Path) -> None:
-    opened = data.open_data(directory)
-    assert (opened.train.tokens, opened.val.tokens, opened.vocab_size) == (800, 200, 100)
-    assert opened.train.names == ["train_000000.bin", "train_000001.bin"]
-    assert (opened.train.bytes, opened.val.bytes) == (3200, 800)
-    assert data.open_data(directory, vocab_size=128).vocab_size == 100
-    refused(directory, "prepared for 100 token ids, the model has 99", vocab_size=99)
-
-
-def test_without_manifest(directory: Path) -> None:
-    (directory / "manifest.json").unlink()
-    for path in list(directory.glob("*.bin")):
-        path.rename(directory / f"fineweb_{path.name}")
-    opened = data.open_data(directory, vocab_size=100)
-    assert opened.train.names == ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
-    assert opened.manifest is None and opened.train.bytes is None and opened.vocab_size == 100
-    assert data.open_data(directory).vocab_size is None
-    refused(directory, r"000000\.bin: token 7: id below 99 expected, 99 found", vocab_size=99)
-    (directory / "fineweb_val_000000.bin").unlink()
-    refused(directory, "no val split")
-
-
-def test_unfinished_preparation(directory: Path) -> None:
-    """Its shards may be in place already and look like published ones."""
-    (directory / ".partial").mkdir()
-    (directory / "manifest.json").rename(directory / ".partial" / "manifest.json")
-    refused(directory, "unfinished preparation; run normuon-train prepare again")
-
-
-def test_missing_directory_says_what_to_run(tmp_path: Path) -> None:
-    refused(tmp_path / "no", r"run normuon-train prepare FILE\.\.\. --out")
-
-
-def test_flipped_byte(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = directory / "val_000000.bin"
-    raw = bytearray(path.read_bytes())
-    raw[1100] ^= 1
-    path.write_bytes(raw)
-    refused(directory, r"val_000000\.bin: sha256 .* expected by manifest\.json")
-    monkeypatch.setattr(data, "FULL_CHECK_LIMIT", 0)  # as if the directory were large
-    data.open_data(directory)
-    refused(directory, "sha256", verify="full")
-
-
-def test_shards_are_the_listed_ones(directory: Path) -> None:
-    extra = directory / "train_000002.bin"
-    data.write_shard(extra, np.array([1, 2, 3]), 100)
-    refused(directory, r"train_000002\.bin: here, but not listed")
-    extra.unlink()
-    (directory / "train_000001.bin").unlink()
-    refused(directory, r"train_000001\.bin: missing, but listed")
-
-
-def shard_field(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
-    return lambda m: m["train"]["shards"][0].__setitem__(key, value)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (shard_field("name", "../train_000000.bin"), "no shard's name"),
-        (shard_field("name", "/etc/train_0.bin"), "no shard's name"),
-        (shard_field("name", ".train_0.bin"), "no shard's name"),
-        (shard_field("name", "train_0.bin\n"), "no shard's name"),
-        (shard_field("name", "train_0/../x.bin"), "no shard's name"),
-        (shard_field("name", 3), r"shards\[0\]\.name: str expected, '3' found"),
-        (shard_field("size", 10**15), "size 1000000000000000 expected"),
-        (shard_field("tokens", 2**62), "tokens: int expected"),
-        (shard_field("tokens", True), "tokens: int expected"),
-        (shard_field("tokens", 501), "not the sum"),
-        (shard_field("max_token", 100), "token id 100 in a vocabulary of 100"),
-        (shard_field("sha256", None), "sha256: str expected"),
-        (lambda m: m["train"]["shards"].reverse(), "name order"),
-        (lambda m: m["train"]["shards"].append(m["train"]["shards"][1]), "name order"),
-        (lambda m: m["train"].update(tokens=10**12), "not the sum"),
-        (lambda m: m["train"].update(shards={}), "shards: list expected"),
-        (lambda m: m.update(format=2), "format 1 expected, 2 found"),
-        (lambda m: m.pop("tokenizer"), "tokenizer: dict expected, 'None' found"),
-        (lambda m: m.pop("val"), "val: dict expected"),
-        (lambda m: m["val"].update(tokens=0, shards=[]), "here, but not listed"),
-    ],
-)
-def test_manifest_is_checked(directory: Path, change: Callable[[Any], Any], says: str) -> None:
-    edit(directory, change)
-    refused(directory, says)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", "[" * 100_000, "\xff", '{"format": NaN}'])
-def test_manifest_that_is_no_object(directory: Path, content: str) -> None:
-    (directory / "manifest.json").write_text(content, encoding="latin-1")
-    refused(directory, r"manifest\.json: ")
-
-
-def test_fingerprint_follows_the_tokens(directory: Path) -> None:
-    first = data.open_data(directory).fingerprint
-    edit(directory, lambda m: m.update(tool="other", sources=[]))
-    assert data.open_data(directory).fingerprint == first
-    data.write_shard(directory / "val_000000.bin", np.full(200, 99), 100)
-    sha256 = data.sha256(directory / "val_000000.bin")
-    edit(directory, lambda m: m["val"]["shards"][0].update(sha256=sha256))
-    second = data.open_data(directory).fingerprint
-    (directory / "manifest.json").unlink()
-    third = data.open_data(directory).fingerprint
-    assert len({first, second, third}) == 3
 
 
 # ---------------------------------------------------------------------------------------- order
@@ -345,13 +96,15 @@ def test_every_window_once_per_epoch(
             Batches(split_of(*lengths), seq_len, sequences, seed)
         return
     batches = Batches(split_of(*lengths), seq_len, sequences, seed)
-    n = batches.windows_per_epoch
+    n = batches.sources[0].windows
     assert n == len(windows)
     steps = -(-3 * n // sequences)
     stream = [tuple(w) for step in range(steps) for w in batches.windows(step).tolist()]
     for epoch in range(3):
         assert sorted(stream[epoch * n : (epoch + 1) * n]) == windows
-    assert batches.epoch(steps) == steps * sequences / n
+    assert batches.epochs(steps) == [steps * sequences / n]
+    first = [k // sequences for k in range(n, steps * sequences, n)]  # of each further epoch
+    assert [step for step in range(steps) if batches.begun(step)] == sorted(set(first))
 
 
 def test_each_epoch_and_seed_has_an_order_of_its_own() -> None:
@@ -402,23 +155,85 @@ def test_batch_is_the_windows_tokens_however_it_is_cut(order: str) -> None:
             assert torch.equal(torch.cat([y for _, y in cut]), targets)
 
 
-def test_batch_checks_ids_and_files(directory: Path) -> None:
-    (directory / "manifest.json").unlink()
-    opened = data.open_data(directory)
-    opened.train.vocab_size = 99
-    batches = Batches(opened.train, 10, 76, 0)  # one epoch: 49 + 29 windows, the first 76 of them
-    with pytest.raises(DataError, match=r"train_00000\d\.bin: token \d+: id below 99 .* 99 found"):
-        for step in range(2):
-            batches.batch(step, 0, 76)
-    opened.train.vocab_size = 100
-    batches.batch(0, 0, 76)
-    path = opened.train.paths[1]
-    os.utime(path, ns=(1, 1))
-    with pytest.raises(DataError, match=r"train_000001\.bin: changed while in use"):
-        batches.batch(0, 0, 76)
-    path.unlink()
-    with pytest.raises(DataError, match=r"train_000001\.bin: changed while in use"):
-        batches.batch(0, 0, 76)
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(6, 60), min_size=1, max_size=3), min_size=2, max_size=4),
+    st.lists(st.integers(1, 300_000), min_size=3, max_size=3),
+    st.integers(1, 13),
+    st.integers(0, 2**32),
+)
+def test_a_mixture_keeps_shares_and_epochs(
+    lengths: list[list[int]], shares: list[int], sequences: int, seed: int
+) -> None:
+    """Every window of every source once per epoch of that source, at any number of sequences."""
+    main, *others = [split_of(*row) for row in lengths]
+    mix = list(zip(others, shares, strict=False))
+    batches = Batches(main, 5, sequences, seed, mix=mix)
+    steps = -(-300 // sequences)
+    stream = [tuple(w) for step in range(steps) for w in batches.windows(step).tolist()]
+    every = [data.SHARES - sum(s for _, s in mix), *(s for _, s in mix)]
+    shards = [len(main.shards), *(len(other.shards) for other in others)]
+    order = [*range(1, len(every)), 0]  # as they stand in the list of shards
+    at = 0
+    for i in order:
+        mine = [(s - at, w) for s, w in stream if at <= s < at + shards[i]]
+        at += shards[i]
+        assert abs(len(mine) - len(stream) * every[i] / data.SHARES) < len(every)
+        windows = [(s, w * 5) for s, n in enumerate(lengths[i]) for w in range((n - 1) // 5)]
+        for epoch in range(len(mine) // len(windows)):
+            assert sorted(mine[epoch * len(windows) : (epoch + 1) * len(windows)]) == windows
+    # the same stream, cut into other steps
+    other_size = Batches(main, 5, 7, seed, mix=mix)
+    again = [
+        tuple(w) for step in range(-(-len(stream) // 7)) for w in other_size.windows(step).tolist()
+    ]
+    assert again[: len(stream)] == stream
+    taken = batches.taken(steps)
+    assert sum(taken) == len(stream) and len(taken) == len(every)
+
+
+def test_a_mixture_of_one_is_the_source_itself() -> None:
+    split = split_of(200, 90)
+    assert Batches(split, 5, 12, 7).split is split
+    with pytest.raises(DataError, match="shares"):
+        Batches(split, 5, 12, 7, mix=[(split, data.SHARES)])
+    with pytest.raises(DataError, match="sequential"):
+        Batches(split, 5, 12, 7, "sequential", mix=[(split, 5)])
+
+
+def test_reading_ahead_gives_the_same_and_raises_here() -> None:
+    batches = Batches(split_of(200, 90, vocab_size=1090), 5, 12, 7)
+    ahead = Ahead(batches)
+    asked = [(0, 0, 6), (0, 6, 12), (1, 0, 6), (5, 0, 12), (5, 0, 12), (2, 3, 4)]
+    guesses = [(0, 6, 12), (1, 0, 6), (9, 0, 6), (5, 0, 12), (6, 0, 1), (3, 0, 1)]
+    read = batches.batch
+    threads: list[int] = []
+
+    def noted(*arguments: int) -> Any:
+        threads.append(threading.get_ident())
+        return read(*arguments)
+
+    batches.batch = noted  # type: ignore[method-assign]
+    for now, then in zip(asked, guesses, strict=True):
+        for x, y in zip(ahead.batch(now, then), read(*now), strict=True):
+            assert torch.equal(x, y)
+    assert threading.get_ident() in threads and len(set(threads)) == 2
+
+    def fail(step: int, start: int, stop: int) -> Any:
+        raise DataError(f"changed in step {step}")
+
+    batches.batch = fail  # type: ignore[method-assign]
+    ahead._next = None
+    with pytest.raises(DataError, match="changed in step 0"):
+        ahead.batch((0, 0, 6), (1, 0, 6))
+    batches.batch = read  # type: ignore[method-assign]
+    ahead.batch((0, 0, 6), (1, 0, 6))
+    assert ahead._next is not None
+    ahead._next[1].result()
+    batches.batch = fail  # type: ignore[method-assign]
+    ahead.batch((1, 0, 6), (2, 0, 6))
+    with pytest.raises(DataError, match="changed in step 2"):
+        ahead.batch((2, 0, 6), (3, 0, 6))
 
 
 @pytest.mark.parametrize("wrong", [{"seq_len": 0}, {"sequences": 0}, {"order": "random"}])
@@ -429,8 +244,8 @@ def test_bad_arguments(wrong: dict[str, Any]) -> None:
 
 def test_batches_are_fast(tmp_path: Path) -> None:
     """Well above what any trainer consumes; 20 million tokens per second on a quiet machine."""
-    data.write_shard(tmp_path / "train_0.bin", np.arange(4_000_000) % 50_000, 50_257)
-    split = Split([tmp_path / "train_0.bin"], [data.read_shard(tmp_path / "train_0.bin")], 50_257)
+    shards.write_shard(tmp_path / "train_0.bin", np.arange(4_000_000) % 50_000, 50_257)
+    split = Split([tmp_path / "train_0.bin"], [shards.read_shard(tmp_path / "train_0.bin")], 50_257)
     batches = Batches(split, 1024, 512)
     seconds = []
     for step in range(5):

@@ -2,6 +2,7 @@
 the plain cross entropy with every gradient, generation with a cache equal to full recomputation."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig
+from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, attend
 
 SMALL = {"vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
 TRACK3 = {
@@ -130,6 +131,64 @@ def test_cache_gives_the_logits_of_full_recomputation(settings):
         assert torch.allclose(torch.cat(found, 1), wanted, atol=1e-5)
         with pytest.raises(ValueError, match="do not fit"):
             model(tokens[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_documents_packed_in_a_window_are_computed_as_if_alone(settings):
+    model, eot = filled(settings), 49
+    tokens = torch.randint(0, 49, (2, 40), generator=torch.Generator().manual_seed(3))
+    for row, starts in enumerate(([0, 11, 12, 30], [7, 39])):  # also in the middle of a document
+        tokens[row, starts] = eot
+    whole = model(tokens)
+    model.separator = eot
+    packed = model(tokens)
+    model.separator = None
+    assert torch.equal(model(tokens), whole)
+    assert (packed - whole).abs().max() > 0.1
+    for row, bounds in enumerate(([0, 11, 12, 30, 40], [0, 7, 39, 40])):
+        for a, b in pairwise(bounds):
+            alone = model(tokens[row : row + 1, a:b])
+            assert torch.allclose(packed[row, a:b], alone[0], atol=2e-5), (row, a, b)
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_in_bfloat16_loss_and_gradients_stay_close_to_float32(settings):
+    """bfloat16 takes ways of its own on a CPU: plain attention, fewer passes in the norms."""
+    torch.manual_seed(6)
+    tokens, targets = torch.randint(50, (2, 3, 40))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = filled(settings)
+        model.compute_dtype = dtype
+        loss = model(tokens, targets)
+        loss.backward()
+        results.append((float(loss.detach()), {n: p.grad for n, p in model.named_parameters()}))
+    (exact, wanted), (loss, found) = results
+    assert loss == pytest.approx(exact, rel=5e-3)
+    for name in wanted:
+        error = (found[name] - wanted[name]).norm() / wanted[name].norm()
+        assert error < 0.1, (name, float(error))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_plain_attention_equals_torchs(kv_heads):
+    torch.manual_seed(7)
+    q, k, v = (torch.randn(2, h, 9, 8).bfloat16() for h in (4, kv_heads, kv_heads))
+    exact = attend(q.float(), k.float(), v.float(), 0.3, None)
+    assert torch.allclose(attend(q, k, v, 0.3, None).float(), exact, atol=0.03)
+    (last,) = attend(q[:, :, -1:], k, v, 0.3, None).unbind(2)
+    assert torch.allclose(last.float(), exact[:, :, -1], atol=0.03)
+
+
+def test_a_hopeless_target_costs_a_finite_loss():
+    """The head's softmax is float32: the loss of a target beyond exp(-87) is cut there."""
+    model = filled()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    loss = model(torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]]))
+    assert loss.isfinite() and loss > 50
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_initial_loss_is_that_of_a_uniform_guess_and_weights_depend_on_the_seed_alone():

@@ -3,25 +3,44 @@ rerun gives the same bytes; an interruption at any file operation leaves nothing
 nothing that is in the way; other people's files are not touched; bad input is named.
 """
 
+import contextlib
+import csv
+import errno
+import gzip
 import hashlib
 import json
 import logging
 import multiprocessing
 import os
+import random
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nanonormuon import data, tokenizer
+from nanonormuon import builtin, encode, shards, sources, tokenizer
 from nanonormuon import prepare as module
-from nanonormuon.data import DataError
-from nanonormuon.prepare import Document, documents, prepare
+from nanonormuon.prepare import prepare
+from nanonormuon.shards import DataError
+from nanonormuon.sources import Document, documents
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained tokenizer, for processes that must not train one."""
+    path = tmp_path_factory.mktemp("bpe")
+    tokenizer.get("bpe:400", [Path(os.__file__).read_bytes()]).save(path)
+    return path
 
 
 @pytest.fixture
@@ -44,7 +63,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def texts(out: Path, split: str) -> list[bytes]:
     """The documents of a prepared split, decoded."""
-    opened = data.open_data(out, verify="full")
+    opened = shards.open_data(out, verify="full")
     words = tokenizer.load(out)
     ids = np.concatenate(getattr(opened, split).shards)
     starts = np.flatnonzero(ids == words.eot).tolist()
@@ -60,7 +79,7 @@ def content(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("spec", ["byte", "bpe:400"])
 def test_what_goes_in_comes_out(corpus: Path, tmp_path: Path, spec: str) -> None:
     out = tmp_path / "out"
-    manifest = prepare([corpus], out, tokenizer=spec, val=0.2, shard_tokens=3000)
+    manifest = prepare([corpus], out, tokenizer=spec, val=0.2, shard_bytes=5000)
     files = {p.read_bytes() for p in corpus.rglob("*.txt") if p.stem.isdigit()}
     expected: dict[str, list[bytes]] = {"train": [], "val": []}
     for text in files:
@@ -80,7 +99,8 @@ def test_what_goes_in_comes_out(corpus: Path, tmp_path: Path, spec: str) -> None
             assert (shard["size"], shard["tokens"]) == (len(raw), len(tokens))
             assert shard["max_token"] == tokens.max()
         assert max(s["max_token"] for s in entry["shards"]) == manifest["tokenizer"]["eot"]
-        assert [s["tokens"] for s in entry["shards"][:-1]] == [3000] * (len(entry["shards"]) - 1)
+        for shard in getattr(shards.open_data(out), split).shards:
+            assert shard[0] == manifest["tokenizer"]["eot"], "a shard begins with a document"
     assert manifest == json.loads((out / "manifest.json").read_text())
     assert manifest["tokenizer"]["hash"] == tokenizer.load(out).hash
     (source,) = manifest["sources"]
@@ -99,7 +119,7 @@ def test_same_bytes_from_other_places_and_batches(
     prepare([corpus], tmp_path / "a", tokenizer="bpe:400")
     moved = tmp_path / "elsewhere" / "corpus"
     shutil.copytree(corpus, moved)
-    monkeypatch.setattr(module, "BATCH_BYTES", 100)
+    monkeypatch.setattr(encode, "JOB_BYTES", 100)
     monkeypatch.setattr(tokenizer, "PIECE", 50)
     prepare([moved], tmp_path / "b", tokenizer="bpe:400")
     assert content(tmp_path / "a") == content(tmp_path / "b")
@@ -160,13 +180,13 @@ def test_large_vocabulary_uses_version_2(
     words.save(tmp_path / "wide")
     manifest = prepare([corpus], tmp_path / "out", tokenizer=tmp_path / "wide")
     assert manifest["tokenizer"]["vocab_size"] == 70_001
-    assert data.open_data(tmp_path / "out").train.shards[0].dtype == np.uint32
+    assert shards.open_data(tmp_path / "out").train.shards[0].dtype == np.uint32
     assert len(texts(tmp_path / "out", "train")) == manifest["train"]["documents"]
 
 
 def test_named_files_and_bad_sources(corpus: Path, tmp_path: Path) -> None:
     picture, hidden = corpus / "picture.png", corpus / ".hidden.txt"
-    assert [d.name for d in documents([picture, hidden])] == ["picture.png", ".hidden.txt"]
+    assert [d.name for d in documents([picture, hidden])] == [str(picture), str(hidden)]
     for name, says in (
         ("binary.txt", r"binary\.txt: offset 3: UTF-8 text expected, byte 0x00"),
         ("latin.txt", r"latin\.txt: offset 1: UTF-8 text expected, byte 0xe9"),
@@ -181,19 +201,32 @@ def test_named_files_and_bad_sources(corpus: Path, tmp_path: Path) -> None:
         ("gtp2", "did you mean gpt2"),
         ("bpe:99", "at least 257"),
         ("bpe:x", "bpe:N"),
+        ("bpe:10000000", "at most 9999999"),
     ):
         with pytest.raises(tokenizer.TokenizerError, match=says):
             prepare([corpus], tmp_path / "out", tokenizer=spec)
     assert not (tmp_path / "out").exists()
 
 
-def test_walk(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_walk(
+    corpus: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO)
     (corpus / "out").mkdir()
     (corpus / "out" / "x.txt").write_text("own output")
-    names = [d.name for d in documents([corpus], skip=corpus / "out")]
-    assert names == sorted(names) and len(names) == 120 and "sub/001.txt" in names
-    assert "skipped 2 binary files" in caplog.text
+    (corpus / "linked").symlink_to(corpus / "sub")
+    names = [d.name for d in documents([corpus], corpus / "out", report=lambda _: None)]
+    assert names == sorted(names) and len(names) == 120 and str(corpus / "sub/001.txt") in names
+    assert "passed over 3 names, no text or linked directories, the first is" in caplog.text
+
+    def refuse(folder: str, scandir: Any = os.scandir) -> Any:
+        if Path(folder) == corpus / "sub":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=rf"{corpus / 'sub'}: cannot be read: Permission denied"):
+        list(documents([corpus]))
 
 
 def test_few_invalid_bytes_are_kept(tmp_path: Path) -> None:
@@ -217,6 +250,9 @@ def test_same_preparation_is_reused_and_another_refused(corpus: Path, tmp_path: 
     with pytest.raises(DataError, match="another sources"):
         prepare([corpus], out, tokenizer="bpe:300")
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
+    inside = [str(corpus / "**" / "*[!yn].*")], corpus / "out", "byte"
+    os.remove(corpus / "binary.txt"), os.remove(corpus / "latin.txt")
+    assert prepare(*inside) == prepare(*inside)  # its output is not taken for a source
 
 
 def test_damaged_output_is_not_reused(corpus: Path, tmp_path: Path) -> None:
@@ -248,7 +284,7 @@ def test_interrupted_anywhere(
 ) -> None:
     """Stop at the n-th write, sync, rename or removal, for every n; then run again."""
     clean = tmp_path / "clean"
-    prepare([corpus], clean, tokenizer="byte", val=0.2, shard_tokens=20_000)
+    prepare([corpus], clean, tokenizer="byte", val=0.2, shard_bytes=40_000)
     wanted = content(clean)
     left, stopped = 0, False
 
@@ -270,23 +306,24 @@ def test_interrupted_anywhere(
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", counted(os.fsync))
             patch.setattr(Path, "replace", counted(Path.replace))
+            patch.setattr(os, "replace", counted(os.replace))
             patch.setattr(Path, "rmdir", counted(Path.rmdir))
             patch.setattr(Path, "mkdir", counted(Path.mkdir))
             patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
             left, stopped = steps + 1, False
             try:
-                prepare([corpus], out, tokenizer="byte", val=0.2, shard_tokens=20_000)
+                prepare([corpus], out, tokenizer="byte", val=0.2, shard_bytes=40_000)
                 break
             except Killed:
                 pass
         if (out / "manifest.json").exists():
-            data.open_data(out, verify="full")  # the last step was done, so all of them were
+            shards.open_data(out, verify="full")  # the last step was done, so all of them were
         else:
             with pytest.raises(
                 DataError, match=r"no such data directory|unfinished|no train split"
             ):
-                data.open_data(out)
-        prepare([corpus], out, tokenizer="byte", val=0.2, shard_tokens=20_000)
+                shards.open_data(out)
+        prepare([corpus], out, tokenizer="byte", val=0.2, shard_bytes=40_000)
         assert content(out) == wanted
         steps += 1
     assert steps > 12
@@ -306,11 +343,158 @@ def test_leftover_shards_of_a_larger_preparation_go(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", stop_at_manifest)
         with pytest.raises(Killed):
-            prepare([corpus], out, tokenizer="byte", shard_tokens=5000)
+            prepare([corpus], out, tokenizer="byte", shard_bytes=5000)
     assert len(list(out.glob("train_*.bin"))) > 5
     manifest = prepare([corpus], out, tokenizer="byte")
     assert [p.name for p in out.glob("train_*.bin")] == ["train_000000.bin"]
-    assert data.open_data(out, verify="full").manifest == manifest
+    assert shards.open_data(out, verify="full").manifest == manifest
+
+
+def mixed(root: Path, megabytes: float) -> Path:
+    """A folder of every format, with an empty file, invalid UTF-8, and a long repetitive text."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    root.mkdir()
+    found = [d.data.decode() for d in islice(builtin.python_sources(), 400)]
+    for i in range(40):
+        (root / f"{i}.txt").write_text(found[i])
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in found[40:160])
+    (root / "records.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    parquet.write_table(pyarrow.table({"text": found[160:260]}), root / "table.parquet")
+    with (root / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in found[260:300])])
+    (root / "empty.txt").touch()
+    (root / "latin.txt").write_bytes("déjà vu, à peu près".encode("latin-1"))
+    paragraphs = "\n\n".join(found[300:]).encode()
+    with (root / "long.txt").open("wb") as file:
+        while file.tell() < megabytes * 1e6:
+            file.write(paragraphs)
+    return root
+
+
+KILLED = """
+import resource, sys
+from nanonormuon.prepare import prepare
+root, out, tokenizer, workers, shard_bytes = sys.argv[1:]
+prepare([root], out, tokenizer, workers=int(workers), shard_bytes=int(shard_bytes))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [1, 2])
+def test_300_mb_in_little_memory_and_killed_20_times(tmp_path: Path, workers: int) -> None:
+    root = mixed(tmp_path / "mixed", 300)
+
+    def start(out: Path) -> subprocess.Popen:
+        arguments = [root, out, "bpe:4096", workers, 8 << 20]
+        command = [sys.executable, "-c", KILLED, *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    begin = time.monotonic()
+    undisturbed = start(tmp_path / "clean")
+    peak = int(undisturbed.communicate()[0])
+    seconds = time.monotonic() - begin
+    assert undisturbed.returncode == 0
+    assert peak < 1e9, f"{peak / 1e6:.0f} MB"
+    moments = random.Random(workers)
+    for _ in range(20):
+        process = start(tmp_path / "killed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moments.uniform(0, seconds))
+        process.kill()
+        process.communicate()
+    again = start(tmp_path / "killed")
+    again.communicate()
+    assert again.returncode == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "clean")
+
+
+def test_killed_at_random_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe: Path
+) -> None:
+    """As above, scaled to what takes seconds; alternately with one worker and with two."""
+    monkeypatch.setattr(sources, "LARGE", 1 << 17)  # so that the long text is cut here too
+    monkeypatch.setattr(sources, "PART", 1 << 14)
+    root, context = mixed(tmp_path / "mixed", 1), multiprocessing.get_context("fork")
+    settings = {"tokenizer": bpe, "shard_bytes": 1 << 18}
+    begin = time.monotonic()
+    prepare([root], tmp_path / "clean", **settings)
+    seconds = time.monotonic() - begin
+    wanted = content(tmp_path / "clean")
+    assert len(wanted) > 15
+    out, moments, kills, kept = tmp_path / "killed", random.Random(0), 0, 0
+    while kills < 10:
+        options = {**settings, "workers": 1 + kills % 2}
+        process = context.Process(target=prepare, args=([root], out), kwargs=options)
+        process.start()
+        process.join(moments.uniform(0, 1.2 * seconds))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if not (out / "manifest.json").exists():
+            kept += (out / ".partial" / "plan.json").exists()
+            continue
+        if not (out / ".partial").exists():
+            assert content(out) == wanted
+        shutil.rmtree(out)
+    prepare([root], out, **settings)
+    assert content(out) == wanted
+    assert kept > 3, "some of them were resumed in the middle"
+
+
+def test_finished_shards_are_kept_and_damaged_ones_made_anew(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    options: dict[str, Any] = {"tokenizer": "bpe:300", "val": 0.2, "shard_bytes": 5000}
+    prepare([corpus], tmp_path / "clean", **options)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare([corpus], out, **options)
+    (out / ".partial" / "manifest.json").unlink()
+    first = out / ".partial" / "train_000000.bin"
+    raw = bytearray(first.read_bytes())
+    raw[1500] ^= 1
+    first.write_bytes(raw)
+    encoded, original = [], tokenizer.Tokenizer.encode_job
+
+    def counted(self: tokenizer.Tokenizer, job: list[Any]) -> np.ndarray:
+        encoded.append(len(job))
+        return original(self, job)
+
+    monkeypatch.setattr(tokenizer.Tokenizer, "encode_job", counted)
+    monkeypatch.setattr(module, "get_tokenizer", None)  # trained already
+    prepare([corpus], out, **options)
+    assert len(encoded) == 1, "the damaged shard alone"
+    assert "keeping train_000001.bin" in caplog.text
+    assert content(out) == content(tmp_path / "clean")
+
+
+def test_only_one_process_prepares_in_a_directory(corpus: Path, tmp_path: Path) -> None:
+    with (
+        module._alone(tmp_path / "out"),
+        pytest.raises(DataError, match="another process is preparing"),
+    ):
+        prepare([corpus], tmp_path / "out", tokenizer="byte")
+
+
+def test_copies_are_counted_and_named_where_they_cross_the_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"text {i % 10}" * 9)
+    assert prepare([tmp_path], tmp_path / "out", "byte", 0.3)["copies"] == 30
+    assert "30 of 40 documents are exact copies" in caplog.text
+    assert not set(texts(tmp_path / "out", "train")) & set(texts(tmp_path / "out", "val"))
+    assert "train has copies" not in caplog.text
+    prepare([tmp_path], tmp_path / "tail", "byte", 1e-9)
+    assert "train has copies" in caplog.text
 
 
 def test_change_during_preparation_is_noticed(tmp_path: Path) -> None:
@@ -320,19 +504,42 @@ def test_change_during_preparation_is_noticed(tmp_path: Path) -> None:
         return [Document("x", 0, text.pop(0))]
 
     with pytest.raises(DataError, match="changed during preparation"):
-        module._prepare(read, ["x"], tmp_path / "out", "byte", 0.1)
+        module.prepare_documents(read, ["x"], tmp_path / "out", "byte", 0.1)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    source = os.fsencode(tmp_path / "caf") + b"\xe9.txt"
+    try:
+        Path(os.fsdecode(source)).write_text("some text " * 100)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    manifest = prepare([os.fsdecode(source)], tmp_path / "out", tokenizer="byte")
+    assert shards.read_manifest(tmp_path / "out") == manifest
+
+
+def test_a_full_disk_is_named(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Any) -> None:
+        if file.name.endswith(".bin"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(encode, "settle", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*train_000000\.bin") as caught:
+        prepare([corpus], tmp_path / "out", tokenizer="byte")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_written_and_read_back_bytes_are_compared(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = data.header
+    original = shards.header
 
     def corrupt(version: int, tokens: int) -> bytes:
         return original(version, tokens) + bytes(2)  # overwrites the first token
 
-    monkeypatch.setattr(data, "header", corrupt)
+    monkeypatch.setattr(shards, "header", corrupt)
     with pytest.raises(DataError, match="read back other bytes"):
         prepare([corpus], tmp_path / "out", tokenizer="byte")
 
@@ -352,7 +559,7 @@ def test_unwritable_out_is_an_os_error(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_python_sources() -> None:
-    found = list(module.python_sources())
+    found = list(builtin.python_sources())
     names = [d.name for d in found]
     assert len(set(names)) == len(names) > 400
     assert "os.py" in names and "json/decoder.py" in names
@@ -365,39 +572,39 @@ def test_python_sources() -> None:
 def few_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The demo's corpus cut to its first MB, and a cache directory of our own."""
     found = []
-    for document in module.python_sources():
+    for document in builtin.python_sources():
         found.append(document)
         if sum(len(d.data) for d in found) > 1e6:
             break
-    monkeypatch.setattr(module, "python_sources", lambda: iter(found))
+    monkeypatch.setattr(builtin, "python_sources", lambda: iter(found))
     monkeypatch.setenv("NANONORMUON_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def test_builtin_python(few_sources: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = module.builtin_python("bpe:500")
+    path = builtin.builtin_python("bpe:500")
     assert path.parent == few_sources and path.name.startswith("python-")
     before = content(path)
-    assert module.builtin_python("bpe:500") == path and content(path) == before
-    assert module.builtin_python("byte") != path
+    assert builtin.builtin_python("bpe:500") == path and content(path) == before
+    assert builtin.builtin_python("byte") != path
     raw = bytearray(before["train_000000.bin"])
     raw[5000] ^= 1
     (path / "train_000000.bin").write_bytes(raw)
-    assert module.builtin_python("bpe:500") == path and content(path) == before
+    assert builtin.builtin_python("bpe:500") == path and content(path) == before
     assert "rebuilding the demo's data" in caplog.text
     assert len(list(few_sources.iterdir())) == 2, "no scratch directory is left"
 
 
 def test_builtin_python_by_two_processes_at_once(few_sources: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=module.builtin_python, args=("byte",)) for _ in range(3)]
+    processes = [context.Process(target=builtin.builtin_python, args=("byte",)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     (path,) = few_sources.iterdir()
-    data.open_data(path, verify="full")
+    shards.open_data(path, verify="full")
 
 
 def test_no_network(few_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,13 +612,13 @@ def test_no_network(few_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("opened a socket")
 
     monkeypatch.setattr(socket, "socket", refuse)
-    assert data.open_data(module.builtin_python("bpe:400")).vocab_size == 400
+    assert shards.open_data(builtin.builtin_python("bpe:400")).vocab_size == 400
 
 
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NANONORMUON_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("sys.platform", "linux")
-    assert module.cache_directory() == tmp_path / "nanonormuon"
+    assert builtin.cache_directory() == tmp_path / "nanonormuon"
     monkeypatch.setenv("NANONORMUON_CACHE", str(tmp_path / "own"))
-    assert module.cache_directory() == tmp_path / "own"
+    assert builtin.cache_directory() == tmp_path / "own"

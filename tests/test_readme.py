@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, command
 
-from nanonormuon import config
+from nanonormuon import cli, config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
@@ -45,6 +45,8 @@ def test_commands_name_what_exists():
             words = words[words.index("train.py" if words[0] == "torchrun" else "run") + 1 :]
             if "--out" in words:
                 del words[words.index("--out") : words.index("--out") + 2]
+            if "--init-from" in words:
+                del words[words.index("--init-from") : words.index("--init-from") + 2]
             config.load([w for w in words if not w.startswith("--")])
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file()
@@ -59,24 +61,82 @@ def test_links_and_files_exist():
         assert (ROOT / name).is_file() or (ROOT / "nanonormuon" / name).is_file(), name
 
 
-def test_train_on_your_own_text_as_written(text, tmp_path):
-    """The three commands of that section, with a model small enough for a test."""
-    own = [words for words in COMMANDS if "data/mine" in words or "data.path=data/mine" in words
-           or "runs/mine" in words]  # fmt: skip
-    assert [words[1] for words in own] == ["prepare", "run", "sample"]
-    (tmp_path / "essays").mkdir()
+def section(title):
+    """The commands under a heading or after a line, up to the next heading."""
+    text = README.partition(f"{title}\n")[2].partition("\n## ")[0]
+    return [
+        shlex.split(line, comments=True)
+        for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+        for line in block.splitlines()
+    ]
+
+
+@pytest.fixture(scope="module")
+def workplace(text, tmp_path_factory):
+    """A directory with the files that the README speaks of."""
+    place = tmp_path_factory.mktemp("readme")
+    (place / "essays").mkdir()
     lines = text.read_text().splitlines(keepends=True)
-    (tmp_path / "notes.txt").write_text("".join(lines[:1000]))
+    (place / "notes.txt").write_text("".join(lines[:1000]))
     for i in range(20):
-        (tmp_path / "essays" / f"{i}.md").write_text("".join(lines[1000 + i * 60 : 1060 + i * 60]))
-    small = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "data.seq_len=32",
-             "train.batch_tokens=512", "train.steps=4"]  # fmt: skip
+        (place / "essays" / f"{i}.md").write_text("".join(lines[1000 + i * 60 : 1060 + i * 60]))
+    return place
+
+
+SMALL = ["data.seq_len=32", "train.batch_tokens=512", "train.steps=4", "train.eval_every=2",
+         "train.device=cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mine(workplace):
+    """The three commands for one's own text, with a model small enough for a test."""
+    own = section("Train on your own text:")
+    assert [words[1] for words in own] == ["prepare", "run", "sample"]
+    small = [*SMALL, "model.n_layer=1", "model.n_embd=32", "model.n_head=2"]
     for words in own:
         words = [w.replace("bpe:4096", "bpe:300") for w in words]
         more = small if words[1] == "run" else ["--max-tokens", "5"] if words[1] == "sample" else []
-        code, out, err = command(*words[1:], *more, cwd=tmp_path)
+        code, out, err = command(*words[1:], *more, cwd=workplace)
         assert code == 0, err
-    assert out.startswith("Once")
+    return workplace, out
+
+
+def test_train_on_your_own_text_as_written(mine):
+    assert mine[1].startswith("Once")
+
+
+def test_use_your_model_as_written(mine, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(mine[0])
+    own = section("## Use your model")
+    assert [words[1] for words in own] == [
+        "sample", "evaluate", "evaluate", "export", "prepare", "run", "compare", "report",
+        "diagnose", "doctor",
+    ]  # fmt: skip
+    for words in own:
+        more = {"sample": ["--max-tokens", "5"], "run": SMALL, "evaluate": ["--stride", "16"]}
+        assert cli.main([*words[1:], *more.get(words[1], [])]) == 0, capsys.readouterr().err
+    for made in ("models/mine/README.md", "runs/more/summary.json", "curves.png", "report.html",
+                 "update.png", "runs/mine/evaluations.json"):  # fmt: skip
+        assert (mine[0] / made).stat().st_size > 100, made
+
+
+def test_mix_more_data_as_written(mine, text, monkeypatch, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    monkeypatch.chdir(mine[0])
+    (mine[0] / "wiki").mkdir()
+    lines = text.read_text().splitlines(keepends=True)
+    rows = ["".join(lines[i : i + 40]) for i in range(0, 2400, 40)]
+    parquet.write_table(pyarrow.table({"body": rows}), mine[0] / "wiki" / "a.parquet")
+    own = section("## Data")
+    assert [words[1] for words in own] == ["prepare", "inspect", "run"]
+    for words in own:
+        few = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "--out", "runs/mix"]
+        more = [*SMALL, *few] if words[1] == "run" else []
+        assert cli.main([*words[1:], *more]) == 0, capsys.readouterr().err
 
 
 def test_the_shakespeare_recipe_reads_what_its_script_makes(tmp_path):
@@ -89,7 +149,7 @@ def test_the_shakespeare_recipe_reads_what_its_script_makes(tmp_path):
     script = [sys.executable, str(ROOT / "data" / "shakespeare.py"), "--out", str(tmp_path / "d")]
     done = subprocess.run([*script, "--from", str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    from nanonormuon.data import open_data
+    from nanonormuon.shards import open_data
 
     data = open_data(tmp_path / "d")
     # nanoGPT's own split: 1,003,854 and 111,540 characters; one separator stands before each

@@ -1,10 +1,13 @@
 """Sampling: greedy with a cache equals full recomputation, seeds decide, filters keep what they
 should, and characters come out whole."""
 
+import io
+import json
+
 import pytest
 import torch
 
-from nanonormuon import sample, tokenizer
+from nanonormuon import cli, pretrained, sample, tokenizer
 from nanonormuon.checkpoint import CheckpointError
 from nanonormuon.model import GPT, GPTConfig
 
@@ -37,7 +40,7 @@ def test_the_seed_decides(model):
 
 def test_filters():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(4000, 1)
-    random = torch.Generator().manual_seed(0)
+    random = [torch.Generator().manual_seed(0)] * 4000
 
     def shares(temperature, top_k, top_p):
         drawn = sample.draw(logits, temperature, top_k, top_p, random)
@@ -95,4 +98,81 @@ def test_beyond_its_context_the_model_sees_the_younger_half(model):
 
 def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="neither a run directory"):
-        sample.find_checkpoint(tmp_path)
+        pretrained.find_checkpoint(tmp_path)
+
+
+def spelt(text, stops, piece=1):
+    """What comes out of a text given byte by byte, and whether it ended by itself."""
+    rows = sample.Text(tokenizer.get("byte"), stops)
+    pieces = [rows.add(b) for b in text.encode()]
+    assert all(p == "" for p in pieces[rows.tokens :])
+    ended = rows.ended
+    return "".join(pieces) + rows.finish(), ended
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected", "ended"),
+    [
+        ("to be or not", ["or"], "to be ", True),
+        ("to be or not", ["nor"], "to be or not", False),
+        ("ababac", ["abac"], "ab", True),
+        ("a\n\nb", ["\n\n", "zz"], "a", True),
+        ("one two", ["two", "one two three"], "one ", True),
+        ("one two th", ["two three"], "one two th", False),
+        ("né東x", ["東"], "né", True),
+        ("abc", ["", "c"], "ab", True),
+    ],
+)
+def test_stop_strings(text, stops, expected, ended):
+    assert spelt(text, stops) == (expected, ended)
+
+
+def test_nothing_of_a_stop_string_is_printed_before_it_is_ruled_out():
+    rows = sample.Text(tokenizer.get("byte"), ["END."])
+    assert [rows.add(b) for b in b"xENDyEND."] == ["x", "", "", "", "ENDy", "", "", "", ""]
+    assert rows.ended and rows.finish() == ""
+
+
+def test_the_first_of_several_stop_strings_in_one_token_counts(monkeypatch):
+    byte = tokenizer.get("byte")
+    monkeypatch.setattr(tokenizer.Tokenizer, "decode_bytes", lambda self, ids: b"a STOP b END c")
+    for stops in (["END", "STOP"], ["STOP", "END"]):
+        assert sample.Text(byte, stops).add(0) == "a "
+
+
+def test_a_batch_gives_what_each_sample_gives_alone(trained):
+    model, byte, _ = pretrained.load_run(trained, torch.float32, torch.device("cpu"))
+    rows = [sample.Text(byte, ["bird"]) for _ in range(4)]
+    texts = [""] * 4
+    for pieces in sample.write(model, rows, "the", 60, seed=7):
+        texts = [a + b for a, b in zip(texts, pieces)]
+    for i, text in enumerate(texts):
+        alone = sample.stream(model, byte, "the", 60, ["bird"], seed=7 + i)
+        assert text == "".join(alone) and "bird" not in text
+    assert len(set(texts)) > 1
+
+
+def test_prompts_from_everywhere(trained, tmp_path, monkeypatch, capsys):
+    def said(*arguments, typed=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        settings = ["--max-tokens", "12", "--temperature", "0", "--device", "cpu"]
+        assert cli.main(["sample", str(trained), *settings, *arguments]) == 0
+        return capsys.readouterr()
+
+    found = said("--prompt", "the cat")
+    assert found.out.startswith("the cat") and "tokens/s" in found.err
+    (tmp_path / "prompt.txt").write_text("the cat")
+    assert said("--file", str(tmp_path / "prompt.txt")).out == found.out
+    assert said("--prompt", "-", typed="the cat").out == found.out
+    assert said("--interactive", typed="the cat\nthe cat").out == found.out * 2
+    assert said("--prompt", "the cat", "--quiet").err == ""
+    rows = said("--prompt", "the cat", "--num", "2", "--json").out.splitlines()
+    assert [json.loads(r)["prompt"] + json.loads(r)["text"] + "\n" for r in rows] == [found.out] * 2
+    stopped = said("--prompt", "the cat", "--stop", found.out[10:14])
+    assert stopped.out == found.out[: found.out.index(found.out[10:14], 7)] + "\n"
+    assert cli.main(["sample", str(trained), "--file", str(tmp_path / "no.txt")]) == 8
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    assert cli.main(["sample", str(trained), "--file", str(tmp_path / "bytes.txt")]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+    assert cli.main(["sample", str(trained), "--prompt", "a", "--interactive"]) == 2
+    assert "expected one of them" in capsys.readouterr().err

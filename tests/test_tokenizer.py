@@ -10,13 +10,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanonormuon import builtin
 from nanonormuon import tokenizer as module
 from nanonormuon.tokenizer import CL100K, EOT, GPT2, O200K, PATTERN, Tokenizer, TokenizerError
 
@@ -107,12 +110,12 @@ def test_special_token_in_text_is_ordinary_text(each: Tokenizer) -> None:
     assert each.decode(ids) == f"a{EOT}b"
 
 
-def test_batch_is_each_text_alone_on_any_number_of_threads(each: Tokenizer) -> None:
+def test_a_job_is_each_text_alone(each: Tokenizer) -> None:
     texts = [*ADVERSARIAL, b"\xff\xfe", "\ud800", *(t.encode() for t in ADVERSARIAL)]
-    for threads in (1, 3):
-        batch = each.encode_batch(texts, threads=threads)
-        assert [ids.tolist() for ids in batch] == [each.encode(text) for text in texts]
-        assert all(ids.dtype == np.uint32 for ids in batch)
+    job = [part for text in texts for part in (None, *module.pieces(text))]
+    ids = each.encode_job(job)
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == [i for text in texts for i in (each.eot, *each.encode(text))]
 
 
 def test_gpt2_is_tiktokens(gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +264,189 @@ def test_merges_that_contradict_the_vocabulary_are_refused(tmp_path: Path) -> No
         Tokenizer("x", PATTERN, ranks, {EOT: 257}).save(tmp_path / "x")
 
 
+def foreign(kind: str, folder: Path) -> tuple[Path, Any]:
+    """A tokenizer.json that `tokenizers` itself trained and wrote, and its own reading of it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import pre_tokenizers as pre
+
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    special = ["<|endoftext|>", "<|im_start|>"]
+    if kind == "gpt2":
+        theirs.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+    elif kind == "digits":  # as SmolLM: special tokens have the first ids
+        theirs.pre_tokenizer = pre.Sequence(
+            [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+        )
+    else:
+        split = pre.Split(tokenizers.Regex(CL100K), "isolated")
+        last = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+        theirs.pre_tokenizer = pre.Sequence([split, last])
+        theirs.normalizer = tokenizers.normalizers.NFC() if kind == "nfc" else None
+        special = ["</s>", "<pad>"]
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    texts = [p.read_text() for p in sorted(Path(os.__file__).parent.glob("[a-c]*.py"))]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, show_progress=False,
+        initial_alphabet=pre.ByteLevel.alphabet(),
+    )  # fmt: skip
+    theirs.train_from_iterator(texts, trainer)
+    theirs.save(str(folder / module.FILE))
+    theirs.encode_special_tokens = True
+    return folder / module.FILE, theirs
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "digits", "split", "nfc"])
+def test_other_peoples_tokenizer_json(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, theirs = foreign(kind, tmp_path)
+    ours = module.get(path)
+    assert ours.vocab_size == theirs.get_vocab_size() == 700
+    assert ours.eot == theirs.token_to_id("</s>" if kind in ("split", "nfc") else EOT)
+    assert ours.eot == 0, "not the largest id"
+    assert ("NFC" in caplog.text) == (kind == "nfc")
+
+    @settings(max_examples=200, deadline=None)
+    @given(TEXTS)
+    def check(text: str) -> None:
+        if kind != "nfc" or unicodedata.is_normalized("NFC", text):
+            assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+
+    check()
+    for text in ADVERSARIAL:
+        if kind != "nfc":
+            assert theirs.encode(text).ids == ours.encode(text), text
+    assert ours.decode_bytes(ours.encode(b"a\xff\xfe")) == b"a\xff\xfe"
+    assert ours.encode_job([None, "a"]).tolist() == [ours.eot, *ours.encode("a")]
+    lengths = ours.token_lengths()
+    assert lengths[ours.eot] == 0 and lengths[ours.encode("a")[0]] == 1
+    ours.save(tmp_path / "saved")
+    again = module.load(tmp_path / "saved")
+    assert (again.hash, again.name, again.eot) == (ours.hash, ours.name, ours.eot)
+    assert again.encode(ADVERSARIAL[2]) == ours.encode(ADVERSARIAL[2])
+    with pytest.raises(TokenizerError, match="decode"):
+        ours.decode([700])
+
+
+def test_llama_3s_way_to_list_every_pair(gpt2: Tokenizer, tmp_path: Path) -> None:
+    """A vocabulary of tiktoken's converted by Hugging Face lists all pairs that make a token."""
+    tokenizers = pytest.importorskip("tokenizers")
+    small = {token: i for token, i in gpt2.ranks.items() if i < 2000}
+    content = module._to_json(Tokenizer("t", CL100K, small, {EOT: 2000}))
+    chars = {token: "".join(module.CHARS[b] for b in token) for token in small}
+    content["model"]["merges"] = [
+        f"{chars[token[:k]]} {chars[token[k:]]}"
+        for token in list(small)[256:]
+        for k in range(1, len(token))
+        if token[:k] in small and token[k:] in small
+    ]
+    content["model"]["ignore_merges"] = True
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x+"
+    (tmp_path / module.FILE).write_text(json.dumps(content))
+    ours, theirs = module.load(tmp_path), tokenizers.Tokenizer.from_str(json.dumps(content))
+    theirs.encode_special_tokens = True
+    for text in [*ADVERSARIAL, Path(os.__file__).read_text()]:
+        assert theirs.encode(text).ids == ours.encode(text)
+
+
+def another_pair(content: dict[str, Any]) -> None:
+    """Make a token of other halves than BPE would."""
+    merges, vocab = content["model"]["merges"], content["model"]["vocab"]
+    for i in range(len(merges) - 1, 0, -1):
+        token = "".join(merges[i])
+        for k in range(1, len(token)):
+            pair = [token[:k], token[k:]]
+            if pair != list(merges[i]) and all(part in vocab for part in pair):
+                merges[i] = pair
+                return
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (another_pair, "that BPE would not arrive at"),
+        (lambda c: c["model"].update(type="Unigram"), 'model type "Unigram"'),
+        (lambda c: c["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix = </w>"),
+        (lambda c: c.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
+        (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space"),
+        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
+        (lambda c: c["model"]["merges"].reverse(), "merge|union"),
+        (lambda c: c["model"]["merges"].append(c["model"]["merges"][0]), "merges that come back"),
+        (lambda c: c["added_tokens"].clear(), "damaged|no token that ends a text"),
+        (lambda c: c["model"]["vocab"].pop("a"), "damaged"),
+        (lambda c: c["model"]["vocab"].update(a=5), "not unique"),
+        (lambda c: c["model"]["vocab"].update(a=-5), "not unique and small"),
+        (lambda c: c["model"]["vocab"].update(a=1 << 40), "not unique and small"),
+        (lambda c: c["model"].update(merges=7), "damaged"),
+    ],
+)
+def test_foreign_files_that_cannot_be_followed(change: Any, says: str, tmp_path: Path) -> None:
+    path, _ = foreign("gpt2", tmp_path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=says) as caught:
+        module.get(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_published_file_anywhere(gpt2: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "vocab.bpe"
+    shutil.copyfile(CACHE / GPT2_FILE, file)
+    assert module.get(file).hash == gpt2.hash
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(TokenizerError, match=r"vocab\.bpe: damaged"):
+        module.get(file)
+
+
+def test_wikitext_is_tiktokens(gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiktoken
+
+    file = SHARED / "data" / "wikitext2-valid.txt"
+    if not file.exists():
+        pytest.skip(f"needs {file}")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    text = file.read_text()
+    assert gpt2.encode(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+
+
+@pytest.mark.slow
+def test_10_000_strings_get_the_same_ids_from_tiktoken_and_tokenizers(tmp_path: Path) -> None:
+    """bpe:4096 of the interpreter's sources; pieces of them, and strings of hard characters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    corpus = [d.data for d in builtin.python_sources()][::8]
+    ours = module.get("bpe:4096", corpus)
+    ours.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / module.FILE))
+    theirs.encode_special_tokens = True
+    rng, joined = random.Random(0), b"".join(corpus).decode()
+    hard = [
+        *"\n\r\t  '0123456789½!._-/",
+        "\u017f",
+        "\u0301",
+        "字",
+        "é",
+        "\U0001f469",
+        EOT,
+        "'LL",
+        "\x00",
+    ]
+    texts = []
+    for i in range(10_000):
+        if i % 3 == 0:
+            at = rng.randrange(len(joined))
+            texts.append(joined[at : at + rng.randrange(200)])
+        elif i % 3 == 1:
+            texts.append("".join(rng.choices(hard, k=rng.randrange(40))))
+        else:
+            kinds = rng.choice([(0, 0x250), (0, 0x3000), (0xE000, 0x30000)])
+            texts.append("".join(chr(rng.randrange(*kinds)) for _ in range(rng.randrange(30))))
+    texts = [t.encode("utf-8", "ignore").decode() for t in texts]
+    for text, found in zip(texts, theirs.encode_batch(texts), strict=True):
+        assert found.ids == ours.encode(text) == ours._encoding.encode_ordinary(text), text
+
+
 def test_training_size_and_order(bpe: Tokenizer) -> None:
     assert (bpe.vocab_size, bpe.eot, bpe.name, len(bpe.ranks)) == (1000, 999, "bpe:1000", 999)
     assert all(bpe.ranks[bytes([b])] == b for b in range(256))
@@ -305,6 +491,7 @@ def test_too_little_text_gives_a_smaller_vocabulary(caplog: pytest.LogCaptureFix
         ("bytes", "did you mean byte?"),
         ("bpe4096", "did you mean bpe:4096?"),
         ("bpe:256", "at least 257"),
+        ("bpe:10000000", "at most 9999999"),
         ("bpe:4096", "no text is given"),
         ("no/such/path", "nor an existing path"),
     ],

@@ -1,12 +1,14 @@
-"""Run by test_distributed.py, one process per rank: every case that one world size can answer, in
+"""Run by test_layouts.py, one process per rank: every case that one world size can answer, in
 one go, since processes are slow to start. Rank 0 writes what it found; the parent compares.
 
-usage: worker.py OUTPUT_FOLDER CHECKPOINT   with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
+usage: worker.py OUTPUT_FOLDER SHARDS RUN   with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
 """
 
 import json
 import os
+import re
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import torch
@@ -155,33 +157,107 @@ def state_round_trip(mesh):
     )
 
 
-def checkpoint_round_trip(path, mesh):
-    """Whether a checkpoint read into this world's layouts is read back identical."""
-    from nanonormuon import checkpoint, hf, optim
-    from nanonormuon.model import GPT
+def save_with_fsdp(shards, run):
+    """A short run of these ranks under FSDP2, which leaves a checkpoint."""
+    from conftest import TINY
 
-    config = hf.gpt_config(checkpoint.read_json(path / "config.json"))
+    from nanonormuon.config import load
+    from nanonormuon.train import train
+
+    wishes = ["train.steps=2", "train.sample_tokens=0", "train.parallel=fsdp"]
+    train(load([*TINY, f"data.path={shards}", *wishes])[0], run)
+
+
+def shape_of(path):
+    from nanonormuon import checkpoint, hf
+
+    return hf.gpt_config(checkpoint.read_json(path / "config.json"))
+
+
+def read_back(path, model):
+    """Whether a checkpoint read into this model and its optimizers comes out of them identical."""
+    from nanonormuon import checkpoint, hf, optim
+
     stored = checkpoint.read_tensors(path / "model.safetensors")
     buffers = checkpoint.read_tensors(path / "optimizer.safetensors")
+    optimizers = optim.make_optimizers(model)
+    checkpoint.load_weights(model, path)
+    checkpoint.load_optimizers(optimizers, path)
+    found, state = checkpoint.named_state(model, optimizers)
+    found = {hf.to_hf(name): whole(t) for name, t in found.items()}
+    state = {name: whole(t) for name, t in state.items()}
+    return all(
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in b)
+        for a, b in ((found, stored), (state, buffers))
+    )
+
+
+def read_back_on_each(path, mesh):
+    from nanonormuon.model import GPT
+
     same = {}
     for kind in ("ddp", "fsdp"):
-        model = GPT(config).init_weights(99)
+        model = GPT(shape_of(path)).init_weights(99)
         if kind == "fsdp":
             for layer in model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
-        optimizers = optim.make_optimizers(model)
-        checkpoint.load_weights(model, path)
-        checkpoint.load_optimizers(optimizers, path)
-        found, state = checkpoint.collect(model, optimizers, keep=True)
-        found = {hf.to_hf(name): t for name, t in found.items()}
-        same[kind] = found.keys() == stored.keys() and state.keys() == buffers.keys()
-        same[kind] &= all(torch.equal(found[k], stored[k]) for k in stored)
-        same[kind] &= all(torch.equal(state[k], buffers[k]) for k in buffers)
+        same[kind] = read_back(path, model)
     return same
 
 
-def main(folder, checkpoint_path):
+# a pytree, as transformers' outputs: in other objects FSDP2 finds no tensor, and reduces nothing
+Output = namedtuple("Output", "loss")
+
+
+def foreign_model():
+    """Somebody else's: no method or name of ours, and a loss as transformers' models return it."""
+    torch.manual_seed(21)
+
+    class Bigram(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(30, 12)
+            self.hidden = torch.nn.Linear(12, 25)
+            self.out = torch.nn.Linear(25, 30)
+
+        def forward(self, tokens, labels):
+            logits = self.out(torch.relu(self.hidden(self.table(tokens))))
+            return Output(torch.nn.functional.cross_entropy(logits, labels))
+
+    return Bigram()
+
+
+def readme_loop(model, rank, world):
+    """The README's lines, but in float32, on this rank's share of batches of 12."""
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
+    exact = example.replace("weight_decay=0.1)", "weight_decay=0.1, ns_dtype=torch.float32)")
+    assert exact != example
+    torch.manual_seed(22)
+    batches = []
+    for _ in range(4):
+        tokens = torch.randint(30, (12,))
+        mine = slice(12 // world * rank, 12 // world * (rank + 1))
+        batches.append({"tokens": tokens[mine], "labels": ((tokens * 7 + 3) % 30)[mine]})
+    exec(exact, {"model": model, "batches": batches})
+
+
+def readme_on_each(mesh):
+    found = {}
+    for kind in ("ddp", "fsdp"):
+        model = foreign_model()
+        if kind == "ddp":
+            outer = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            outer = fully_shard(model, mesh=mesh)
+        readme_loop(outer, dist.get_rank(), dist.get_world_size())
+        for name, p in model.named_parameters():
+            found[f"readme.{kind}.{name}"] = whole(p)
+    return found
+
+
+def main(folder, shards, run):
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -202,7 +278,11 @@ def main(folder, checkpoint_path):
             tensors[f"missing.{kind}.{name}"] = value
     facts["refusals"] = refusals(mesh)
     facts["state"] = state_round_trip(mesh)
-    facts["checkpoint"] = checkpoint_round_trip(checkpoint_path, mesh)
+    if world == 3:
+        save_with_fsdp(shards, run)
+    saved = sorted(run.glob("checkpoints/step-*"))
+    facts["checkpoint"] = read_back_on_each(saved[-1], mesh) if saved else None
+    tensors |= readme_on_each(mesh)
     for key in sorted(tensors):  # replicas must not drift apart by a single bit
         mine = tensors[key].clone()
         dist.broadcast(mine, 0)
@@ -216,4 +296,4 @@ def main(folder, checkpoint_path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

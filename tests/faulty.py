@@ -1,0 +1,176 @@
+"""A training process with a fault: the same as train.py, but for what FAULT says.
+
+usage: FAULT=KIND@PLACE[:STEP[:RANK]] [torchrun | python] faulty.py RECIPE KEY=VALUE... --out DIR
+
+KIND is what happens (below), PLACE where: once, on that rank, when so many steps are done. KIND nan
+puts a NaN into a loss, gradient, weight or buffer, KIND bit changes a weight on that rank alone;
+disk@N kills at the N-th file-system call below checkpoints/.
+"""
+
+import os
+import signal
+import sys
+import time
+
+KINDS = {
+    "raise": lambda: 1 / 0,
+    "eio": lambda: os.close(-1),
+    "exit": lambda: os._exit(3),
+    "leave": lambda: os._exit(0),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "hang": lambda: time.sleep(3600),
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "int": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "twice": lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)],
+    "launcher": lambda: os.kill(os.getppid(), signal.SIGKILL),
+    "launcher-term": lambda: os.kill(os.getppid(), signal.SIGTERM),
+}
+
+
+class AtImport:
+    """A finder that finds nothing, but notices when a module is asked for."""
+
+    def __init__(self, happen):
+        self.happen = happen
+
+    def find_spec(self, name, *_):
+        if name == "torch.nn":  # torch is about half way
+            sys.meta_path.remove(self)
+            self.happen()
+
+
+def inject(kind, place, step="0", rank="0"):
+    if os.environ.get("RANK", "0") != rank:
+        return
+    if place == "import":
+        sys.meta_path.insert(0, AtImport(KINDS[kind]))
+        return
+    from nanonormuon import checkpoint, evaluate, health, plan, sample, train
+
+    places = {
+        "open": (plan, "open_corpus"),
+        "compile": (plan, "compiled"),
+        "data": (train.Batches, "batch"),
+        "step": (health, "norm"),
+        "gather": (checkpoint, "named_for_hf"),
+        "write": (checkpoint, "write"),
+        "evaluation": (evaluate, "validation_batches"),
+        "sample": (sample, "stream"),
+        "weight": (train.Trainer, "take_step"),
+        "buffer": (train.Trainer, "take_step"),
+        "loss": (train.Trainer, "take_step"),
+        "gradient": (train.Trainer, "take_step"),
+    }
+    owner, name = places[place]
+    original, made, done = getattr(owner, name), [], []
+    begin = train.Trainer.begin
+
+    def remember(self, *args):
+        made.append(self)
+        return begin(self, *args)
+
+    def call(*args, **kwargs):
+        if not done and (made[0].step if made else 0) >= int(step):
+            done.append(True)
+            if kind in ("nan", "bit"):
+                spoil(made[0], kind, place)
+            else:
+                KINDS[kind]()
+        return original(*args, **kwargs)
+
+    train.Trainer.begin = remember
+    setattr(owner, name, call)
+
+
+def spoil(trainer, kind, place):
+    from nanonormuon import checkpoint
+
+    weights, buffers = checkpoint.named_state(trainer.gpt, trainer.optimizers)
+    if place in ("weight", "buffer"):
+        name = next(n for n in (weights if place == "weight" else buffers) if "mlp" in n)
+        part = checkpoint.local((weights | buffers)[name]).detach().view(-1)
+        part[3] = float("nan") if kind == "nan" else part[3] + 1e-3
+        return
+
+    def spoil_output(_module, _args, output):
+        handle.remove()
+        if place == "loss":
+            return output * float("nan")
+        output.register_hook(lambda grad: grad * float("inf"))
+
+    layer = trainer.gpt.layers[1].mlp.down_proj
+    handle = layer.register_forward_hook(spoil_output)
+
+
+def on_disk(number, folder):
+    """SIGKILL at the n-th time that this process opens, makes, renames or removes something below
+    `folder`, or waits for the disk."""
+    seen = []
+
+    def count(path):
+        seen.append(path)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event, args):
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and (
+            folder in str(args[0]) or (event in ("os.remove", "os.rmdir") and args[-1] != -1)
+        ):
+            count(args[0])
+
+    sync = os.fsync
+    os.fsync = lambda handle: [count(handle), sync(handle)][1]
+    sys.addaudithook(hook)
+
+
+def serve():
+    """Read {"argv", "env", "stderr"} per line, fork a process that trains like that, answer with
+    its id. A negative id in place of that waits for the process and answers with its exit code."""
+    import json
+
+    import defects
+    import torch._dynamo  # noqa: F401, that is slow to import too
+
+    defects.apply()
+    import nanonormuon.train  # noqa: F401, the reason for all this
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        wish = json.loads(line)
+        if isinstance(wish, int):
+            code = os.waitstatus_to_exitcode(os.waitpid(-wish, 0)[1])
+            print(code, flush=True)
+            continue
+        if pid := os.fork():
+            print(pid, flush=True)
+            continue
+        os.environ.update(wish["env"])
+        os.dup2(os.open(wish["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(2, 1)
+        sys.argv = wish["argv"]
+        code = 70
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+
+def main():
+    if fault := os.environ.get("FAULT"):
+        kind, _, where = fault.partition("@")
+        if kind == "disk":
+            on_disk(int(where), "checkpoints")
+        else:
+            inject(kind, *where.split(":"))
+    from nanonormuon.cli import entry
+
+    entry(["run", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["serve"] else main()

@@ -1,0 +1,89 @@
+"""On a CUDA GPU: NorMuon, eager and compiled, and the model are what they are on a CPU; an
+optimizer step never waits for the device; a run resumes."""
+
+import pytest
+import torch
+from conftest import TINY
+
+from nanonormuon import NorMuon
+from nanonormuon.config import load
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.train import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+SHAPES = [(96, 96), (96, 96), (64, 256), (256, 64), (3, 32, 48)]
+
+
+def relative(a, b):
+    return ((a.double().cpu() - b.double().cpu()).norm() / b.double().norm()).item()
+
+
+def stepped(device, compiled=False, **settings):
+    torch.manual_seed(1)
+    params = [torch.nn.Parameter(torch.randn(s).to(device)) for s in SHAPES]
+    rates = {k: torch.tensor(v, device=device) for k, v in (("lr", 0.05), ("momentum", 0.9))}
+    optimizer = NorMuon(params, **rates, **settings)
+    step = torch.compile(optimizer.step) if compiled else optimizer.step
+    for i in range(4):
+        optimizer.param_groups[0]["lr"].fill_(0.05 / (1 + i))
+        for p, shape in zip(params, SHAPES):
+            p.grad = torch.randn(shape).to(device)
+        step()
+    return [p.detach() for p in params]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("axis", ["rows", "longest"])
+def test_the_step_equals_the_cpus(axis, compiled):
+    exact = {"ns_dtype": torch.float32, "neuron_axis": axis}
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for a, b in zip(stepped("cuda", compiled, **exact), stepped("cpu", **exact)):
+        assert relative(a, b) < 1e-4
+    for a, b in zip(stepped("cuda", compiled, neuron_axis=axis), stepped("cpu", **exact)):
+        assert relative(a, b) < 2e-2
+
+
+def test_no_step_waits_for_the_device():
+    torch.manual_seed(1)
+    params = [torch.nn.Parameter(torch.randn(s, device="cuda")) for s in SHAPES]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = NorMuon(params)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients_equal_the_cpus(dtype):
+    config = GPTConfig(vocab_size=192, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
+    torch.manual_seed(2)
+    tokens, targets = torch.randint(192, (2, 3, 50))
+    losses, grads = [], []
+    for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
+        model = GPT(config, kind).init_weights(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1)
+        model.to(device)
+        loss = model(tokens.to(device), targets.to(device))
+        loss.backward()
+        losses.append(float(loss.detach()))
+        grads.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters()]))
+    limit = 1e-4 if dtype == torch.float32 else 5e-2
+    assert losses[1] == pytest.approx(losses[0], rel=limit)
+    assert relative(grads[1], grads[0]) < limit
+
+
+def test_a_run_resumes_on_the_gpu_as_if_never_stopped(shards, tmp_path):
+    common = [*TINY, f"data.path={shards}", "train.device=cuda", "train.compile=off"]
+    whole = train(load(common)[0], tmp_path / "whole")
+    train(load([*common, "train.stop_at=4"])[0], tmp_path / "parts")
+    parts = train(load(common)[0], tmp_path / "parts", resume=True)
+    assert parts["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
