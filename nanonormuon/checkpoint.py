@@ -19,7 +19,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from nanonormuon import distributed
 from nanonormuon.files import naming, settle, sync_directory, write_durably
 from nanonormuon.hf import to_hf
 
@@ -264,6 +265,38 @@ def serialise(tensors: Mapping[str, Tensor]) -> bytes:
 
 def model_file(weights: Mapping[str, Tensor]) -> bytes:
     return serialise(named_for_hf(weights))
+
+
+def save(
+    folder: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    description: Callable[[], Mapping[str, bytes]],
+    world: distributed.World,
+) -> None:
+    """Publish a checkpoint of tensors of any layout, and the files that `description` gives beside
+    them. Every rank takes part in gathering the tensors, one after the other, the first one writes,
+    all learn how it went."""
+    streams = {
+        "model.safetensors": stream(named_for_hf(weights), keep=world.first),
+        "optimizer.safetensors": stream(buffers, keep=world.first),
+    }
+    failure = None
+    if world.first:
+        try:
+            write(folder, step, streams | description())
+        except Exception as error:
+            failure = error
+    for pieces in streams.values():  # after a failure too, the others send what is left
+        for _ in pieces:
+            pass
+    distributed.first_does(lambda: raise_if(failure), world.device)
+
+
+def raise_if(failure: BaseException | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 class TensorFile:

@@ -162,6 +162,21 @@ def gather(x: Tensor) -> Tensor:
     return torch.stack(everyone) if size() > 1 else x[None]
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that the rank with most has held at once, since its process began: tensors on a GPU,
+    else the whole process. None where the system does not tell. Every rank must call this."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(gather(torch.tensor(peak, device=device)).max())
+
+
 class PeerError(RuntimeError):
     """Another rank failed; its own message is its own."""
 

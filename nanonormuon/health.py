@@ -5,16 +5,19 @@ same.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from nanonormuon import distributed
-from nanonormuon.checkpoint import local
+from nanonormuon.checkpoint import local, named_state
 
 SPIKE_MEMORY = 50  # steps over which the gradient's usual norm is averaged
 SPIKE_WARMUP = 20  # steps before anything counts as unusual
@@ -84,6 +87,62 @@ def group_norms(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, dict[s
         for optimizer in optimizers
         for group in optimizer.param_groups
     }
+
+
+def crash_report(
+    verdict: Verdict,
+    loss: Tensor,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    world: distributed.World,
+) -> dict[str, Any]:
+    """What there is to know of a step that was refused, before its gradients are gone."""
+    weights, buffers = named_state(model, optimizers)
+    grads = {name: p.grad for name, p in weights.items()}
+    of_state = verdict.amiss == "state"
+    losses = torch.zeros(world.size, device=world.device)
+    losses[world.rank] = loss
+    return {
+        "amiss": verdict.amiss,
+        "rank": verdict.rank,
+        "ranks": world.size,
+        "not_finite": not_finite(weights | buffers if of_state else grads, world.device),
+        "loss_by_rank": [repr(x) for x in distributed.total(losses).tolist()],
+        "groups": group_norms(optimizers),
+    }
+
+
+def explain(
+    report: Mapping[str, Any], weights: Iterable[str], per_rank: int, saved: int, run: Path
+) -> str:
+    """A crash report as one line, with what to do. weights: their names; saved: the step of the
+    last checkpoint."""
+    step, bad = report["step"], report["not_finite"]
+    of_state = report["amiss"] == "state"
+    what = f"the {report['amiss']} of step {step}"
+    if of_state:
+        kind = "weight" if bad and bad[0] in set(weights) else "buffer"
+        what = f"a {kind} before step {step}"
+    where = f"first in {bad[0]} of {len(bad)} tensors" if bad else "in no gradient"
+    first = per_rank * report["rank"]
+    advice = (
+        f"go on from the last checkpoint ({saved})"
+        if of_state
+        else "repeat just this step with: normuon-train run --resume --out "
+        f"{shlex.quote(str(run))} train.stop_at={step + 1}; go past it with train.skip_spikes, or "
+        "start anew with a lower optim.lr and auxiliary rates, or optim.grad_clip"
+    )
+    return (
+        f"not finite: {what} (rank {report['rank']}, sequences {first} to {first + per_rank - 1} "
+        f"of the batch), {where}. No update was made; see crash-{step:06d}.json; {advice}"
+    )
+
+
+def check_state(tensors: Mapping[str, Tensor], step: int, world: distributed.World) -> None:
+    """Raise NonFinite or Diverged on every rank if these may not be saved."""
+    if bad := not_finite(tensors, world.device):
+        raise NonFinite(f"not finite: {bad[0]} after step {step}; it is not saved")
+    check_replicas(tensors, step, world)
 
 
 def check_replicas(tensors: Mapping[str, Tensor], step: int, world: distributed.World) -> None:

@@ -11,7 +11,6 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,23 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanonormuon import (
-    checkpoint,
-    distributed,
-    evaluate,
-    health,
-    hf,
-    optim,
-    plan,
-    sample,
-    trackers,
-)
-from nanonormuon.canonical import Canonical
-from nanonormuon.config import Config, ConfigError, to_toml
-from nanonormuon.data import Ahead, Batches, validation_targets
+from nanonormuon import checkpoint, distributed, evaluate, health, hf, optim, plan, sample
+from nanonormuon.config import Config, ConfigError
 from nanonormuon.faults import Interrupted, Stopping, Watch
-from nanonormuon.log import RunDirectory, announce, environment
-from nanonormuon.model import GPT
+from nanonormuon.log import RunDirectory, announce
+from nanonormuon.state import RunState
 
 log = logging.getLogger(__name__)
 
@@ -71,110 +58,8 @@ def train(
         return summary
 
 
-class Trainer:
-    """One run in memory: data, model, optimizers, and how far it is."""
-
-    def __init__(self, config: Config, run: RunDirectory, world: distributed.World, watch: Watch):
-        self.began = time.perf_counter()
-        self.run, self.world, self.watch = run, world, watch
-        self.data, self.tokenizer = plan.open_corpus(config, world)
-        self.config = config = plan.complete(config, self.data)
-        T, val_tokens = config.data.seq_len, config.data.val_tokens
-
-        self.per_rank = plan.split_batch(config, world.size)
-        self.first_sequence = self.per_rank * world.rank
-        self.batches = Batches(
-            self.data.train, T, self.per_rank * world.size, config.train.seed, config.data.order,
-            self.data.mix,
-        )  # fmt: skip
-        self.ahead = Ahead(self.batches, pin=world.device.type == "cuda")
-        self.targets = validation_targets(self.data.val, val_tokens)
-        self.text_bytes = None if val_tokens else self.data.val.bytes
-        if self.text_bytes is None and self.tokenizer is not None:
-            lengths = self.tokenizer.token_lengths()
-            self.text_bytes = evaluate.count_bytes(self.data.val, lengths, val_tokens)
-
-        self.dtype = distributed.compute_dtype(config.train.dtype, world.device)
-        self.gpt = GPT(config.model, self.dtype).init_weights(config.train.seed).to(world.device)
-        self.gpt.separator = plan.separator(config, self.data, self.tokenizer)
-        self.micro_batch = plan.micro_batch(config, self.gpt, self.per_rank, world)
-        parallel = "ddp" if config.train.parallel == "auto" else config.train.parallel
-        self.model = self.gpt
-        if not config.train.canonical:
-            self.model = distributed.wrap(self.gpt, parallel, self.dtype, config.train.reshard)
-        settings = asdict(config.optim)
-        settings.pop("grad_clip")  # the loop's own; all others belong to one of these two, or fail
-        shape = {k: settings.pop(k) for k in optim.Schedule.OWN}
-        shape["momentum"] = settings["momentum"]
-        self.optimizers = optim.make_optimizers(self.gpt, ns_dtype=self.dtype, **settings)
-        self.canonical = None
-        if config.train.canonical:
-            self.canonical = Canonical(self.gpt, self.optimizers, world.size)
-        self.schedule = optim.Schedule(config.train.steps, **shape)
-
-        self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint
-        self.seconds = self.earlier_seconds = 0.0  # of training; of earlier processes in all
-        self.validations: dict[int, dict[str, float | None]] = {}  # by step
-        self.spikes = health.Spikes(config.train.skip_spikes)
-
-    def begin(self, resume: bool) -> None:
-        """Take up where an interrupted run left off, open the logs, compile."""
-        found = plan.where_to_resume(self.run.checkpoints, self.world) if resume else None
-        if resume and not found:
-            plan.refuse_other_settings(self.run.path / "config.toml", self.config)
-        if found:
-            self.load(*found)
-        elif source := self.config.train.init_from:
-            plan.begin_with(Path(source), self.gpt, self.config, self.tokenizer, self.world)
-        described = environment(self.world.device, self.world.size)
-
-        def open_run() -> list[dict[str, Any]]:
-            size = checkpoint.size_of(self.gpt, self.optimizers)
-            checkpoint.check_space(self.run.checkpoints, size, self.config.train.keep_last)
-            rows = self.run.open(to_toml(self.config), described, self.step)
-            settings = asdict(self.config)
-            self.run.sink = trackers.start(self.config.train.track, self.run.path, settings)
-            return rows
-
-        for row in distributed.first_does(open_run, self.world.device):
-            if "val_loss" in row:
-                self.validations[row["step"]] = {k: row[k] for k in ("val_loss", "val_bpb")}
-        self.run.write("groups.txt", optim.describe(self.optimizers) + "\n")
-        if self.world.first:
-            for line in plan.introduction(
-                self.config, self.data, self.batches, self.gpt, self.micro_batch, self.world
-            ):
-                log.info(line)
-            log.info(optim.describe(self.optimizers, fold=True))
-            log.info(f"writing to {self.run.path}")
-            if resume:
-                log.info(f"resumed from {found[0] if found else 'the start: nothing was saved'}")
-
-        def trial(forward: Callable[..., Tensor]) -> None:
-            forward(*self.batch(self.step, 0)).backward()
-
-        wish, device = self.config.train.compile, self.world.device
-        with self.watch.section("compilation"):
-            self.forward, self.compile_seconds = plan.compiled(self.model, wish, trial, device)
-        if self.compile_seconds and self.world.first:
-            log.info("compiled in %.0f s", self.compile_seconds)
-
-    def load(self, path: Path, state: dict[str, Any]) -> None:
-        """Become the run that a verified checkpoint describes, if it is this one."""
-        plan.refuse_other_run(self.config, state, self.data, self.tokenizer)
-        steps, before = self.config.train.steps, state["config"]["train"]["steps"]
-        if state["step"] > steps:
-            raise ConfigError(f"train.steps = {steps}: {path} is at step {state['step']} already")
-        if steps != before and self.world.first:
-            log.warning(f"train.steps: {before} -> {steps}; the schedule of the rest follows it")
-        checkpoint.load_weights(self.gpt, path)
-        checkpoint.load_optimizers(self.optimizers, path)
-        self.step = self.saved = self.watch.step = state["step"]
-        self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
-        self.spikes = health.Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
-        if self.config.train.micro_batch == "auto" and state["ranks"] == self.world.size:
-            # for the same roundings, also on a device with less room
-            self.micro_batch = state["micro_batch"]
+class Trainer(RunState):
+    """A run in memory (state.py) and what it does: steps, and what comes between them."""
 
     def batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
         """This rank's micro-batch: tokens and targets, each (micro_batch, seq_len) int64."""
@@ -288,29 +173,6 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------
     # Between the steps
 
-    @property
-    def tokens(self) -> int:
-        return self.step * self.config.train.batch_tokens
-
-    @property
-    def last_validation(self) -> dict[str, float | None]:
-        return self.validations.get(self.step, {})
-
-    @property
-    def best(self) -> int | None:
-        """The step with the lowest validation loss so far."""
-        return self.lowest(self.validations)
-
-    @property
-    def best_kept(self) -> Path | None:
-        """Of the checkpoints there are, the one with the lowest validation loss."""
-        kept = {checkpoint.step_of(p): p for p in checkpoint.all_steps(self.run.checkpoints)}
-        return kept.get(self.lowest(kept.keys() & self.validations.keys()))
-
-    def lowest(self, steps: Iterable[int]) -> int | None:
-        losses = {step: self.validations[step]["val_loss"] for step in steps}
-        return min(losses, key=lambda step: (losses[step], -step), default=None)
-
     def measure(
         self, loss: Tensor, grad_norm: float, since: int, seconds: float, tick: float
     ) -> dict[str, Any]:
@@ -329,65 +191,6 @@ class Trainer:
             "tokens_per_second": round(rate, 1),
             **({"skipped": self.spikes.skipped} if self.spikes.factor else {}),
         }
-
-    def save(self, retain: bool = True) -> None:
-        """Publish a checkpoint of this step, unless there is one. Every rank takes part in
-        gathering the tensors, one after the other, the first one writes, all learn how it went."""
-        if self.saved == self.step:
-            return
-        with self.watch.section("save"):
-            weights, buffers = checkpoint.named_state(self.gpt, self.optimizers)
-            if bad := health.not_finite(weights | buffers, self.world.device):
-                raise health.NonFinite(
-                    f"not finite: {bad[0]} after step {self.step}; it is not saved"
-                )
-            health.check_replicas(weights | buffers, self.step, self.world)
-            streams = [
-                checkpoint.stream(tensors, keep=self.world.first)
-                for tensors in (checkpoint.named_for_hf(weights), buffers)
-            ]
-            failure = None
-            if self.world.first:
-                try:
-                    self.publish(*streams, retain)
-                except Exception as error:
-                    failure = error
-            for stream in streams:  # after a failure too, the others send what is left
-                for _ in stream:
-                    pass
-            distributed.first_does(lambda: raise_if(failure), self.world.device)
-            self.saved = self.step
-
-    def publish(self, weights: Iterator, buffers: Iterator, retain: bool) -> None:
-        tokenizer, config, spikes = self.tokenizer, self.config, asdict(self.spikes)
-        spikes.pop("factor")
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "total_seconds": self.earlier_seconds + time.perf_counter() - self.began,
-            "ranks": self.world.size,
-            "micro_batch": self.micro_batch,
-            "spikes": spikes,
-            "config": asdict(config),
-            "data": self.data.fingerprint,
-            "tokenizer": tokenizer and tokenizer.hash,
-        }
-        describes = hf.config_json(config.model, config.data.seq_len, tokenizer and tokenizer.eot)
-        files = {
-            "model.safetensors": weights,
-            "optimizer.safetensors": buffers,
-            "config.json": as_json(describes),
-            "state.json": as_json(state),
-            **(tokenizer.files() if tokenizer else {}),
-        }
-        checkpoint.write(self.run.checkpoints, self.step, files)
-        if retain:
-            keep, best = config.train, self.best_kept
-            best = checkpoint.step_of(best) if keep.keep_best and best else None
-            checkpoint.retain(
-                self.run.checkpoints, keep.keep_last, self.step, keep.keep_every, best
-            )
 
     def validate(self) -> dict[str, float | None]:
         """The loss on the whole validation split, the same on every rank. Raises Interrupted if
@@ -411,16 +214,6 @@ class Trainer:
         bpb = evaluate.bits_per_byte(loss, targets, self.text_bytes)
         self.validations[self.step] = {"val_loss": loss, "val_bpb": bpb}
         return self.last_validation
-
-    @property
-    def stale(self) -> int:
-        """Evaluations since the best one."""
-        return sum(step > (self.best or 0) for step in self.validations)
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether train.patience is at its end."""
-        return 0 < self.config.train.patience <= self.stale
 
     def agree(self) -> int:
         """The signal that any rank has had, on all of them."""
@@ -451,8 +244,9 @@ class Trainer:
             "best_val_loss": None if best is None else self.validations[best]["val_loss"],
             "train_seconds": round(self.seconds, 3),
             "compile_seconds": round(self.compile_seconds, 3),
-            "total_seconds": round(self.earlier_seconds + time.perf_counter() - self.began, 3),
+            "total_seconds": round(self.total_seconds, 3),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
+            "peak_memory": distributed.peak_memory(self.world.device),
             "checkpoint": f"checkpoints/step-{self.step:06d}",
             "best_checkpoint": f"checkpoints/{kept.name}" if kept else None,
             "hugging_face": not hf.obstacles(self.config.model),
@@ -463,60 +257,18 @@ class Trainer:
     def refuse(self, verdict: health.Verdict, loss: Tensor) -> NoReturn:
         """Raise NonFinite on all ranks, after leaving a report on the step and, if it is sound, the
         state before it: as a checkpoint, from which a resumed run repeats this very step."""
-        weights, buffers = checkpoint.named_state(self.gpt, self.optimizers)
-        grads = {name: p.grad for name, p in self.gpt.named_parameters()}
-        of_state = verdict.amiss == "state"
-        bad = health.not_finite(weights | buffers if of_state else grads, self.world.device)
-        losses = torch.zeros(self.world.size, device=self.world.device)
-        losses[self.world.rank] = loss
-        report = {
-            "step": self.step,
-            "amiss": verdict.amiss,
-            "rank": verdict.rank,
-            "not_finite": bad,
-            "loss_by_rank": [repr(x) for x in distributed.total(losses).tolist()],
-            "groups": health.group_norms(self.optimizers),
-            "seed": self.config.train.seed,
-            "ranks": self.world.size,
-            "windows": self.batches.windows(self.step).tolist(),  # (shard, offset) per sequence
-            "config": asdict(self.config),
-        }
-        name = f"crash-{self.step:06d}.json"
-        self.run.write(name, json.dumps(report) + "\n")
-        if not of_state and self.step:
+        found = health.crash_report(verdict, loss, self.gpt, self.optimizers, self.world)
+        windows = self.batches.windows(self.step).tolist()  # (shard, offset) per sequence
+        seed, config = self.config.train.seed, asdict(self.config)
+        report = {"step": self.step, **found, "seed": seed, "windows": windows, "config": config}
+        self.run.write(f"crash-{self.step:06d}.json", json.dumps(report) + "\n")
+        if verdict.amiss != "state" and self.step:
             self.save(retain=False)
-        first = self.per_rank * verdict.rank
-        what = f"the {verdict.amiss} of step {self.step}"
-        if of_state:
-            what = (
-                f"a {'weight' if bad and bad[0] in weights else 'buffer'} before step {self.step}"
-            )
-        where = f"first in {bad[0]} of {len(bad)} tensors" if bad else "in no gradient"
-        advice = (
-            f"go on from the last checkpoint ({self.saved})"
-            if of_state
-            else "repeat just this step with: normuon-train run --resume --out "
-            f"{shlex.quote(str(self.run.path))} train.stop_at={self.step + 1}; go past it with "
-            "train.skip_spikes, or start anew with a lower optim.lr and auxiliary rates, or "
-            "optim.grad_clip"
-        )
-        raise health.NonFinite(
-            f"not finite: {what} (rank {verdict.rank}, sequences {first} to "
-            f"{first + self.per_rank - 1} of the batch), {where}. No update was made; see {name}; "
-            + advice,
-            follows=self.world.rank != verdict.rank,
-        )
+        names = [name for name, _ in self.gpt.named_parameters()]
+        message = health.explain(report, names, self.per_rank, self.saved, self.run.path)
+        raise health.NonFinite(message, follows=self.world.rank != verdict.rank)
 
 
 def due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every so many steps, and at the last, happens after `step`."""
     return step == last or bool(every and step % every == 0)
-
-
-def as_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def raise_if(failure: BaseException | None) -> None:
-    if failure is not None:
-        raise failure

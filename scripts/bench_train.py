@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import socket
 import statistics
 import tempfile
@@ -97,12 +96,7 @@ def measure(arguments: list[str], steps: int) -> dict:
     parts = {name: 1e3 * s / steps for name, s in clock.seconds.items()}
     parts["rest"] = 2 * parts["step"] - sum(parts.values())
     flops = trainer.gpt.flops_per_token(config.data.seq_len) * tokens / seconds
-    cuda = world.device.type == "cuda"
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    peak = distributed.peak_memory(world.device)
     return {
         "ms per step": 1e3 * seconds,
         "tokens per second": tokens / seconds,
@@ -110,7 +104,7 @@ def measure(arguments: list[str], steps: int) -> dict:
         "TFLOP/s of a large product": rate / 1e12,
         "utilisation": flops / rate / world.size,
         "seconds to set up and compile": compile_seconds,
-        "peak memory, GB": peak / 1e9,
+        "peak memory, GB": (peak or 0) / 1e9,
         **{f"ms {name}": value for name, value in parts.items() if name != "step"},
     }
 

@@ -22,19 +22,19 @@ DEFECTS = {
         "checkpoint", "named_state", "sorted(optimizer.state[p].items())",
         'sorted(optimizer.state[p].items()) if key != "second_moment"', STOP),
     "another data order after a resume": (
-        "train", "Trainer.load", "steps, before =",
+        "state", "RunState.load", "steps, before =",
         "self.batches.seed += 1\n    steps, before =", STOP),
     "position off by one": (
-        "train", "Trainer.load", '= state["step"]\n', '= state["step"] + 1\n', STOP),
+        "state", "RunState.load", '= state["step"]\n', '= state["step"] + 1\n', STOP),
     "best loss and spikes forgotten": (
-        "train", "Trainer.load", '**state.get("spikes", {})', "",
+        "state", "RunState.load", '**state.get("spikes", {})', "",
         "tests/test_train.py::test_what_counts_as_a_spike_is_part_of_the_state"),
     "swallowed ENOSPC": (
-        "train", "Trainer.save", "failure = error", "pass",
+        "checkpoint", "save", "failure = error", "pass",
         "tests/test_train.py::test_a_failed_save_is_never_silent"),
     "raised on the first rank alone": (
-        "train", "Trainer.save", "distributed.first_does(lambda: raise_if(failure), "
-        "self.world.device)", "raise_if(failure)",
+        "checkpoint", "save", "distributed.first_does(lambda: raise_if(failure), "
+        "world.device)", "raise_if(failure)",
         "tests/test_faults.py::test_a_failed_save_ends_all_ranks_alike"),
     "retention by string": (
         "checkpoint", "all_steps", "step_of(p) or 0", "p.name",

@@ -46,12 +46,12 @@ def inject(kind, place, step="0", rank="0"):
     if place == "import":
         sys.meta_path.insert(0, AtImport(KINDS[kind]))
         return
-    from nanonormuon import checkpoint, evaluate, health, plan, sample, train
+    from nanonormuon import checkpoint, data, evaluate, health, plan, sample, train
 
     places = {
         "open": (plan, "open_corpus"),
         "compile": (plan, "compiled"),
-        "data": (train.Batches, "batch"),
+        "data": (data.Batches, "batch"),
         "step": (health, "norm"),
         "gather": (checkpoint, "named_for_hf"),
         "write": (checkpoint, "write"),

@@ -21,6 +21,7 @@ from nanonormuon.checkpoint import CheckpointError
 from nanonormuon.config import ConfigError, load
 from nanonormuon.health import NonFinite
 from nanonormuon.log import RunDirectory, RunError, read_metrics
+from nanonormuon.model import GPT
 from nanonormuon.train import train
 
 
@@ -50,6 +51,7 @@ def test_what_a_run_leaves(uninterrupted):
     saved = json.loads((out / "summary.json").read_text())
     assert saved == summary and saved["steps"] == 8 and saved["tokens"] == 8 * 384
     assert saved["val_loss"] == saved["best_val_loss"] == rows[-1]["val_loss"]
+    assert 1e8 < saved["peak_memory"] < 1e11  # of the whole process, torch and all
     # every target is a byte of ASCII text, so bits per byte is the loss in bits
     assert saved["val_bpb"] == pytest.approx(saved["val_loss"] / 0.6931471805599453, rel=1e-6)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000006", "step-000008"]
@@ -220,7 +222,7 @@ def test_one_writer(tiny, tmp_path):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nothing_that_is_not_finite_is_saved(where, tiny, tmp_path, monkeypatch):
-    original = train_module.GPT.forward
+    original = GPT.forward
 
     def forward(self, tokens, targets=None, **more):
         out = original(self, tokens, targets, **more)
@@ -234,7 +236,7 @@ def test_nothing_that_is_not_finite_is_saved(where, tiny, tmp_path, monkeypatch)
         return out + (self.layers[1].mlp.up_proj.weight.sum() * 0).sqrt()  # 0, its slope infinite
 
     calls = []
-    monkeypatch.setattr(train_module.GPT, "forward", forward)
+    monkeypatch.setattr(GPT, "forward", forward)
     with pytest.raises(NonFinite, match=rf"the {where} of step 4 .*sequences 0 to 11"):
         run(tiny, tmp_path / "run")
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
