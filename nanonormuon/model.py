@@ -257,11 +257,11 @@ class HeadLoss(torch.autograd.Function):
         """h (N, C), weight (vocab_size, C), bias (vocab_size,), targets (N,) -> float32 scalar."""
         W, b = weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
         loss = torch.zeros((), device=h.device)
-        dh = torch.empty_like(h) if differentiate else None
-        dW = torch.zeros_like(weight, dtype=torch.float32) if differentiate else None
-        db = (
-            torch.zeros_like(bias, dtype=torch.float32) if differentiate and b is not None else None
-        )
+        # a frozen head's gradient, or no gradient in an evaluation, costs nothing
+        to_h, to_W, to_b = (differentiate and need for need in ctx.needs_input_grad[:3])
+        dh = torch.empty_like(h) if to_h else None
+        dW = torch.zeros_like(weight, dtype=torch.float32) if to_W else None
+        db = torch.zeros_like(bias, dtype=torch.float32) if to_b else None
         rows = max(512, CHUNK.get(h.device.type, 1 << 27) // W.size(0))
         for start in range(0, h.size(0), rows):
             x, y = h[start : start + rows], targets[start : start + rows, None]
@@ -273,14 +273,16 @@ class HeadLoss(torch.autograd.Function):
             counts, y = (y != IGNORE).to(h.dtype), y.clamp_min(0)
             # float32 ends at exp(-87): what is further off counts so, its gradient is exact
             loss -= (p.gather(1, y).clamp_min(1e-38).log() * counts).sum()
-            if differentiate:
+            if to_h or to_W or to_b:
                 dz = p.scatter_add_(1, y, p.new_full(y.shape, -1.0))  # softmax minus one-hot
                 if cap:
                     dz *= (cap * shrink) ** 3
-                dz, x = dz.to(h.dtype), x * counts
-                dh[start : start + rows] = (dz @ W) * counts
-                dW += dz.T @ x
-                if db is not None:
+                dz = dz.to(h.dtype)
+                if to_h:
+                    dh[start : start + rows] = (dz @ W) * counts
+                if to_W:
+                    dW += dz.T @ (x * counts)
+                if to_b:
                     db += (dz.T @ counts).flatten()
         ctx.save_for_backward(dh, dW, db)
         return loss

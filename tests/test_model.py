@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, attend
 
@@ -109,6 +110,24 @@ def test_loss_and_gradients_equal_plain_cross_entropy(settings, reduction, monke
         assert float(model(tokens, targets, reduction=reduction)) == pytest.approx(
             float(plain), rel=1e-6
         )
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_a_frozen_head_costs_no_gradient_of_its_own(settings):
+    model, (tokens, targets) = filled(settings), torch.randint(50, (2, 3, 25))
+    head, found = model.get_output_embeddings(), {}
+    for frozen in (False, True):
+        model.zero_grad()
+        head.requires_grad_(not frozen)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, targets).backward()
+        found[frozen] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, counter
+    (all_grads, whole), (grads, less) = found[False], found[True]
+    assert len(all_grads) - len(grads) == len(list(head.parameters()))
+    for name, grad in grads.items():
+        assert torch.equal(grad, all_grads[name]), name
+    products = 2 * tokens.numel() * sum(p.numel() for p in head.parameters())
+    assert whole.get_total_flops() - less.get_total_flops() == products
 
 
 def test_compute_in_bfloat16_keeps_float32_weights_and_gradients():
