@@ -34,7 +34,7 @@ class DataConfig:
     document_mask: bool = False  # attention does not cross <|endoftext|>
     seq_len: int = 256  # tokens per window
     order: Literal["shuffled", "sequential"] = "shuffled"  # sequential: as modded-nanogpt reads
-    verify: Literal["auto", "full"] = "auto"  # shards' hashes: up to 256 MB of data, or always
+    verify: Literal["auto", "full"] = "auto"  # hash shards at the start: all of 256 MB, or always
     val_tokens: int = 0  # evaluate on the first so many targets; 0: all
 
 

@@ -46,6 +46,7 @@ def validation_loss(
         targets_seen += int((targets != IGNORE).sum())
         tokens, targets = tokens.to(world.device), targets.to(world.device)
         losses.append(forward(tokens, targets, reduction="sum"))
+    split.settle()
     # float32 carries the two sums exactly enough: each rank's is rounded once, here
     nats = float(torch.stack(losses).cpu().double().sum()) if losses else 0.0
     sums = torch.tensor([nats, float(targets_seen)], dtype=torch.float64)
@@ -123,7 +124,10 @@ def evaluate(
         if text_bytes is None:
             text_bytes = count_bytes(split, tokenizer.token_lengths(), limit)
         name = str(split.paths[0].parent.name if own else source)
+        for shard in range(len(split.shards)):
+            split.check(shard)
         loss, targets = loss_on(model, split.shards, window, stride, limit)
+        split.settle()
         results.append(as_result(name, loss, targets, text_bytes, window, stride))
         results[-1]["path"] = split.paths[0].parent
     for source in texts:

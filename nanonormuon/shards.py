@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,45 @@ def sha256(path: str | Path) -> str:
 # ------------------------------------------------------------------------------------- directories
 
 
+class File:
+    """A shard's file as it was when it was opened. `listed`: the manifest's entry, if the content
+    is still to be compared with it: in a thread, from the first use of the file on."""
+
+    turn = threading.Lock()  # one file is hashed at a time, beside the work of the run
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.found = path, _state(path)
+        self.listed: dict[str, Any] | None = None
+        self._thread: threading.Thread | None = None
+        self._error: DataError | OSError | None = None
+
+    def check(self) -> None:
+        """DataError if the file changed since, or is known by now not to be the listed one."""
+        if (now := _state(self.path)) != self.found:
+            raise DataError(
+                f"{self.path}: changed while in use, (bytes, time in ns)"
+                f" {self.found} expected, {now} found; restore it and resume"
+            )
+        if self.listed and self._thread is None:  # a daemon: a run that fails does not wait for it
+            self._thread = threading.Thread(target=self._hash, daemon=True)
+            self._thread.start()
+        if self._error:
+            raise self._error
+
+    def _hash(self) -> None:
+        try:
+            with self.turn:
+                _compare(self.path, {"sha256": sha256(self.path)}, self.listed)
+        except (DataError, OSError) as error:
+            self._error = error
+
+    def settle(self) -> None:
+        """Wait until the content of a file in use is compared; DataError if it is another."""
+        if self._thread is not None:
+            self._thread.join()
+            self.check()
+
+
 @dataclass
 class Split:
     """The shards of one split in name order. `bytes`: UTF-8 bytes of its text, where known."""
@@ -140,10 +180,10 @@ class Split:
     shards: list[np.ndarray]
     vocab_size: int | None = None
     bytes: int | None = None
-    _found: list[tuple[int, int]] = field(init=False, repr=False)
+    files: list[File] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._found = [_state(path) for path in self.paths]
+        self.files = [File(path) for path in self.paths]
 
     @property
     def names(self) -> list[str]:
@@ -160,16 +200,18 @@ class Split:
             return splits[0]
         whole = cls([p for s in splits for p in s.paths], [x for s in splits for x in s.shards])
         whole.vocab_size = splits[-1].vocab_size
-        whole._found = [state for s in splits for state in s._found]
+        whole.files = [file for s in splits for file in s.files]
         return whole
 
     def check(self, shard: int) -> None:
-        """DataError if a shard's file changed since it was opened; costs one stat()."""
-        if (now := _state(self.paths[shard])) != self._found[shard]:
-            raise DataError(
-                f"{self.paths[shard]}: changed while in use, (bytes, time in ns)"
-                f" {self._found[shard]} expected, {now} found; restore it and resume"
-            )
+        """Before a shard is read: DataError if its file is not what was opened; costs a stat()."""
+        self.files[shard].check()
+
+    def settle(self) -> None:
+        """Before anything that came of this split is kept: DataError if the content of a shard
+        read so far is not what the manifest lists."""
+        for file in self.files:
+            file.settle()
 
 
 @dataclass
@@ -197,9 +239,10 @@ def open_data(
     With a manifest, the shards must be the listed ones with the listed sizes, and the vocabulary no
     larger than `vocab_size` (the model's, if given); without one (FineWeb as published) ids are
     compared with `vocab_size`, if that is given. Contents (sha256, or ids) are read whole if
-    verify="full" or if all shards together have at most 256 MB; the ids of every batch are compared
-    in any case. `headerless`: nanoGPT's train.bin and val.bin, plain uint16; its meta.pkl is never
-    read, because unpickling can run code. Raises DataError.
+    verify="full" or if all shards together have at most 256 MB; else a listed shard is hashed when
+    it is first read (File), and the ids of every batch are compared in any case. `headerless`:
+    nanoGPT's train.bin and val.bin, plain uint16; its meta.pkl is never read, because unpickling
+    can run code. Raises DataError.
     """
     path = Path(path)
     if not path.is_dir():
@@ -243,7 +286,9 @@ def open_data(
         for i, p in enumerate(split.paths):
             if manifest and full:
                 _compare(p, {"sha256": sha256(p)}, manifest[name]["shards"][i])
-            elif full and not manifest and vocab_size is not None:
+            elif manifest:
+                split.files[i].listed = manifest[name]["shards"][i]
+            elif full and vocab_size is not None:
                 check_ids(split.shards[i], vocab_size, p)
     if manifest:  # what decides the tokens; not what the sources are called, nor the tool's version
         identity: Any = [manifest["tokenizer"]["hash"], manifest["train"], manifest["val"]]

@@ -176,6 +176,7 @@ class RunState:
         if self.saved == self.step:
             return
         with self.watch.section("save"):
+            self.batches.split.settle()  # nothing is kept that came of a damaged shard
             folder, world = self.run.checkpoints, self.world
             weights, buffers = checkpoint.named_state(self.gpt, self.optimizers)
             health.check_state(weights | buffers, self.step, world)

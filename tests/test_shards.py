@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from nanonormuon import shards
-from nanonormuon.data import Batches
-from nanonormuon.shards import DataError
+from nanonormuon.data import Batches, validation_batches
+from nanonormuon.shards import DataError, Split
 
 
 def names(directory: Path) -> list[str]:
@@ -223,8 +223,18 @@ def test_flipped_byte(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_bytes(raw)
     refused(directory, r"val_000000\.bin: sha256 .* expected by manifest\.json")
     monkeypatch.setattr(shards, "FULL_CHECK_LIMIT", 0)  # as if the directory were large
-    shards.open_data(directory)
     refused(directory, "sha256", verify="full")
+    opened = shards.open_data(directory)
+    opened.train.check(1)
+    opened.train.settle()
+    opened.val.settle()  # nothing of it was read
+    list(validation_batches(opened.val, 10, 20))  # one batch
+    listed = opened.manifest["val"]["shards"][0]["sha256"]
+    says = rf"{path}: sha256 {listed} expected by manifest\.json, {shards.sha256(path)} found"
+    whole = Split.joined([opened.train, opened.val])  # as in a mixture
+    for read in (opened.val.settle, whole.settle, lambda: whole.check(2)):
+        with pytest.raises(DataError, match=says):
+            read()
 
 
 def test_shards_are_the_listed_ones(directory: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from nanonormuon import checkpoint, plan
+from nanonormuon import shards as shard_files
 from nanonormuon import train as train_module
 from nanonormuon.checkpoint import CheckpointError
 from nanonormuon.config import ConfigError, load
 from nanonormuon.health import NonFinite
 from nanonormuon.log import RunDirectory, RunError, read_metrics
 from nanonormuon.model import GPT
+from nanonormuon.shards import DataError
 from nanonormuon.train import train
 
 
@@ -29,6 +32,12 @@ def final(out, step=8):
     """The bytes of the last checkpoint's weights and optimizer."""
     path = Path(out) / "checkpoints" / f"step-{step:06d}"
     return [(path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+
+
+def flip(path, offset):
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
 
 
 def run(arguments, out, resume=False):
@@ -189,6 +198,29 @@ def test_other_data_are_not_resumed(tiny, text, tmp_path):
     prepare([tmp_path / "more.txt"], tmp_path / "data", "byte", 0.1)
     with pytest.raises(ConfigError, match="data: fingerprint"):
         run([*tiny, f"data.path={tmp_path / 'data'}"], tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_nothing_that_came_of_a_damaged_shard_is_kept(split, tiny, shards, tmp_path, monkeypatch):
+    """Above the size up to which all is hashed at the start, too, however slowly it is hashed."""
+    waited_for = {"train_000000.bin": threading.Event(), "val_000000.bin": threading.Event()}
+    sha256, settle = shard_files.sha256, shard_files.File.settle
+    monkeypatch.setattr(shard_files, "FULL_CHECK_LIMIT", 0)
+    monkeypatch.setattr(
+        shard_files, "sha256", lambda path: waited_for[path.name].wait() and sha256(path)
+    )
+    monkeypatch.setattr(
+        shard_files.File, "settle", lambda file: waited_for[file.path.name].set() or settle(file)
+    )
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    flip(data / f"{split}_000000.bin", 1025)
+    with pytest.raises(DataError, match=rf"{split}_000000\.bin: sha256 \w+ expected .* \w+ found"):
+        run([*tiny, f"data.path={data}"], tmp_path / "run")
+    kept = [p.name for p in checkpoint.all_steps(tmp_path / "run" / "checkpoints")]
+    assert kept == (["step-000003"] if split == "val" else [])  # evaluated first at step 4
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert not any("val_loss" in row for row in rows)
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(tiny, tmp_path, uninterrupted, caplog):
