@@ -95,7 +95,7 @@ class TrainConfig:
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several ranks; auto: ddp
     skip_spikes: float = 0.0  # leave out updates with so many times the usual gradient; 0: none
     time_limit: float = 900.0  # seconds for a step or a save, 4 times for longer work; 0: none
-    canonical: bool = False  # the same bits on any number of replicas; slow
+    canonical: bool = False  # the same bits on any number of ranks; slow
     reshard: bool = True  # fsdp: weights too are sharded between uses; false: only their gradients
 
 
@@ -282,8 +282,6 @@ def check(config: Config, origin: dict[str, str]) -> None:
                 refuse(f"{section}.{f.name}", "0 or more")
     if config.train.canonical and config.train.micro_batch == "auto":
         refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")
-    if config.train.canonical and config.train.parallel == "fsdp":
-        refuse("train.parallel", "ddp, since train.canonical is for replicas")
     if config.train.micro_batch == 0:
         refuse("train.micro_batch", "at least 1, or auto")
     given = [f"{name} ({where})" for name, where in origin.items() if name.startswith("model.")]

@@ -112,12 +112,16 @@ def compute_dtype(wish: str, device: torch.device) -> torch.dtype:
 
 
 def wrap(
-    model: nn.Module, parallel: str, dtype: torch.dtype = torch.float32, reshard: bool = True
+    model: nn.Module,
+    parallel: str,
+    dtype: torch.dtype | None = torch.float32,
+    reshard: bool = True,
 ) -> nn.Module:
     """Make the model one of several replicas ("ddp") or shards ("fsdp"); one rank changes nothing.
 
-    fsdp: FSDP2, block by block (`model.layers`), compute in `dtype`, gradients reduced in float32;
-    the parameters become DTensors in place. reshard: free whole weights after a block's forward.
+    fsdp: FSDP2, block by block (`model.layers`), compute in `dtype` (None: as the model itself
+    does), gradients reduced in float32; the parameters become DTensors in place. reshard: free
+    whole weights after a block's forward.
     """
     if size() == 1:
         return model

@@ -77,12 +77,14 @@ def not_finite(tensors: Mapping[str, Tensor | None], device: torch.device) -> li
     return [name for name, flag in zip(tensors, distributed.largest(flags, device)) if flag]
 
 
-def group_norms(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, dict[str, float]]:
-    """Per role, the norms of the weights and of their gradients."""
+def group_norms(
+    optimizers: Iterable[torch.optim.Optimizer], weights: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    """Per role, the norms of the named weights and of their gradients."""
     return {
         group["role"]: {
-            "weights": float(norm(group["params"])),
-            "gradients": float(norm(p.grad for p in group["params"])),
+            "weights": float(norm(weights[name] for name in group["names"])),
+            "gradients": float(norm(weights[name].grad for name in group["names"])),
         }
         for optimizer in optimizers
         for group in optimizer.param_groups
@@ -108,7 +110,7 @@ def crash_report(
         "ranks": world.size,
         "not_finite": not_finite(weights | buffers if of_state else grads, world.device),
         "loss_by_rank": [repr(x) for x in distributed.total(losses).tolist()],
-        "groups": group_norms(optimizers),
+        "groups": group_norms(optimizers, weights),
     }
 
 

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,17 @@ class RunState:
         self.gpt.separator = plan.separator(config, self.data, self.tokenizer)
         self.micro_batch = plan.micro_batch(config, self.gpt, self.per_rank, world)
         parallel = "ddp" if config.train.parallel == "auto" else config.train.parallel
-        self.model = self.gpt
-        if not config.train.canonical:
-            self.model = distributed.wrap(self.gpt, parallel, self.dtype, config.train.reshard)
+        canonical, self.model = config.train.canonical, self.gpt
+        if not (canonical and parallel == "ddp"):
+            dtype = None if canonical else self.dtype
+            self.model = distributed.wrap(self.gpt, parallel, dtype, config.train.reshard)
         settings = asdict(config.optim)
         settings.pop("grad_clip")  # the loop's own; all others belong to one of these two, or fail
         shape = {k: settings.pop(k) for k in optim.Schedule.OWN}
         shape["momentum"] = settings["momentum"]
-        self.optimizers = optim.make_optimizers(self.gpt, ns_dtype=self.dtype, **settings)
-        self.canonical = None
-        if config.train.canonical:
-            self.canonical = Canonical(self.gpt, self.optimizers, world.size)
+        make = partial(optim.make_optimizers, ns_dtype=self.dtype, **settings)
+        self.canonical = Canonical(self.gpt, make, world.size) if canonical else None
+        self.optimizers = self.canonical.optimizers if self.canonical else make(self.gpt)
         self.schedule = optim.Schedule(config.train.steps, **shape)
 
         self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint

@@ -85,7 +85,8 @@ class Trainer(RunState):
         accumulation = self.per_rank // self.micro_batch
         loss = torch.zeros((), device=self.world.device)
         for micro in range(accumulation):
-            distributed.sync_gradients(self.model, micro == accumulation - 1)
+            last = micro == accumulation - 1
+            distributed.sync_gradients(self.model, last and not self.canonical)
             part = self.forward(*self.batch(self.step, micro)) / accumulation
             if self.canonical:
                 (part / self.world.size).backward()
@@ -105,10 +106,13 @@ class Trainer(RunState):
         if limit := self.config.optim.grad_clip:
             grads = [p.grad for p in self.gpt.parameters() if p.grad is not None]
             torch._foreach_mul_(grads, (limit / grad_norm).clamp(max=1.0))
-        for optimizer in self.optimizers:
-            if not skip:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        if self.canonical:
+            self.canonical.update(skip)
+        else:
+            for optimizer in self.optimizers:
+                if not skip:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         self.step = self.watch.step = self.step + 1
         return loss, verdict
 

@@ -420,19 +420,41 @@ def test_fifty_runs_of_two_ranks_end_cleanly(forks, short, tmp_path):
 # Numbers
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+DDP, FSDP2 = [], [FSDP]
+LAYOUTS = [(2, DDP), (4, FSDP2), (2, FSDP2), (4, DDP)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "axis", "layouts"),
+    [
+        ("bf16", "longest", LAYOUTS[:2]),
+        *(
+            pytest.param(dtype, axis, LAYOUTS, marks=pytest.mark.full)
+            for dtype in ("bf16", "fp32")
+            for axis in ("rows", "longest")
+        ),
+    ],
+)
 def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
-    dtype, forks, short, tmp_path
+    dtype, axis, layouts, forks, short, tmp_path
 ):
+    """As replicas and as shards; also when one process goes on with what uneven shards left."""
     settings = ["train.canonical=true", "train.micro_batch=1", "train.eval_every=0"]
-    settings += ["optim.grad_clip=0.5", f"train.dtype={dtype}", "train.steps=5"]
-    ends = []
-    for ranks in (1, 2, 4):
-        out = tmp_path / str(ranks)
-        codes, said = forks.run([*short, *settings, "--out", out], ranks)
+    settings += [f"train.dtype={dtype}", f"optim.neuron_axis={axis}", "optim.cautious=true"]
+    settings += ["optim.grad_clip=0.5", "train.steps=5"]
+    one, parts = tmp_path / "one", tmp_path / "parts"
+
+    def run(out, ranks, *more):
+        codes, said = forks.run([*short, *settings, *more, "--out", out], ranks)
         assert codes == [0] * ranks, said
-        ends.append(final(out, 5))
-    assert ends[0] == ends[1] == ends[2]
+
+    run(one, 1)
+    for ranks, layout in layouts:
+        run(out := tmp_path / f"{ranks}{layout}", ranks, *layout)
+        assert final(out, 5) == final(one, 5), (ranks, layout)
+    run(parts, 3, FSDP, "train.stop_at=3")
+    run(parts, 1, "--resume")
+    assert final(parts, 5) == final(one, 5)
 
 
 @pytest.mark.parametrize("more", [[], [FSDP]])
