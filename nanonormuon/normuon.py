@@ -27,6 +27,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 # torch 2.13 renamed it
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Keller Jordan's coefficients, the same each time
+# tiles multiply faster than memory feeds them: fewer products would not pay (dev/LOG.md)
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 AXES, SCALES = ("rows", "longest"), ("original", "match_rms_adamw")
 
 # ------------------------------------------------------------------------------------------------
@@ -40,8 +42,8 @@ def newton_schulz(X: Tensor, coefficients: Sequence[tuple[float, float, float]] 
     a time, most of which is then work on the small A; more at a time would let bfloat16's rounding
     of A grow. Runs in X's dtype. A matrix of zeros stays zero.
     """
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=wide(X.dtype))
-    X = X / (norm + 1e-7).to(X.dtype)
+    # summed in float32, also for bfloat16; asked for that, torch would make a copy on a CPU
+    X = X / (torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True) + 1e-7)
     if tall := X.size(-2) > X.size(-1):  # X X^T is then the smaller square
         X = X.mT
     left = list(coefficients)
@@ -61,8 +63,8 @@ def newton_schulz(X: Tensor, coefficients: Sequence[tuple[float, float, float]] 
 
 def symmetric(X: Tensor, Y: Tensor, C: Tensor | None = None, b: float = 0, c: float = 1) -> Tensor:
     """b C + c X Y^T (K, m, m), of stacks for which it is known to be symmetric: (K, m, m)."""
-    m = X.size(-2)
-    if X.device.type != "cpu" or m < 512:
+    m, fast = X.size(-2), X.device.type != "cpu" or (AMX and X.dtype == torch.bfloat16)
+    if fast or m < 512:
         return X @ Y.mT if C is None else torch.baddbmm(C, X, Y.mT, beta=b, alpha=c)
     # by bands of rows, each from its own columns on, the rest mirrored: 5/8 of the work
     out = X.new_empty(len(X), m, m)
@@ -218,12 +220,12 @@ class NorMuon(torch.optim.Optimizer):
         group, (m, n) = self.param_groups[index], params[0].shape[-2:]
         lr, momentum = group["lr"], group["momentum"]
         W = [local(p) for p in params]
-        G = stack(
-            [torch.zeros_like(w) if p.grad is None else local(p.grad) for p, w in zip(params, W)]
-        )
-        M.lerp_(G.to(M.dtype), 1 - momentum)
-        X = G.to(M.dtype).lerp_(M, momentum) if group["nesterov"] else M  # G is a copy by now
-        whole = layout.whole(X.to(self.ns_dtype))
+        X = torch.empty_like(M, dtype=self.ns_dtype)
+        for p, w, mean, x in zip(params, W, unstack(M, W), unstack(X, W)):  # while in the cache
+            G = torch.zeros_like(w) if p.grad is None else local(p.grad)
+            mean.lerp_(G.to(M.dtype), 1 - momentum)
+            x.copy_(G.to(M.dtype).lerp(mean, momentum) if group["nesterov"] else mean)
+        whole = layout.whole(X)
         yield
         back = layout.back(newton_schulz(whole(), self.ns_coefficients))
         yield
