@@ -70,7 +70,8 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     if size() > 1 and not dist.is_initialized():
-        backend = "nccl" if where.type == "cuda" else "gloo"
+        # gloo beside NCCL: what concerns only the CPUs must not wait for the GPUs (any_rank)
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         device_id = where if where.type == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
     return World(int(os.environ.get("RANK", "0")), size(), where)
@@ -132,13 +133,20 @@ def wrap(
         for layer in model.layers:
             fully_shard(layer, mp_policy=policy, reshard_after_forward=reshard)
         return fully_shard(model, mp_policy=policy, reshard_after_forward=reshard)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    replica.require_backward_grad_sync = False  # its forward pass prepares nothing
+    return replica
 
 
 def sync_gradients(model: nn.Module, on: bool) -> None:
-    """Whether the next backward pass averages gradients over ranks: only an accumulation's last."""
+    """Whether the next backward pass averages gradients over ranks: only an accumulation's last.
+
+    To be called after that pass's forward: until then ranks can still agree not to make it, which
+    DDP, once prepared, would not forget.
+    """
     if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = on
+        if on:
+            model.reducer.prepare_for_backward([])  # as its forward does, if told before
     elif hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(on)
 
@@ -156,6 +164,15 @@ def largest(values: Sequence[float] | Tensor, device: torch.device) -> list[floa
     if size() > 1 and len(x):
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank. The ranks' CPUs wait for each other, no device does."""
+    if size() == 1:
+        return flag
+    x = torch.tensor(int(flag))
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return bool(x)
 
 
 def gather(x: Tensor) -> Tensor:

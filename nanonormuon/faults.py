@@ -203,7 +203,8 @@ def follows(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
-    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    words = "can't allocate memory", "not enough memory", "MPS backend out of memory"
+    on_cpu = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
     of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
     return on_cpu or of_torch or isinstance(error, MemoryError)
 

@@ -152,28 +152,6 @@ def split_batch(config: Config, ranks: int) -> int:
     return tokens // T // ranks
 
 
-def micro_batch(config: Config, model: GPT, per_rank: int, world: distributed.World) -> int:
-    """Sequences per device at a time: the same on every rank, and a divisor of per_rank.
-
-    auto is an estimate, not a probe: what a layer keeps for its backward pass, with 40 % to spare.
-    """
-    if config.train.micro_batch != "auto":
-        return config.train.micro_batch
-    m, T = config.model, config.data.seq_len
-    per_value = 2 if model.compute_dtype == torch.bfloat16 else 4
-    per_token = per_value * m.n_layer * (14 * m.n_embd + 6 * m.n_hidden) + 8 * m.n_embd
-    room = 8192 * per_token  # more gains nothing on a CPU
-    if world.device.type == "cuda":
-        parameters = sum(p.numel() for p in model.parameters())
-        kept = 12 * parameters  # gradients and optimizer; the weights are there already
-        if config.train.parallel == "fsdp":
-            kept = kept // world.size
-        free = torch.cuda.mem_get_info(world.device)[0]
-        room = int(0.6 * (free - kept)) - (1 << 29)  # and the logits' chunk
-    fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0 and n * T * per_token <= room]
-    return -int(distributed.largest([-max(fitting, default=1)], world.device)[0])
-
-
 def compiled(
     model: nn.Module, wish: str, trial: Callable[[Callable], None], device: torch.device
 ) -> tuple[Callable[..., Tensor], float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nanonormuon import checkpoint, distributed, evaluate, health, hf, optim, plan, trackers
+from nanonormuon import checkpoint, distributed, evaluate, health, hf, memory, optim, plan, trackers
 from nanonormuon.canonical import Canonical
 from nanonormuon.config import Config, ConfigError, to_toml
 from nanonormuon.data import Ahead, Batches, validation_targets
@@ -48,12 +48,11 @@ class RunState:
         self.dtype = distributed.compute_dtype(config.train.dtype, world.device)
         self.gpt = GPT(config.model, self.dtype).init_weights(config.train.seed).to(world.device)
         self.gpt.separator = plan.separator(config, self.data, self.tokenizer)
-        self.micro_batch = plan.micro_batch(config, self.gpt, self.per_rank, world)
-        parallel = "ddp" if config.train.parallel == "auto" else config.train.parallel
+        self.parallel = "ddp" if config.train.parallel == "auto" else config.train.parallel
         canonical, self.model = config.train.canonical, self.gpt
-        if not (canonical and parallel == "ddp"):
+        if not (canonical and self.parallel == "ddp"):
             dtype = None if canonical else self.dtype
-            self.model = distributed.wrap(self.gpt, parallel, dtype, config.train.reshard)
+            self.model = distributed.wrap(self.gpt, self.parallel, dtype, config.train.reshard)
         settings = asdict(config.optim)
         settings.pop("grad_clip")  # the loop's own; all others belong to one of these two, or fail
         shape = {k: settings.pop(k) for k in optim.Schedule.OWN}
@@ -73,6 +72,7 @@ class RunState:
         found = plan.where_to_resume(self.run.checkpoints, self.world) if resume else None
         if resume and not found:
             plan.refuse_other_settings(self.run.path / "config.toml", self.config)
+        self.micro_batch = self.choose_micro_batch(found[1] if found else None)
         if found:
             self.load(*found)
         elif source := self.config.train.init_from:
@@ -123,9 +123,19 @@ class RunState:
         self.step = self.saved = self.watch.step = state["step"]
         self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
         self.spikes = health.Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
-        if self.config.train.micro_batch == "auto" and state["ranks"] == self.world.size:
-            # for the same roundings, also on a device with less room
-            self.micro_batch = state["micro_batch"]
+
+    def choose_micro_batch(self, state: dict[str, Any] | None) -> int:
+        """Sequences per device at a time: the same on every rank, and a divisor of per_rank."""
+        wish = self.config.train.micro_batch
+        if wish != "auto":
+            return wish
+        if state and state["ranks"] == self.world.size:
+            return state["micro_batch"]  # for the same roundings, also on a device with less room
+        with self.watch.section("start"):
+            T = self.config.data.seq_len
+            return memory.micro_batch(
+                self.gpt, self.optimizers, T, self.per_rank, self.world, self.parallel
+            )
 
     # ---------------------------------------------------------------------------------------------
     # How far it is

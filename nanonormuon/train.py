@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanonormuon import checkpoint, distributed, evaluate, health, hf, optim, plan, sample
+from nanonormuon import checkpoint, distributed, evaluate, health, hf, memory, optim, plan, sample
 from nanonormuon.config import Config, ConfigError
-from nanonormuon.faults import Interrupted, Stopping, Watch
+from nanonormuon.faults import Interrupted, Stopping, Watch, out_of_memory
 from nanonormuon.log import RunDirectory, announce
 from nanonormuon.state import RunState
 
@@ -79,23 +79,8 @@ class Trainer(RunState):
     def take_step(self) -> tuple[Tensor, health.Verdict]:
         """One optimizer step. Returns this rank's mean loss, a 0-d tensor, and what all ranks found
         before the update: the gradient's norm, and the signal that any of them has had."""
-        seed = (self.config.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
-        torch.manual_seed(seed % (1 << 63))  # nothing random is carried from step to step
         self.schedule.set(self.optimizers, self.step)
-        accumulation = self.per_rank // self.micro_batch
-        loss = torch.zeros((), device=self.world.device)
-        for micro in range(accumulation):
-            last = micro == accumulation - 1
-            distributed.sync_gradients(self.model, last and not self.canonical)
-            part = self.forward(*self.batch(self.step, micro)) / accumulation
-            if self.canonical:
-                (part / self.world.size).backward()
-                self.canonical.add()
-            else:
-                part.backward()
-            loss += part.detach()
-        if self.canonical:
-            self.canonical.finish()
+        loss = self.gradients()
         grad_norm = health.norm(p.grad for p in self.gpt.parameters())
         weights, buffers = checkpoint.named_state(self.gpt, self.optimizers)
         state = (*weights.values(), *buffers.values())
@@ -115,6 +100,64 @@ class Trainer(RunState):
                 optimizer.zero_grad(set_to_none=True)
         self.step = self.watch.step = self.step + 1
         return loss, verdict
+
+    def gradients(self) -> Tensor:
+        """The step's gradients; returns this rank's mean loss, a 0-d tensor. When memory runs out
+        the micro-batches are halved: the batch, and so the curve, stays what it is."""
+        while True:
+            try:
+                return self.accumulate()
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                on_all = self.world.size == 1 or isinstance(error, memory.Shortage)
+                cause = str(error)
+            self.gpt.zero_grad(set_to_none=True)
+            memory.free_cache(self.world.device)
+            fewer = memory.smaller(self.micro_batch, self.per_rank)
+            if not on_all or self.canonical or fewer == self.micro_batch:
+                if on_all and self.step:
+                    self.save()
+                raise memory.exhausted(cause, self.run.path, self.micro_batch, fewer)
+            if self.world.first:
+                log.warning(
+                    f"step {self.step}: out of memory with {self.micro_batch} sequences at a time; "
+                    f"repeated, and from here on, with {fewer}; the batch stays as it is"
+                )
+            self.micro_batch = fewer
+
+    def accumulate(self) -> Tensor:
+        """One attempt at that. Up to the last backward pass no replica waits for another, and so
+        all of them can hear of one that ran out of memory; after it they would wait for ever."""
+        seed = (self.config.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
+        torch.manual_seed(seed % (1 << 63))  # nothing random is carried from step to step
+        loss = torch.zeros((), device=self.world.device)
+        count = self.per_rank // self.micro_batch
+        in_step = self.canonical or self.parallel == "fsdp"
+
+        def forward(micro: int) -> Tensor:
+            return self.forward(*self.batch(self.step, micro)) / count
+
+        def backward(part: Tensor) -> None:
+            if self.canonical:
+                (part / self.world.size).backward()
+                self.canonical.add()
+            else:
+                part.backward()
+            loss.add_(part.detach())
+
+        def up_to_the_last() -> Tensor:
+            for micro in range(count - 1):
+                backward(forward(micro))
+            return forward(count - 1)
+
+        distributed.sync_gradients(self.model, False)
+        last = memory.together(up_to_the_last, in_step)
+        distributed.sync_gradients(self.model, not self.canonical)
+        backward(last)
+        if self.canonical:
+            self.canonical.finish()
+        return loss
 
     def loop(self) -> dict[str, Any]:
         """Steps, and what comes between them: save, then evaluate, then sample."""

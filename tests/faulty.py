@@ -12,7 +12,15 @@ import signal
 import sys
 import time
 
+
+def run_out():
+    import torch
+
+    raise torch.OutOfMemoryError("as if all were taken")
+
+
 KINDS = {
+    "oom": run_out,
     "raise": lambda: 1 / 0,
     "eio": lambda: os.close(-1),
     "exit": lambda: os._exit(3),
@@ -46,12 +54,16 @@ def inject(kind, place, step="0", rank="0"):
     if place == "import":
         sys.meta_path.insert(0, AtImport(KINDS[kind]))
         return
-    from nanonormuon import checkpoint, data, evaluate, health, plan, sample, train
+    import torch
+
+    from nanonormuon import checkpoint, data, evaluate, health, model, plan, sample, train
 
     places = {
         "open": (plan, "open_corpus"),
         "compile": (plan, "compiled"),
         "data": (data.Batches, "batch"),
+        "forward": (model.GPT, "forward"),
+        "backward": (torch.Tensor, "backward"),
         "step": (health, "norm"),
         "gather": (checkpoint, "named_for_hf"),
         "write": (checkpoint, "write"),
