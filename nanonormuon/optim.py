@@ -7,7 +7,6 @@ head        the linear layer that ends in the vocabulary        AdamW
 vector      gains, biases, matrices of one row or one column    AdamW
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from nanonormuon import distributed
 from nanonormuon.normuon import MUON, NorMuon
 
 ROLES = ("matrix", "embedding", "head", "vector")
@@ -172,26 +169,6 @@ def parse_triple(text: str) -> tuple[float, float, float]:
             '"a, b, c"'
         ) from None
     return a, b, c
-
-
-@torch.no_grad()
-def neuron_norms(optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> dict:
-    """Smallest, mean and largest root mean square of a hidden neuron's weights, over all ranks;
-    every rank must call this."""
-    matrices = [
-        p.to_local() if isinstance(p, DTensor) else p
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if group["role"] == "matrix"
-    ]
-    rows = [torch.linalg.vector_norm(p, dim=-1).flatten() / p.size(-1) ** 0.5 for p in matrices]
-    norms = torch.cat(rows) if rows else torch.empty(0, device=device)
-    low, high = (float(norms.min()), float(norms.max())) if len(norms) else (math.inf, -math.inf)
-    low, high = distributed.largest([-low, high], device)
-    sums = distributed.total(torch.stack([norms.sum(), norms.new_tensor(float(len(norms)))]))
-    mean = float(sums[0] / sums[1])  # equal rows on all ranks, as under DDP, change nothing
-    return {"neuron_rms_min": -low, "neuron_rms_mean": mean, "neuron_rms_max": high}
 
 
 def kind(optimizer: torch.optim.Optimizer, group: dict) -> str:

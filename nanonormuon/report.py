@@ -21,6 +21,7 @@ CHARTS = (
     ("Learning rate", ("lr",)),
     ("Gradient norm", ("grad_norm",)),
     ("Neurons' weights (root mean square)", tuple(f"neuron_rms_{w}" for w in WHICH)),
+    ("Last update's norm over the weights'", ("update_ratio",)),
     ("Tokens per second", ("tokens_per_second",)),
 )
 

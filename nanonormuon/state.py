@@ -66,6 +66,7 @@ class RunState:
         self.seconds = self.earlier_seconds = 0.0  # of training; of earlier processes in all
         self.validations: dict[int, dict[str, float | None]] = {}  # by step
         self.spikes = health.Spikes(config.train.skip_spikes)
+        self.moved: Tensor | None = None  # by the last step that is logged; see measures.py
 
     def begin(self, resume: bool) -> None:
         """Take up where an interrupted run left off, open the logs, compile."""

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanonormuon import checkpoint, distributed, evaluate, health, hf, memory, optim, plan, sample
+from nanonormuon import (
+    checkpoint,
+    distributed,
+    evaluate,
+    health,
+    hf,
+    measures,
+    memory,
+    plan,
+    sample,
+)
 from nanonormuon.config import Config, ConfigError
 from nanonormuon.faults import Interrupted, Stopping, Watch, out_of_memory
 from nanonormuon.log import RunDirectory, announce
@@ -91,6 +101,9 @@ class Trainer(RunState):
         if limit := self.config.optim.grad_clip:
             grads = [p.grad for p in self.gpt.parameters() if p.grad is not None]
             torch._foreach_mul_(grads, (limit / grad_norm).clamp(max=1.0))
+        before = None
+        if verdict.stop or self.logged(self.step + 1):
+            before = measures.copies(self.optimizers)
         if self.canonical:
             self.canonical.update(skip)
         else:
@@ -98,6 +111,8 @@ class Trainer(RunState):
                 if not skip:
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+        if before is not None:
+            self.moved = measures.moved(self.optimizers, before)
         self.step = self.watch.step = self.step + 1
         return loss, verdict
 
@@ -162,7 +177,7 @@ class Trainer(RunState):
     def loop(self) -> dict[str, Any]:
         """Steps, and what comes between them: save, then evaluate, then sample."""
         settings, speak = self.config.train, self.world.first
-        last_step = min(settings.steps, settings.stop_at or settings.steps)
+        last_step = self.last_step
         if self.step == 0:
             self.show_sample("before training")
         elif due(self.step, settings.eval_every, last_step) and self.step not in self.validations:
@@ -184,7 +199,7 @@ class Trainer(RunState):
             saving = bool(stopped) or due(self.step, settings.save_every, last_step)
             evaluating = not stopped and due(self.step, settings.eval_every, last_step)
             sampling = not stopped and due(self.step, settings.sample_every, 0)
-            if not (saving or evaluating or sampling or self.step % settings.log_every == 0):
+            if not (stopped or self.logged(self.step)):
                 continue
             row = self.measure(loss, verdict.grad_norm, *logged, tick)
             logged = (self.step, self.seconds)
@@ -220,6 +235,19 @@ class Trainer(RunState):
     # ---------------------------------------------------------------------------------------------
     # Between the steps
 
+    @property
+    def last_step(self) -> int:
+        settings = self.config.train
+        return min(settings.steps, settings.stop_at or settings.steps)
+
+    def logged(self, step: int) -> bool:
+        """Whether `step` has a row in metrics.jsonl, also without a signal to stop."""
+        settings = self.config.train
+        every = (settings.log_every, settings.save_every, settings.eval_every)
+        return due(step, settings.sample_every, 0) or any(
+            due(step, n, self.last_step) for n in every
+        )
+
     def measure(
         self, loss: Tensor, grad_norm: float, since: int, seconds: float, tick: float
     ) -> dict[str, Any]:
@@ -234,7 +262,7 @@ class Trainer(RunState):
             "loss": mean_loss,
             "lr": self.config.optim.lr * self.schedule.lr(self.step - 1),
             "grad_norm": grad_norm,
-            **optim.neuron_norms(self.optimizers, self.world.device),
+            **measures.of_matrices(self.optimizers, self.moved, self.world.device),
             "tokens_per_second": round(rate, 1),
             **({"skipped": self.spikes.skipped} if self.spikes.factor else {}),
         }

@@ -10,9 +10,11 @@ import subprocess
 import pytest
 import torch
 
-from nanonormuon import cli, compare, diagnose, report
+from nanonormuon import cli, compare, diagnose, measures, report
 from nanonormuon.checkpoint import all_steps, read_json, read_tensors, serialise, write
+from nanonormuon.config import load
 from nanonormuon.log import RunError, read_metrics
+from nanonormuon.train import train
 
 
 def called(arguments, capsys):
@@ -77,7 +79,7 @@ def test_plots(trained, tmp_path, capsys, monkeypatch):
     evaluated = [r for r in rows if "val_loss" in r]
     for over in ("step", "tokens", "seconds"):
         assert drawn["val_loss", over] == [[[r[over], r["val_loss"]] for r in evaluated]]
-    for key in ("loss", "lr", "grad_norm", "neuron_rms_mean"):
+    for key in ("loss", "lr", "grad_norm", "neuron_rms_mean", "update_ratio"):
         assert drawn[key, "step"] == [[[r["step"], r[key]] for r in rows]]
     assert called(["compare", trained, "--plot", tmp_path / "a.svg"], capsys)[0] == 0
     assert "<svg" in (tmp_path / "a.svg").read_text()[:2000]
@@ -113,14 +115,35 @@ def test_what_cannot_be_compared(trained, tmp_path, capsys, monkeypatch):
     assert found == 2 and "pip install matplotlib" in err
 
 
-def test_neurons_norms_are_those_of_the_weights(trained):
-    last = read_metrics(trained / "metrics.jsonl")[-1]
-    weights = read_tensors(all_steps(trained / "checkpoints")[-1] / "model.safetensors")
-    rows = torch.cat([
-        t.square().mean(1).sqrt() for name, t in weights.items() if "_proj" in name
-    ])  # fmt: skip
-    found = [last[f"neuron_rms_{which}"] for which in ("min", "mean", "max")]
-    assert found == pytest.approx([float(rows.min()), float(rows.mean()), float(rows.max())])
+@pytest.mark.parametrize("name", ["normuon", "adamw"])
+def test_what_a_row_says_of_the_weights(name, tiny, tmp_path):
+    """Beside the weights themselves, before and after each step, logged for whatever reason."""
+    more = [f"optim.name={name}", "optim.weight_decay=0.5", "train.log_every=3"]
+    more += ["train.save_every=1", "train.keep_last=0", "train.sample_tokens=0"]
+    train(load([*tiny, *more])[0], tmp_path / "run")
+    rows = {r["step"]: r for r in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    before = None
+    for path in all_steps(tmp_path / "run" / "checkpoints"):
+        weights = read_tensors(path / "model.safetensors")
+        after = [t for key, t in weights.items() if "_proj" in key]
+        neurons = torch.cat([t.square().mean(1).sqrt() for t in after])
+        row = rows[read_json(path / "state.json")["step"]]
+        found = [row[f"neuron_rms_{which}"] for which in ("min", "mean", "max")]
+        assert found == pytest.approx([float(f(neurons)) for f in (min, torch.mean, max)])
+        if before is not None:
+            a, b = (torch.cat([t.flatten() for t in side]) for side in (before, after))
+            assert row["update_ratio"] == pytest.approx(float((b - a).norm() / a.norm()), rel=1e-4)
+        before = after
+    assert len(rows) == 8
+
+
+def test_only_logged_steps_are_measured(tiny, tmp_path, monkeypatch):
+    measured, copies = [], measures.copies
+    monkeypatch.setattr(measures, "copies", lambda o: measured.append(1) or copies(o))
+    more = ["train.log_every=3", "train.eval_every=4", "train.save_every=5", "train.sample_every=7"]
+    train(load([*tiny, *more, "train.steps=11"])[0], tmp_path / "run")
+    steps = [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [3, 4, 5, 6, 7, 8, 9, 10, 11] and len(measured) == len(steps)
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -176,10 +199,10 @@ def test_the_page_holds_everything_and_refers_to_nothing(page):
     charts = {a["data-keys"]: a for tag, a in elements.found if tag == "svg"}
     assert list(charts) == [
         "loss val_loss", "val_bpb", "lr", "grad_norm",
-        "neuron_rms_min neuron_rms_mean neuron_rms_max", "tokens_per_second",
+        "neuron_rms_min neuron_rms_mean neuron_rms_max", "update_ratio", "tokens_per_second",
     ]  # fmt: skip
     curves = [a["points"].split() for tag, a in elements.found if tag == "polyline"]
-    assert [len(c) for c in curves] == [12, 3, 3, 12, 12, 12, 12, 12, 12]
+    assert [len(c) for c in curves] == [12, 3, 3, 12, 12, 12, 12, 12, 12, 12]
     heights = [float(p.split(",")[1]) for p in curves[0]]  # y grows downwards: a falling loss
     losses = [r["loss"] for r in rows]
     order = sorted(range(12), key=lambda i: losses[i])

@@ -402,6 +402,8 @@ def test_several_processes_follow_one(ranks, more, tolerance, tiny, tmp_path):
     a, b = (read_metrics(tmp_path / p / "metrics.jsonl") for p in ("one", "run"))
     for one, many in zip(a, b, strict=True):
         assert many["loss"] == pytest.approx(one["loss"], abs=tolerance), one["step"]
+        for key in ("neuron_rms_min", "neuron_rms_mean", "neuron_rms_max", "update_ratio"):
+            assert many[key] == pytest.approx(one[key], rel=max(1e-4, tolerance)), one["step"]
         if "val_loss" in one:
             assert many["val_loss"] == pytest.approx(one["val_loss"], abs=tolerance), one["step"]
     assert len(b) == 12 and summary["val_loss"] == pytest.approx(wanted["val_loss"], abs=tolerance)
