@@ -30,10 +30,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nanonormuon import distributed
 from nanonormuon.files import naming, settle, sync_directory, write_durably
 from nanonormuon.hf import to_hf
+from nanonormuon.normuon import NorMuon
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+OURS = (NorMuon, torch.optim.AdamW)  # whose buffers are tensors that belong to one parameter each
 ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
 JSON_LIMIT = 1 << 26  # bytes of a JSON file or header that anything is believed of
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -219,11 +221,64 @@ def named_state(
     buffers = {
         f"{name}.{key}": buffer
         for optimizer in optimizers
+        if isinstance(optimizer, OURS)
         for group in optimizer.param_groups
         for name, p in zip(group["names"], group["params"])
         for key, buffer in sorted(optimizer.state[p].items())
     }
+    for optimizer in optimizers:
+        if not isinstance(optimizer, OURS):
+            buffers |= foreign_state(optimizer)
     return weights, buffers
+
+
+def foreign_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of another package's optimizer: its tensors by number, and as bytes of JSON the
+    tree of dicts, lists and numbers whose leaves they are. What only pickle could keep is named
+    there instead."""
+    tensors: list[Tensor] = []
+
+    def tree(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dtype in DTYPES:
+            tensors.append(value)
+            return {"tensor": len(tensors) - 1}
+        if isinstance(value, dict):
+            return {"dict": [[key, tree(part)] for key, part in value.items()]}
+        if isinstance(value, list | tuple):
+            return {type(value).__name__: [tree(part) for part in value]}
+        if value is None or isinstance(value, int | float | str):
+            return value
+        raise TypeError(f"{type(optimizer).__name__} keeps a {type(value).__name__}")
+
+    try:
+        found = tree(optimizer.state_dict())
+    except TypeError as error:
+        found, tensors = {"unsaved": str(error)}, []
+    text = torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)
+    return {"foreign.tree": text} | {f"foreign.{i}": t for i, t in enumerate(tensors)}
+
+
+def load_foreign(optimizer: torch.optim.Optimizer, file: "TensorFile") -> None:
+    """The way back from foreign_state. Raises CheckpointError."""
+
+    def value(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        (kind, content), *_ = tree.items()
+        if kind == "unsaved":
+            raise ValueError(f"{content}, which is not saved; begin a new run, with --init-from")
+        if kind == "tensor":
+            return file.read(f"foreign.{content}")
+        if kind == "dict":
+            return {key: value(part) for key, part in content}
+        return {"list": list, "tuple": tuple}[kind](value(part) for part in content)
+
+    try:
+        optimizer.load_state_dict(value(json.loads(bytes(file.read("foreign.tree").tolist()))))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file.path}: no state of {type(optimizer).__name__}: {error}"
+        ) from None
 
 
 def named_for_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -377,12 +432,17 @@ def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], path: Path) -> 
         {
             f"{name}.{key}": shape
             for optimizer in optimizers
+            if isinstance(optimizer, OURS)
             for group in optimizer.param_groups
             for name, p in zip(group["names"], group["params"])
             for key, shape in buffer_shapes(optimizer, p).items()
         }
+        | {name: entry[1] for name, entry in file.entries.items() if name.startswith("foreign.")}
     )
     for optimizer in optimizers:
+        if not isinstance(optimizer, OURS):
+            load_foreign(optimizer, file)
+            continue
         content = optimizer.state_dict()
         names = [name for group in optimizer.param_groups for name in group["names"]]
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -398,7 +458,8 @@ def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], path: Path) -> 
 
 def buffer_shapes(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]:
     """A parameter's buffers, also those that AdamW makes at its first step only."""
-    if state := optimizer.state[p]:
+    state = optimizer.state[p] if isinstance(optimizer, OURS) else {}  # of others: an estimate
+    if state:
         return {key: tuple(value.shape) for key, value in state.items()}
     return {key: () if key == "step" else tuple(p.shape) for key in ADAMW_STATE}
 

@@ -264,4 +264,92 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-COMMANDS = (sample, evaluate, export, compare, report, diagnose, doctor)
+Recipe = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE [SECTION.KEY=VALUE]...", help="What all runs share, as for `run`."
+    ),
+]
+Parallel = Annotated[
+    int, typer.Option(min=0, help="Runs at a time; 0: one per GPU, or one on the CPU.")
+]
+Ranks = Annotated[int, typer.Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
+
+
+def race(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Directory of the comparison; goes on if it is there.")],
+    optimizers: Annotated[
+        str,
+        typer.Option(
+            help="Separated by commas: normuon, muon, adamw, module:Class of an installed package, "
+            "each with settings behind a +."
+        ),
+    ] = "normuon,muon,adamw",
+    lr: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Rates to choose from: "0.01,0.02", "adamw=0.001,0.003" for one of them, "0.5x,2x"'
+            " as multiples of its usual one. Given several times."
+        ),
+    ] = None,
+    wd: Annotated[str, typer.Option(help='Weight decays to choose from, as "0,0.1".')] = "",
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="A further axis of the grid, SECTION.KEY=A,B,C.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=0, help="Fresh seeds for the settings chosen; 0: only choose.")
+    ] = 5,
+    tuning_seeds: Annotated[int, typer.Option(min=1, help="Seeds per setting tried.")] = 1,
+    parallel: Parallel = 0,
+    ranks: Ranks = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Compare optimizers, each at its best settings.
+
+    Settings are chosen on a part of the training text, and judged with fresh seeds on the
+    validation split after full runs. Killed, it goes on where it was when the command is repeated.
+
+    \b
+    normuon-train race shakespeare-char train.steps=500 --seeds 5 --out runs/race
+    normuon-train race demo --optimizers normuon,adamw --lr adamw=0.001,0.003 --out runs/two
+    normuon-train race demo --optimizers normuon,normuon+beta2=0.9,torch.optim:Muon --out runs/b
+    """
+    from nanonormuon import race as racing
+    from nanonormuon.batch import Runner
+
+    field = racing.entries(recipe, optimizers, lr or (), wd, sweep or ())
+    found = racing.Race(recipe, field, seeds, out, tuning_seeds).run(Runner(parallel, ranks))
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(racing.markdown(found))
+        typer.echo(f"results: {out / 'results.json'}, {out / 'race.png'}")
+
+
+def trials(
+    recipe: Recipe,
+    target: Annotated[float, typer.Option(help="The validation loss to reach in the mean.")],
+    out: Annotated[Path, typer.Option(help="Directory of the trials; goes on if it is there.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Runs, with the seeds 0 to N - 1.")] = 10,
+    parallel: Parallel = 0,
+    ranks: Ranks = 1,
+) -> None:
+    """Repeat a recipe, and test the mean against a target.
+
+    Each trial leaves a log with source, configuration, environment and losses. The last line is
+    JSON: mean, standard deviation, Track 3's rule (target - mean) sqrt(n) >= 0.004, p-value.
+
+    \b
+    normuon-train trials track3-normuon --n 20 --target 3.28 --ranks 8 --out runs/track3
+    normuon-train trials shakespeare-char train.steps=300 --n 5 --target 1.9 --out runs/five
+    """
+    from nanonormuon import trials as trying
+    from nanonormuon.batch import Runner
+
+    found = trying.run(recipe, n, target, out, Runner(parallel, ranks))
+    typer.echo(trying.describe(found))
+    typer.echo(json.dumps(found))
+
+
+COMMANDS = (race, trials, sample, evaluate, export, compare, report, diagnose, doctor)

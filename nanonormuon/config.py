@@ -36,11 +36,13 @@ class DataConfig:
     order: Literal["shuffled", "sequential"] = "shuffled"  # sequential: as modded-nanogpt reads
     verify: Literal["auto", "full"] = "auto"  # hash shards at the start: all of 256 MB, or always
     val_tokens: int = 0  # evaluate on the first so many targets; 0: all
+    tuning: float = 0.0  # this share of the training tokens, their end, stands in for validation
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["normuon", "muon", "adamw"] = "normuon"  # for the hidden matrices
+    name: str = "normuon"  # for the hidden matrices: normuon | muon | adamw | module:Class
+    options: str = ""  # of module:Class, beside lr and weight_decay: "betas=(0.9, 0.95), rho=0.1"
     lr: float = 0.02  # of the hidden matrices, and so the next two
     weight_decay: float = 0.1
     momentum: float = 0.95
@@ -48,6 +50,7 @@ class OptimConfig:
     momentum_warmup: int = 300  # ... over so many steps
     nesterov: bool = True
     beta2: float = 0.95  # of NorMuon's second moment, one number per neuron
+    beta2_on: str = "*"  # names of the matrices that have one; Muon for the others: "*.mlp.*"
     neuron_axis: Literal["rows", "longest"] = "rows"  # longest: columns where they outnumber rows
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = (
         "original"  # latter: AdamW's lr carries over
@@ -108,6 +111,7 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {f.name: f.type for f in fields(Config)}  # type: ignore[misc]
+OPTIMIZERS = ("normuon", "muon", "adamw")
 POSITIVE = (
     "data.seq_len",
     "train.steps",
@@ -292,6 +296,15 @@ def check(config: Config, origin: dict[str, str]) -> None:
         )
     if config.optim.decay > 1:
         refuse("optim.decay", "a share of the run, 0 to 1")
+    if config.data.tuning >= 1:
+        refuse("data.tuning", "a share of the training tokens, below 1")
+    if config.optim.name not in OPTIMIZERS and ":" not in config.optim.name:
+        hint = nearest(config.optim.name, OPTIMIZERS)
+        refuse("optim.name", f"{', '.join(OPTIMIZERS)} or module:Class; {hint}")
+    if ":" in config.optim.name and config.train.parallel == "fsdp":
+        refuse("train.parallel", f"ddp: {config.optim.name} needs whole matrices on every rank")
+    if config.optim.options and config.optim.name in OPTIMIZERS:
+        refuse("optim.options", f"none: {config.optim.name} has settings of its own here")
     tokens, T = config.train.batch_tokens, config.data.seq_len
     if tokens % T:
         near = " or ".join(str(n) for n in (tokens // T * T, (tokens // T + 1) * T) if n)

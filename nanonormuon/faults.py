@@ -62,7 +62,8 @@ class Stopping:
 
 class Watch:
     """What this rank is doing, for errors to name, and a thread that ends the process with exit
-    code 7 when a section takes too long, or has it stop as by SIGTERM when torchrun is gone.
+    code 7 when a section takes too long, or has it stop as by SIGTERM when the process that started
+    it (torchrun, or a race: NANONORMUON_FOLLOW) is gone.
 
     Leaving the `with` block with an error writes it down: in RUN/errors/rank-N.txt (from the moment
     `folder` is set) and where torchrun looks for what to report.
@@ -76,7 +77,8 @@ class Watch:
         self.step, self.name, self.deadline = 0, "start", float("inf")
         self.folder: Path | None = None
         self.done = threading.Event()
-        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        led = {"TORCHELASTIC_RUN_ID", "NANONORMUON_FOLLOW"} & os.environ.keys()
+        self.parent = os.getppid() if led else None
 
     def longest(self) -> float:
         """Seconds after which any section would have been ended."""

@@ -1,12 +1,15 @@
 """Which parameter goes to which optimizer, and what the schedule makes of the learning rates.
 
 role        parameters                                          optimizer
-matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon or AdamW, by name
+matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon, AdamW or module:Class
 embedding   weights of nn.Embedding, also when the head is tied AdamW
 head        the linear layer that ends in the vocabulary        AdamW
 vector      gains, biases, matrices of one row or one column    AdamW
 """
 
+import ast
+import importlib
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,10 +106,12 @@ def make_optimizers(
     model: nn.Module,
     *,
     name: str = "normuon",
+    options: str = "",
     lr: float = 0.02,
     weight_decay: float = 0.1,
     momentum: float = 0.95,
     beta2: float = 0.95,
+    beta2_on: str = "*",
     nesterov: bool = True,
     neuron_axis: str = "rows",
     adjust_lr_fn: str = "original",
@@ -125,6 +130,7 @@ def make_optimizers(
     """Optimizers that between them hold every trainable parameter exactly once.
 
     Each group carries `role`, `names` and `initial_lr` beside its optimizer's own settings.
+    Raises ValueError for settings that an optimizer does not have.
     """
     lrs = {"matrix": lr, "embedding": embed_lr, "head": head_lr, "vector": vector_lr}
     matrices, others = [], []
@@ -134,7 +140,10 @@ def make_optimizers(
         group["weight_decay"] = weight_decay if is_matrix else adam_weight_decay
         (matrices if is_matrix and name != "adamw" else others).append(group)
     optimizers: list[torch.optim.Optimizer] = []
-    if matrices:
+    if matrices and ":" in name:
+        optimizers.append(foreign(name, options, matrices))
+    elif matrices:
+        matrices = [part for group in matrices for part in divided(group, beta2_on)]
         triples = COEFFICIENTS.get(ns_coefficients) or parse_triple(ns_coefficients)
         optimizers.append(
             NorMuon(
@@ -157,6 +166,58 @@ def make_optimizers(
     held = sorted(id(p) for o in optimizers for g in o.param_groups for p in g["params"])
     assert held == sorted(id(p) for p in model.parameters() if p.requires_grad)
     return optimizers
+
+
+def divided(group: dict, pattern: str) -> list[dict]:
+    """A group of matrices as two: those whose names match, and those that go without a second
+    moment. Raises ValueError if none matches."""
+    parts: dict[bool, dict] = {}
+    for name, p in zip(group["names"], group["params"]):
+        matches = fnmatchcase(name, pattern)
+        part = parts.setdefault(matches, group | {"names": [], "params": []})
+        part["names"].append(name)
+        part["params"].append(p)
+    if True not in parts:
+        raise ValueError(f'beta2_on = "{pattern}": matches no matrix; the first is {name}')
+    if False in parts:
+        parts[False]["beta2"] = None
+    return list(parts.values())
+
+
+def foreign(name: str, options: str, groups: list[dict]) -> torch.optim.Optimizer:
+    """An optimizer of an installed package, by its import path "module:Class".
+
+    options: its arguments as in a call, with literal values. Raises ValueError for what cannot be
+    imported or is no optimizer, and for arguments that it does not have.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+        if not issubclass(cls, torch.optim.Optimizer):
+            raise TypeError(f"{attribute} is no torch.optim.Optimizer")
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'name = "{name}": expected module:Class of an optimizer ({error})'
+        ) from None
+    try:
+        call = ast.parse(f"f({options})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise SyntaxError("positional")
+        arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(f'options = "{options}": expected KEY=VALUE, KEY=VALUE, ...') from None
+    known = inspect.signature(cls).parameters  # a **kwargs would swallow a misspelt name
+    if unknown := arguments.keys() - known.keys():
+        raise ValueError(f"options: {name} has no {min(unknown)}; it has {', '.join(known)}")
+    for group in groups:
+        group["use_muon"] = True  # some packages' Muons ask for it; to all others it is a name
+    try:
+        optimizer = cls(groups, lr=groups[0]["lr"], **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}({options}): {error}") from None
+    if "weight_decay" not in known and groups[0]["weight_decay"]:
+        raise ValueError(f"{name} has no weight decay: expected optim.weight_decay=0")
+    return optimizer
 
 
 def parse_triple(text: str) -> tuple[float, float, float]:
@@ -228,5 +289,5 @@ class Schedule:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.lr(step)
-                if "momentum" in group:
+                if isinstance(optimizer, NorMuon):  # others' momentum is their own matter
                     group["momentum"] = self.momentum_at(step)

@@ -38,6 +38,8 @@ def open_corpus(config: Config, world: distributed.World) -> tuple[Data, Tokeniz
     data, tokenizer, problem = open_directory(config, path)
     if tokenizer is None and world.first:
         log.warning(f"no samples and no bits per byte, data.tokenizer is not usable: {problem}")
+    if share := config.data.tuning:
+        data.train, data.val = data.train.cut(round((1 - share) * data.train.tokens))
     return mixed(config, data, tokenizer), tokenizer
 
 

@@ -203,6 +203,20 @@ class Split:
         whole.files = [file for s in splits for file in s.files]
         return whole
 
+    def cut(self, tokens: int) -> tuple["Split", "Split"]:
+        """The first so many tokens, and the rest. Bytes of text are not known of a part."""
+        parts, left = [], tokens
+        for i, shard in enumerate(self.shards):
+            parts.append((i, shard[:left], shard[left:]))
+            left = max(0, left - len(shard))
+        halves = []
+        for side in (1, 2):
+            kept = [part for part in parts if len(part[side])]
+            half = Split([self.paths[p[0]] for p in kept], [p[side] for p in kept], self.vocab_size)
+            half._found = [self._found[p[0]] for p in kept]
+            halves.append(half)
+        return halves[0], halves[1]
+
     def check(self, shard: int) -> None:
         """Before a shard is read: DataError if its file is not what was opened; costs a stat()."""
         self.files[shard].check()

@@ -1,0 +1,367 @@
+"""A fair comparison of optimizers: each one's settings tuned, then judged by fresh seeds.
+
+Every optimizer has the same budget, schedule, data order and, seed by seed, initialisation. Its
+settings are chosen on a part of the training text that is kept back (data.tuning); what they are
+worth is measured on the validation split, at the end of fully decayed runs, since curves cross
+before (arXiv 2509.02046). A best rate at the end of its grid makes the grid longer.
+
+    OUT/race.json     what is being compared
+    OUT/tuning/NAME/  a run directory per setting; OUT/seeds/NAME/ per optimizer and seed
+    OUT/results.json, OUT/results.md, OUT/race.png
+"""
+
+import itertools
+import json
+import logging
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanonormuon import config
+from nanonormuon.batch import Job, Runner
+from nanonormuon.config import ConfigError, parse_number
+from nanonormuon.extras import MissingPackage, picture
+from nanonormuon.files import replace_file
+from nanonormuon.log import RunError
+from nanonormuon.significance import interval, spread
+
+log = logging.getLogger(__name__)
+ADAMW_LR = 0.003  # about which the search begins for what is not a Muon
+FACTORS = (0.5, 1.0, 2.0)
+LONGER = 4  # rates that may be added to a grid whose best one lies at its end
+TUNING_SEED = 1_000_000  # and the next: none that a result is reported with
+TUNING_SHARE = 0.05  # of the training tokens, kept back for the choice
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A runner in the race: an optimizer with what is fixed about it, and its grid."""
+
+    label: str
+    settings: tuple[str, ...]  # KEY=VALUE
+    rates: tuple[float, ...]
+    others: tuple[tuple[str, ...], ...] = ((),)  # the other axes' combinations, each KEY=VALUE ...
+
+
+@dataclass
+class Standing:
+    """What is known of an entry."""
+
+    entry: Entry
+    tuning: dict[tuple[float, tuple[str, ...]], list[float]] = field(default_factory=dict)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def best(self) -> tuple[float, tuple[str, ...]]:
+        """The setting with the lowest mean loss on the tuning split."""
+        return min(self.tuning, key=lambda s: (statistics.fmean(self.tuning[s]), s[0]))
+
+    @property
+    def losses(self) -> list[float]:
+        return [run["val_loss"] for run in self.runs]
+
+
+def entries(
+    arguments: Sequence[str],
+    optimizers: str,
+    lr: Sequence[str] = (),
+    weight_decay: str = "",
+    sweep: Sequence[str] = (),
+) -> list[Entry]:
+    """What the command line asks for.
+
+    optimizers: "normuon,adamw,module:Class,normuon+beta2=0.9": the part behind a + is a setting,
+        of [optim] if no section is named.
+    lr: "0.01,0.02" rates of all, "adamw=0.001,0.003" of one, "0.5x,1x,2x" multiples of each one's
+        own usual rate. weight_decay: "0,0.1". sweep: "SECTION.KEY=A,B" as further axes.
+    Raises ConfigError.
+    """
+    axes = [f"optim.weight_decay={weight_decay}"] if weight_decay else []
+    columns = [
+        [f"{key}={value.strip()}" for value in values.split(",")]
+        for key, _, values in (axis.partition("=") for axis in (*axes, *sweep))
+    ]
+    others = tuple(itertools.product(*columns))
+    found = []
+    for label in filter(None, map(str.strip, optimizers.split(","))):
+        name, *extra = label.split("+")
+        settings = [f"optim.name={name}"]
+        settings += [e if "." in e.partition("=")[0] else f"optim.{e}" for e in extra]
+        resolved = config.load([*arguments, *settings])[0].optim
+        usual = resolved.lr if name in ("normuon", "muon") else ADAMW_LR
+        if any(s.startswith("optim.lr=") for s in settings):
+            usual = resolved.lr
+        found.append(Entry(label, tuple(settings), rates(label, lr, usual), others))
+    labels = [entry.label for entry in found]
+    if len(set(labels)) < len(labels) or not labels:
+        raise ConfigError(f'--optimizers "{optimizers}": expected different ones')
+    for text in lr:
+        if "=" in text and text.rpartition("=")[0] not in labels:
+            hint = config.nearest(text.rpartition("=")[0], labels)
+            raise ConfigError(f'--lr "{text}": none of --optimizers; {hint}')
+    return found
+
+
+def rates(label: str, given: Sequence[str], usual: float) -> tuple[float, ...]:
+    """The grid of one optimizer, from all --lr; the one that names it counts before the others."""
+    mine = [text for text in given if text.rpartition("=")[0] == label]
+    text = (mine or [text for text in given if "=" not in text] or [""])[-1]
+    grid = [usual * factor for factor in FACTORS]
+    if text:
+        parts = [part.strip() for part in text.rpartition("=")[2].split(",")]
+        values = [parse_number(part.removesuffix("x")) for part in parts]
+        if any(value is None or not 0 < value < math.inf for value in values):
+            raise ConfigError(
+                f'--lr "{text}": expected numbers above 0, as 0.01,0.02 or 0.5x,1x,2x'
+            )
+        grid = [v * usual if part.endswith("x") else v for v, part in zip(values, parts)]  # type: ignore
+    return tuple(sorted({float(f"{rate:.6g}") for rate in grid}))
+
+
+class Race:
+    """The state of a comparison; `run` brings it to its end, however often it was interrupted."""
+
+    def __init__(self, arguments: Sequence[str], field: Sequence[Entry], seeds: int, out: Path,
+                 tuning_seeds: int = 1):  # fmt: skip
+        self.arguments, self.seeds, self.out = tuple(arguments), seeds, out
+        self.tuning_seeds = tuning_seeds
+        self.standings = [Standing(entry) for entry in field]
+        self.config = config.load(arguments)[0]
+        self.steps = self.config.train.steps
+
+    def job(
+        self, kind: str, entry: Entry, setting: tuple[float, tuple[str, ...]], seed: int
+    ) -> Job:
+        """A run. Its directory's name says all that tells it from the other runs of its kind."""
+        rate, others = setting
+        tuning = kind == "tuning"
+        own = [*entry.settings, f"optim.lr={rate:g}", *others, f"train.seed={seed}"]
+        name = re.sub(r"[^\w.=+-]", "-", "+".join([entry.label, f"lr={rate:g}", *others]))
+        quiet = ["train.sample_tokens=0", "train.keep_last=1", "train.keep_best=false"]
+        common = [f"train.eval_every={max(1, self.steps // 10)}", *self.arguments, *quiet]
+        if tuning:
+            common += [f"data.tuning={TUNING_SHARE}", "train.eval_every=0"]
+        path = self.out / kind / f"{name}+seed={seed}"
+        return Job(path, (*common, *own), keep=not tuning)
+
+    def run(self, runner: Runner) -> dict[str, Any]:
+        """Tune, run the seeds, write the results; returns what results.json says."""
+        self.claim()
+        pending = [(s, rate, o) for s in self.standings for rate in s.entry.rates
+                   for o in s.entry.others]  # fmt: skip
+        while pending:
+            self.tune(runner, pending)
+            pending = [extension for s in self.standings for extension in beyond(s)]
+        jobs = [
+            self.job("seeds", s.entry, s.best, seed)
+            for seed in range(self.seeds) for s in self.standings
+        ]  # fmt: skip
+        if jobs:
+            log.info(f"{len(jobs)} runs with the settings chosen")
+        results = dict(zip(jobs, runner.run(jobs)))
+        for s in self.standings:
+            mine = [self.job("seeds", s.entry, s.best, seed) for seed in range(self.seeds)]
+            s.runs = [results[job] for job in mine]
+        return self.report()
+
+    def claim(self) -> None:
+        """Raise RunError if the directory is another comparison's."""
+        claim(self.out, "race.json", {"arguments": self.arguments, "steps": self.steps})
+
+    def tune(self, runner: Runner, pending: Sequence[tuple[Standing, float, tuple]]) -> None:
+        seeds = range(TUNING_SEED, TUNING_SEED + self.tuning_seeds)
+        log.info(f"{len(pending) * len(seeds)} runs to choose settings by")
+        jobs = [self.job("tuning", s.entry, (r, o), seed) for s, r, o in pending for seed in seeds]
+        results = iter(runner.run(jobs))
+        for s, rate, others in pending:
+            s.tuning[rate, others] = [next(results)["val_loss"] for _ in seeds]
+
+    def report(self) -> dict[str, Any]:
+        results = {
+            "arguments": self.arguments,
+            "steps": self.steps,
+            "tokens": self.steps * self.config.train.batch_tokens,
+            "optimizers": judge(self.standings, self.steps),
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        replace_file(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        replace_file(self.out / "results.md", (markdown(results) + "\n").encode())
+        try:
+            draw(results, self.out / "race.png")
+        except MissingPackage as error:
+            log.warning(str(error))
+        return results
+
+
+def claim(out: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Make OUT/name, or raise RunError if it is there with other content."""
+    file, text = out / name, json.dumps(content, indent=1) + "\n"
+    if file.exists():
+        if (found := file.read_text(encoding="utf-8")) != text:
+            raise RunError(
+                f"{file}: {json.dumps(json.loads(found))}, expected {json.dumps(content)}: "
+                "another comparison is there; choose another --out"
+            )
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise RunError(f"{out}: not empty, and no {name} there; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(file, text.encode())
+
+
+def beyond(standing: Standing) -> list[tuple[Standing, float, tuple[str, ...]]]:
+    """The next rate, if the best one so far is the smallest or largest tried, as (standing, rate,
+    other settings): an optimum at the end of a grid may lie outside it."""
+    tried = sorted({rate for rate, _ in standing.tuning})
+    rate, others = standing.best
+    longer = len(tried) - len(standing.entry.rates)
+    if len(tried) < 2 or longer >= LONGER or rate not in (tried[0], tried[-1]):
+        return []
+    if not math.isfinite(statistics.fmean(standing.tuning[rate, others])):
+        return []
+    step = tried[1] / tried[0] if rate == tried[0] else tried[-1] / tried[-2]
+    new = float(f"{rate / step if rate == tried[0] else rate * step:.6g}")
+    log.info(f"{standing.entry.label}: lr {rate:g} is best and last of the grid; {new:g} is added")
+    return [(standing, new, others)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The verdict
+
+
+def judge(standings: Sequence[Standing], steps: int) -> list[dict[str, Any]]:
+    """Each entry's numbers. The baseline is the best of all but the first; differences and steps
+    saved are taken seed by seed, where initialisation and data order are the same."""
+    baseline = min(standings[1:], key=mean_loss, default=None)
+    rows = []
+    for s in standings:
+        row: dict[str, Any] = {
+            "optimizer": s.entry.label,
+            "lr": s.best[0],
+            "settings": [*s.entry.settings, *s.best[1]],
+            "tuning": [
+                {"lr": rate, "settings": others, "val_loss": losses}
+                for (rate, others), losses in sorted(s.tuning.items())
+            ],
+        }
+        if s.runs:
+            row |= {
+                "n": len(s.runs),
+                "val_loss": s.losses,
+                "mean": statistics.fmean(s.losses),
+                "sd": spread(s.losses),
+                "ms_per_step": 1000 * statistics.fmean(r["train_seconds"] / steps for r in s.runs)
+                if all(r.get("train_seconds") for r in s.runs) else None,
+                "peak_memory": max((r.get("peak_memory") or 0) for r in s.runs) or None,
+                "curves": [r["curve"] for r in s.runs],
+            }  # fmt: skip
+        if s.runs and baseline is not None:
+            pairs = [*zip(s.losses, baseline.losses)]
+            reached = [reaches(run["curve"], loss) for run, (_, loss) in zip(s.runs, pairs)]
+            differences = [a - b for a, b in pairs]
+            row |= {
+                "baseline": baseline.entry.label,
+                "difference": statistics.fmean(differences),
+                "difference_interval": interval(differences),
+                "reached": sum(r is not None for r in reached),
+            }
+            if all(r is not None for r in reached):
+                saved = [100 * (1 - r / steps) for r in reached]  # type: ignore[operator]
+                row |= {
+                    "steps_to_baseline": statistics.fmean(reached),  # type: ignore[type-var]
+                    "percent_saved": statistics.fmean(saved),
+                    "percent_saved_interval": interval(saved),
+                }
+        rows.append(row)
+    return rows
+
+
+def mean_loss(standing: Standing) -> float:
+    return statistics.fmean(standing.losses) if standing.runs else math.inf
+
+
+def reaches(curve: Sequence[Sequence[float]], loss: float) -> float | None:
+    """The step at which a curve of [step, loss], straight between its points, first is so low."""
+    before: Sequence[float] | None = None
+    for point in curve:
+        if point[1] <= loss:
+            if before is None:
+                return point[0]
+            (x0, y0), (x1, y1) = before, point
+            return x0 + (x1 - x0) * (y0 - loss) / (y0 - y1)
+        before = point
+    return None
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table of a race, for a terminal and for a README."""
+    rows = results["optimizers"]
+    head = ["optimizer", "lr", "val_loss", "n", "minus baseline", "steps to baseline's",
+            "steps saved", "ms/step", "memory"]  # fmt: skip
+    lines = []
+    for r in rows:
+        label = r["optimizer"] + (" (baseline)" if r["optimizer"] == r.get("baseline") else "")
+        others = [s for s in r["settings"] if not s.startswith("optim.name=")]
+        extra = "".join(f", {s.removeprefix('optim.')}" for s in others if s not in label)
+        if "mean" not in r:
+            lines.append([label, f"{r['lr']:g}{extra}", *["-"] * (len(head) - 2)])
+            continue
+        lines.append(
+            [
+                label,
+                f"{r['lr']:g}{extra}",
+                f"{r['mean']:.4f}" + ("" if r["sd"] is None else f" ± {r['sd']:.4f}"),
+                str(r["n"]),
+                ranged(r.get("difference"), r.get("difference_interval"), "+.4f"),
+                f"{r['steps_to_baseline']:.0f}" if "steps_to_baseline" in r else "not reached",
+                ranged(r.get("percent_saved"), r.get("percent_saved_interval"), ".1f", " %"),
+                "-" if r["ms_per_step"] is None else f"{r['ms_per_step']:.1f}",
+                "-" if r["peak_memory"] is None else f"{r['peak_memory'] / 1e9:.2f} GB",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def ranged(mean: float | None, between: Sequence[float] | None, form: str, unit: str = "") -> str:
+    if mean is None:
+        return "-"
+    text = f"{mean:{form}}{unit}"
+    return text if between is None else f"{text} ({between[0]:{form}} to {between[1]:{form}})"
+
+
+def draw(results: Mapping[str, Any], file: Path) -> None:
+    """Validation loss over steps, shaded by one standard deviation over seeds; and what the choice
+    of the learning rate was made by."""
+    rows = results["optimizers"]
+    with picture(file, 1, 2, 6, 4.2) as axes:
+        curves, tuning = axes[0]
+        for r in rows:
+            points = [dict(curve) for curve in r.get("curves", []) if curve]
+            shared = sorted(set.intersection(*map(set, points))) if points else []
+            late = [step for step in shared if step >= 0.2 * results["steps"]]
+            means = [statistics.fmean(p[step] for p in points) for step in late]
+            sds = [spread([p[step] for p in points]) or 0.0 for step in late]
+            label = f"{r['optimizer']}, n = {len(points)}"
+            (line,) = curves.plot(late, means, label=label if points else r["optimizer"])
+            curves.fill_between(
+                late,
+                [m - s for m, s in zip(means, sds)],
+                [m + s for m, s in zip(means, sds)],
+                alpha=0.25,
+                color=line.get_color(),
+            )
+            best = {}
+            for t in r["tuning"]:
+                loss = statistics.fmean(t["val_loss"])
+                best[t["lr"]] = min(loss, best.get(t["lr"], math.inf))
+            shown = {rate: loss for rate, loss in sorted(best.items()) if math.isfinite(loss)}
+            tuning.plot(shown.keys(), shown.values(), marker="o", label=r["optimizer"],
+                        color=line.get_color())  # fmt: skip
+        curves.set(xlabel="step", ylabel="validation loss")
+        tuning.set(xlabel="learning rate of the matrices", ylabel="loss on the tuning split")
+        tuning.set_xscale("log")
+        tuning.legend()

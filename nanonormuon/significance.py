@@ -1,0 +1,64 @@
+"""What a few runs can tell: intervals, a one-sided test, Track 3's rule of validity."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+LEVEL = 0.95  # of every interval
+
+
+def student_cdf(t: float, df: int) -> float:
+    """P(T < t) for Student's T with `df` degrees of freedom; the finite series 26.7.3 and 26.7.4 of
+    Abramowitz and Stegun, exact for whole df >= 1."""
+    theta = math.atan2(abs(t), math.sqrt(df))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    if df % 2:
+        term, inside = cosine, 2 / math.pi * theta
+        first, scale = 3, 2 / math.pi * sine
+    else:
+        term, inside = 1.0, 0.0
+        first, scale = 2, sine
+    for k in range(first, df + 1, 2):
+        inside += scale * term
+        term *= cosine**2 * (k - 1) / k
+    return 0.5 + math.copysign(inside / 2, t)
+
+
+def student_quantile(p: float, df: int) -> float:
+    """The t with P(T < t) = p, for 0.5 <= p < 1."""
+    low, high = 0.0, 1.0
+    while student_cdf(high, df) < p:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_cdf(middle, df) < p else (low, middle)
+    return high
+
+
+def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
+    """Student's interval for the mean of what is sampled; None for less than two values."""
+    n = len(values)
+    if n < 2 or not all(map(math.isfinite, values)):
+        return None
+    half = student_quantile((1 + level) / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """The standard deviation; None for less than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def verdict(losses: Sequence[float], target: float) -> dict[str, float | bool | None]:
+    """Whether runs with these losses reach a target in the mean.
+
+    p_value: of Student's one-sided test against a mean at the target or above. margin: Track 3's
+    (target - mean) sqrt(n), valid from 0.004 on (modded-nanogpt's optimization benchmark).
+    """
+    n, mean, sd = len(losses), statistics.fmean(losses), spread(losses)
+    margin, p_value = (target - mean) * math.sqrt(n), None
+    if sd:
+        p_value = student_cdf(-margin / sd, n - 1)
+    return {"n": n, "mean": mean, "sd": sd, "target": target, "margin": margin,
+            "valid": margin >= 0.004, "p_value": p_value}  # fmt: skip
