@@ -58,8 +58,11 @@ class RunState:
         shape = {k: settings.pop(k) for k in optim.Schedule.OWN}
         shape["momentum"] = settings["momentum"]
         make = partial(optim.make_optimizers, ns_dtype=self.dtype, **settings)
-        self.canonical = Canonical(self.gpt, make, world.size) if canonical else None
-        self.optimizers = self.canonical.optimizers if self.canonical else make(self.gpt)
+        try:
+            self.canonical = Canonical(self.gpt, make, world.size) if canonical else None
+            self.optimizers = self.canonical.optimizers if self.canonical else make(self.gpt)
+        except ValueError as error:
+            raise ConfigError(f"optim: {error}") from None
         self.schedule = optim.Schedule(config.train.steps, **shape)
 
         self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint
