@@ -118,7 +118,7 @@ class Runner:
             self.places.put(place)
         if (result := job.result()) is None:
             text = job.log_file.read_text(encoding="utf-8", errors="replace").strip()
-            last = (text.splitlines() or ["it said nothing"])[-1]
+            last = (text.splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
             raise RunError(f"{job.path.name}: {last} (see {job.log_file})")
         if not job.keep:
             shutil.rmtree(job.path / "checkpoints", ignore_errors=True)

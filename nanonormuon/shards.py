@@ -205,17 +205,15 @@ class Split:
 
     def cut(self, tokens: int) -> tuple["Split", "Split"]:
         """The first so many tokens, and the rest. Bytes of text are not known of a part."""
-        parts, left = [], tokens
-        for i, shard in enumerate(self.shards):
-            parts.append((i, shard[:left], shard[left:]))
+        halves, left = (Split([], [], self.vocab_size), Split([], [], self.vocab_size)), tokens
+        for path, shard, file in zip(self.paths, self.shards, self.files):
+            for half, part in zip(halves, (shard[:left], shard[left:])):
+                if len(part):
+                    half.paths.append(path)
+                    half.shards.append(part)
+                    half.files.append(file)
             left = max(0, left - len(shard))
-        halves = []
-        for side in (1, 2):
-            kept = [part for part in parts if len(part[side])]
-            half = Split([self.paths[p[0]] for p in kept], [p[side] for p in kept], self.vocab_size)
-            half._found = [self._found[p[0]] for p in kept]
-            halves.append(half)
-        return halves[0], halves[1]
+        return halves
 
     def check(self, shard: int) -> None:
         """Before a shard is read: DataError if its file is not what was opened; costs a stat()."""
