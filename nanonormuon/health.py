@@ -59,7 +59,9 @@ def judge(
 
     A sum of squares is finite if all values are (and below 1e19); it costs a memory read.
     """
-    values = torch.stack([loss, grad_norm, get_total_norm([local(t) for t in state])]).float()
+    values = torch.stack(
+        [loss, grad_norm, get_total_norm([local(t) for t in state if t.is_floating_point()])]
+    ).float()
     flags = torch.isfinite(values).logical_not() * (world.size - world.rank)
     told = torch.stack([values[1].nan_to_num(nan=math.inf), torch.full_like(loss, stop)])
     *flags, size, signal = distributed.largest(torch.cat([flags, told]), world.device)

@@ -57,7 +57,9 @@ class Standing:
 
     @property
     def best(self) -> tuple[float, tuple[str, ...]]:
-        """The setting with the lowest mean loss on the tuning split."""
+        """The setting with the lowest mean loss on the tuning split, or the only one."""
+        if len(self.tuning) == 1:
+            return next(iter(self.tuning))
         return min(self.tuning, key=lambda s: (statistics.fmean(self.tuning[s]), s[0]))
 
     @property
@@ -75,7 +77,7 @@ def entries(
     """What the command line asks for.
 
     optimizers: "normuon,adamw,module:Class,normuon+beta2=0.9": the part behind a + is a setting,
-        of [optim] if no section is named.
+        of [optim] if no section is named; a comma before a blank belongs to its value.
     lr: "0.01,0.02" rates of all, "adamw=0.001,0.003" of one, "0.5x,1x,2x" multiples of each one's
         own usual rate. weight_decay: "0,0.1". sweep: "SECTION.KEY=A,B" as further axes.
     Raises ConfigError.
@@ -87,7 +89,7 @@ def entries(
     ]
     others = tuple(itertools.product(*columns))
     found = []
-    for label in filter(None, map(str.strip, optimizers.split(","))):
+    for label in filter(None, map(str.strip, re.split(r",(?! )", optimizers))):
         name, *extra = label.split("+")
         settings = [f"optim.name={name}"]
         settings += [e if "." in e.partition("=")[0] else f"optim.{e}" for e in extra]
@@ -151,8 +153,13 @@ class Race:
     def run(self, runner: Runner) -> dict[str, Any]:
         """Tune, run the seeds, write the results; returns what results.json says."""
         self.claim()
-        pending = [(s, rate, o) for s in self.standings for rate in s.entry.rates
-                   for o in s.entry.others]  # fmt: skip
+        pending = []
+        for s in self.standings:
+            settings = [*itertools.product(s.entry.rates, s.entry.others)]
+            if len(settings) == 1 and self.seeds:  # nothing to choose
+                s.tuning[settings[0]] = []
+            else:
+                pending += [(s, *setting) for setting in settings]
         while pending:
             self.tune(runner, pending)
             pending = [extension for s in self.standings for extension in beyond(s)]
@@ -355,7 +362,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
                 color=line.get_color(),
             )
             best = {}
-            for t in r["tuning"]:
+            for t in filter(lambda t: t["val_loss"], r["tuning"]):
                 loss = statistics.fmean(t["val_loss"])
                 best[t["lr"]] = min(loss, best.get(t["lr"], math.inf))
             shown = {rate: loss for rate, loss in sorted(best.items()) if math.isfinite(loss)}
