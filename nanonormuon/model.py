@@ -108,9 +108,9 @@ class RMSNorm(nn.Module):
         self.size, self.eps = size, eps or None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.weight is not None:
+            return Normalise.apply(x, self.weight, self.eps or torch.finfo(x.dtype).eps)
         weight = None if self.weight is None else self.weight.to(x.dtype)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight is not None:
-            return Normalise.apply(x, weight, self.eps or torch.finfo(x.dtype).eps)
         return F.rms_norm(x, (self.size,), weight, self.eps)
 
 
@@ -119,6 +119,7 @@ class Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        weight = weight.to(x.dtype)
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) ** 2
         r = (square / x.size(-1) + eps).rsqrt().to(x.dtype)
         n = x * r
@@ -135,21 +136,20 @@ class Normalise(torch.autograd.Function):
 
 
 def rope_tables(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (length, D), for `rotate`; float32."""
+    """cos and sin, each (length, D), for `rotate`; float32. The first half of sin is negative."""
     D = config.head_dim
     if config.rope == "half":  # its pairs turn the other way round than Qwen3's
         turning = (1 / 1024) ** torch.linspace(0, 1, D // 4, device=device)
         frequencies = torch.cat([-turning, turning.new_zeros(D // 2 - D // 4)])
     else:
         frequencies = config.rope_theta ** (-torch.arange(0, D, 2, device=device) / D)
-    angle = torch.outer(torch.arange(length, device=device), frequencies).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    angle = torch.outer(torch.arange(length, device=device), frequencies)
+    return angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on (B, heads, T, D): the first half of the channels pairs with the second half."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-x2, x1], dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 def document_mask(tokens: Tensor, separator: int) -> Tensor:
@@ -198,9 +198,11 @@ class Attention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None
     ) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(x).view(heads).transpose(1, 2) for project in projections)
+        # in this order in memory too: a CPU is slow at passes over tensors of two orders
+        q = rotate(self.q_norm(q.contiguous()), cos, sin)
+        k = rotate(self.k_norm(k.contiguous()), cos, sin)
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = attend(q, k, v, self.scale, mask)
