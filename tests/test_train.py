@@ -413,6 +413,33 @@ def test_several_processes_follow_one(ranks, more, tolerance, tiny, tmp_path):
         assert torch.allclose(value, theirs[name], atol=10 * tolerance), name
 
 
+ENGINES = {"one": (1, []), "ddp": (2, []), "fsdp": (2, FSDP)}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ENGINES)
+def test_any_engine_goes_on_for_fifty_steps_with_what_any_other_saved(
+    engine, tiny, forks, tmp_path
+):
+    longer = [*tiny, "train.steps=60", "train.save_every=0", "train.eval_every=0"]
+
+    def run(out, engine, *more):
+        ranks, layout = ENGINES[engine]
+        codes, said = forks.run([*longer, *layout, *more, "--out", out], ranks)
+        assert codes == [0] * ranks, said
+        return [row["loss"] for row in read_metrics(out / "metrics.jsonl")][10:]
+
+    run(tmp_path / "saved", engine, "train.stop_at=10")
+    found = {}
+    for other in ENGINES:
+        shutil.copytree(tmp_path / "saved", tmp_path / other)
+        found[other] = run(tmp_path / other, other, "--resume", "train.stop_at=0")
+    for other, losses in found.items():
+        assert len(losses) == 50
+        assert losses[0] == pytest.approx(found["one"][0], abs=1e-6), other
+        assert losses == pytest.approx(found["one"], abs=1e-3), other
+
+
 @pytest.mark.slow
 def test_several_processes_resume_bitwise(tiny, tmp_path):
     """Stopped where the step had been evaluated, which every rank must know."""
