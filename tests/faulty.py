@@ -2,9 +2,10 @@
 
 usage: FAULT=KIND@PLACE[:STEP[:RANK]] [torchrun | python] faulty.py RECIPE KEY=VALUE... --out DIR
 
-KIND is what happens (below), PLACE where: once, on that rank, when so many steps are done. KIND nan
-puts a NaN into a loss, gradient, weight or buffer, KIND bit changes a weight on that rank alone;
-disk@N kills at the N-th file-system call below checkpoints/.
+KIND is what happens (below), PLACE where: once, on that rank, when so many steps are done; stderr
+says "fault at" the monotonic clock's time. KIND nan puts a NaN into a loss, gradient, weight or
+buffer, KIND bit changes a weight on that rank alone; nan@memory fills the memory of every new
+tensor, on all ranks; disk@N kills at the N-th file-system call below checkpoints/.
 """
 
 import os
@@ -49,6 +50,12 @@ class AtImport:
 
 
 def inject(kind, place, step="0", rank="0"):
+    if place == "memory":
+        import torch
+
+        torch.use_deterministic_algorithms(True, warn_only=True)  # with it fresh memory is filled
+        assert torch.empty(9).isnan().all()
+        return
     if os.environ.get("RANK", "0") != rank:
         return
     if place == "import":
@@ -88,6 +95,7 @@ def inject(kind, place, step="0", rank="0"):
             if kind in ("nan", "bit"):
                 spoil(made[0], kind, place)
             else:
+                os.write(2, f"fault at {time.monotonic()}\n".encode())
                 KINDS[kind]()
         return original(*args, **kwargs)
 

@@ -45,12 +45,17 @@ def final(out, step=STEPS):
 
 
 @pytest.fixture(scope="module")
-def whole(short, forks, tmp_path_factory):
-    """What the run ends in when nothing happens."""
-    out = tmp_path_factory.mktemp("whole") / "run"
+def undisturbed(short, forks, tmp_path_factory):
+    """What the run ends in when nothing happens, and the seconds that it takes."""
+    out, begin = tmp_path_factory.mktemp("whole") / "run", time.monotonic()
     codes, said = forks.run([*short, "--out", out])
     assert codes == [0], said
-    return final(out)
+    return final(out), time.monotonic() - begin
+
+
+@pytest.fixture(scope="module")
+def whole(undisturbed):
+    return undisturbed[0]
 
 
 def ends_alike(forks, short, out, whole):
@@ -68,45 +73,39 @@ def saved(out):
 # Killed
 
 
-def kill_and_resume(trials, seed, forks, short, tmp_path, whole):
-    """SIGKILL at random moments, every other one at a random file-system call of a save, until
-    there were `trials`, a third of them in saves; a quick machine ends some runs before."""
-    dice, kills, killed_in_save = random.Random(seed), 0, 0
-    for run in range(10 * trials):
+def kill_and_resume(trials, seed, forks, short, tmp_path, undisturbed):
+    """SIGKILL at random moments of a run, every other one at a random file-system call of a save,
+    until there were `trials`; what a kill left is resumed, until that comes to its end."""
+    dice, (whole, seconds), kills, run = random.Random(seed), undisturbed, [], 0
+    while len(kills) < trials:
         out = tmp_path / f"run{run}"
-        for _ in range(50):
-            more = ["--resume"] if saved(out) else []
-            at = f"disk@{dice.randint(1, 90)}" if kills % 2 else ""
-            started = forks.start([*short, *more, "--out", out], fault=at)
-            if not at:
-                until = time.monotonic() + dice.uniform(0, 1.5)
-                while alive(started.pids[0]) and time.monotonic() < until:
-                    time.sleep(0.001)
-                if alive(started.pids[0]):
-                    os.kill(started.pids[0], signal.SIGKILL)
-            (code,) = started.wait()
-            assert code in (0, -9), started.said
-            kills += code == -9
-            killed_in_save += code == -9 and bool(at)
-            if code == 0:
-                break
-            if kills >= trials and killed_in_save >= trials // 3:
-                break
-        ends_alike(forks, short, out, whole)
-        if kills >= trials and killed_in_save >= trials // 3:
-            break
-    return kills, killed_in_save
+        in_save = len(kills) % 2 == 1
+        at = f"disk@{dice.randint(1, 90)}" if in_save else ""
+        more = ["--resume"] if saved(out) else []
+        started = forks.start([*short, *more, "--out", out], fault=at)
+        if not in_save:
+            until = time.monotonic() + dice.uniform(0, 1.2 * seconds)
+            while alive(started.pids[0]) and time.monotonic() < until:
+                time.sleep(0.001)
+            if alive(started.pids[0]):
+                os.kill(started.pids[0], signal.SIGKILL)
+        (code,) = started.wait()
+        assert code in (0, -signal.SIGKILL), started.said
+        if code:
+            kills.append(in_save)
+        if code == 0 or len(kills) == trials:
+            ends_alike(forks, short, out, whole)
+            run += 1
+    return sum(kills)
 
 
-def test_killed_at_random_moments(seed, forks, short, tmp_path, whole):
-    kills, in_save = kill_and_resume(4, seed, forks, short, tmp_path, whole)
-    assert kills >= 4 and in_save, (kills, in_save)
+def test_killed_at_random_moments(seed, forks, short, tmp_path, undisturbed):
+    assert kill_and_resume(4, seed, forks, short, tmp_path, undisturbed) == 2
 
 
 @pytest.mark.full
-def test_killed_at_a_hundred_random_moments(seed, forks, short, tmp_path, whole):
-    kills, in_save = kill_and_resume(100, seed, forks, short, tmp_path, whole)
-    assert kills >= 100 and in_save >= 30, (kills, in_save)
+def test_killed_at_a_hundred_random_moments(seed, forks, short, tmp_path, undisturbed):
+    assert kill_and_resume(100, seed, forks, short, tmp_path, undisturbed) == 50
 
 
 FILES = {"model.safetensors": [b"wei", b"ghts"], "optimizer.safetensors": b"buffers",
@@ -268,14 +267,28 @@ def test_a_signal_while_torch_is_being_imported(short, tmp_path):
 
 
 def torchrun(ranks, arguments, fault="", timeout=300):
-    """A run as users start it, with a fault in it; ranks = 0: without torchrun."""
+    """A run as users start it, with a fault in it; ranks = 0: without torchrun. It is over when the
+    last of its processes is. `times`: when it was started, when the fault came, when it was over.
+    """
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run(
+    begin = time.monotonic()
+    done = subprocess.run(
         [sys.executable, *(launch if ranks else []), str(ROOT / "tests" / "faulty.py"),
          *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout,
         env={**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    came = [float(x) for x in re.findall(r"^fault at ([\d.]+)$", done.stderr, re.M)]
+    done.times = (begin, *came[:1], time.monotonic())
+    return done
+
+
+def ends_quickly(times):
+    """Within 10 s of the fault; on a machine too busy for that, twice the time that it took to come
+    so far. What waits for a time limit would wait 900 s, torchrun's patience is 30 s."""
+    begin, fault, end = times
+    print(f"{end - fault:.1f} s after the fault, which came after {fault - begin:.1f} s")
+    return end - fault < max(10, 2 * (fault - begin))
 
 
 def first_failure(stderr):
@@ -304,7 +317,7 @@ def test_the_launcher_reports_the_rank_that_failed_first(short, tmp_path):
     assert re.search(wanted, cause)
     assert "division by zero" in (tmp_path / "run" / "errors" / "rank-1.txt").read_text()
     assert not (tmp_path / "run" / "errors" / "rank-0.txt").exists()
-    assert running(tmp_path / "run") == []
+    assert running(tmp_path / "run") == [] and ends_quickly(done.times)
 
 
 @pytest.mark.slow
@@ -313,7 +326,7 @@ def test_a_rank_that_is_killed_ends_the_job(short, tmp_path):
     cause = first_failure(done.stderr)
     assert "rank      : 1 " in cause and "SIGKILL" in cause and done.returncode == 1
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] == 4
-    assert running(tmp_path / "run") == []
+    assert running(tmp_path / "run") == [] and ends_quickly(done.times)
 
 
 @pytest.mark.full
@@ -338,7 +351,7 @@ def test_every_way_in_which_a_rank_can_fail(fault, words, more, short, tmp_path)
     cause = first_failure(done.stderr)
     assert done.returncode == 1 and words in cause
     assert f"rank      : {fault[-1]} " in cause
-    assert running(tmp_path / "run") == []
+    assert running(tmp_path / "run") == [] and ends_quickly(done.times)
     if checkpoint.all_steps(tmp_path / "run" / "checkpoints"):
         assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] in (2, 4)
 
@@ -428,11 +441,8 @@ LAYOUTS = [(2, DDP), (4, FSDP2), (2, FSDP2), (4, DDP)]
     ("dtype", "axis", "layouts"),
     [
         ("bf16", "longest", LAYOUTS[:2]),
-        *(
-            pytest.param(dtype, axis, LAYOUTS, marks=pytest.mark.full)
-            for dtype in ("bf16", "fp32")
-            for axis in ("rows", "longest")
-        ),
+        pytest.param("bf16", "rows", LAYOUTS, marks=pytest.mark.full),
+        pytest.param("fp32", "longest", LAYOUTS, marks=pytest.mark.full),
     ],
 )
 def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
@@ -441,7 +451,7 @@ def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
     """As replicas and as shards; also when one process goes on with what uneven shards left."""
     settings = ["train.canonical=true", "train.micro_batch=1", "train.eval_every=0"]
     settings += [f"train.dtype={dtype}", f"optim.neuron_axis={axis}", "optim.cautious=true"]
-    settings += ["optim.grad_clip=0.5", "train.steps=5"]
+    settings += ["optim.grad_clip=0.5", "train.steps=3"]
     one, parts = tmp_path / "one", tmp_path / "parts"
 
     def run(out, ranks, *more):
@@ -451,10 +461,18 @@ def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
     run(one, 1)
     for ranks, layout in layouts:
         run(out := tmp_path / f"{ranks}{layout}", ranks, *layout)
-        assert final(out, 5) == final(one, 5), (ranks, layout)
-    run(parts, 3, FSDP, "train.stop_at=3")
+        assert final(out, 3) == final(one, 3), (ranks, layout)
+    run(parts, 3, FSDP, "train.stop_at=2")
     run(parts, 1, "--resume")
-    assert final(parts, 5) == final(one, 5)
+    assert final(parts, 3) == final(one, 3)
+
+
+@pytest.mark.parametrize(("ranks", "more"), [(1, []), (2, []), (2, [FSDP])])
+def test_memory_is_written_before_it_is_read(ranks, more, forks, short, tmp_path):
+    """A run whose fresh tensors are full of NaN never meets one."""
+    often = ["train.sample_tokens=8", "train.sample_every=4", "train.dtype=bf16"]
+    codes, said = forks.run([*short, *often, *more, "--out", tmp_path], ranks, "nan@memory")
+    assert codes == [0] * ranks, said
 
 
 @pytest.mark.parametrize("more", [[], [FSDP]])

@@ -271,3 +271,17 @@ def test_torchs_schedulers_drive_it():
 def test_refusals_say_what_is_expected(shape, settings, words):
     with pytest.raises(ValueError, match=words):
         NorMuon([torch.nn.Parameter(torch.zeros(shape))], **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_products_by_bands_read_no_memory_that_they_have_not_written(dtype):
+    """The same bits when new tensors are full of NaN, which 0 times NaN would be too."""
+    random = torch.Generator().manual_seed(8)
+    X = [torch.randn(shape, generator=random).to(dtype) for shape in ((2, 512, 512), (1, 520, 800))]
+    wanted = [newton_schulz(x) for x in X]
+    torch.use_deterministic_algorithms(True)  # with it fresh memory is filled
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(9).isnan().all()
+        assert all(torch.equal(newton_schulz(x), want) for x, want in zip(X, wanted))
+    finally:
+        torch.use_deterministic_algorithms(False)
