@@ -15,7 +15,9 @@ import json
 import logging
 import math
 import re
+import shlex
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,10 +190,19 @@ class Race:
             s.tuning[rate, others] = [next(results)["val_loss"] for _ in seeds]
 
     def report(self) -> dict[str, Any]:
+        files = sorted(self.out.glob("*/*/environment.json"))
+        told = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        sources = sorted({environment["source_sha256"] for environment in told})
+        if len(sources) > 1:
+            log.warning(f"{self.out}: its runs are of {len(sources)} versions of the source")
         results = {
+            "command": f"normuon-train {shlex.join(sys.argv[1:])}",
             "arguments": self.arguments,
             "steps": self.steps,
             "tokens": self.steps * self.config.train.batch_tokens,
+            "source_sha256": sources,
+            "device": sorted({environment["device"] for environment in told}),
+            "torch": sorted({environment["torch"] for environment in told}),
             "optimizers": judge(self.standings, self.steps),
         }
         self.out.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 twice, choices that never see the validation split, any optimizer by its import path."""
 
 import concurrent.futures
+import importlib.util
 import json
 import math
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, command
+from conftest import ROOT, TINY, command
 
 from nanonormuon import batch, checkpoint, distributed, plan, race
 from nanonormuon.batch import Job, Runner
@@ -212,7 +213,7 @@ def test_a_race_from_its_first_run_to_its_table(tiny, tmp_path, here):
     field = race.entries(arguments, "normuon,adamw", ["0.5x,1x"])
     found = race.Race(arguments, field, 2, tmp_path / "r").run(Runner())
     assert json.loads((tmp_path / "r/results.json").read_text()) == json.loads(json.dumps(found))
-    assert (tmp_path / "r/race.png").stat().st_size > 1000
+    assert (tmp_path / "r/race.png").stat().st_size > 1000 and len(found["source_sha256"]) == 1
     count = len(here)
     first = [
         read_metrics(p / "metrics.jsonl")[0] for p in sorted((tmp_path / "r/seeds").glob("*=0"))
@@ -231,6 +232,47 @@ def test_a_race_from_its_first_run_to_its_table(tiny, tmp_path, here):
     )
     with pytest.raises(RunError, match="another comparison"):
         race.Race([*arguments, "train.seed=1"], field, 2, tmp_path / "r").run(Runner())
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kept_results_become_tables_and_are_verified(tiny, tmp_path, here, monkeypatch, capsys):
+    """The way from a race to RESULTS.md and README.md, and back to a run that is compared."""
+    arguments = [*tiny, "train.sample_tokens=0"]
+    field = race.entries(arguments, "normuon,adamw", ["1x", "adamw=0.003"])
+    race.Race(arguments, field, 2, tmp_path / "race-shakespeare").run(Runner())
+    for width in (32, 64):
+        fast = Pretended(lambda s: abs(math.log(float(s["optim.lr"]) / 0.04)))
+        race.Race(
+            arguments, race.entries(arguments, "normuon"), 0, tmp_path / f"width-{width}"
+        ).run(fast)
+    evidence, verify = script("evidence"), script("verify_results")
+    for name in ("KEPT", "RESULTS", "README"):
+        monkeypatch.setattr(evidence, name, tmp_path / "dev" / name)
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    (tmp_path / "dev").mkdir()
+    for name in ("RESULTS", "README"):
+        (tmp_path / "dev" / name).write_text("before\n<!-- races -->\nold\n<!-- /races -->\nafter")
+    evidence.main([str(tmp_path / n) for n in ("race-shakespeare", "width-32", "width-64")])
+    written = (tmp_path / "dev/RESULTS").read_text()
+    assert written.startswith("before") and written.endswith("after") and "old" not in written
+    assert "| normuon | 64 |" in written and "**0.0000**" in written
+    assert "| adamw (baseline) |" in (tmp_path / "dev/README").read_text()
+    kept = (tmp_path / "dev/KEPT/race-shakespeare.json").read_text()
+    assert str(tmp_path) not in json.loads(kept)["arguments"] and "data.path" not in kept
+    data = next(a for a in tiny if a.startswith("data.path"))
+    monkeypatch.setattr(verify, "KEPT", tmp_path / "dev/KEPT")
+    monkeypatch.setattr(sys, "argv", ["verify", "race-shakespeare", "--set", data])
+    assert verify.main() == 0 and "agrees" in capsys.readouterr().out
+    spoilt = json.loads(kept)
+    spoilt["optimizers"][0]["val_loss"][0] += 1
+    (tmp_path / "dev/KEPT/race-shakespeare.json").write_text(json.dumps(spoilt))
+    assert verify.main() == 1 and "DIFFERS" in capsys.readouterr().out
 
 
 def test_the_choice_never_sees_the_validation_split(tiny, shards):

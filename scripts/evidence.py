@@ -1,0 +1,113 @@
+"""The part of dev/RESULTS.md that comes from races, its plots, and the README's table.
+
+    python scripts/evidence.py runs/race-shakespeare runs/width-*   # takes their results over
+    python scripts/evidence.py                                      # writes the texts anew
+
+What a race directory's results.json says is kept as dev/results/NAME.json; all tables and plots
+are made from those files, between the marks `<!-- races -->` and `<!-- /races -->`.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from nanonormuon import race
+from nanonormuon.extras import picture
+
+ROOT = Path(__file__).parents[1]
+KEPT, RESULTS, README = ROOT / "dev" / "results", ROOT / "dev" / "RESULTS.md", ROOT / "README.md"
+FAMILIES = {"width": "model width", "batch": "tokens per step"}  # races named FAMILY-NUMBER
+
+
+def take(folder: Path) -> None:
+    """Keep a race's results, without the path of its data."""
+    text = (folder / "results.json").read_text(encoding="utf-8")
+    found = json.loads(text)
+    found["arguments"] = [a for a in found["arguments"] if not a.startswith("data.path=")]
+    found["command"] = re.sub(r" data\.path=\S+", "", found["command"])
+    for row in found["optimizers"]:
+        row["curves"] = [[[x, round(y, 5)] for x, y in curve] for curve in row.get("curves", [])]
+    KEPT.mkdir(exist_ok=True)
+    lines = json.dumps(found, indent=1)
+    lines = re.sub(r"\[\s+([-\d.e]+),\s+([-\d.e]+)\s+\]", r"[\1, \2]", lines)
+    (KEPT / f"{folder.name}.json").write_text(lines + "\n", encoding="utf-8")
+
+
+def section(name: str, found: dict[str, Any]) -> str:
+    """One race: how it was made, its table, its plot."""
+    seeds = max((row.get("n", 0) for row in found["optimizers"]), default=0)
+    lines = [f"### {name}", "", "```", found["command"], "```", ""]
+    where = f"{', '.join(found['device'])}, torch {', '.join(found['torch'])}"
+    lines += [
+        f"{found['steps']:,} steps, {found['tokens']:,} tokens; {where}; source "
+        f"{', '.join(s[:8] for s in found['source_sha256'])}. "
+        + (f"Differences and intervals (95 %) are over {seeds} seeds in pairs." if seeds else ""),
+        "",
+    ]
+    if seeds:
+        lines += [race.markdown(found), ""]
+        race.draw(found, KEPT / f"{name}.png")
+        lines += [f"![{name}](results/{name}.png)", ""]
+    return "\n".join(lines)
+
+
+def family(kind: str, races: dict[int, dict[str, Any]]) -> str:
+    """Races that differ in one size: the rates tried, best ones marked, and the curves."""
+    rows = {
+        (label, size): {t["lr"]: sum(t["val_loss"]) / len(t["val_loss"])
+                        for t in entry["tuning"] if t["val_loss"]}
+        for size, found in sorted(races.items())
+        for entry in found["optimizers"] for label in [entry["optimizer"]]
+    }  # fmt: skip
+    rates = sorted({rate for tried in rows.values() for rate in tried})
+    head = ["optimizer", FAMILIES[kind], *(f"lr {rate:g}" for rate in rates)]
+    lines = [head, ["---"] * len(head)]
+    for (label, size), tried in sorted(rows.items()):
+        best = min(tried, key=tried.__getitem__)
+        cells = [f"{tried[r]:.4f}" if r in tried else "" for r in rates]
+        cells = [f"**{c}**" if r == best else c for r, c in zip(rates, cells)]
+        lines.append([label, f"{size:,}", *cells])
+    with picture(KEPT / f"{kind}.png", 1, 1, 7, 4.5) as axes:
+        axis = axes[0, 0]
+        for (label, size), tried in sorted(rows.items()):
+            (line,) = axis.plot(tried.keys(), tried.values(), marker=".", label=f"{label} {size:,}")
+            best = min(tried, key=tried.__getitem__)
+            axis.plot([best], [tried[best]], marker="o", color=line.get_color())
+        axis.set(xlabel="learning rate of the matrices", ylabel="loss on the tuning split")
+        axis.set_xscale("log")
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"### {kind}\n\nLoss on the tuning split.\n\n{table}\n\n![{kind}](results/{kind}.png)\n"
+
+
+def between(file: Path, content: str) -> None:
+    """Replace what stands between the marks of a file."""
+    text = file.read_text(encoding="utf-8")
+    new, count = re.subn(
+        r"(<!-- races -->\n).*?(<!-- /races -->)", lambda m: m[1] + content + m[2], text, flags=re.S
+    )
+    if count != 1:
+        raise SystemExit(f"{file}: expected <!-- races --> and <!-- /races --> once, found {count}")
+    file.write_text(new, encoding="utf-8")
+
+
+def main(folders: list[str]) -> None:
+    for folder in folders:
+        take(Path(folder))
+    races = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(KEPT.glob("*.json"))}
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, found in races.items():
+        kind, _, size = name.rpartition("-")
+        if kind in FAMILIES and size.isdigit():
+            groups.setdefault(kind, {})[int(size)] = found
+    parts = [section(name, found) for name, found in races.items()]
+    parts += [family(kind, members) for kind, members in sorted(groups.items())]
+    between(RESULTS, "\n" + "\n".join(parts) + "\n")
+    if first := races.get("race-shakespeare"):
+        between(README, race.markdown(first) + "\n")
+    print(f"{RESULTS.relative_to(ROOT)}: {len(races)} races")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
