@@ -316,6 +316,7 @@ def race(
     normuon-train race demo --optimizers normuon,normuon+beta2=0.9,torch.optim:Muon --out runs/b
     """
     from nanonormuon import race as racing
+    from nanonormuon import standings
     from nanonormuon.batch import Runner
 
     field = racing.entries(recipe, optimizers, lr or (), wd, sweep or ())
@@ -323,7 +324,7 @@ def race(
     if as_json:
         print_json(found)
     else:
-        typer.echo(racing.markdown(found))
+        typer.echo(standings.markdown(found))
         typer.echo(f"results: {out / 'results.json'}, {out / 'race.png'}")
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanonormuon import race
+from nanonormuon import standings
 from nanonormuon.extras import picture
 
 ROOT = Path(__file__).parents[1]
@@ -47,8 +47,8 @@ def section(name: str, found: dict[str, Any]) -> str:
         "",
     ]
     if seeds:
-        lines += [race.markdown(found), ""]
-        race.draw(found, KEPT / f"{name}.png")
+        lines += [standings.markdown(found), ""]
+        standings.draw(found, KEPT / f"{name}.png")
         lines += [f"![{name}](results/{name}.png)", ""]
     return "\n".join(lines)
 
@@ -105,7 +105,7 @@ def main(folders: list[str]) -> None:
     parts += [family(kind, members) for kind, members in sorted(groups.items())]
     between(RESULTS, "\n" + "\n".join(parts) + "\n")
     if first := races.get("race-shakespeare"):
-        between(README, race.markdown(first) + "\n")
+        between(README, standings.markdown(first) + "\n")
     print(f"{RESULTS.relative_to(ROOT)}: {len(races)} races")
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command
 
-from nanonormuon import batch, checkpoint, distributed, plan, race
+from nanonormuon import batch, checkpoint, distributed, plan, race, standings
 from nanonormuon.batch import Job, Runner
 from nanonormuon.config import ConfigError, load
 from nanonormuon.log import RunError, read_metrics
@@ -157,8 +157,8 @@ def test_a_grid_grows_until_its_best_rate_lies_inside(tmp_path):
 
 def test_the_judgement_by_hand():
     def standing(label, curves):
-        entry = race.Entry(label, (f"optim.name={label}",), (0.1,))
-        s = race.Standing(entry, {(0.1, ()): [1.0]})
+        entry = standings.Entry(label, (f"optim.name={label}",), (0.1,))
+        s = standings.Standing(entry, {(0.1, ()): [1.0]})
         for curve in curves:
             run = {"val_loss": curve[-1][1], "curve": curve, "train_seconds": 3.0}
             s.runs.append(run | {"peak_memory": 7})
@@ -169,17 +169,19 @@ def test_the_judgement_by_hand():
         standing("b", [[[50, 3.0], [100, 2.0]], [[50, 3.0], [100, 2.0]]]),
         standing("c", [[[50, 3.0], [100, 2.5]], [[50, 3.0], [100, 2.9]]]),
     ]
-    a, b, c = race.judge(field, 100)
+    a, b, c = standings.judge(field, 100)
     assert a["baseline"] == "b" and a["mean"] == 1.25 and a["sd"] == pytest.approx(0.353553, 1e-5)
     assert a["difference"] == pytest.approx(-0.75)
     assert a["steps_to_baseline"] == pytest.approx(
         (75 + 75) / 2
     )  # straight from 3 to 1, 2.5 to 1.5
     assert a["percent_saved"] == pytest.approx(25) and a["percent_saved_interval"] is not None
+    assert a["against"]["b"]["steps_to_baseline"] == a["steps_to_baseline"]
+    assert a["against"]["c"]["difference"] == pytest.approx(1.25 - 2.7)
     assert b["difference"] == 0 and b["percent_saved"] == 0 and b["reached"] == 2
     assert c["reached"] == 0 and "percent_saved" not in c
     assert a["ms_per_step"] == pytest.approx(30) and a["peak_memory"] == 7
-    table = race.markdown({"optimizers": [a, b, c], "steps": 100})
+    table = standings.markdown({"optimizers": [a, b, c], "steps": 100})
     assert "b (baseline)" in table and "not reached" in table and "1.2500 ± 0.3536" in table
 
 
@@ -293,7 +295,9 @@ def test_a_run_whose_numbers_explode_loses_the_race(tiny, tmp_path, monkeypatch)
     (job.path / "crash-000003.json").write_text("{}")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert Runner().carry_out(job)["val_loss"] == math.inf
-    assert race.judge([race.Standing(race.Entry("a", (), (0.1,)), {(0.1, ()): [math.inf]})], 8)
+    assert standings.judge(
+        [standings.Standing(standings.Entry("a", (), (0.1,)), {(0.1, ()): [math.inf]})], 8
+    )
 
 
 @pytest.mark.slow
