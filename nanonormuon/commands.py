@@ -267,7 +267,7 @@ def doctor(as_json: AsJson = False) -> None:
 Recipe = Annotated[
     list[str],
     typer.Argument(
-        metavar="RECIPE [SECTION.KEY=VALUE]...", help="What all runs share, as for `run`."
+        metavar="RECIPE|FILE.toml|SECTION.KEY=VALUE", help="What all runs share, as for `run`."
     ),
 ]
 Parallel = Annotated[

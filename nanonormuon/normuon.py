@@ -100,7 +100,7 @@ def neuron_factors(
     norms = torch.stack([squares, squares * inverse**2]).sum((-2, -1), keepdim=True)
     if by_row:
         norms = total(norms)  # exact on any number of ranks: the norm is the whole matrix's
-    O_norm, U_norm = norms.sqrt().clamp_min(1e-30)  # a zero gradient gives a zero update
+    O_norm, U_norm = norms.sqrt().clamp_min(1e-10)  # no gradient, no update; 1e-30 would overflow
     if adjust_lr_fn == "original":
         return inverse * (O_norm / U_norm * math.sqrt(max(1, m / n)))
     return inverse * (0.2 * math.sqrt(m * n) / U_norm)

@@ -117,8 +117,9 @@ def reaches(curve: Sequence[Sequence[float]], loss: float) -> float | None:
     return None
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """The table of a race, for a terminal and for a README."""
+def markdown(results: Mapping[str, Any], times: bool = True) -> str:
+    """The table of a race, for a terminal and for a README; without `times` where the runs had the
+    machine for themselves only in part."""
     rows = results["optimizers"]
     head = ["optimizer", "lr", "val_loss", "n", "minus baseline", "steps to baseline's",
             "steps saved", "ms/step", "memory"]  # fmt: skip
@@ -137,13 +138,21 @@ def markdown(results: Mapping[str, Any]) -> str:
                 f"{r['mean']:.4f}" + ("" if r["sd"] is None else f" ± {r['sd']:.4f}"),
                 str(r["n"]),
                 ranged(r.get("difference"), r.get("difference_interval"), "+.4f"),
-                f"{r['steps_to_baseline']:.0f}" if "steps_to_baseline" in r else "not reached",
+                reached(r),
                 ranged(r.get("percent_saved"), r.get("percent_saved_interval"), ".1f", " %"),
                 "-" if r["ms_per_step"] is None else f"{r['ms_per_step']:.1f}",
                 "-" if r["peak_memory"] is None else f"{r['peak_memory'] / 1e9:.2f} GB",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+    table = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row[: None if times else -2]) + " |" for row in table)
+
+
+def reached(row: Mapping[str, Any]) -> str:
+    if "steps_to_baseline" in row:
+        return f"{row['steps_to_baseline']:.0f}"
+    count = row.get("reached", 0)
+    return f"{count} of {row['n']} runs" if count else "not reached"
 
 
 def ranged(mean: float | None, between: Sequence[float] | None, form: str, unit: str = "") -> str:

@@ -47,7 +47,7 @@ def section(name: str, found: dict[str, Any]) -> str:
         "",
     ]
     if seeds:
-        lines += [standings.markdown(found), ""]
+        lines += [standings.markdown(found, times=False), ""]
         standings.draw(found, KEPT / f"{name}.png")
         lines += [f"![{name}](results/{name}.png)", ""]
     return "\n".join(lines)
@@ -105,7 +105,7 @@ def main(folders: list[str]) -> None:
     parts += [family(kind, members) for kind, members in sorted(groups.items())]
     between(RESULTS, "\n" + "\n".join(parts) + "\n")
     if first := races.get("race-shakespeare"):
-        between(README, standings.markdown(first) + "\n")
+        between(README, standings.markdown(first, times=False) + "\n")
     print(f"{RESULTS.relative_to(ROOT)}: {len(races)} races")
 
 

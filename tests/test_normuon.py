@@ -117,7 +117,8 @@ def test_every_neuron_moves_at_the_same_rate_and_the_norm_is_the_adjusted_one():
     assert torch.allclose(W.square().mean(0).sqrt(), torch.full((m,), 0.2), rtol=1e-2)
 
 
-def test_zero_missing_and_rank_deficient_gradients_stay_finite():
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+def test_zero_missing_and_rank_deficient_gradients_stay_finite(scale):
     torch.manual_seed(6)
     W = torch.randn(12, 8)
     for G in (
@@ -125,12 +126,13 @@ def test_zero_missing_and_rank_deficient_gradients_stay_finite():
         torch.outer(torch.randn(12), torch.randn(8)),
         torch.eye(12, 8) * 1e-30,
     ):
-        for found in train(W, [G] * 3):
+        for found in train(W, [G] * 3, adjust_lr_fn=scale):
             assert found.isfinite().all()
-    (found,) = train(W, [torch.zeros(12, 8)], lr=0.1, weight_decay=0.5)
+    zero = torch.zeros(12, 8)
+    (found,) = train(W, [zero], lr=0.1, weight_decay=0.5, adjust_lr_fn=scale)
     assert torch.allclose(found, W * 0.95)
     p, q = torch.nn.Parameter(W.clone()), torch.nn.Parameter(W.clone())
-    optimizer = NorMuon([p, q], lr=0.1)
+    optimizer = NorMuon([p, q], lr=0.1, adjust_lr_fn=scale)
     p.grad = torch.randn(12, 8)
     optimizer.step()  # q has none: it counts as zero
     assert torch.allclose(q.detach(), W * 0.99) and not torch.allclose(p.detach(), W * 0.99)

@@ -6,9 +6,10 @@ import shlex
 
 import pytest
 import torch
+import typer
 from conftest import ROOT, command
 
-from nanonormuon import cli, config
+from nanonormuon import cli, config, race
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
@@ -50,6 +51,18 @@ def test_commands_name_what_exists():
             config.load([w for w in words if not w.startswith("--")])
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file()
+        elif words[1] in ("race", "trials"):
+            parsed = typer.main.get_command(cli.app).commands[words[1]].make_context("", words[2:])
+            given = parsed.params
+            config.load(given["recipe"])
+            if words[1] == "race":
+                race.entries(
+                    given["recipe"],
+                    given["optimizers"],
+                    given["lr"] or (),
+                    "",
+                    given["sweep"] or (),
+                )
 
 
 def test_links_and_files_exist():
@@ -58,7 +71,8 @@ def test_links_and_files_exist():
     for name in re.findall(r"`((?:nanonormuon|data|tests|scripts)/[\w./]+\.\w+)`", README):
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"`(\w+\.py)`", README):
-        assert (ROOT / name).is_file() or (ROOT / "nanonormuon" / name).is_file(), name
+        places = (ROOT, ROOT / "nanonormuon", ROOT / "scripts")
+        assert any((place / name).is_file() for place in places), name
 
 
 def section(title):
