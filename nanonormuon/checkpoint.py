@@ -1,7 +1,7 @@
 """Checkpoints: directories that are complete or absent, verified before anything is used.
 
     checkpoints/step-000500/
-        model.safetensors      weights, float32, under Hugging Face's names
+        model.safetensors      weights, float32 or model.embed_dtype, by Hugging Face's names
         optimizer.safetensors  every optimizer buffer, as <parameter>.<buffer>
         config.json, tokenizer files: with the weights, a Hugging Face model directory
         state.json             step, tokens, configuration, fingerprints of data and tokenizer

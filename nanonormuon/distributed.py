@@ -121,8 +121,9 @@ def wrap(
     """Make the model one of several replicas ("ddp") or shards ("fsdp"); one rank changes nothing.
 
     fsdp: FSDP2, block by block (`model.layers`), compute in `dtype` (None: as the model itself
-    does), gradients reduced in float32; the parameters become DTensors in place. reshard: free
-    whole weights after a block's forward.
+    does), gradients reduced in float32; the parameters become DTensors in place. An embedding that
+    rests in another dtype is a block of its own: what FSDP2 shards together has one. reshard: free
+    a block's whole weights after its forward.
     """
     if size() == 1:
         return model
@@ -130,8 +131,9 @@ def wrap(
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for layer in model.layers:
-            fully_shard(layer, mp_policy=policy, reshard_after_forward=reshard)
+        mixed = len({p.dtype for p in model.parameters()}) > 1
+        for block in [*model.layers, *([model.embed_tokens] if mixed else [])]:
+            fully_shard(block, mp_policy=policy, reshard_after_forward=reshard)
         return fully_shard(model, mp_policy=policy, reshard_after_forward=reshard)
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
     replica.require_backward_grad_sync = False  # its forward pass prepares nothing

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 # larger products
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
 IGNORE = -1  # a target that counts for nothing (padding of the last validation window)
+REST = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by GPTConfig.embed_dtype
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class GPTConfig:
     attn_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
     embed_norm: bool = False  # an RMSNorm after the embedding
     logit_cap: float = 0.0  # c > 0: logits become c x / sqrt(x^2 + c^2)
+    embed_dtype: str = "fp32"  # fp32 | bf16: how the embedding rests, and AdamW's averages for it
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd"):
@@ -77,6 +79,9 @@ class GPTConfig:
             raise ValueError(f'mlp = "{self.mlp}": expected swiglu or relu2')
         if self.rope not in ("full", "half"):
             raise ValueError(f'rope = "{self.rope}": expected full or half')
+        if self.embed_dtype not in REST or (self.tied and self.embed_dtype != "fp32"):
+            expected = "fp32, since the head is tied to it" if self.tied else "fp32 or bf16"
+            raise ValueError(f'embed_dtype = "{self.embed_dtype}": expected {expected}')
 
     def resolved(self) -> "GPTConfig":
         """The same config with every 0 that stands for a derived value replaced by that value."""
@@ -148,8 +153,9 @@ def rope_tables(config: GPTConfig, length: int, device: torch.device) -> tuple[T
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on (B, heads, T, D): the first half of the channels pairs with the second half."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
+    """RoPE on (B, heads, T, D): the first half of the channels pairs with the second half. It is
+    computed in the tables' dtype, if that is the wider one."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
 
 
 def document_mask(tokens: Tensor, separator: int) -> Tensor:
@@ -297,7 +303,8 @@ class HeadLoss(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """The model. `compute_dtype` is what activations and products use; weights stay float32."""
+    """The model. `compute_dtype` is what activations and products use; weights stay float32, but
+    for embed_dtype."""
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -305,7 +312,8 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.separator: int | None = None  # a token that attention is not to cross
         eps = config.norm_eps
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        rest = REST[config.embed_dtype]
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd, dtype=rest)
         self.embed_norm = RMSNorm(config.n_embd, eps) if config.embed_norm else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps)
@@ -339,10 +347,9 @@ class GPT(nn.Module):
         """tokens (B, T) int64 -> the residual stream after the last norm (B, T, C)."""
         start = 0 if cache is None else cache.length
         length = start + tokens.size(1)
-        cos, sin = (
-            t[start:].to(self.compute_dtype)
-            for t in rope_tables(self.config, length, tokens.device)
-        )
+        cos, sin = (t[start:] for t in rope_tables(self.config, length, tokens.device))
+        if self.config.rope == "full":  # as Qwen3 rounds them; track 3 turns in float32
+            cos, sin = cos.to(self.compute_dtype), sin.to(self.compute_dtype)
         mask = None
         if self.separator is not None and cache is None:
             mask = document_mask(tokens, self.separator)

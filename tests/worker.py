@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections import namedtuple
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from nanonormuon import NorMuon, normuon
+from nanonormuon.config import load
+from nanonormuon.model import GPT
+from nanonormuon.optim import Schedule, make_optimizers
 
 STEPS = 10
 # name -> shape: more rows than ranks, fewer (so that some shards are empty), one row per shard,
@@ -161,7 +165,6 @@ def save_with_fsdp(shards, run):
     """A short run of these ranks under FSDP2, which leaves a checkpoint."""
     from conftest import TINY
 
-    from nanonormuon.config import load
     from nanonormuon.train import train
 
     wishes = ["train.steps=2", "train.sample_tokens=0", "train.parallel=fsdp"]
@@ -193,8 +196,6 @@ def read_back(path, model):
 
 
 def read_back_on_each(path, mesh):
-    from nanonormuon.model import GPT
-
     same = {}
     for kind in ("ddp", "fsdp"):
         model = GPT(shape_of(path)).init_weights(99)
@@ -257,6 +258,52 @@ def readme_on_each(mesh):
     return found
 
 
+def filled(model):
+    """The model with no parameter left at zero, so that every path matters."""
+    random = torch.Generator().manual_seed(1)
+    model.init_weights(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=random).to(p.dtype))
+    return model
+
+
+def optimizer_settings(recipe):
+    """What a run passes to make_optimizers, as train.py does."""
+    settings = asdict(recipe.optim)
+    for key in ("grad_clip", *Schedule.OWN):
+        del settings[key]
+    return settings
+
+
+def schedule_of(recipe):
+    own = {key: getattr(recipe.optim, key) for key in Schedule.OWN}
+    return Schedule(recipe.train.steps, momentum=recipe.optim.momentum, **own)
+
+
+def track3(kind, embed_dtype, rank, world):
+    """Three steps of a track 3 recipe on a small model, within its decay."""
+    from nanonormuon import distributed
+
+    recipe = load(["track3-normuon"])[0]
+    sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, "embed_dtype": embed_dtype}
+    model = filled(GPT(replace(recipe.model, **sizes)))
+    outer = distributed.wrap(model, kind) if kind else model
+    optimizers = make_optimizers(model, ns_dtype=torch.float32, **optimizer_settings(recipe))
+    random = torch.Generator().manual_seed(6)
+    for step in (1000, 2000, 3000):
+        tokens, targets = torch.randint(96, (2, 12, 24), generator=random)
+        mine = slice(12 // world * rank, 12 // world * (rank + 1))
+        schedule_of(recipe).set(optimizers, step)
+        loss = outer(tokens[mine], targets[mine])
+        distributed.sync_gradients(outer, True)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return {f"track3.{kind}.{embed_dtype}.{n}": whole(p) for n, p in model.named_parameters()}
+
+
 def main(folder, shards, run):
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -283,6 +330,9 @@ def main(folder, shards, run):
     saved = sorted(run.glob("checkpoints/step-*"))
     facts["checkpoint"] = read_back_on_each(saved[-1], mesh) if saved else None
     tensors |= readme_on_each(mesh)
+    for kind in ("ddp", "fsdp"):
+        for embed_dtype in ("fp32", "bf16"):
+            tensors |= track3(kind, embed_dtype, rank, world)
     for key in sorted(tensors):  # replicas must not drift apart by a single bit
         mine = tensors[key].clone()
         dist.broadcast(mine, 0)
