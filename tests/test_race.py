@@ -195,8 +195,10 @@ def here(monkeypatch):
 
     def start(self, job, arguments, place):
         begun.append(job.path.name)
-        resume = arguments == ["--resume"]
-        source = [str(job.path / "config.toml")] if resume else arguments
+        resume = arguments[0] == "--resume"
+        source = [str(job.path / "config.toml"), *arguments[1:]] if resume else arguments
+        if resume:
+            source.insert(1, "train.stop_at=0")  # as cli.run does
         train(load(source)[0], job.path, resume)
 
     class Inline(concurrent.futures.ThreadPoolExecutor):  # signals need the main thread
@@ -325,6 +327,13 @@ def test_trials_survive_a_kill(tiny, tmp_path):
     train(load([*whole.arguments, "train.sample_tokens=0"])[0], whole.path)
     if resumed:  # else the killed one was quicker than the kill
         assert whole.result()["val_loss"] == found["losses"][0]
+
+
+def test_a_job_that_was_cut_off_ends_where_it_was_to_end(tiny, tmp_path, here):
+    job = Job(tmp_path / "a", (*tiny, "train.stop_at=5"))
+    train(load([*tiny, "train.stop_at=3"])[0], job.path)  # saved at step 3 ...
+    (job.path / "summary.json").unlink()  # ... and killed
+    assert Runner().run([job])[0]["steps"] == 5
 
 
 def test_a_failing_run_ends_the_batch_with_its_last_line(tiny, tmp_path, monkeypatch):
