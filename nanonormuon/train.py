@@ -271,6 +271,9 @@ class Trainer(RunState):
         """The loss on the whole validation split, the same on every rank. Raises Interrupted if
         meanwhile a rank is signalled to stop."""
         forward = self.gpt if self.forward is self.model else self.forward
+        T, n_layer = self.config.data.seq_len, self.config.model.n_layer
+        # in training all layers' activations are kept, here one layer's
+        at_once = max(self.micro_batch, min(8192 // T, self.micro_batch * n_layer))
 
         def step(*batch: Tensor, **more: Any) -> Tensor:
             if number := self.agree():
@@ -281,8 +284,8 @@ class Trainer(RunState):
             loss, targets = evaluate.validation_loss(
                 step,
                 self.data.val,
-                self.config.data.seq_len,
-                self.micro_batch,
+                T,
+                at_once,
                 self.world,
                 self.config.data.val_tokens,
             )
