@@ -1,8 +1,10 @@
 """The README is true: its Python runs, its commands parse, its links lead somewhere, and the steps
-for one's own text work in the order given."""
+for one's own text work in the order given. Every command of dev/GUARANTEES.md selects tests."""
 
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,6 +75,37 @@ def test_links_and_files_exist():
     for name in re.findall(r"`(\w+\.py)`", README):
         places = (ROOT, ROOT / "nanonormuon", ROOT / "scripts")
         assert any((place / name).is_file() for place in places), name
+
+
+GUARANTEES = (ROOT / "dev" / "GUARANTEES.md").read_text(encoding="utf-8").partition("|---|")[2]
+
+
+COLLECT = """
+import shlex, sys, pytest
+for line in sys.stdin.read().splitlines():
+    print("#", line, flush=True)
+    plain = ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+    pytest.main([*shlex.split(line)[1:], "--collect-only", *plain])
+"""
+
+
+@pytest.mark.slow
+def test_every_command_of_the_guarantees_selects_tests():
+    """And so does each word of its -k."""
+    lines = re.findall(r"`(pytest [^`]+)`", GUARANTEES)
+    assert len(lines) > 20
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT], input="\n".join(lines), cwd=ROOT, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = dict(part.split("\n", 1) for part in done.stdout.removeprefix("# ").split("\n# "))
+    assert list(found) == lines
+    for line, tests in found.items():
+        assert re.search(r"^tests/\S+::", tests, re.M), line
+        words = re.findall(r'-k "?([\w ]+)', line)
+        for word in words[0].split(" or ") if words else ():
+            assert re.search(rf"^tests/\S+::\S*{word}", tests, re.M), (line, word)
 
 
 def section(title):
@@ -157,9 +190,6 @@ def test_the_shakespeare_recipe_reads_what_its_script_makes(tmp_path):
     source = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
     if not source.exists():
         pytest.skip("needs tinyshakespeare.txt, which is not kept here")
-    import subprocess
-    import sys
-
     script = [sys.executable, str(ROOT / "data" / "shakespeare.py"), "--out", str(tmp_path / "d")]
     done = subprocess.run([*script, "--from", str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
