@@ -59,11 +59,13 @@ class Runner:
     """
 
     def __init__(self, parallel: int = 0, ranks: int = 1):
-        devices = torch.cuda.device_count()
-        self.parallel, self.ranks = parallel or max(1, devices // ranks), ranks
+        count = torch.cuda.device_count()
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        devices = names.split(",")[:count] if names else [str(i) for i in range(count)]
+        self.parallel, self.ranks = parallel or max(1, count // ranks), ranks
         self.places: queue.Queue[dict[str, str]] = queue.Queue()
         for i in range(self.parallel):
-            mine = {str((i * ranks + rank) % devices) for rank in range(ranks) if devices}
+            mine = {devices[(i * ranks + rank) % count] for rank in range(ranks) if count}
             threads = max(1, (os.cpu_count() or 1) // (self.parallel * ranks))
             self.places.put(
                 {"CUDA_VISIBLE_DEVICES": ",".join(sorted(mine))}

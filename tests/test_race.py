@@ -329,6 +329,18 @@ def test_trials_survive_a_kill(tiny, tmp_path):
         assert whole.result()["val_loss"] == found["losses"][0]
 
 
+@pytest.mark.parametrize(
+    ("visible", "ranks", "expected"),
+    [("", 1, ["0", "1", "2", "3"]), ("4,5,6,7", 2, ["4,5", "6,7"]), ("2,3", 1, ["2", "3"])],
+)
+def test_each_run_has_gpus_of_its_own(visible, ranks, expected, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    count = len(visible.split(",")) if visible else 4
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    places = list(Runner(0, ranks).places.queue)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == expected
+
+
 def test_a_job_that_was_cut_off_ends_where_it_was_to_end(tiny, tmp_path, here):
     job = Job(tmp_path / "a", (*tiny, "train.stop_at=5"))
     train(load([*tiny, "train.stop_at=3"])[0], job.path)  # saved at step 3 ...
