@@ -46,8 +46,9 @@ def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, floa
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """The standard deviation; None for less than two values."""
-    return statistics.stdev(values) if len(values) > 1 else None
+    """The standard deviation; None for less than two values, or infinite ones."""
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.stdev(values) if known else None
 
 
 def verdict(losses: Sequence[float], target: float) -> dict[str, float | bool | None]:
