@@ -95,6 +95,7 @@ class TrainConfig:
         "auto"  # of compute; weights and optimizer stay float32
     )
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
+    activation_checkpointing: bool = False  # blocks run forward again in backward: less memory
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several ranks; auto: ddp
     skip_spikes: float = 0.0  # leave out updates with so many times the usual gradient; 0: none
     time_limit: float = 900.0  # seconds for a step or a save, 4 times for longer work; 0: none
@@ -145,6 +146,7 @@ MAY_CHANGE = (  # on resume; anything else would make it another run (data are c
     "train.track",
     "train.device",
     "train.compile",
+    "train.activation_checkpointing",
     "train.parallel",
     "train.reshard",
     "data.verify",

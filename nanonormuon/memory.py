@@ -43,6 +43,7 @@ def micro_batch(
     per_rank: int,
     world: distributed.World,
     parallel: str = "ddp",
+    recompute: bool = False,
 ) -> int:
     """The largest divisor of per_rank, in sequences, that fits on every rank.
 
@@ -58,7 +59,7 @@ def micro_batch(
     if parallel == "fsdp" and world.size > 1:
         fitting = estimate(model, seq_len, candidates, world)
         return -int(distributed.largest([-fitting], world.device)[0])
-    key = key_of(model, optimizers, seq_len, per_rank, world)
+    key = key_of(model, optimizers, seq_len, per_rank, world, recompute)
     known = distributed.first_does(lambda: read_cache().get(key), world.device)
     if known in candidates:
         return known
@@ -122,8 +123,9 @@ def probe(
     low, high = 0, len(candidates)
     if not fits(first):
         raise OutOfMemory(
-            f"out of memory: {candidates[0]} sequence of {seq_len} tokens and an update do "
-            "not fit: take a smaller model or data.seq_len, or more GPUs and train.parallel=fsdp"
+            f"out of memory: {candidates[0]} sequence of {seq_len} tokens and an update do not "
+            "fit: set train.activation_checkpointing=true, take more GPUs and train.parallel=fsdp, "
+            "or a smaller model or data.seq_len"
         )
     while low + 1 < high:
         middle = (low + high) // 2
@@ -158,6 +160,7 @@ def key_of(
     seq_len: int,
     per_rank: int,
     world: distributed.World,
+    recompute: bool,
 ) -> str:
     """All that the result of a probe depends on, but for other processes on the device."""
     properties = torch.cuda.get_device_properties(world.device)
@@ -166,6 +169,7 @@ def key_of(
             "model": asdict(model.config),
             "document_mask": model.separator is not None,
             "optimizers": [type(optimizer).__name__ for optimizer in optimizers],
+            "activation_checkpointing": recompute,
             "seq_len": seq_len,
             "per_rank": per_rank,
             "ranks": world.size,
@@ -229,8 +233,9 @@ def exhausted(cause: str, run: Path, micro_batch: int, fewer: int) -> OutOfMemor
         advice = f"go on from the last checkpoint with: {again} train.micro_batch={fewer}"
     else:
         advice = (
-            "less than one sequence at a time is impossible; go on from the last checkpoint where "
-            f"there is more memory, or on more GPUs with train.parallel=fsdp: {again}"
+            "less than one sequence at a time is impossible; go on from the last checkpoint with "
+            f"{again} train.activation_checkpointing=true, on more GPUs with train.parallel=fsdp, "
+            "or where there is more memory"
         )
     return OutOfMemory(f"out of memory{cause and ': '}{cause}; {advice}")
 

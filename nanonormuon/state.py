@@ -48,6 +48,8 @@ class RunState:
         self.dtype = distributed.compute_dtype(config.train.dtype, world.device)
         self.gpt = GPT(config.model, self.dtype).init_weights(config.train.seed).to(world.device)
         self.gpt.separator = plan.separator(config, self.data, self.tokenizer)
+        if config.train.activation_checkpointing:
+            distributed.checkpoint_activations(self.gpt)
         self.parallel = "ddp" if config.train.parallel == "auto" else config.train.parallel
         canonical, self.model = config.train.canonical, self.gpt
         if not (canonical and self.parallel == "ddp"):
@@ -136,9 +138,14 @@ class RunState:
         if state and state["ranks"] == self.world.size:
             return state["micro_batch"]  # for the same roundings, also on a device with less room
         with self.watch.section("start"):
-            T = self.config.data.seq_len
             return memory.micro_batch(
-                self.gpt, self.optimizers, T, self.per_rank, self.world, self.parallel
+                self.gpt,
+                self.optimizers,
+                self.config.data.seq_len,
+                self.per_rank,
+                self.world,
+                self.parallel,
+                self.config.train.activation_checkpointing,
             )
 
     # ---------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
-"""As many sequences at a time as fit, found without a trace; and a rank that runs out of memory in
-mid run costs a repeated step, or ends the run with a line that says how to go on."""
+"""As many sequences at a time as fit, found without a trace; fewer activations, the same bits; and
+a rank that runs out of memory in mid run costs a repeated step, or ends the run with a line that
+says how to go on."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from nanonormuon import memory, optim
+from nanonormuon import distributed, memory, optim
 from nanonormuon.distributed import World
 from nanonormuon.log import read_metrics
 from nanonormuon.model import GPT, GPTConfig
@@ -47,7 +48,7 @@ def test_the_probe_finds_the_largest_and_leaves_no_trace():
 def test_not_even_one():
     model, optimizers = small()
     model.room = 0
-    with pytest.raises(memory.OutOfMemory, match=r"1 sequence of 8 tokens .*do not fit"):
+    with pytest.raises(memory.OutOfMemory, match=r"1 sequence of 8 tokens and an update do not"):
         memory.probe(model, optimizers, 8, [1, 2])
 
 
@@ -72,6 +73,64 @@ def test_on_a_cpu_it_is_arithmetic():
     world = World(0, 1, torch.device("cpu"))
     assert memory.micro_batch(*small(), 1024, 12, world) == 6
     assert memory.micro_batch(*small(), 16384, 12, world) == 1
+
+
+def test_activation_checkpointing_keeps_a_fraction_and_the_same_bits():
+    torch.manual_seed(4)
+    tokens = torch.randint(64, (4, 64))
+    grads, kept = [], []
+    for again in (False, True):
+        torch.manual_seed(5)
+        model = GPT(GPTConfig(vocab_size=64, n_layer=6, n_head=2, n_embd=32)).init_weights(3)
+        for p in model.parameters():  # also the projections that begin at zero
+            torch.nn.init.normal_(p, std=0.1)
+        if again:
+            distributed.checkpoint_activations(model)
+        seen = {}
+
+        def pack(t, seen=seen):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = model(tokens, tokens)
+        loss.backward()
+        kept.append(sum(seen.values()))
+        grads.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert kept[1] < kept[0] / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [
+        (1, []),
+        (2, ["train.micro_batch=3"]),
+        (2, ["train.parallel=fsdp", "train.micro_batch=3"]),
+    ],
+)
+def test_a_run_with_activation_checkpointing_ends_in_the_same_bytes(
+    ranks, more, tiny, forks, tmp_path
+):
+    runs = {"plain": [], "checkpointed": ["train.activation_checkpointing=true"]}
+    for name, wish in runs.items():
+        codes, said = forks.run([*tiny, *more, *wish, "--out", tmp_path / name], ranks)
+        assert codes == [0] * ranks, said
+    for name in ("model", "optimizer"):
+        a, b = (tmp_path / run / f"checkpoints/step-000008/{name}.safetensors" for run in runs)
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_is_no_break_in_a_compiled_graph():
+    model = GPT(GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=16)).init_weights(3)
+    tokens = torch.arange(24).view(2, 12)
+    wanted = model(tokens, tokens)
+    distributed.checkpoint_activations(model)
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, tokens)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------
