@@ -10,6 +10,7 @@ are made from those files, between the marks `<!-- races -->` and `<!-- /races -
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,42 @@ def section(name: str, found: dict[str, Any]) -> str:
         "",
     ]
     if seeds:
-        lines += [standings.markdown(found, times=False), ""]
-        standings.draw(found, KEPT / f"{name}.png")
+        against_first = name == "ablations"
+        table = variants if against_first else partial(standings.markdown, times=False)
+        lines += [table(found), ""]
+        (draw_variants if against_first else standings.draw)(found, KEPT / f"{name}.png")
         lines += [f"![{name}](results/{name}.png)", ""]
     return "\n".join(lines)
+
+
+def variants(found: dict[str, Any]) -> str:
+    """Every optimizer of a race against its first."""
+    first = found["optimizers"][0]["optimizer"]
+    lines = [["optimizer", "lr", "val_loss", f"minus {first}", "95 % interval"], ["---"] * 5]
+    for row in found["optimizers"]:
+        cells = ["", ""]
+        if versus := row["against"].get(first):
+            low, high = versus["difference_interval"]
+            cells = [f"{versus['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+        loss = f"{row['mean']:.4f} ± {row['sd']:.4f}"
+        lines.append([row["optimizer"], f"{row['lr']:g}", loss, *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw_variants(found: dict[str, Any], file: Path) -> None:
+    """What each variant adds to the first optimizer's loss, with 95 % intervals."""
+    first, *rest = found["optimizers"]
+    with picture(file, 1, 1, 8, 5) as axes:
+        axis = axes[0, 0]
+        for y, row in enumerate(reversed(rest)):
+            versus = row["against"][first["optimizer"]]
+            low, high = versus["difference_interval"]
+            label = "95 % interval" if y == 0 else None
+            axis.plot([low, high], [y, y], color="C0", label=label)
+            axis.plot([versus["difference"]], [y], marker="o", color="C0")
+        axis.axvline(0, color="grey", linewidth=1)
+        axis.set_yticks(range(len(rest)), [row["optimizer"] for row in reversed(rest)], fontsize=8)
+        axis.set(xlabel=f"validation loss minus {first['optimizer']}'s")
 
 
 def family(kind: str, races: dict[int, dict[str, Any]]) -> str:
@@ -77,6 +110,8 @@ def family(kind: str, races: dict[int, dict[str, Any]]) -> str:
             axis.plot([best], [tried[best]], marker="o", color=line.get_color())
         axis.set(xlabel="learning rate of the matrices", ylabel="loss on the tuning split")
         axis.set_xscale("log")
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.minorticks_off()
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"### {kind}\n\nLoss on the tuning split.\n\n{table}\n\n![{kind}](results/{kind}.png)\n"
 
