@@ -39,6 +39,7 @@ th {{ font-weight: 600; color: #59636e; }}
 svg {{ width: 100%; height: auto; }} svg text {{ font-size: 11px; fill: #59636e; }}
 .grid {{ stroke: #d1d9e0; }} .cursor {{ stroke: #59636e; visibility: hidden; }}
 .curve {{ fill: none; stroke-width: 1.6; }}
+.legend span {{ margin-right: 1.2em; }}
 .readout {{ min-height: 1.5em; font-variant-numeric: tabular-nums; color: #59636e; }}
 pre {{ background: #f6f8fa; padding: .8em; overflow-x: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: 13px; }}
@@ -79,7 +80,7 @@ def write(run: Path, out: Path) -> None:
     record = read(run)
     body = [key_values({k: spell(k, v) for k, v in row_of(record, None).items()})]
     for title, keys in CHARTS:
-        if any(record.curve(key)[0] for key in keys):
+        if any(len(record.curve(key)[0]) > 1 for key in keys):
             body += [f"<h2>{title}</h2>", chart(record, keys)]
     body += samples(run / "samples.jsonl")
     for name in (RESULTS, "summary.json", "environment.json"):
@@ -117,10 +118,9 @@ def samples(file: Path) -> list[str]:
 
 def chart(run: RunRecord, keys: Sequence[str]) -> str:
     """Curves over steps as an inline SVG, with a line for what the pointer is at."""
-    curves = {key: run.curve(key) for key in keys if run.curve(key)[0]}
-    xs = [x for x, _ in curves.values() for x in x]
+    curves = {key: run.curve(key) for key in keys if len(run.curve(key)[0]) > 1}
     ys = [y for _, y in curves.values() for y in y if math.isfinite(y)]
-    low, high = min(xs), max(xs)
+    low, high = run.rows[0]["step"], run.rows[-1]["step"]  # the same in all charts
     bottom, top = min(ys, default=0.0), max(ys, default=1.0)
     if top - bottom < 1e-12 * max(1.0, abs(top)):
         bottom, top = bottom - 0.5 * (abs(bottom) or 1), top + 0.5 * (abs(top) or 1)
@@ -139,14 +139,15 @@ def chart(run: RunRecord, keys: Sequence[str]) -> str:
     for x in ticks(low, high):
         parts.append(f'<text x="{x_at(x):.1f}" y="{HEIGHT - 10}" text-anchor="middle">'
                      f'{x:,.6g}</text>')  # fmt: skip
-    for i, (key, (x, y)) in enumerate(curves.items()):
+    parts.append(f'<text x="{LEFT - 6}" y="{HEIGHT - 10}" text-anchor="end">step</text>')
+    for (x, y), colour in zip(curves.values(), COLOURS):
         points = " ".join(f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(x, y) if math.isfinite(b))
-        parts.append(f'<polyline class="curve" stroke="{COLOURS[i]}" points="{points}"/>')
-        parts.append(f'<text x="{WIDTH - 16}" y="{TOP + 14 + 15 * i}" text-anchor="end" '
-                     f'style="fill:{COLOURS[i]}">{key}</text>')  # fmt: skip
+        parts.append(f'<polyline class="curve" stroke="{colour}" points="{points}"/>')
     parts.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    names = [f'<span style="color:{c}">{key}</span>' for key, c in zip(curves, COLOURS)]
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" data-keys="{" ".join(curves)}" '
+        (f'<div class="legend">{" ".join(names)}</div>' if len(names) > 1 else "")
+        + f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" data-keys="{" ".join(curves)}" '
         f'data-range="{low} {high} {LEFT} {WIDTH - 10}">{"".join(parts)}</svg>'
         '<div class="readout"></div>'
     )

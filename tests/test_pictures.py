@@ -187,6 +187,19 @@ class Elements(html.parser.HTMLParser):
             self.text.setdefault(self.open[-1], []).append(data)
 
 
+def test_a_single_value_makes_no_curve(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
+    rows = read_metrics(run / "metrics.jsonl")
+    for row in rows[:-1]:
+        row.pop("val_loss", None), row.pop("val_bpb", None)
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report.write(run, tmp_path / "r.html")
+    page = Elements((tmp_path / "r.html").read_text())
+    charts = [a["data-keys"] for tag, a in page.found if tag == "svg"]
+    assert charts[:2] == ["loss", "lr"] and "Bits per byte" not in page.text["h2"]
+
+
 def test_the_page_holds_everything_and_refers_to_nothing(page):
     run, out = page
     text = out.read_text(encoding="utf-8")
@@ -201,6 +214,9 @@ def test_the_page_holds_everything_and_refers_to_nothing(page):
         "loss val_loss", "val_bpb", "lr", "grad_norm",
         "neuron_rms_min neuron_rms_mean neuron_rms_max", "update_ratio", "tokens_per_second",
     ]  # fmt: skip
+    assert {" ".join(a["data-range"].split()[:2]) for a in charts.values()} == {"5 60"}
+    names = " ".join(elements.text["span"])
+    assert names == "loss val_loss neuron_rms_min neuron_rms_mean neuron_rms_max"
     curves = [a["points"].split() for tag, a in elements.found if tag == "polyline"]
     assert [len(c) for c in curves] == [12, 3, 3, 12, 12, 12, 12, 12, 12, 12]
     heights = [float(p.split(",")[1]) for p in curves[0]]  # y grows downwards: a falling loss
