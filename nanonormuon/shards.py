@@ -152,11 +152,11 @@ class File:
                 f"{self.path}: changed while in use, (bytes, time in ns)"
                 f" {self.found} expected, {now} found; restore it and resume"
             )
+        if self._error:
+            raise self._error
         if self.listed and self._thread is None:  # a daemon: a run that fails does not wait for it
             self._thread = threading.Thread(target=self._hash, daemon=True)
             self._thread.start()
-        if self._error:
-            raise self._error
 
     def _hash(self) -> None:
         try:
