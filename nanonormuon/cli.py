@@ -62,7 +62,8 @@ def run(
         typer.Option(help="Begin with this model's weights: a run, or a Qwen3 or Llama directory."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and print the configuration, then stop.")
+        bool,
+        typer.Option("--dry-run", help="Check and print the configuration and what it will take."),
     ] = False,
 ) -> None:
     """Train a model. Without a recipe: the demo, or with --init-from: finetune.
@@ -100,7 +101,11 @@ def run(
         arguments.append(f"train.init_from={init_from}")
     settings, origin = config.load(arguments)
     if dry_run:
-        typer.echo(config.to_toml(settings, origin), nl=False)
+        from nanonormuon import distributed, estimate
+
+        typer.echo(config.to_toml(settings, origin))
+        for line in estimate.report(settings, distributed.size()):
+            typer.echo(f"# {line}")
         return
     if out is None:
         out = Path("runs") / f"{'-'.join(sources)}-{time.strftime('%Y%m%d-%H%M%S')}"
