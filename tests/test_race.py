@@ -306,7 +306,7 @@ def test_a_run_whose_numbers_explode_loses_the_race(tiny, tmp_path, monkeypatch)
 def test_trials_survive_a_kill(tiny, tmp_path):
     """Killed with its first run under way, and repeated: the same losses as in one go."""
     out = tmp_path / "t"
-    arguments = [*tiny, "train.steps=400", "train.save_every=20", "train.eval_every=0"]
+    arguments = [*tiny, "train.steps=120", "train.save_every=10", "train.eval_every=0"]
     arguments = ["trials", *arguments, "--n", "2", "--target", "9", "--out", out]
     begun = subprocess.Popen([sys.executable, "-m", "nanonormuon.cli", *map(str, arguments)])
     until = time.monotonic() + 120
