@@ -190,6 +190,10 @@ class Spikes:
     skipped: int = 0
     row: int = 0  # left out one after the other
 
+    def __post_init__(self) -> None:
+        if not all(x >= 0 for x in (self.mean, self.seen, self.skipped, self.row)):
+            raise ValueError(f"{self}: expected numbers of 0 or more")
+
     def skip(self, grad_norm: float) -> bool:
         """Whether to leave out the update with this norm, which may be infinite."""
         if self.factor and self.seen >= SPIKE_WARMUP and not grad_norm <= self.factor * self.mean:
