@@ -94,7 +94,7 @@ class TrainConfig:
     dtype: Literal["auto", "bf16", "fp32"] = (
         "auto"  # of compute; weights and optimizer stay float32
     )
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: in long runs
     activation_checkpointing: bool = False  # blocks run forward again in backward: less memory
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several ranks; auto: ddp
     skip_spikes: float = 0.0  # leave out updates with so many times the usual gradient; 0: none

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from nanonormuon import distributed
 from nanonormuon.builtin import cache_directory
+from nanonormuon.plan import COMPILE_FROM
 
 GB = 1 << 30
 OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "zstandard")
@@ -142,16 +143,18 @@ def attention() -> Finding:
 
 
 def compiler() -> Finding:
-    """auto compiles on CUDA alone (dev/LOG.md)."""
+    """What train.compile = auto does here, and whether it can."""
     tool = next((t for t in (os.environ.get("CXX"), "g++", "clang++") if t and shutil.which(t)), "")
-    if chosen().type == "cuda":
-        triton = version("triton")
-        found = f"train.compile = auto: on; triton {triton or 'missing'}, {tool or 'no compiler'}"
-        if not triton or not shutil.which(os.environ.get("CC", "gcc")):
+    kind, least = chosen().type, COMPILE_FROM.get(chosen().type)
+    when = f"runs of {least:.0e} FLOP and more" if least else f"nothing on {kind}"
+    found = f"train.compile = auto: compiles {when}; {tool or 'no C++ compiler'}"
+    if kind == "cuda":
+        found += f", triton {version('triton') or 'missing'}"
+        if not version("triton") or not shutil.which(os.environ.get("CC", "gcc")):
             return Finding("compile", "warn", found, "install triton and gcc, or it runs eagerly")
-        return Finding("compile", "ok", found)
-    found = f"train.compile = auto: off on {chosen().type}"
-    return Finding("compile", "ok", f"{found}; {tool or 'no C++ compiler'} for train.compile = on")
+    elif least and not tool:
+        return Finding("compile", "warn", found, "install g++, or long runs take longer")
+    return Finding("compile", "ok", found)
 
 
 def disk() -> Finding:

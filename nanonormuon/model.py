@@ -135,9 +135,9 @@ class Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         n, r, weight = ctx.saved_tensors
-        dn = dy * weight
-        along = torch.linalg.vecdot(dn, n)[..., None] / n.size(-1)  # what only changes the norm
-        return torch.addcmul(dn, n, along, value=-1).mul_(r), (dy * n).flatten(0, -2).sum(0), None
+        p = (dy * n).flatten(0, -2)
+        along = (p @ (weight / n.size(-1))).view(r.shape)  # what only changes the norm
+        return (dy * weight).addcmul_(n, along, value=-1).mul_(r), p.sum(0), None
 
 
 def rope_tables(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

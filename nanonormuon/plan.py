@@ -4,6 +4,7 @@ resume."""
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,10 @@ from nanonormuon.tokenizer import get as get_tokenizer
 from nanonormuon.tokenizer import load as load_tokenizer
 
 log = logging.getLogger(__name__)
+
+# FLOP of a run from which on compiling pays: some twenty minutes on two CPU cores, where it takes
+# 20 to 40 s and saves 3 to 25 % of a step (dev/LOG.md), and some minutes on a large GPU
+COMPILE_FROM = {"cpu": 4e14, "cuda": 3e16}
 
 
 def open_corpus(config: Config, world: distributed.World) -> tuple[Data, Tokenizer | None]:
@@ -154,14 +159,22 @@ def split_batch(config: Config, ranks: int) -> int:
     return tokens // T // ranks
 
 
-def compiled(
-    model: nn.Module, wish: str, trial: Callable[[Callable], None], device: torch.device
-) -> tuple[Callable[..., Tensor], float]:
-    """The model, through torch.compile if that is wanted and works; and the seconds it took.
+def work(config: Config, model: GPT) -> float:
+    """FLOP of the whole run, also where it is resumed: so it goes on in the same bits."""
+    per_token = model.flops_per_token(config.data.seq_len)
+    return per_token * config.train.steps * config.train.batch_tokens
 
-    auto: on CUDA. On CPUs no gain was measured for models that a CPU can train (dev/LOG.md).
-    """
-    if wish == "off" or (wish == "auto" and device.type != "cuda"):
+
+def compiled(
+    model: nn.Module,
+    wish: str,
+    flops: float,
+    trial: Callable[[Callable], None],
+    device: torch.device,
+) -> tuple[Callable[..., Tensor], float]:
+    """The model, through torch.compile if that is wanted and works; and the seconds it took. wish:
+    train.compile, where auto compiles if that pays in a run of so many FLOP."""
+    if wish == "off" or (wish == "auto" and flops < COMPILE_FROM.get(device.type, math.inf)):
         return model, 0.0
     start, failure = time.perf_counter(), ""
     fast = torch.compile(model, dynamic=False)
@@ -193,14 +206,13 @@ def introduction(
     m, t = config.model, config.train
     epochs = max(batches.epochs(t.steps))  # of the source that has most
     parameters = sum(p.numel() for p in model.parameters())
-    work = model.flops_per_token(config.data.seq_len) * t.steps * t.batch_tokens
     lines = [
         f"model: {parameters / 1e6:.2f}M parameters, {m.n_layer} layers, width {m.n_embd}, "
         f"vocabulary {m.vocab_size}; {str(model.compute_dtype).removeprefix('torch.')} on "
         f"{world.device}, {world.size} rank{'s' * (world.size > 1)}",
         f"data: {data.path}, {data.train.tokens:,} train and {data.val.tokens:,} validation tokens",
         f"plan: {t.steps:,} steps of {t.batch_tokens:,} tokens ({micro_batch} sequences at a time "
-        f"per rank) = {epochs:.2f} epochs, {work:.2g} FLOP",
+        f"per rank) = {epochs:.2f} epochs, {work(config, model):.2g} FLOP",
     ]
     if odd := hf.obstacles(m):
         lines.append(f"warning: Hugging Face's Qwen3 cannot load this model: {', '.join(odd)}")

@@ -111,8 +111,11 @@ class RunState:
             forward(*self.batch(self.step, 0)).backward()
 
         wish, device = self.config.train.compile, self.world.device
+        flops = plan.work(self.config, self.gpt)
         with self.watch.section("compilation"):
-            self.forward, self.compile_seconds = plan.compiled(self.model, wish, trial, device)
+            self.forward, self.compile_seconds = plan.compiled(
+                self.model, wish, flops, trial, device
+            )
         if self.compile_seconds and self.world.first:
             log.info("compiled in %.0f s", self.compile_seconds)
 

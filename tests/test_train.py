@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,22 @@ def test_a_compiler_that_fails_costs_one_line(tiny, tmp_path, uninterrupted, mon
     run([*tiny, "train.compile=on"], tmp_path / "run")
     assert "going on without it: RuntimeError: no C++ compiler here" in caplog.text
     assert "long story" not in caplog.text and final(tmp_path / "run") == final(uninterrupted[0])
+
+
+def test_auto_compiles_a_run_of_so_much_work_and_its_resumption(tiny, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: asked.append(1) or model)
+    config, _ = load(tiny)
+    model = GPT(replace(config.model, vocab_size=320))  # the byte tokenizer's, padded
+    flops = model.flops_per_token(config.data.seq_len) * 8 * config.train.batch_tokens
+    auto = [*tiny, "train.compile=auto", "train.device=cpu"]
+    monkeypatch.setitem(plan.COMPILE_FROM, "cpu", flops * 1.001)
+    run(auto, tmp_path / "short")
+    assert not asked
+    monkeypatch.setitem(plan.COMPILE_FROM, "cpu", flops * 0.999)
+    run([*auto, "train.stop_at=4"], tmp_path / "long")
+    run(auto, tmp_path / "long", resume=True)
+    assert len(asked) == 2
 
 
 def test_a_resumed_run_repeats_lost_work_and_a_lost_evaluation(tiny, tmp_path, uninterrupted):
