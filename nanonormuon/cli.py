@@ -232,9 +232,10 @@ def recipes() -> None:
     """List the recipes that come with the package."""
     from nanonormuon import config
 
-    for name, path in config.recipes().items():
+    found = config.recipes()
+    for name, path in found.items():
         headline = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        typer.echo(f"{name:<20} {headline}")
+        typer.echo(f"{name:<{max(map(len, found))}}  {headline}")
 
 
 @app.command()

@@ -164,7 +164,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def recipes() -> dict[str, Path]:
     """Name -> file of every recipe that comes with the package."""
     folder = Path(str(resources.files("nanonormuon") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 
 def is_setting(argument: str) -> bool:

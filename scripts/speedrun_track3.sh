@@ -17,8 +17,8 @@ recipe=${1:-track3-normuon} trials=${2:-10}
 cd "$(dirname "$0")/.."
 file=nanonormuon/recipes/$recipe.toml
 fail() { echo "error: $1" >&2; exit 2; }
-[[ $recipe == track3-* && -f $file ]] ||
-    fail "no recipe $recipe: expected one of $(basename -s .toml nanonormuon/recipes/track3-* | xargs)"
+known=$(basename -s .toml nanonormuon/recipes/track3-* | grep -v -e '-mini$' | xargs) # not the twin
+[[ " $known " == *" $recipe "* ]] || fail "no recipe $recipe: expected one of $known"
 [[ $trials =~ ^[1-9][0-9]*$ ]] || fail "$trials trials: expected a number"
 found=${GPUS:-$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)}
 [[ $found =~ ^[1-9][0-9]*$ ]] || fail "$found GPUs: expected 1 to 8 (nvidia-smi -L, or GPUS=n)"

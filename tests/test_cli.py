@@ -149,9 +149,10 @@ def test_help_names_every_command_and_gives_examples(capsys):
 
 def test_recipes_and_show(capsys):
     assert cli.main(["recipes"]) == 0
-    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == set(
-        config.recipes()
-    )
+    listed = [re.match(r"(\S+) +(?=\S)", line) for line in capsys.readouterr().out.splitlines()]
+    names = [found.group(1) for found in listed]
+    assert set(names) == set(config.recipes()) and len({found.end() for found in listed}) == 1
+    assert names.index("gpt2-124m-mini") == names.index("gpt2-124m") + 1  # a twin after its recipe
     assert cli.main(["show", "demo", "optim.lr=0.5"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^lr = 0.5 +# command line$", shown, re.M)

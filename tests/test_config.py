@@ -2,11 +2,14 @@
 what is printed reads back as the same configuration."""
 
 import dataclasses
+import re
 
 import pytest
+import torch
 
 from nanonormuon import config
 from nanonormuon.config import Config, ConfigError, load
+from nanonormuon.model import GPT
 
 
 def test_values_are_parsed_by_type_and_their_origin_is_kept(tmp_path):
@@ -33,6 +36,97 @@ def test_values_are_parsed_by_type_and_their_origin_is_kept(tmp_path):
 def test_recipes_load_and_have_a_headline(name):
     load([name])
     assert config.recipes()[name].read_text().startswith("# ")
+
+
+# what a scaled-down twin may have of its own; anything else it takes from the recipe it stands for
+SCALED = {
+    "model.vocab_size", "model.n_layer", "model.n_head", "model.n_embd", "data.path",
+    "data.tokenizer", "data.seq_len", "data.val_tokens", "train.steps", "train.batch_tokens",
+    "train.eval_every", "train.save_every",
+}  # fmt: skip
+OWN = {
+    "gpt2-124m": {"model.n_hidden", "optim.momentum_warmup"},
+    "gpt2-350m": {"model.n_hidden", "optim.momentum_warmup"},
+    "paper-1.1b": {"model.n_hidden", "model.n_kv_head", "optim.warmup"},
+    "track3-normuon": {"train.stop_at"},
+}
+
+
+def twins(name):
+    return load([name])[0], load([f"{name}-mini"])[0]
+
+
+def flat(settings):
+    return {f"{s}.{k}": v for s, t in dataclasses.asdict(settings).items() for k, v in t.items()}
+
+
+def shares(settings):
+    """What a twin keeps as a share of the run, of the batch, of the model's width."""
+    m, o, t = settings.model, settings.optim, settings.train
+    m = dataclasses.replace(m, vocab_size=m.vocab_size or 2048).resolved()
+    return {
+        "width per layer": m.n_embd / m.n_layer,
+        "queries per key": m.n_head / m.n_kv_head,
+        "width of the MLP": m.n_hidden / m.n_embd,
+        "validation, batches": settings.data.val_tokens / t.batch_tokens,
+        "evaluations": t.eval_every / t.steps,
+        "checkpoints": t.save_every / t.steps,
+        "end": t.stop_at / t.steps,
+        "momentum": o.momentum_warmup / t.steps if o.momentum_start != o.momentum else 0,
+    }
+
+
+def scale(settings):
+    """What a twin's header says of its size, as numbers."""
+    m, t = settings.model, settings.train
+    m = dataclasses.replace(m, vocab_size=m.vocab_size or 2048)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT(m).parameters())
+    return {
+        "width": m.n_embd,
+        "layers": m.n_layer,
+        "heads": m.n_head,
+        "vocabulary": m.vocab_size,
+        "sequence": settings.data.seq_len,
+        "batch": t.batch_tokens,
+        "steps": t.steps,
+        "tokens": t.steps * t.batch_tokens,
+        "tokens per parameter": t.steps * t.batch_tokens / parameters,
+    }
+
+
+def test_every_twin_stands_for_a_recipe():
+    minis = {n for n in config.recipes() if n.endswith("-mini")}
+    assert minis == {f"{name}-mini" for name in OWN} and set(OWN) < set(config.recipes())
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_twin_differs_in_nothing_but_its_scale(name):
+    big, mini = map(flat, twins(name))
+    assert {k for k in big if big[k] != mini[k]} == SCALED | OWN[name]
+    assert (mini["data.path"], mini["data.tokenizer"]) == ("builtin:python", "bpe:2048")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_twin_keeps_the_proportions(name):
+    big, mini = twins(name)
+    assert shares(mini) == pytest.approx(shares(big), rel=0.01)
+    widths = [m.n_embd // m.n_head for m in (big.model, mini.model)]
+    assert widths[0] == widths[1] * (2 if name == "paper-1.1b" else 1)  # it has 4 heads to share K
+    warmup = big.optim.warmup / big.train.steps * mini.train.steps
+    assert abs(mini.optim.warmup - warmup) < 1  # a whole number of few steps
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_twins_header_says_how_it_is_scaled(name):
+    lines = config.recipes()[f"{name}-mini"].read_text().splitlines()
+    header = " ".join(line.lstrip("# ") for line in lines if line[:1] == "#")
+    words = "width|layers|heads|vocabulary|sequence|batch|steps|tokens per parameter|tokens"
+    said = re.findall(rf"({words}) 1/(\d+(?:\.\d+)?)", header.partition(" scaled ")[2])
+    sizes = [scale(settings) for settings in twins(name)]
+    assert {word: float(n) for word, n in said} == pytest.approx(
+        {word: n / sizes[1][word] for word, n in sizes[0].items()}, rel=0.02
+    )
 
 
 def test_later_sources_win(tmp_path):

@@ -24,7 +24,7 @@ from nanonormuon.optim import make_optimizers
 from nanonormuon.shards import open_data, write_shard
 from nanonormuon.train import train
 
-RECIPES = [name for name in config.recipes() if name.startswith("track3-")]
+RECIPES = [n for n in config.recipes() if n.startswith("track3-") and not n.endswith("-mini")]
 # lr and weight decay of the matrices, steps scheduled; auxiliary rates (embedding, head, vectors)
 # and decay
 PUBLISHED = {
@@ -360,6 +360,7 @@ def test_the_speedrun_script_says_what_it_would_do():
     [
         (["track3-mouon"], "8", "no recipe track3-mouon: expected one of track3-"),
         (["demo"], "8", "no recipe demo"),
+        (["track3-normuon-mini"], "8", "no recipe track3-normuon-mini: expected one of track3-"),
         (["track3-muon", "0"], "8", "0 trials: expected a number"),
         ([], "none", "none GPUs: expected 1 to 8"),
     ],
