@@ -48,7 +48,10 @@ OWN = {
     "gpt2-124m": {"model.n_hidden", "optim.momentum_warmup"},
     "gpt2-350m": {"model.n_hidden", "optim.momentum_warmup"},
     "paper-1.1b": {"model.n_hidden", "model.n_kv_head", "optim.warmup"},
-    "track3-normuon": {"train.stop_at"},
+    "track3-normuon": {
+        "train.stop_at",
+        "data.order",
+    },  # FineWeb's shards are mixed, a library is not
 }
 
 
