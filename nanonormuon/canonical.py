@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanonormuon.checkpoint import placed_like, whole
 from nanonormuon.normuon import Alone, NorMuon
+from nanonormuon.tensors import placed_like, whole
 
 
 class Canonical:

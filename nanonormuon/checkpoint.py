@@ -7,47 +7,31 @@
         state.json             step, tokens, configuration, fingerprints of data and tokenizer
         manifest.json          size and sha256 of all of these; written last
 
-Tensors are whole, whatever the number of ranks, so any layout resumes what any other saved. Nothing
-about the data order or randomness is stored: both are functions of (seed, step).
+Here a file is bytes with a name; snapshot.py makes a model and its optimizers into the first two
+and back. Nothing about the data order or randomness is stored: both are functions of (seed, step).
 """
 
 import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-
-from nanonormuon import distributed
 from nanonormuon.files import naming, settle, sync_directory, write_durably
-from nanonormuon.hf import to_hf
-from nanonormuon.normuon import NorMuon
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-OURS = (NorMuon, torch.optim.AdamW)  # whose buffers are tensors that belong to one parameter each
-ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
 JSON_LIMIT = 1 << 26  # bytes of a JSON file or header that anything is believed of
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
 
 
 class CheckpointError(ValueError):
     exit_code = 4
-
-
-# ------------------------------------------------------------------------------------------------
-# Directories
 
 
 def step_of(path: Path) -> int | None:
@@ -201,289 +185,4 @@ def check_space(folder: Path, size: int, keep_last: int) -> None:
             f"{free / 1e9:.2f} GB free, expected room for {copies} checkpoints of "
             f"{size / 1e9:.2f} GB; free some, lower train.keep_last, or choose another --out",
             str(folder),
-        )
-
-
-# ------------------------------------------------------------------------------------------------
-# Tensors
-
-
-def local(t: Tensor) -> Tensor:
-    """The part that this rank holds."""
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-def named_state(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights by parameter, optimizer buffers by parameter.buffer: all that changes in training."""
-    weights = dict(model.named_parameters())
-    buffers = {
-        f"{name}.{key}": buffer
-        for optimizer in optimizers
-        if isinstance(optimizer, OURS)
-        for group in optimizer.param_groups
-        for name, p in zip(group["names"], group["params"])
-        for key, buffer in sorted(optimizer.state[p].items())
-    }
-    for optimizer in optimizers:
-        if not isinstance(optimizer, OURS):
-            buffers |= foreign_state(optimizer)
-    return weights, buffers
-
-
-def foreign_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of another package's optimizer: its tensors by number, and as bytes of JSON the
-    tree of dicts, lists and numbers whose leaves they are. What only pickle could keep is named
-    there instead."""
-    tensors: list[Tensor] = []
-
-    def tree(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dtype in DTYPES:
-            tensors.append(value)
-            return {"tensor": len(tensors) - 1}
-        if isinstance(value, dict):
-            return {"dict": [[key, tree(part)] for key, part in value.items()]}
-        if isinstance(value, list | tuple):
-            return {type(value).__name__: [tree(part) for part in value]}
-        if value is None or isinstance(value, int | float | str):
-            return value
-        raise TypeError(f"{type(optimizer).__name__} keeps a {type(value).__name__}")
-
-    try:
-        found = tree(optimizer.state_dict())
-    except TypeError as error:
-        found, tensors = {"unsaved": str(error)}, []
-    text = torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)
-    return {"foreign.tree": text} | {f"foreign.{i}": t for i, t in enumerate(tensors)}
-
-
-def load_foreign(optimizer: torch.optim.Optimizer, file: "TensorFile") -> None:
-    """The way back from foreign_state. Raises CheckpointError."""
-
-    def value(tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        (kind, content), *_ = tree.items()
-        if kind == "unsaved":
-            raise ValueError(f"{content}, which is not saved; begin a new run, with --init-from")
-        if kind == "tensor":
-            return file.read(f"foreign.{content}")
-        if kind == "dict":
-            return {key: value(part) for key, part in content}
-        return {"list": list, "tuple": tuple}[kind](value(part) for part in content)
-
-    try:
-        optimizer.load_state_dict(value(json.loads(bytes(file.read("foreign.tree").tolist()))))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file.path}: no state of {type(optimizer).__name__}: {error}"
-        ) from None
-
-
-def named_for_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {to_hf(name): t for name, t in weights.items()}
-
-
-def whole(t: Tensor) -> Tensor:
-    """A tensor's full content on the CPU; for a sharded one all ranks must call this."""
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous()
-
-
-def stream(tensors: Mapping[str, Tensor], keep: bool = True) -> Iterator[Any]:
-    """The bytes of a safetensors file, piece by piece, each tensor gathered when its turn comes, so
-    that no more than one of them is held whole. Sharded ones need every rank to exhaust its stream;
-    ranks with keep=False get nothing for it."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, t in ordered:
-        end = offset + t.numel() * t.element_size()
-        header[name] = {
-            "dtype": DTYPES[t.dtype],
-            "shape": [*t.shape],
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for _, t in ordered:
-        if keep:
-            yield memoryview(whole(t).reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(t, DTensor):
-            t.full_tensor()
-
-
-def serialise(tensors: Mapping[str, Tensor]) -> bytes:
-    return b"".join(stream(tensors))
-
-
-def model_file(weights: Mapping[str, Tensor]) -> bytes:
-    return serialise(named_for_hf(weights))
-
-
-def save(
-    folder: Path,
-    step: int,
-    weights: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    description: Callable[[], Mapping[str, bytes]],
-    world: distributed.World,
-) -> None:
-    """Publish a checkpoint of tensors of any layout, and the files that `description` gives beside
-    them. Every rank takes part in gathering the tensors, one after the other, the first one writes,
-    all learn how it went."""
-    streams = {
-        "model.safetensors": stream(named_for_hf(weights), keep=world.first),
-        "optimizer.safetensors": stream(buffers, keep=world.first),
-    }
-    failure = None
-    if world.first:
-        try:
-            write(folder, step, streams | description())
-        except Exception as error:
-            failure = error
-    for pieces in streams.values():  # after a failure too, the others send what is left
-        for _ in pieces:
-            pass
-    distributed.first_does(lambda: raise_if(failure), world.device)
-
-
-def raise_if(failure: BaseException | None) -> None:
-    if failure is not None:
-        raise failure
-
-
-class TensorFile:
-    """A safetensors file, read tensor by tensor: read, not mapped, since a mapped file that shrinks
-    kills the process. What its header declares is compared with the file's size before anything is
-    allocated for it. Raises CheckpointError."""
-
-    def __init__(self, path: Path):
-        self.path, self.entries = path, {}
-        size = path.stat().st_size
-        kinds = {text: dtype for dtype, text in DTYPES.items()}
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, JSON_LIMIT):
-                raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size}")
-            try:
-                header = json.loads(file.read(length))
-                header.pop("__metadata__", None)
-                self.start, end = 8 + length, 0
-                for name, entry in sorted(header.items(), key=lambda i: i[1]["data_offsets"]):
-                    dtype, shape = kinds[entry["dtype"]], entry["shape"]
-                    if not all(type(n) is int and n >= 0 for n in shape):
-                        raise ValueError(f"{name} has shape {shape}")
-                    begin, end = end, end + math.prod(shape) * dtype.itemsize
-                    if entry["data_offsets"] != [begin, end]:
-                        raise ValueError(f"{name} lies at {entry['data_offsets']}, {[begin, end]}")
-                    self.entries[name] = dtype, tuple(shape), begin
-                if self.start + end != size:
-                    raise ValueError(f"tensors of {end} bytes, {size - self.start} found")
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CheckpointError(
-                    f"{path}: not a readable safetensors file ({str(error)[:200]})"
-                ) from None
-
-    def read(self, name: str) -> Tensor:
-        dtype, shape, begin = self.entries[name]
-        value = torch.empty(shape, dtype=dtype)
-        with open(self.path, "rb") as file:
-            file.seek(self.start + begin)
-            if file.readinto(value.view(-1).view(torch.uint8).numpy()) != value.nbytes:
-                raise CheckpointError(f"{self.path}: {name} is cut short")
-        return value
-
-    def expect(self, like: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError unless the file has just these tensors of just these shapes."""
-        check_names(self.path, set(self.entries), set(like))
-        for name, shape in like.items():
-            check_shape(self.path, name, self.entries[name][1], shape)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    file = TensorFile(path)
-    return {name: file.read(name) for name in file.entries}
-
-
-def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, cut and placed as `like` is."""
-    if isinstance(like, DTensor):
-        mesh = like.device_mesh
-        return distribute_tensor(value.to(mesh.device_type), mesh, like.placements)
-    return value.to(like.device)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a model of any layout from model.safetensors, whose names and shapes must be its own."""
-    file = TensorFile(path / "model.safetensors")
-    parameters = named_for_hf(dict(model.named_parameters()))
-    file.expect({name: p.shape for name, p in parameters.items()})
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(placed_like(file.read(name), p))
-
-
-def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], path: Path) -> None:
-    """Fill optimizers of any layout from optimizer.safetensors, complete or not at all."""
-    file = TensorFile(path / "optimizer.safetensors")
-    file.expect(
-        {
-            f"{name}.{key}": shape
-            for optimizer in optimizers
-            if isinstance(optimizer, OURS)
-            for group in optimizer.param_groups
-            for name, p in zip(group["names"], group["params"])
-            for key, shape in buffer_shapes(optimizer, p).items()
-        }
-        | {name: entry[1] for name, entry in file.entries.items() if name.startswith("foreign.")}
-    )
-    for optimizer in optimizers:
-        if not isinstance(optimizer, OURS):
-            load_foreign(optimizer, file)
-            continue
-        content = optimizer.state_dict()
-        names = [name for group in optimizer.param_groups for name in group["names"]]
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, (name, p) in enumerate(zip(names, params)):
-            state = {}
-            for key in buffer_shapes(optimizer, p):
-                value = file.read(f"{name}.{key}")
-                like = optimizer.state[p].get(key, p if value.shape == p.shape else value)
-                state[key] = placed_like(value, like)
-            content["state"][index] = state
-        optimizer.load_state_dict(content)
-
-
-def buffer_shapes(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]:
-    """A parameter's buffers, also those that AdamW makes at its first step only."""
-    state = optimizer.state[p] if isinstance(optimizer, OURS) else {}  # of others: an estimate
-    if state:
-        return {key: tuple(value.shape) for key, value in state.items()}
-    return {key: () if key == "step" else tuple(p.shape) for key in ADAMW_STATE}
-
-
-def size_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Bytes of the tensors in a checkpoint; whole ones, whatever this rank holds."""
-    buffers = sum(
-        4 * math.prod(shape)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-        for shape in buffer_shapes(optimizer, p).values()
-    )
-    return buffers + sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def check_names(file: Path, found: set[str], expected: set[str]) -> None:
-    for what, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            raise CheckpointError(f"{file}: {len(names)} tensors {what}, first {min(names)}")
-
-
-def check_shape(file: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
-    if tuple(found) != tuple(expected):
-        raise CheckpointError(
-            f"{file}: {name} has shape {tuple(found)}, expected {tuple(expected)}"
         )

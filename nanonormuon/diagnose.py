@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanonormuon import checkpoint, optim, pretrained
+from nanonormuon import optim, pretrained
 from nanonormuon.checkpoint import CheckpointError
 from nanonormuon.extras import UsageError, picture
 from nanonormuon.normuon import neuron_factors, newton_schulz
+from nanonormuon.tensors import read_tensors
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     state = pretrained.state_of(found)
     if state is None or not (found / "optimizer.safetensors").is_file():
         raise CheckpointError(f"{found}: no optimizer.safetensors: expected a run's checkpoint")
-    buffers = checkpoint.read_tensors(found / "optimizer.safetensors")
+    buffers = read_tensors(found / "optimizer.safetensors")
     settings: dict[str, Any] = state["config"]["optim"]
     model = pretrained.load_model(found, torch.float32, torch.device("cpu"))
     (matrices,) = (g["names"] for g in optim.param_groups(model) if g["role"] == "matrix")

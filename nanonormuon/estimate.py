@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanonormuon import checkpoint, distributed, memory, optim
+from nanonormuon import distributed, memory, optim, snapshot
 from nanonormuon.config import Config
 from nanonormuon.model import CHUNK, GPT, GPTConfig
 
@@ -66,7 +66,7 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = F
     optimizers = optim.make_optimizers(model, name=config.optim.name)
     parameters = {g["role"]: sum(p.numel() for p in g["params"]) for g in optim.param_groups(model)}
     weights = 4 * sum(parameters.values())
-    saved = checkpoint.size_of(model, optimizers)
+    saved = snapshot.size_of(model, optimizers)
     activations, head = kept(model.config, T, micro_batch, dtype, t.activation_checkpointing)
     parts, gathered = (ranks, 0) if sharded else (1, 0)
     if sharded:  # two blocks and what is outside of blocks are whole at a time, in compute's dtype

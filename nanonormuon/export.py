@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanonormuon import checkpoint, hf, pretrained
+from nanonormuon import hf, pretrained
 from nanonormuon.data import validation_batches
 from nanonormuon.evaluate import RESULTS, kept
 from nanonormuon.extras import UsageError, need
@@ -20,6 +20,7 @@ from nanonormuon.files import sync_directory, write_durably
 from nanonormuon.log import read_metrics
 from nanonormuon.model import GPT
 from nanonormuon.shards import Data
+from nanonormuon.tensors import serialise
 from nanonormuon.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -56,7 +57,7 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     files = {
         "config.json": as_json(describes),
         "generation_config.json": as_json({**special, "do_sample": True, "temperature": 0.8}),
-        "model.safetensors": checkpoint.serialise(weights),
+        "model.safetensors": serialise(weights),
         **tokenizer.files(),
     }
     partial = to.with_name(f".{to.name}.partial-{os.getpid()}")

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from nanonormuon import distributed
-from nanonormuon.checkpoint import local, named_state
+from nanonormuon.snapshot import named_state
+from nanonormuon.tensors import local
 
 SPIKE_MEMORY = 50  # steps over which the gradient's usual norm is averaged
 SPIKE_WARMUP = 20  # steps before anything counts as unusual

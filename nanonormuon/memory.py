@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from nanonormuon import builtin, checkpoint, distributed
+from nanonormuon import builtin, distributed
 from nanonormuon.faults import out_of_memory
 from nanonormuon.files import replace_file
 from nanonormuon.model import GPT
+from nanonormuon.tensors import local
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -91,7 +92,7 @@ def probe(
     has; an optimizer step is part of that.
     """
     device = model.embed_tokens.weight.device
-    weights = [checkpoint.local(p).detach().to("cpu", copy=True) for p in model.parameters()]
+    weights = [local(p).detach().to("cpu", copy=True) for p in model.parameters()]
     unborn = [optimizer for optimizer in optimizers if not optimizer.state]
 
     def trial(n: int) -> None:
@@ -136,7 +137,7 @@ def probe(
     del spare
     with torch.no_grad():
         for p, value in zip(model.parameters(), weights):
-            checkpoint.local(p).copy_(value)
+            local(p).copy_(value)
             p.grad = None
         for optimizer in optimizers:
             if optimizer in unborn:

@@ -11,6 +11,7 @@ from nanonormuon import checkpoint, hf
 from nanonormuon.checkpoint import CheckpointError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.shards import Data, DataError, open_data
+from nanonormuon.tensors import TensorFile, check_names, check_shape, placed_like
 from nanonormuon.tokenizer import FILE as TOKENIZER_FILE
 from nanonormuon.tokenizer import Tokenizer
 from nanonormuon.tokenizer import load as load_tokenizer
@@ -63,7 +64,7 @@ def model_config(path: Path) -> GPTConfig:
         parameters = dict(GPT(config).named_parameters())
     for name, p in parameters.items():
         if (found := shapes.get(hf.to_hf(name))) is not None:
-            checkpoint.check_shape(path, hf.to_hf(name), found, p.shape)
+            check_shape(path, hf.to_hf(name), found, p.shape)
     return config
 
 
@@ -72,7 +73,7 @@ def context_of(path: Path) -> int:
     return int(checkpoint.read_json(path / "config.json")["max_position_embeddings"])
 
 
-def tensor_files(path: Path) -> list[checkpoint.TensorFile]:
+def tensor_files(path: Path) -> list[TensorFile]:
     """A model directory's one file of weights, or the several that its index names."""
     files = [WEIGHTS]
     if not (path / WEIGHTS).is_file() and (path / INDEX).is_file():
@@ -81,7 +82,7 @@ def tensor_files(path: Path) -> list[checkpoint.TensorFile]:
         for name in files:
             if not name or Path(name).name != name:
                 raise CheckpointError(f"{path / INDEX}: unsafe file name {name!r}")
-    return [checkpoint.TensorFile(path / name) for name in files]
+    return [TensorFile(path / name) for name in files]
 
 
 def read_weights(path: Path, tied: bool) -> dict[str, Tensor]:
@@ -102,12 +103,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Fill a model of any layout; names and shapes must be its own. Raises CheckpointError."""
     parameters = dict(model.named_parameters())
     values = read_weights(path, "lm_head.weight" not in parameters)
-    checkpoint.check_names(path, set(values), {hf.to_hf(name) for name in parameters})
+    check_names(path, set(values), {hf.to_hf(name) for name in parameters})
     with torch.no_grad():
         for name, p in parameters.items():
             value = values[hf.to_hf(name)]
-            checkpoint.check_shape(path, hf.to_hf(name), value.shape, p.shape)
-            p.copy_(checkpoint.placed_like(value, p))
+            check_shape(path, hf.to_hf(name), value.shape, p.shape)
+            p.copy_(placed_like(value, p))
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> GPT:

@@ -11,7 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
-from nanonormuon import checkpoint, distributed, evaluate, health, hf, memory, optim, plan, trackers
+from nanonormuon import (
+    checkpoint,
+    distributed,
+    evaluate,
+    health,
+    hf,
+    memory,
+    optim,
+    plan,
+    snapshot,
+    trackers,
+)
 from nanonormuon.canonical import Canonical
 from nanonormuon.config import Config, ConfigError, to_toml
 from nanonormuon.data import Ahead, Batches, validation_targets
@@ -86,7 +97,7 @@ class RunState:
         described = environment(self.world.device, self.world.size)
 
         def open_run() -> list[dict[str, Any]]:
-            size = checkpoint.size_of(self.gpt, self.optimizers)
+            size = snapshot.size_of(self.gpt, self.optimizers)
             checkpoint.check_space(self.run.checkpoints, size, self.config.train.keep_last)
             rows = self.run.open(to_toml(self.config), described, self.step)
             settings = asdict(self.config)
@@ -127,8 +138,8 @@ class RunState:
             raise ConfigError(f"train.steps = {steps}: {path} is at step {state['step']} already")
         if steps != before and self.world.first:
             log.warning(f"train.steps: {before} -> {steps}; the schedule of the rest follows it")
-        checkpoint.load_weights(self.gpt, path)
-        checkpoint.load_optimizers(self.optimizers, path)
+        snapshot.load_weights(self.gpt, path)
+        snapshot.load_optimizers(self.optimizers, path)
         self.step = self.saved = self.watch.step = state["step"]
         self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
         self.spikes = health.Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
@@ -203,9 +214,9 @@ class RunState:
         with self.watch.section("save"):
             self.batches.split.settle()  # nothing is kept that came of a damaged shard
             folder, world = self.run.checkpoints, self.world
-            weights, buffers = checkpoint.named_state(self.gpt, self.optimizers)
+            weights, buffers = snapshot.named_state(self.gpt, self.optimizers)
             health.check_state(weights | buffers, self.step, world)
-            checkpoint.save(folder, self.step, weights, buffers, self.description, world)
+            snapshot.save(folder, self.step, weights, buffers, self.description, world)
             if retain:
                 distributed.first_does(self.retain, world.device)
             self.saved = self.step

@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanonormuon import (
-    checkpoint,
     distributed,
     evaluate,
     health,
@@ -29,6 +28,7 @@ from nanonormuon import (
     memory,
     plan,
     sample,
+    snapshot,
 )
 from nanonormuon.config import Config, ConfigError
 from nanonormuon.faults import Interrupted, Stopping, Watch, out_of_memory
@@ -92,7 +92,7 @@ class Trainer(RunState):
         self.schedule.set(self.optimizers, self.step)
         loss = self.gradients()
         grad_norm = health.norm(p.grad for p in self.gpt.parameters())
-        weights, buffers = checkpoint.named_state(self.gpt, self.optimizers)
+        weights, buffers = snapshot.named_state(self.gpt, self.optimizers)
         state = (*weights.values(), *buffers.values())
         verdict = health.judge(loss, grad_norm, state, self.watch.stopping.number, self.world)
         skip = verdict.amiss != "state" and self.spikes.skip(verdict.grad_norm)

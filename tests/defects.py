@@ -19,7 +19,7 @@ DEFECTS = {
     "published before it is complete": (
         "checkpoint", "write", 'f".partial-{target.name}"', "target.name", ORDER),
     "one buffer skipped": (
-        "checkpoint", "named_state", "sorted(optimizer.state[p].items())",
+        "snapshot", "named_state", "sorted(optimizer.state[p].items())",
         'sorted(optimizer.state[p].items()) if key != "second_moment"', STOP),
     "another data order after a resume": (
         "state", "RunState.load", "steps, before =",
@@ -30,10 +30,10 @@ DEFECTS = {
         "state", "RunState.load", '**state.get("spikes", {})', "",
         "tests/test_train.py::test_what_counts_as_a_spike_is_part_of_the_state"),
     "swallowed ENOSPC": (
-        "checkpoint", "save", "failure = error", "pass",
+        "snapshot", "save", "failure = error", "pass",
         "tests/test_train.py::test_a_failed_save_is_never_silent"),
     "raised on the first rank alone": (
-        "checkpoint", "save", "distributed.first_does(lambda: raise_if(failure), "
+        "snapshot", "save", "distributed.first_does(lambda: raise_if(failure), "
         "world.device)", "raise_if(failure)",
         "tests/test_faults.py::test_a_failed_save_ends_all_ranks_alike"),
     "retention by string": (

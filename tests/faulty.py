@@ -63,7 +63,8 @@ def inject(kind, place, step="0", rank="0"):
         return
     import torch
 
-    from nanonormuon import checkpoint, data, evaluate, health, model, plan, sample, train
+    from nanonormuon import checkpoint, data, evaluate, health, model, plan, sample, snapshot
+    from nanonormuon.train import Trainer
 
     places = {
         "open": (plan, "open_corpus"),
@@ -72,18 +73,18 @@ def inject(kind, place, step="0", rank="0"):
         "forward": (model.GPT, "forward"),
         "backward": (torch.Tensor, "backward"),
         "step": (health, "norm"),
-        "gather": (checkpoint, "named_for_hf"),
+        "gather": (snapshot, "named_for_hf"),
         "write": (checkpoint, "write"),
         "evaluation": (evaluate, "validation_batches"),
         "sample": (sample, "stream"),
-        "weight": (train.Trainer, "take_step"),
-        "buffer": (train.Trainer, "take_step"),
-        "loss": (train.Trainer, "take_step"),
-        "gradient": (train.Trainer, "take_step"),
+        "weight": (Trainer, "take_step"),
+        "buffer": (Trainer, "take_step"),
+        "loss": (Trainer, "take_step"),
+        "gradient": (Trainer, "take_step"),
     }
     owner, name = places[place]
     original, made, done = getattr(owner, name), [], []
-    begin = train.Trainer.begin
+    begin = Trainer.begin
 
     def remember(self, *args):
         made.append(self)
@@ -99,17 +100,17 @@ def inject(kind, place, step="0", rank="0"):
                 KINDS[kind]()
         return original(*args, **kwargs)
 
-    train.Trainer.begin = remember
+    Trainer.begin = remember
     setattr(owner, name, call)
 
 
 def spoil(trainer, kind, place):
-    from nanonormuon import checkpoint
+    from nanonormuon import snapshot, tensors
 
-    weights, buffers = checkpoint.named_state(trainer.gpt, trainer.optimizers)
+    weights, buffers = snapshot.named_state(trainer.gpt, trainer.optimizers)
     if place in ("weight", "buffer"):
         name = next(n for n in (weights if place == "weight" else buffers) if "mlp" in n)
-        part = checkpoint.local((weights | buffers)[name]).detach().view(-1)
+        part = tensors.local((weights | buffers)[name]).detach().view(-1)
         part[3] = float("nan") if kind == "nan" else part[3] + 1e-3
         return
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import TINY
 
-from nanonormuon import checkpoint, optim
+from nanonormuon import checkpoint, optim, snapshot
 from nanonormuon.checkpoint import CheckpointError
 from nanonormuon.config import load
 from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.tensors import read_tensors, serialise
 from nanonormuon.train import train
 
 FILES = {"model.safetensors": b"weights", "optimizer.safetensors": b"buffers", "config.json": b"{}"}
@@ -228,9 +229,9 @@ def test_every_buffer_is_stored_and_none_may_be_missing(trained):
     config, path = trained
     model = GPT(GPTConfig(**{**config.model.__dict__, "vocab_size": 320}))
     optimizers = optim.make_optimizers(model)
-    checkpoint.load_weights(model, path)
-    checkpoint.load_optimizers(optimizers, path)
-    buffers = checkpoint.read_tensors(path / "optimizer.safetensors")
+    snapshot.load_weights(model, path)
+    snapshot.load_optimizers(optimizers, path)
+    buffers = read_tensors(path / "optimizer.safetensors")
     names = {name for name, _ in model.named_parameters()}
     kinds = {
         key: {n.rpartition(".")[2] for n in buffers if n.rpartition(".")[0] == key} for key in names
@@ -241,23 +242,23 @@ def test_every_buffer_is_stored_and_none_may_be_missing(trained):
         assert kinds[name] == wanted, name
     for name in sorted(buffers)[::5]:
         fewer = {k: v for k, v in buffers.items() if k != name}
-        (path / "optimizer.safetensors").write_bytes(checkpoint.serialise(fewer))
+        (path / "optimizer.safetensors").write_bytes(serialise(fewer))
         with pytest.raises(CheckpointError, match=f"1 tensors missing, first {name}"):
-            checkpoint.load_optimizers(optimizers, path)
+            snapshot.load_optimizers(optimizers, path)
     more = buffers | {"layers.9.mlp.momentum": torch.zeros(1)}
-    (path / "optimizer.safetensors").write_bytes(checkpoint.serialise(more))
+    (path / "optimizer.safetensors").write_bytes(serialise(more))
     with pytest.raises(CheckpointError, match="unexpected"):
-        checkpoint.load_optimizers(optimizers, path)
+        snapshot.load_optimizers(optimizers, path)
 
 
 def test_weights_of_another_shape_are_refused(trained):
     _, path = trained
     other = GPT(GPTConfig(vocab_size=320, n_layer=2, n_head=2, n_kv_head=1, n_embd=64))
     with pytest.raises(CheckpointError, match="has shape"):
-        checkpoint.load_weights(other, path)
+        snapshot.load_weights(other, path)
     deeper = GPT(GPTConfig(vocab_size=320, n_layer=3, n_head=2, n_kv_head=1, n_embd=32))
     with pytest.raises(CheckpointError, match=r"tensors missing, first model\.layers\.2"):
-        checkpoint.load_weights(deeper, path)
+        snapshot.load_weights(deeper, path)
     shutil.rmtree(path)
 
 

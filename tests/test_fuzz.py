@@ -18,10 +18,11 @@ import pytest
 import torch
 from conftest import TINY
 
-from nanonormuon import checkpoint, cli, config, optim, plan
-from nanonormuon.checkpoint import CheckpointError, TensorFile
+from nanonormuon import checkpoint, cli, config, optim, plan, snapshot
+from nanonormuon.checkpoint import CheckpointError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.shards import open_data
+from nanonormuon.tensors import TensorFile, serialise
 from nanonormuon.train import train
 
 HOSTILE = [None, True, -1, 0, 2**31, 2**62, 2**64, 10**30, 1e308, -0.5, float("nan"), "", "x", "..",
@@ -131,8 +132,8 @@ def fuzz_checkpoint(trials, dice, trained, folder):
         try:
             state = checkpoint.verify(path)
             plan.check_state(path / "state.json", state)
-            checkpoint.load_weights(model, path)
-            checkpoint.load_optimizers(optimizers, path)
+            snapshot.load_weights(model, path)
+            snapshot.load_optimizers(optimizers, path)
         except Exception as error:
             assert documented(error), (trial, name, repr(error))
             refused += 1
@@ -263,10 +264,10 @@ def test_what_is_streamed_is_what_the_library_writes_and_reads():
     torch.manual_seed(3)
     tensors = {"b": torch.randn(3, 5), "a": torch.tensor(7.0), "n": torch.arange(4),
                "h": torch.randn(2, 2).bfloat16(), "none": torch.zeros(0, 4)}  # fmt: skip
-    ours = checkpoint.serialise(tensors)
+    ours = serialise(tensors)
     for name, value in load(ours).items():
         assert torch.equal(value, tensors[name]) and value.dtype == tensors[name].dtype
     assert load(save(tensors)).keys() == tensors.keys()
     model = GPT(GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=32))
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    assert checkpoint.serialise(weights) == save(weights, metadata={"format": "pt"})
+    assert serialise(weights) == save(weights, metadata={"format": "pt"})

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from nanonormuon import cli, export, hf, pretrained, sample, tokenizer
-from nanonormuon.checkpoint import CheckpointError, model_file
+from nanonormuon.checkpoint import CheckpointError
 from nanonormuon.config import load
 from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.snapshot import named_for_hf
+from nanonormuon.tensors import serialise
 from nanonormuon.train import train
 
 transformers = pytest.importorskip("transformers")
@@ -32,7 +34,7 @@ def written(path, **settings):
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(hf.config_json(model.config, 64, 95)))
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    (path / "model.safetensors").write_bytes(model_file(weights))
+    (path / "model.safetensors").write_bytes(serialise(named_for_hf(weights)))
     return model.eval()
 
 
@@ -105,7 +107,7 @@ def with_noise(run, out, **settings):
             p.add_(0.05 * torch.randn(p.shape))
     files = {p.name: p.read_bytes() for p in source.iterdir() if p.name != "manifest.json"}
     files["config.json"] = json.dumps(hf.config_json(model.config, 32, 299)).encode()
-    files["model.safetensors"] = model_file(dict(model.named_parameters()))
+    files["model.safetensors"] = serialise(named_for_hf(dict(model.named_parameters())))
     return write(out / "checkpoints", read_json(source / "state.json")["step"], files)
 
 

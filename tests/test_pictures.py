@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from nanonormuon import cli, compare, diagnose, measures, report
-from nanonormuon.checkpoint import all_steps, read_json, read_tensors, serialise, write
+from nanonormuon.checkpoint import all_steps, read_json, write
 from nanonormuon.config import load
 from nanonormuon.log import RunError, read_metrics
+from nanonormuon.tensors import read_tensors, serialise
 from nanonormuon.train import train
 
 

@@ -179,14 +179,15 @@ def shape_of(path):
 
 def read_back(path, model):
     """Whether a checkpoint read into this model and its optimizers comes out of them identical."""
-    from nanonormuon import checkpoint, hf, optim
+    from nanonormuon import hf, optim, snapshot
+    from nanonormuon.tensors import read_tensors
 
-    stored = checkpoint.read_tensors(path / "model.safetensors")
-    buffers = checkpoint.read_tensors(path / "optimizer.safetensors")
+    stored = read_tensors(path / "model.safetensors")
+    buffers = read_tensors(path / "optimizer.safetensors")
     optimizers = optim.make_optimizers(model)
-    checkpoint.load_weights(model, path)
-    checkpoint.load_optimizers(optimizers, path)
-    found, state = checkpoint.named_state(model, optimizers)
+    snapshot.load_weights(model, path)
+    snapshot.load_optimizers(optimizers, path)
+    found, state = snapshot.named_state(model, optimizers)
     found = {hf.to_hf(name): whole(t) for name, t in found.items()}
     state = {name: whole(t) for name, t in state.items()}
     return all(
