@@ -81,19 +81,7 @@ def run(
     arguments = overrides or []
     sources = [Path(a).stem for a in arguments if not config.is_setting(a)]
     if resume:
-        if out is None or not (out / "config.toml").is_file():
-            known = sorted(str(p.parent) for p in Path("runs").glob("*/config.toml"))
-            raise config.ConfigError(
-                f"--resume: {out or 'no --out given'}: expected a run directory; known here: "
-                + (", ".join(known[-5:]) or "none in runs/")
-            )
-        if sources:  # the same command again, with --resume
-            logging.getLogger("nanonormuon").info(
-                f"--resume: {out} has its own configuration; {', '.join(sources)} is not read again"
-            )
-            arguments = [a for a in arguments if config.is_setting(a)]
-        # stop_at was for the process that had it
-        arguments = [str(out.resolve() / "config.toml"), "train.stop_at=0", *arguments]
+        arguments = of_resumed(out, arguments)
     elif not sources:
         sources = ["finetune" if init_from else "demo"]
         arguments = [*sources, *arguments]
@@ -114,6 +102,27 @@ def run(
     summary = train(settings, out, resume, context.obj)
     if int(os.environ.get("RANK", "0")) == 0:
         report(summary, out, settings.data.path == "builtin:python")
+
+
+def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
+    """The arguments that continue the run in `out`: its configuration, and the settings among these
+    that change it. Raises ConfigError where no run is."""
+    from nanonormuon import config
+
+    if out is None or not (out / "config.toml").is_file():
+        known = sorted(str(p.parent) for p in Path("runs").glob("*/config.toml"))
+        raise config.ConfigError(
+            f"--resume: {out or 'no --out given'}: expected a run directory; known here: "
+            + (", ".join(known[-5:]) or "none in runs/")
+        )
+    settings = [a for a in arguments if config.is_setting(a)]
+    files = [Path(a).stem for a in arguments if not config.is_setting(a)]
+    if files:  # the same command again, with --resume
+        logging.getLogger("nanonormuon").info(
+            f"--resume: {out} has its own configuration; {', '.join(files)} is not read again"
+        )
+    # stop_at was for the process that had it
+    return [str(out.resolve() / "config.toml"), "train.stop_at=0", *settings]
 
 
 def report(summary: dict, out: Path, code: bool) -> None:

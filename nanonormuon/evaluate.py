@@ -19,6 +19,7 @@ from nanonormuon.extras import UsageError
 from nanonormuon.files import replace_file
 from nanonormuon.model import GPT, IGNORE
 from nanonormuon.shards import DataError, Split
+from nanonormuon.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -120,27 +121,10 @@ def evaluate(
     for source in [None] if own else data:
         split = pretrained.data_of(state, tokenizer, source).val
         limit = max_tokens or (settings["data"]["val_tokens"] if own else 0)
-        text_bytes = None if limit else split.bytes
-        if text_bytes is None:
-            text_bytes = count_bytes(split, tokenizer.token_lengths(), limit)
         name = str(split.paths[0].parent.name if own else source)
-        for shard in range(len(split.shards)):
-            split.check(shard)
-        loss, targets = loss_on(model, split.shards, window, stride, limit)
-        split.settle()
-        results.append(as_result(name, loss, targets, text_bytes, window, stride))
-        results[-1]["path"] = split.paths[0].parent
+        results.append(on_split(model, tokenizer, name, split, window, stride, limit))
     for source in texts:
-        content = Path(source).read_bytes()
-        tokens = np.array([tokenizer.eot, *tokenizer.encode(content)])
-        if max_tokens and len(tokens) > max_tokens:
-            tokens = tokens[: max_tokens + 1]
-            content = tokenizer.decode_bytes(tokens[1:].tolist())
-        if not content:
-            raise DataError(f"{source}: empty, expected text")
-        loss, targets = loss_on(model, [tokens], window, stride)
-        results.append(as_result(str(source), loss, targets, len(content), window, stride))
-        results[-1]["path"] = Path(source)
+        results.append(on_text(model, tokenizer, source, window, stride, max_tokens))
     for source in questions:
         result = choices.accuracy(model, tokenizer, choices.read(Path(source)), window)
         results.append({"set": str(source), **result, "window": window, "path": Path(source)})
@@ -155,8 +139,37 @@ def evaluate(
     return results
 
 
+def on_split(
+    model: GPT, tokenizer: Tokenizer, name: str, split: Split, window: int, stride: int, limit: int
+) -> dict[str, Any]:
+    """The result on a prepared split, of which nothing is believed unchecked."""
+    text_bytes = None if limit else split.bytes
+    if text_bytes is None:
+        text_bytes = count_bytes(split, tokenizer.token_lengths(), limit)
+    for shard in range(len(split.shards)):
+        split.check(shard)
+    loss, targets = loss_on(model, split.shards, window, stride, limit)
+    split.settle()
+    return as_result(name, split.paths[0].parent, loss, targets, text_bytes, window, stride)
+
+
+def on_text(
+    model: GPT, tokenizer: Tokenizer, file: Path, window: int, stride: int, limit: int
+) -> dict[str, Any]:
+    """The result on a text file, or its first `limit` tokens. Raises DataError for an empty one."""
+    content = Path(file).read_bytes()
+    tokens = np.array([tokenizer.eot, *tokenizer.encode(content)])
+    if limit and len(tokens) > limit:
+        tokens = tokens[: limit + 1]
+        content = tokenizer.decode_bytes(tokens[1:].tolist())
+    if not content:
+        raise DataError(f"{file}: empty, expected text")
+    loss, targets = loss_on(model, [tokens], window, stride)
+    return as_result(str(file), Path(file), loss, targets, len(content), window, stride)
+
+
 def as_result(
-    name: str, loss: float, targets: int, text_bytes: int, window: int, stride: int
+    name: str, path: Path, loss: float, targets: int, text_bytes: int, window: int, stride: int
 ) -> dict[str, Any]:
     return {
         "set": name,
@@ -167,6 +180,7 @@ def as_result(
         "bytes": text_bytes,
         "window": window,
         "stride": stride,
+        "path": path,
     }
 
 

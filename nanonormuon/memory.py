@@ -7,7 +7,8 @@ step, so that all of them can repeat it with less.
 import json
 import logging
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,8 +93,6 @@ def probe(
     has; an optimizer step is part of that.
     """
     device = model.embed_tokens.weight.device
-    weights = [local(p).detach().to("cpu", copy=True) for p in model.parameters()]
-    unborn = [optimizer for optimizer in optimizers if not optimizer.state]
 
     def trial(n: int) -> None:
         tokens = torch.zeros(n, seq_len, dtype=torch.int64, device=device)
@@ -117,24 +116,36 @@ def probe(
             free_cache(device)
         return True
 
-    spare = None
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
-    low, high = 0, len(candidates)
-    if not fits(first):
-        raise OutOfMemory(
-            f"out of memory: {candidates[0]} sequence of {seq_len} tokens and an update do not "
-            "fit: set train.activation_checkpointing=true, take more GPUs and train.parallel=fsdp, "
-            "or a smaller model or data.seq_len"
-        )
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if fits(lambda: trial(candidates[middle])):  # noqa: B023, called at once
-            low = middle
-        else:
-            high = middle
-    del spare
+    with new_again(model, optimizers):
+        spare = None
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+            spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
+        low, high = 0, len(candidates)
+        if not fits(first):
+            raise OutOfMemory(
+                f"out of memory: {candidates[0]} sequence of {seq_len} tokens and an update do not "
+                "fit: set train.activation_checkpointing=true, take more GPUs and "
+                "train.parallel=fsdp, or a smaller model or data.seq_len"
+            )
+        while low + 1 < high:
+            middle = (low + high) // 2
+            if fits(lambda: trial(candidates[middle])):  # noqa: B023, called at once
+                low = middle
+            else:
+                high = middle
+        del spare
+    free_cache(device)
+    return candidates[low]
+
+
+@contextmanager
+def new_again(model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
+    """Within this a new model and its optimizers may step; then they are as new. After an error
+    they are not, since nothing goes on with them."""
+    weights = [local(p).detach().to("cpu", copy=True) for p in model.parameters()]
+    unborn = [optimizer for optimizer in optimizers if not optimizer.state]
+    yield
     with torch.no_grad():
         for p, value in zip(model.parameters(), weights):
             local(p).copy_(value)
@@ -145,8 +156,6 @@ def probe(
             for buffers in optimizer.state.values():
                 for buffer in buffers.values():
                     buffer.zero_()
-    free_cache(device)
-    return candidates[low]
 
 
 def free_cache(device: torch.device) -> None:

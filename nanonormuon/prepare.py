@@ -103,14 +103,7 @@ def prepare_documents(
         )
     # errors of the tokenizer come before any work
     vocabulary = None if trained_size(spec) else get_tokenizer(spec)
-    survey = Survey(names, val)
-    with Progress("reading", total() if total else 0) as progress:
-        for document in read(progress) if total else read():
-            survey.add(document)
-    if not survey.longest_bytes:
-        raise DataError(
-            f"{', '.join(names) or 'prepare'}: no text found; name files that have some"
-        )
+    survey = _surveyed(read, names, val, total)
     asked = {
         "request": {
             "tokenizer": str(spec) if vocabulary is None else vocabulary.hash,
@@ -235,6 +228,24 @@ class Survey:
 
     def _side(self, digest: bytes) -> str:
         return "val" if int.from_bytes(digest[:8], "big") < self.val * 2**64 else "train"
+
+
+def _surveyed(
+    read: Callable[..., Iterable[Document]],
+    names: list[str],
+    val: float,
+    total: Callable[[], int] | None,
+) -> Survey:
+    """The first reading of all documents. DataError if there is no text in them."""
+    survey = Survey(names, val)
+    with Progress("reading", total() if total else 0) as progress:
+        for document in read(progress) if total else read():
+            survey.add(document)
+    if not survey.longest_bytes:
+        raise DataError(
+            f"{', '.join(names) or 'prepare'}: no text found; name files that have some"
+        )
+    return survey
 
 
 def _trained(

@@ -273,25 +273,10 @@ def open_data(
                 " set model.vocab_size, or prepare the data with the model's tokenizer"
             )
         vocab_size = made_for
-    splits = {}
-    for name in ("train", "val"):
-        pattern = f"{name}.bin" if headerless else f"*{name}_*.bin"
-        paths = sorted(p for p in path.glob(pattern) if not p.name.startswith("."))
-        listed = {shard["name"]: shard for shard in manifest[name]["shards"]} if manifest else {}
-        if manifest and (wrong := sorted({p.name for p in paths} ^ listed.keys())):
-            problem = "missing, but listed" if wrong[0] in listed else "here, but not listed"
-            raise DataError(f"{path / wrong[0]}: {problem} in {MANIFEST}; prepare the data again")
-        if not paths:
-            plain = not headerless and (path / f"{name}.bin").exists()
-            hint = "for nanoGPT's files set data.format=nanogpt" if plain else "prepare it again"
-            raise DataError(f"{path}: no {name} split, {pattern} expected; {hint}")
-        shards = [np.asarray((read_headerless if headerless else read_shard)(p)) for p in paths]
-        for p, shard in zip(paths, shards, strict=True):
-            if manifest:
-                _compare(p, {"tokens": len(shard), "size": p.stat().st_size}, listed[p.name])
-        splits[name] = Split(
-            paths, shards, vocab_size, manifest[name]["bytes"] if manifest else None
-        )
+    splits = {
+        name: _open_split(path, name, manifest and manifest[name], vocab_size, headerless)
+        for name in ("train", "val")
+    }
     shard_bytes = sum(shard.nbytes for split in splits.values() for shard in split.shards)
     full = verify == "full" or shard_bytes <= FULL_CHECK_LIMIT
     for name, split in splits.items():
@@ -308,6 +293,28 @@ def open_data(
         identity = [(p.name, p.stat().st_size) for s in splits.values() for p in s.paths]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Data(path, splits["train"], splits["val"], manifest, vocab_size, fingerprint)
+
+
+def _open_split(
+    path: Path, name: str, entry: dict[str, Any] | None, vocab_size: int | None, headerless: bool
+) -> Split:
+    """A split's files, which must be those of its entry in the manifest, if there is one, in number
+    and size; their content is not read."""
+    pattern = f"{name}.bin" if headerless else f"*{name}_*.bin"
+    paths = sorted(p for p in path.glob(pattern) if not p.name.startswith("."))
+    listed = {shard["name"]: shard for shard in entry["shards"]} if entry else {}
+    if entry and (wrong := sorted({p.name for p in paths} ^ listed.keys())):
+        problem = "missing, but listed" if wrong[0] in listed else "here, but not listed"
+        raise DataError(f"{path / wrong[0]}: {problem} in {MANIFEST}; prepare the data again")
+    if not paths:
+        plain = not headerless and (path / f"{name}.bin").exists()
+        hint = "for nanoGPT's files set data.format=nanogpt" if plain else "prepare it again"
+        raise DataError(f"{path}: no {name} split, {pattern} expected; {hint}")
+    shards = [np.asarray((read_headerless if headerless else read_shard)(p)) for p in paths]
+    for p, shard in zip(paths, shards, strict=True):
+        if entry:
+            _compare(p, {"tokens": len(shard), "size": p.stat().st_size}, listed[p.name])
+    return Split(paths, shards, vocab_size, entry["bytes"] if entry else None)
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
