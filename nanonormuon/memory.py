@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nanonormuon import builtin, distributed
+from nanonormuon import activations, builtin, distributed
 from nanonormuon.faults import out_of_memory
 from nanonormuon.files import replace_file
 from nanonormuon.model import GPT
@@ -59,7 +59,7 @@ def micro_batch(
     if world.device.type != "cuda":
         return max((n for n in candidates if n * seq_len <= CPU_TOKENS), default=1)
     if parallel == "fsdp" and world.size > 1:
-        fitting = estimate(model, seq_len, candidates, world)
+        fitting = estimate(model, seq_len, candidates, world, recompute)
         return -int(distributed.largest([-fitting], world.device)[0])
     key = key_of(model, optimizers, seq_len, per_rank, world, recompute)
     known = distributed.first_does(lambda: read_cache().get(key), world.device)
@@ -71,14 +71,24 @@ def micro_batch(
     return fitting
 
 
-def estimate(model: GPT, seq_len: int, candidates: Sequence[int], world: distributed.World) -> int:
-    m = model.config
-    per_value = model.compute_dtype.itemsize
-    per_token = per_value * m.n_layer * (14 * m.n_embd + 6 * m.n_hidden) + 8 * m.n_embd
-    kept = 12 * sum(p.numel() for p in model.parameters()) // world.size  # gradients, optimizer
-    free = torch.cuda.mem_get_info(world.device)[0]
-    room = int(0.6 * (free - kept)) - (1 << 29)  # and the logits' chunk
-    return max((n for n in candidates if n * seq_len * per_token <= room), default=1)
+def estimate(
+    model: GPT,
+    seq_len: int,
+    candidates: Sequence[int],
+    world: distributed.World,
+    recompute: bool = False,
+) -> int:
+    """The largest of the candidates that 60 % of the memory has room for; 1 if none."""
+    m, dtype = model.config, model.compute_dtype
+
+    def needed(n: int) -> int:
+        every, none = (activations.kept(m, seq_len, B, dtype, recompute) for B in (n, 0))
+        # what no sequence keeps is the weights in the dtype of products, which FSDP2 gathers so
+        return sum(every) - sum(none) + activations.chunk_bytes(m, n * seq_len, dtype)
+
+    own = 12 * sum(p.numel() for p in model.parameters()) // world.size  # gradients, optimizer
+    room = int(0.6 * (torch.cuda.mem_get_info(world.device)[0] - own))
+    return max((n for n in candidates if needed(n) <= room), default=1)
 
 
 def probe(

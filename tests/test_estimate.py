@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanonormuon import cli, distributed, estimate
+from nanonormuon import activations, cli, distributed, estimate
 from nanonormuon.config import load, recipes
 from nanonormuon.model import GPT, GPTConfig
 
@@ -54,9 +54,9 @@ def test_activations_are_what_autograd_keeps(dtype, again):
         loss = model(tokens, tokens)
     kept = sum(s.nbytes() for pointer, s in seen.items() if pointer not in own)
     loss.backward()
-    blocks, around = estimate.kept(m, 40, 3, dtype, again)
+    blocks, around = activations.kept(m, 40, 3, dtype, again)
     if again:  # the one block whose activations come back in the backward pass is not kept yet
-        blocks -= estimate.kept(replace(m, n_layer=1), 40, 3, dtype, False)[0]
+        blocks -= activations.kept(replace(m, n_layer=1), 40, 3, dtype, False)[0]
     assert blocks + around == pytest.approx(kept, rel=0.02)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanonormuon import distributed, memory, optim
+from nanonormuon import activations, distributed, memory, optim
 from nanonormuon.distributed import World
 from nanonormuon.log import read_metrics
 from nanonormuon.model import GPT, GPTConfig
@@ -50,6 +50,22 @@ def test_not_even_one():
     model.room = 0
     with pytest.raises(memory.OutOfMemory, match=r"1 sequence of 8 tokens and an update do not"):
         memory.probe(model, optimizers, 8, [1, 2])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_under_fsdp_it_is_what_the_layers_keep_in_60_percent_of_the_memory(monkeypatch, recompute):
+    model = GPT(GPTConfig(vocab_size=64, n_layer=3, n_head=2, n_embd=16))
+    own = 12 * sum(p.numel() for p in model.parameters()) // 2
+    m, dtype, world = model.config, model.compute_dtype, World(0, 2, torch.device("cuda"))
+    kept = [sum(activations.kept(m, 8, n, dtype, recompute)) for n in (0, 4)]
+    room = (kept[1] - kept[0] + activations.chunk_bytes(m, 4 * 8, dtype)) / 0.6
+    monkeypatch.setattr(memory.distributed, "largest", lambda values, _: values)
+    for spare, fits in ((16, 4), (-16, 2)):
+        free = own + int(room) + spare, 0
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: free)
+        assert memory.micro_batch(model, [], 8, 8, world, "fsdp", recompute) == fits
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (own, 0))
+    assert memory.micro_batch(model, [], 8, 8, world, "fsdp", recompute) == 1
 
 
 def test_what_was_found_is_remembered_and_all_ranks_take_the_smallest(tmp_path, monkeypatch):
