@@ -3,8 +3,10 @@
     python scripts/bench_train.py [RECIPE KEY=VALUE ...] [--steps 20] [--two]
 
 Prints a table and, last, one JSON line. Utilisation is the model's FLOPs (6 per weight and token,
-and attention's products) over the rate of a large product measured in the same run. --two: also two
-processes with half of the threads each, which need data.path to exist already.
+and attention's products) over the rate of a large product measured in the same run. Memory is
+compared with what the process held before, weights, gradients, optimizer and what autograd keeps
+(estimate.py). --two: also two processes with half of the threads each, which need data.path to
+exist already.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from nanonormuon import distributed
+from nanonormuon import distributed, estimate
 from nanonormuon.config import load
 from nanonormuon.faults import Stopping, Watch
 from nanonormuon.log import RunDirectory
@@ -66,6 +68,7 @@ def measure(arguments: list[str], steps: int) -> dict:
     """One process's (or rank's) figures."""
     config, _ = load(arguments)
     world = distributed.start(config.train.device)
+    before = distributed.peak_memory(world.device) or 0
     with tempfile.TemporaryDirectory() as folder, RunDirectory(Path(folder), world.first) as run:
         trainer = Trainer(config, run, world, Watch(0, Stopping()))
         begin = time.perf_counter()
@@ -93,10 +96,12 @@ def measure(arguments: list[str], steps: int) -> dict:
             clock.timed("step", trainer.take_step)()
         torch.Tensor.backward = original
     seconds, tokens = statistics.median(whole), config.train.batch_tokens
+    sharded = world.size > 1 and trainer.parallel == "fsdp"
+    needed = estimate.estimate(trainer.config, trainer.micro_batch, world.size, sharded)
     parts = {name: 1e3 * s / steps for name, s in clock.seconds.items()}
     parts["rest"] = 2 * parts["step"] - sum(parts.values())
     flops = trainer.gpt.flops_per_token(config.data.seq_len) * tokens / seconds
-    peak = distributed.peak_memory(world.device)
+    peak = distributed.peak_memory(world.device) or 0
     return {
         "ms per step": 1e3 * seconds,
         "tokens per second": tokens / seconds,
@@ -104,7 +109,11 @@ def measure(arguments: list[str], steps: int) -> dict:
         "TFLOP/s of a large product": rate / 1e12,
         "utilisation": flops / rate / world.size,
         "seconds to set up and compile": compile_seconds,
-        "peak memory, GB": (peak or 0) / 1e9,
+        "peak memory, GB": peak / 1e9,
+        "of which before the model": before / 1e9,
+        "and needed after": needed.memory / 1e9,
+        "peak / (before + needed)": peak / (before + needed.memory),
+        "percent outside passes and update": 100 * (parts["batch"] + parts["rest"]) / parts["step"],
         **{f"ms {name}": value for name, value in parts.items() if name != "step"},
     }
 
