@@ -173,7 +173,7 @@ def test_initial_loss_is_that_of_a_uniform_guess_and_weights_depend_on_the_seed_
     torch.manual_seed(99)
     b, c = GPT(GPTConfig(**SMALL)).init_weights(3), GPT(GPTConfig(**SMALL)).init_weights(4)
     tokens = torch.randint(50, (2, 8))
-    assert float(a(tokens, tokens)) == pytest.approx(math.log(50), rel=1e-6)
+    assert a(tokens, tokens).item() == pytest.approx(math.log(50), rel=1e-6)
     same = [torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())]
     other = [torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()) if p.std() > 0]
     assert all(same) and not any(other)
