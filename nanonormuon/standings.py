@@ -193,4 +193,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
         curves.set(xlabel="step", ylabel="validation loss")
         tuning.set(xlabel="learning rate of the matrices", ylabel="loss on the tuning split")
         tuning.set_xscale("log")
+        tuning.xaxis.get_major_locator().set_params(subs=(1, 2, 5))  # labels that leave room
+        tuning.xaxis.set_major_formatter("{x:g}")
+        tuning.minorticks_off()
         tuning.legend()
