@@ -13,13 +13,15 @@ import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-import torch
 from tqdm import tqdm
 
 from nanonormuon import checkpoint
 from nanonormuon.files import read_jsonl, replace_file
+
+if TYPE_CHECKING:
+    import torch  # a help text must not wait for it
 
 log = logging.getLogger("nanonormuon")
 
@@ -188,11 +190,12 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
-def environment(device: torch.device, ranks: int) -> dict[str, Any]:
+def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
     """What else decides a result: command, source, versions, device."""
     import numpy
     import safetensors
     import tiktoken
+    import torch
 
     from nanonormuon import __version__
 

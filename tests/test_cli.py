@@ -134,6 +134,17 @@ def test_an_unknown_fault_is_one_line_and_debug_shows_its_traceback(monkeypatch,
         cli.main(["show", "--debug"])
 
 
+def test_help_and_a_misspelt_option_do_not_wait_for_torch():
+    code = """if True:
+        import sys
+        from nanonormuon import cli
+        names = ["run", "prepare", "sample", "evaluate", "export", "compare", "race", "trials"]
+        for name in names:
+            assert (cli.main([name, "--help"]), cli.main([name, "--no-such-option"])) == (0, 2)
+        assert "torch" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_help_names_every_command_and_gives_examples(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
