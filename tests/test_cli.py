@@ -134,6 +134,22 @@ def test_an_unknown_fault_is_one_line_and_debug_shows_its_traceback(monkeypatch,
         cli.main(["show", "--debug"])
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("late", [False, True])
+def test_output_that_cannot_be_written_is_an_error(late):
+    """Also what is written at the very end: `entry` leaves without Python's own way out."""
+    code = "import sys; from nanonormuon import cli; LATE; cli.entry(['show', 'demo'])"
+    late = "cli.typer.echo = lambda *a, **_: sys.stdout.write(a[0][:99])" if late else "pass"
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-c", code.replace("LATE", late)],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=env,
+        )  # fmt: skip
+    assert found.returncode == 8 and found.stderr.count("\n") == 1
+    assert "No space left on device" in found.stderr
+
+
 def test_help_and_a_misspelt_option_do_not_wait_for_torch():
     code = """if True:
         import sys
