@@ -192,8 +192,13 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
                         color=line.get_color())  # fmt: skip
         curves.set(xlabel="step", ylabel="validation loss")
         tuning.set(xlabel="learning rate of the matrices", ylabel="loss on the tuning split")
-        tuning.set_xscale("log")
-        tuning.xaxis.get_major_locator().set_params(subs=(1, 2, 5))  # labels that leave room
-        tuning.xaxis.set_major_formatter("{x:g}")
-        tuning.minorticks_off()
+        by_rates(tuning)
         tuning.legend()
+
+
+def by_rates(axis: Any) -> None:
+    """Make the x-axis one of learning rates, with labels that leave each other room."""
+    axis.set_xscale("log")
+    axis.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()

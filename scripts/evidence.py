@@ -104,14 +104,17 @@ def family(kind: str, races: dict[int, dict[str, Any]]) -> str:
         lines.append([label, f"{size:,}", *cells])
     with picture(KEPT / f"{kind}.png", 1, 1, 7, 4.5) as axes:
         axis = axes[0, 0]
+        labels, sizes = sorted({label for label, _ in rows}), sorted(races)
         for (label, size), tried in sorted(rows.items()):
-            (line,) = axis.plot(tried.keys(), tried.values(), marker=".", label=f"{label} {size:,}")
+            which = sizes.index(size)  # several optimizers: a colour each, a line style per size
+            style = ("-", "--", "-.", ":")[which % 4] if len(labels) > 1 else "-"
+            color = f"C{labels.index(label) if len(labels) > 1 else which}"
+            axis.plot(tried.keys(), tried.values(), style, color=color, marker=".",
+                      label=f"{label} {size:,}")  # fmt: skip
             best = min(tried, key=tried.__getitem__)
-            axis.plot([best], [tried[best]], marker="o", color=line.get_color())
+            axis.plot([best], [tried[best]], marker="o", color=color)
         axis.set(xlabel="learning rate of the matrices", ylabel="loss on the tuning split")
-        axis.set_xscale("log")
-        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
-        axis.minorticks_off()
+        standings.by_rates(axis)
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"### {kind}\n\nLoss on the tuning split.\n\n{table}\n\n![{kind}](results/{kind}.png)\n"
 
