@@ -110,7 +110,7 @@ class Runner:
             job.path.parent.mkdir(parents=True, exist_ok=True)
             wait_for_owner(job.path)
             if job.result() is None and (job.path / "config.toml").exists():
-                stop_at = config.load(job.arguments)[0].train.stop_at  # a resumed run forgets it
+                stop_at = config.load(job.arguments)[0].train.stop_at  # reached, it is forgotten
                 self.start(job, ["--resume", f"train.stop_at={stop_at}"], place)
                 if job.result() is None:  # not every optimizer's state can be saved
                     log.warning("%s: cannot be resumed, begins anew", job.path)

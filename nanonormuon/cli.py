@@ -107,7 +107,7 @@ def run(
 def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
     """The arguments that continue the run in `out`: its configuration, and the settings among these
     that change it. Raises ConfigError where no run is."""
-    from nanonormuon import config
+    from nanonormuon import checkpoint, config
 
     if out is None or not (out / "config.toml").is_file():
         known = sorted(str(p.parent) for p in Path("runs").glob("*/config.toml"))
@@ -121,8 +121,11 @@ def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
         logging.getLogger("nanonormuon").info(
             f"--resume: {out} has its own configuration; {', '.join(files)} is not read again"
         )
-    # stop_at was for the process that had it
-    return [str(out.resolve() / "config.toml"), "train.stop_at=0", *settings]
+    saved = str(out.resolve() / "config.toml")
+    steps = [checkpoint.step_of(path) or 0 for path in checkpoint.all_steps(out / "checkpoints")]
+    # a run that has come to its stop_at goes on to its end, one that was cut off before stops there
+    there = max(steps, default=0) >= config.load([saved])[0].train.stop_at
+    return [saved, *["train.stop_at=0"] * there, *settings]
 
 
 def report(summary: dict, out: Path, code: bool) -> None:

@@ -75,7 +75,7 @@ class OptimConfig:
 class TrainConfig:
     init_from: str = ""  # model directory to begin with; "": a new model, as [model] says
     steps: int = 1000  # optimizer steps
-    stop_at: int = 0  # end early at this step, saved; the schedule still runs to `steps`. 0: never
+    stop_at: int = 0  # end here, saved, on the schedule of `steps`; --resume goes on. 0: no
     batch_tokens: int = 8192  # per optimizer step, over all ranks and micro-batches
     micro_batch: int | Literal["auto"] = "auto"  # sequences per device at a time
     seed: int = 0

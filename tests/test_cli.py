@@ -15,6 +15,7 @@ from conftest import command
 
 from nanonormuon import cli, config
 from nanonormuon.shards import write_shard
+from nanonormuon.train import train
 
 
 def called(arguments, capsys):
@@ -247,6 +248,16 @@ def test_a_truncated_checkpoint_is_refused(tiny, tmp_path, capsys):
         code, message = called(arguments, capsys)
         line = message.strip().splitlines()[-1]
         assert code == 4 and line.startswith("error: ") and "model.safetensors" in line
+
+
+def test_a_resumed_run_ends_at_its_stop_and_resumed_from_there_at_its_end(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(config.load([*tiny, "train.stop_at=3"])[0], out)
+    file = out / "config.toml"  # as if it had been killed on its way to step 5
+    file.write_text(file.read_text().replace("stop_at = 3", "stop_at = 5"))
+    for steps in (5, 8):
+        assert cli.main(["run", *tiny, "--resume", "--out", str(out)]) == 0
+        assert json.loads((out / "summary.json").read_text())["steps"] == steps
 
 
 AUDIT = """
