@@ -44,6 +44,8 @@ def read(file: Path) -> list[Question]:
         rows = list(read_jsonl(file))
     except ValueError as error:
         raise DataError(str(error)) from None
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}, expected a JSONL file of questions") from None
     for number, row in rows:
         try:
             if answers is not None:

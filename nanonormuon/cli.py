@@ -42,6 +42,8 @@ def common(
 ) -> None:
     if context.invoked_subcommand == "run":  # signals are answered from here on
         context.obj = context.with_resource(faults.Stopping())
+    if getattr(sys.stdout, "errors", "") == "strict":  # a terminal of ASCII still shows the rest
+        sys.stdout.reconfigure(errors="replace")
     from nanonormuon.log import to_console
 
     to_console(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)

@@ -1,6 +1,7 @@
 """Commands on what a run has left: options and help only, as in cli.py, which lists them."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +65,8 @@ def sample(
     """
     if sum(map(bool, (prompt, file, interactive))) > 1:
         raise typer.BadParameter("--prompt, --file, --interactive: expected one of them")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise typer.BadParameter(f"--seed {seed}: expected -2^63 to 2^63 - 1")
     import torch
 
     from nanonormuon import distributed, pretrained
@@ -232,6 +235,8 @@ def diagnose(
         wanted = [int(i) for i in layers.split(",") if i.strip()]
     except ValueError:
         raise typer.BadParameter(f'--layers "{layers}": expected numbers, as 0,5,11') from None
+    if wanted and plot is None:
+        raise typer.BadParameter(f'--layers "{layers}": expected with --plot only')
     profiles = diagnosing.diagnose(path)
     if plot is not None:
         diagnosing.draw(profiles, plot, wanted)
@@ -345,6 +350,8 @@ def trials(
     normuon-train trials track3-normuon --n 20 --target 3.28 --ranks 8 --out runs/track3
     normuon-train trials shakespeare-char train.steps=300 --n 5 --target 1.9 --out runs/five
     """
+    if not math.isfinite(target):
+        raise typer.BadParameter(f"--target {target}: expected a finite number")
     from nanonormuon import trials as trying
     from nanonormuon.batch import Runner
 

@@ -102,6 +102,10 @@ class TrainConfig:
     canonical: bool = False  # the same bits on any number of ranks; slow
     reshard: bool = True  # fsdp: weights too are sharded between uses; false: only their gradients
 
+    @property
+    def last_step(self) -> int:
+        return min(self.steps, self.stop_at or self.steps)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -239,6 +243,8 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
         number, words = typing.get_args(kind)
         return value if value in typing.get_args(words) else coerce(value, number, where)
     if kind is str and isinstance(value, str):
+        if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise ConfigError(f"{where} = {value!r}: expected UTF-8 (is the locale, LANG, that?)")
         return value
     if kind is bool:
         words = {"true": True, "false": False}
@@ -286,6 +292,8 @@ def check(config: Config, origin: dict[str, str]) -> None:
             value = getattr(getattr(config, section), f.name)
             if isinstance(value, int | float) and value < 0:
                 refuse(f"{section}.{f.name}", "0 or more")
+    if config.train.seed >= 1 << 63:
+        refuse("train.seed", "below 2^63")
     if config.train.canonical and config.train.micro_batch == "auto":
         refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")
     if config.train.micro_batch == 0:

@@ -73,7 +73,7 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = F
     return Estimate(
         parameters=parameters,
         flops_per_token=model.flops_per_token(T),
-        tokens=t.steps * t.batch_tokens,
+        tokens=t.last_step * t.batch_tokens,
         weights=weights // parts + gathered,
         gradients=weights // parts,
         optimizer=(saved - weights) // parts,
@@ -113,7 +113,7 @@ def report(config: Config, ranks: int = 1) -> list[str]:
     roles = ", ".join(f"{role} {n:,}" for role, n in found.parameters.items())
     lines = [
         f"parameters: {found.total_parameters:,} ({roles})",
-        f"work: {t.steps:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
+        f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
         f"{found.flops_per_token / 1e6:.4g} MFLOP per token = {found.flops:.3g} FLOP",
     ]
     if data_tokens:
@@ -143,9 +143,10 @@ def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str
     more = config.model.n_layer - 1
     passes = (one + more * (two - one)) * (per_rank // micro)
     step = passes + update_1 + more * (update_2 - update_1)
+    minutes = step * config.train.last_step / 60
     return (
-        f"time: about {step * config.train.steps / 60:.3g} minutes of training, {step:.3g} s per "
-        f"step on this {here().type} (timed just now, not compiled, without evaluations)"
+        f"time: about {minutes:.3g} minutes of training, {step:.3g} s per step "
+        f"on this {here().type} (timed just now, not compiled, without evaluations)"
     )
 
 

@@ -156,8 +156,12 @@ def on_split(
 def on_text(
     model: GPT, tokenizer: Tokenizer, file: Path, window: int, stride: int, limit: int
 ) -> dict[str, Any]:
-    """The result on a text file, or its first `limit` tokens. Raises DataError for an empty one."""
-    content = Path(file).read_bytes()
+    """The result on a text file, or its first `limit` tokens. Raises DataError if there is no text
+    to read."""
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}, expected a text file") from None
     tokens = np.array([tokenizer.eot, *tokenizer.encode(content)])
     if limit and len(tokens) > limit:
         tokens = tokens[: limit + 1]

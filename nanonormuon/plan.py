@@ -45,6 +45,11 @@ def open_corpus(config: Config, world: distributed.World) -> tuple[Data, Tokeniz
         log.warning(f"no samples and no bits per byte, data.tokenizer is not usable: {problem}")
     if share := config.data.tuning:
         data.train, data.val = data.train.cut(round((1 - share) * data.train.tokens))
+        if min(data.train.tokens, data.val.tokens) < 2:
+            raise DataError(
+                f"data.tuning = {share}: leaves {data.train.tokens} tokens of {path} to learn "
+                f"and {data.val.tokens} to judge by, expected at least 2 of each"
+            )
     return mixed(config, data, tokenizer), tokenizer
 
 

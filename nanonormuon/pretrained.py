@@ -23,6 +23,8 @@ def find_checkpoint(path: Path) -> Path:
     """A run directory -> its newest verified checkpoint; a checkpoint -> itself, verified; a
     Hugging Face model directory -> itself."""
     if (path / "manifest.json").exists():
+        if isinstance(checkpoint.read_json(path / "manifest.json").get("train"), dict):
+            raise CheckpointError(f"{path}: prepared data, expected a run or a model trained on it")
         checkpoint.verify(path)
         return path
     if (path / "checkpoints").is_dir():
@@ -164,7 +166,9 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
     if path is None:
         settings = (state or {}).get("config", {}).get("data")
         if settings is None:
-            raise DataError("this model does not say what it was trained on: give --data or --text")
+            raise DataError(
+                "this model does not say what it was trained on: give --data (evaluate: or --text)"
+            )
         path, headerless = Path(settings["path"]), settings.get("format") == "nanogpt"
         if settings["path"].startswith("builtin:"):
             from nanonormuon.builtin import builtin_python

@@ -10,6 +10,7 @@ before (arXiv 2509.02046). A best rate at the end of its grid makes the grid lon
     OUT/results.json, OUT/results.md, OUT/race.png
 """
 
+import hashlib
 import itertools
 import json
 import logging
@@ -18,6 +19,7 @@ import re
 import shlex
 import statistics
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,9 @@ FACTORS = (0.5, 1.0, 2.0)
 LONGER = 4  # rates that may be added to a grid whose best one lies at its end
 TUNING_SEED = 1_000_000  # and the next: none that a result is reported with
 TUNING_SHARE = 0.05  # of the training tokens, kept back for the choice
+# no axis and no optimizer's own setting: the race gives it to every run, or promises it to be equal
+SHARED = ("train.seed", "train.steps", "train.stop_at", "train.batch_tokens", "train.sample_tokens",
+          "train.keep_last", "train.keep_best", "data.tuning", "optim.name")  # fmt: skip
 
 
 def entries(
@@ -53,17 +58,21 @@ def entries(
         own usual rate. weight_decay: "0,0.1". sweep: "SECTION.KEY=A,B" as further axes.
     Raises ConfigError.
     """
+    for argument in arguments:
+        if config.is_setting(argument) and keys_of([argument]) == ["train.seed"]:
+            raise ConfigError(f"{argument}: a race gives its runs their seeds, see --seeds")
     axes = [f"optim.weight_decay={weight_decay}"] if weight_decay else []
-    columns = [
-        [f"{key}={value.strip()}" for value in values.split(",")]
-        for key, _, values in (axis.partition("=") for axis in (*axes, *sweep))
-    ]
-    others = tuple(itertools.product(*columns))
+    others = tuple(itertools.product(*map(axis, (*axes, *sweep))))
     found = []
     for label in filter(None, map(str.strip, re.split(r",(?! )", optimizers))):
         name, *extra = label.split("+")
         settings = [f"optim.name={name}"]
         settings += [e if "." in e.partition("=")[0] else f"optim.{e}" for e in extra]
+        refuse_shared(f'--optimizers "{label}"', settings[1:], SHARED)
+        fixed = tuple(keys_of(settings[1:]))
+        for combination in others:  # a mistake in the last of them should not wait for its turn
+            refuse_shared(f'--sweep or --wd, and --optimizers "{label}"', combination, fixed)
+            config.load([*arguments, *settings, *combination])
         resolved = config.load([*arguments, *settings])[0].optim
         usual = resolved.lr if name in ("normuon", "muon") else ADAMW_LR
         if any(s.startswith("optim.lr=") for s in settings):
@@ -77,6 +86,32 @@ def entries(
             hint = config.nearest(text.rpartition("=")[0], labels)
             raise ConfigError(f'--lr "{text}": none of --optimizers; {hint}')
     return found
+
+
+def axis(text: str) -> list[str]:
+    """ "SECTION.KEY=A,B" -> KEY=VALUE for each; in a setting that is text, a comma before a blank
+    belongs to its value. Raises ConfigError."""
+    key, equals, values = text.partition("=")
+    if not equals:
+        raise ConfigError(f'--sweep "{text}": expected SECTION.KEY=A,B')
+    refuse_shared(f'--sweep "{text}"', [text], (*SHARED, "optim.lr"))
+    section, _, name = key.strip().partition(".")
+    kinds = typing.get_type_hints(config.SECTIONS[section]) if section in config.SECTIONS else {}
+    parts = re.split(r",(?! )" if kinds.get(name) is str else ",", values)
+    return list(dict.fromkeys(f"{key.strip()}={part.strip()}" for part in parts))
+
+
+def keys_of(settings: Sequence[str]) -> list[str]:
+    return [setting.partition("=")[0].strip() for setting in settings]
+
+
+def refuse_shared(where: str, settings: Sequence[str], taken: Sequence[str]) -> None:
+    """Raise ConfigError if one of KEY=VALUE is decided elsewhere and would be overruled, or make
+    the runs of a race incomparable."""
+    for key in set(keys_of(settings)) & set(taken):
+        hint = {"optim.lr": "--lr has the rates", "train.seed": "--seeds gives them"}.get(key)
+        hint = hint or ("all runs of a race share it" if key in SHARED else "set it in one of them")
+        raise ConfigError(f"{where}: {key}: {hint}")
 
 
 def rates(label: str, given: Sequence[str], usual: float) -> tuple[float, ...]:
@@ -104,7 +139,7 @@ class Race:
         self.tuning_seeds = tuning_seeds
         self.standings = [Standing(entry) for entry in field]
         self.config = config.load(arguments)[0]
-        self.steps = self.config.train.steps
+        self.steps = self.config.train.last_step
 
     def job(
         self, kind: str, entry: Entry, setting: tuple[float, tuple[str, ...]], seed: int
@@ -113,7 +148,10 @@ class Race:
         rate, others = setting
         tuning = kind == "tuning"
         own = [*entry.settings, f"optim.lr={rate:g}", *others, f"train.seed={seed}"]
-        name = re.sub(r"[^\w.=+-]", "-", "+".join([entry.label, f"lr={rate:g}", *others]))
+        label = "+".join([entry.label, f"lr={rate:g}", *others])
+        name = re.sub(r"[^\w.=+-]", "-", label)[:150]  # file names end at 255 bytes
+        if name != label.replace(":", "-"):  # others could come to the same
+            name += f"-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
         quiet = ["train.sample_tokens=0", "train.keep_last=1", "train.keep_best=false"]
         common = [f"train.eval_every={max(1, self.steps // 10)}", *self.arguments, *quiet]
         if tuning:
@@ -148,7 +186,9 @@ class Race:
 
     def claim(self) -> None:
         """Raise RunError if the directory is another comparison's."""
-        claim(self.out, "race.json", {"arguments": self.arguments, "steps": self.steps})
+        claim(
+            self.out, "race.json", {"arguments": self.arguments, "steps": self.config.train.steps}
+        )
 
     def tune(self, runner: Runner, pending: Sequence[tuple[Standing, float, tuple]]) -> None:
         seeds = range(TUNING_SEED, TUNING_SEED + self.tuning_seeds)

@@ -10,6 +10,7 @@ from typing import Any
 from nanonormuon.checkpoint import read_json
 from nanonormuon.compare import RunRecord, read, row_of, spell
 from nanonormuon.evaluate import RESULTS, kept
+from nanonormuon.extras import UsageError
 from nanonormuon.files import read_jsonl, replace_file
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 260, 64, 30, 10
@@ -76,8 +77,12 @@ for (const svg of document.querySelectorAll("svg[data-keys]")) {{
 
 
 def write(run: Path, out: Path) -> None:
-    """Write the page of a run directory. Raises RunError, CheckpointError or OSError."""
+    """Write the page of a run directory. Raises RunError, CheckpointError, UsageError, OSError."""
     record = read(run)
+    if out.is_dir():
+        raise UsageError(
+            f"--out {out}: a directory, expected the name of a page, as {out}/run.html"
+        )
     body = [key_values({k: spell(k, v) for k, v in row_of(record, None).items()})]
     for title, keys in CHARTS:
         if any(len(record.curve(key)[0]) > 1 for key in keys):

@@ -157,7 +157,7 @@ def stream(
 
 def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
     """The prompts of one call: the text itself, of standard input for "-", of a file, or line by
-    line from a person, until the end of the input. Raises OSError or UsageError for a file."""
+    line from a person, until the end of the input. Raises UsageError for a file."""
     if interactive:
         while True:
             print("prompt> ", end="", file=sys.stderr, flush=True)
@@ -170,6 +170,8 @@ def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
             yield file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UsageError(f"{file}: not UTF-8 at offset {error.start}") from None
+        except OSError as error:
+            raise UsageError(f"--file {file}: {error.strerror}, expected a text file") from None
     else:
         yield sys.stdin.read() if prompt == "-" else prompt
 

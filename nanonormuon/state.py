@@ -134,8 +134,9 @@ class RunState:
         """Become the run that a verified checkpoint describes, if it is this one."""
         plan.refuse_other_run(self.config, state, self.data, self.tokenizer)
         steps, before = self.config.train.steps, state["config"]["train"]["steps"]
-        if state["step"] > steps:
-            raise ConfigError(f"train.steps = {steps}: {path} is at step {state['step']} already")
+        if state["step"] > (last := self.config.train.last_step):
+            name = "steps" if last == steps else "stop_at"
+            raise ConfigError(f"train.{name} = {last}: {path} is at step {state['step']} already")
         if steps != before and self.world.first:
             log.warning(f"train.steps: {before} -> {steps}; the schedule of the rest follows it")
         snapshot.load_weights(self.gpt, path)

@@ -177,7 +177,7 @@ class Trainer(RunState):
     def loop(self) -> dict[str, Any]:
         """Steps, and what comes between them: save, then evaluate, then sample."""
         settings, speak = self.config.train, self.world.first
-        last_step = self.last_step
+        last_step = settings.last_step
         if self.step == 0:
             self.show_sample("before training")
         elif due(self.step, settings.eval_every, last_step) and self.step not in self.validations:
@@ -235,17 +235,12 @@ class Trainer(RunState):
     # ---------------------------------------------------------------------------------------------
     # Between the steps
 
-    @property
-    def last_step(self) -> int:
-        settings = self.config.train
-        return min(settings.steps, settings.stop_at or settings.steps)
-
     def logged(self, step: int) -> bool:
         """Whether `step` has a row in metrics.jsonl, also without a signal to stop."""
         settings = self.config.train
         every = (settings.log_every, settings.save_every, settings.eval_every)
         return due(step, settings.sample_every, 0) or any(
-            due(step, n, self.last_step) for n in every
+            due(step, n, settings.last_step) for n in every
         )
 
     def measure(

@@ -24,6 +24,9 @@ def run(
     OUT/trial-000/ is a run directory, OUT/trial-000.txt its self-contained log, OUT/trials.json the
     verdict. A larger n goes on from a smaller one. Raises as batch.Runner does.
     """
+    for argument in arguments:
+        if config.is_setting(argument) and argument.partition("=")[0].strip() == "train.seed":
+            raise config.ConfigError(f"{argument}: the trials have the seeds 0 to {n - 1}, see --n")
     settings = config.load(arguments)[0]
     claim(out, "plan.json", {"arguments": arguments, "steps": settings.train.steps})
     quiet = ("train.sample_tokens=0", "train.keep_last=1", "train.keep_best=false")
@@ -37,7 +40,7 @@ def run(
     losses = [result["val_loss"] for result in results]
     found = verdict(losses, target) | {
         "losses": losses,
-        "steps": settings.train.steps,
+        "steps": settings.train.last_step,
         "seconds": [result.get("train_seconds") for result in results],
         "arguments": [*arguments],
         "source_sha256": json.loads((jobs[0].path / "environment.json").read_text())[

@@ -51,6 +51,21 @@ def called(arguments, capsys):
         (["sample", "OUT", "--top-q", "1"], 2, "--top-p"),
         (["sample", "OUT", "--device", "gpu"], 2, "expected one of auto, cpu, cuda, mps"),
         (["sample", "OUT", "--num", "0"], 2, "--num"),
+        (["sample", "OUT", "--seed", "9" * 20], 2, "expected -2^63 to 2^63 - 1"),
+        (["run", "train.seed=1e30", "--out", "OUT"], 2, "expected below 2^63"),
+        (["run", "train.sample_prompt=\udcff", "--out", "OUT"], 2, "expected UTF-8"),
+        (["diagnose", "OUT", "--layers", "0"], 2, "expected with --plot only"),
+        (["trials", "demo", "--target", "nan", "--out", "OUT"], 2, "expected a finite number"),
+        (
+            ["trials", "demo", "train.seed=3", "--target", "3", "--out", "OUT"],
+            2,
+            "train.seed=3: the trials have the seeds 0 to 9",
+        ),
+        (
+            ["race", "demo", "--sweep", "optim.momentum=0.9,much", "--out", "OUT"],
+            2,
+            "optim.momentum = 'much': expected a number",
+        ),
         (["evaluate", "OUT"], 4, "neither a run directory"),
         (["export", "OUT"], 2, "--to"),
         (["export", "OUT", "--to", "new"], 4, "neither a run directory"),
@@ -68,6 +83,29 @@ def test_mistakes(arguments, code, words, tmp_path, capsys, monkeypatch):
     assert found == code and words in message
     assert message.startswith("error: ") or message.startswith("Usage: ")
     assert list(tmp_path.iterdir()) == []  # nothing was made
+
+
+def test_what_is_there_but_not_what_was_asked_for(shards, trained, tmp_path, capsys):
+    for arguments, code, words in (
+        (["evaluate", shards], 4, f"{shards}: prepared data, expected a run"),
+        (["run", "--init-from", shards, "--out", tmp_path / "out"], 4, "prepared data, expected"),
+        (["sample", trained, "--file", tmp_path / "no"], 2, "no: No such file or directory, expec"),
+        (["sample", trained, "--file", tmp_path], 2, "Is a directory, expected a text file"),
+        (["evaluate", trained, "--text", tmp_path / "no"], 3, "expected a text file"),
+        (["evaluate", trained, "--choices", tmp_path / "no"], 3, "expected a JSONL file"),
+        (["report", trained, "--out", tmp_path], 2, f"--out {tmp_path}: a directory"),
+    ):
+        found, message = called(arguments, capsys)
+        assert found == code and words in message, message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_of_another_encoding_shows_what_it_can(trained):
+    code, said, message = command(
+        "sample", trained, "--prompt", "\u00fc a", "--max-tokens", "1",
+        env={"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert code == 0 and said.startswith("? a"), message
 
 
 def refused(arguments, code, words, capsys, out):
@@ -108,6 +146,8 @@ def test_bad_data(tiny, shards, tmp_path, capsys):
     shard.write_bytes(content)
     refused(arguments, 3, "sha256", capsys, out)
     refused([*tiny, "model.vocab_size=100"], 2, "the data in", capsys, out)
+    refused([*tiny, "data.tuning=1e-9"], 3, "and 0 to judge by", capsys, out)
+    refused([*tiny, "data.tuning=0.999999999"], 3, "leaves 0 tokens", capsys, out)
     refused(
         [*tiny, "data.seq_len=200_000", "train.batch_tokens=200_000"], 3, "seq_len", capsys, out
     )

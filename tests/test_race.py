@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command
 
-from nanonormuon import batch, checkpoint, distributed, plan, race, standings
+from nanonormuon import batch, checkpoint, distributed, plan, race, standings, trials
 from nanonormuon.batch import Job, Runner
 from nanonormuon.config import ConfigError, load
 from nanonormuon.log import RunError, read_metrics
@@ -112,6 +112,52 @@ def test_every_optimizer_has_a_grid_about_its_own_rate():
 def test_a_race_that_cannot_be_is_refused(optimizers, lr, message):
     with pytest.raises(ConfigError, match=message):
         race.entries(["demo"], optimizers, lr)
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "sweep", "message"),
+    [
+        ("normuon", "train.seed=1,2", "train.seed: --seeds gives them"),
+        ("normuon", "optim.lr=0.1,0.2", "optim.lr: --lr has the rates"),
+        ("normuon", "train.steps=2,4", "train.steps: all runs of a race share it"),
+        ("normuon+train.seed=3", "optim.beta2=0.9", "train.seed: --seeds gives them"),
+        ("normuon+beta2=0.5", "optim.beta2=0.9", "optim.beta2: set it in one of them"),
+        ("normuon", "optim.beta2", "expected SECTION.KEY=A,B"),
+    ],
+)
+def test_a_setting_that_would_be_overruled_is_refused(optimizers, sweep, message):
+    with pytest.raises(ConfigError, match=message):
+        race.entries(["demo"], optimizers, sweep=[sweep])
+
+
+def test_a_race_has_its_own_seeds():
+    with pytest.raises(ConfigError, match=r"train\.seed=3: a race gives its runs their seeds"):
+        race.entries(["demo", "train.seed=3"], "normuon")
+
+
+def test_no_two_settings_share_a_run_directory(tmp_path):
+    values = ["x y", "x-y", "x" * 300, "x" * 299 + "y"]
+    sweep = [f"train.sample_prompt={','.join(values)}"]
+    field = race.entries(["demo"], "normuon,torch.optim:Adagrad", ["0.1"], sweep=sweep)
+    races = race.Race(["demo"], field, 1, tmp_path)
+    names = [races.job("seeds", e, (0.1, o), 0).path.name for e in field for o in e.others]
+    assert len(set(names)) == 8 and max(map(len, names)) < 200
+    plain = races.job("seeds", field[1], (0.1, ("optim.momentum=0.9",)), 0).path.name
+    assert plain == "torch.optim-Adagrad+lr=0.1+optim.momentum=0.9+seed=0"
+    (triple,) = race.entries(["demo"], "normuon", sweep=["optim.ns_coefficients=muon,2, -1.5, .5"])
+    assert triple.others == (
+        ("optim.ns_coefficients=muon",),
+        ("optim.ns_coefficients=2, -1.5, .5",),
+    )
+
+
+def test_steps_are_those_taken(tiny, tmp_path, here):
+    arguments = [*tiny, "train.stop_at=4"]
+    found = trials.run(arguments, 1, 9.0, tmp_path / "t", Runner())
+    assert found["steps"] == 4
+    field = race.entries(arguments, "normuon", ["0.02"])
+    found = race.Race(arguments, field, 1, tmp_path / "r").run(Runner())
+    assert found["steps"] == 4 and found["tokens"] == 4 * 384
 
 
 class Pretended:

@@ -198,7 +198,8 @@ def test_extending_a_finished_run_is_allowed(tiny, tmp_path):
         ("train.batch_tokens=512", "train.batch_tokens: 384 -> 512"),
         ("optim.lr=0.5", "optim.lr: 0.04 -> 0.5"),
         ("train.seed=1", "train.seed: 0 -> 1"),
-        ("train.steps=3", "is at step 5 already"),
+        ("train.steps=3", "train.steps = 3: .* is at step 5 already"),
+        ("train.stop_at=3", "train.stop_at = 3: .* is at step 5 already"),
     ],
 )
 def test_another_run_is_not_resumed(change, words, tiny, tmp_path):
