@@ -111,7 +111,7 @@ def test_what_evaluation_refuses(trained, shards, tmp_path, capsys):
     for arguments, code, words in (
         (["--data", shards], 3, "made with tokenizer"),
         (["--data", tmp_path / "no"], 3, "no such data directory"),
-        (["--text", tmp_path / "no.txt"], 8, "no.txt"),
+        (["--text", tmp_path / "no.txt"], 3, "no.txt"),
         (["--text", tmp_path / "empty.txt"], 3, "empty"),
         (["--window", 8, "--stride", 9], 2, "--stride 9: expected 1 to --window 8"),
         (["--choices", tmp_path / "bad.jsonl"], 3, "bad.jsonl: line 2: KeyError: 'context'"),
