@@ -299,6 +299,9 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
     it might wait for others that are gone, and gloo's threads can abort it; alone, it would spend
     0.4 s on taking modules down.
     """
+    # None if they were closed from the start
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         code = main(arguments)
     except Exception as error:  # under --debug
@@ -313,9 +316,11 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
 
 def written(code: int) -> int:
     """Write what is left of the output; returns the exit code, which says if that failed."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed from the start
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
+        except BrokenPipeError:  # a reader that left, as `head` does: no more is said of it
+            code = code or 1
         except OSError as error:
             if not code and stream is sys.stdout:  # else something has been said already
                 print(f"error: standard output: {faults.describe(error)}", file=sys.stderr)

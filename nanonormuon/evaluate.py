@@ -95,7 +95,8 @@ def evaluate(
     device: str = "auto",
 ) -> list[dict[str, Any]]:
     """One result per set: prepared directories' validation splits, raw text files, multiple-choice
-    files. Without any: the validation split of the run itself, as the run measured it.
+    files. Without any: the validation split of the run's data (also of one that had data.tuning,
+    and so measured itself elsewhere).
 
     window: tokens in sight at most (0: as trained); stride: tokens predicted per window (0: all of
     it; less gives each at least window - stride before it, and costs window / stride as much).

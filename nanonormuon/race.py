@@ -77,6 +77,12 @@ def entries(
         usual = resolved.lr if name in ("normuon", "muon") else ADAMW_LR
         if any(s.startswith("optim.lr=") for s in settings):
             usual = resolved.lr
+            text = chosen(label, lr)
+            if text and not all(rate.endswith("x") for rate in rate_texts(text)):
+                raise ConfigError(
+                    f'--lr "{text}" and --optimizers "{label}" both say its rate: expected one of '
+                    "them, or multiples of its own, as 0.5x,1x,2x"
+                )
         found.append(Entry(label, tuple(settings), rates(label, lr, usual), others))
     labels = [entry.label for entry in found]
     if len(set(labels)) < len(labels) or not labels:
@@ -114,13 +120,22 @@ def refuse_shared(where: str, settings: Sequence[str], taken: Sequence[str]) -> 
         raise ConfigError(f"{where}: {key}: {hint}")
 
 
-def rates(label: str, given: Sequence[str], usual: float) -> tuple[float, ...]:
-    """The grid of one optimizer, from all --lr; the one that names it counts before the others."""
+def chosen(label: str, given: Sequence[str]) -> str:
+    """The --lr that an optimizer's rates come from; one that names it counts before the others."""
     mine = [text for text in given if text.rpartition("=")[0] == label]
-    text = (mine or [text for text in given if "=" not in text] or [""])[-1]
+    return (mine or [text for text in given if "=" not in text] or [""])[-1]
+
+
+def rate_texts(text: str) -> list[str]:
+    return [part.strip() for part in text.rpartition("=")[2].split(",")]
+
+
+def rates(label: str, given: Sequence[str], usual: float) -> tuple[float, ...]:
+    """The grid of one optimizer, from all --lr."""
+    text = chosen(label, given)
     grid = [usual * factor for factor in FACTORS]
     if text:
-        parts = [part.strip() for part in text.rpartition("=")[2].split(",")]
+        parts = rate_texts(text)
         values = [parse_number(part.removesuffix("x")) for part in parts]
         if any(value is None or not 0 < value < math.inf for value in values):
             raise ConfigError(

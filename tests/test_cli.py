@@ -175,20 +175,43 @@ def test_an_unknown_fault_is_one_line_and_debug_shows_its_traceback(monkeypatch,
         cli.main(["show", "--debug"])
 
 
+def show(late):
+    """A command whose output is written at once, or at the very end: `entry` does not leave it to
+    Python's own way out."""
+    echo = "cli.typer.echo = lambda text, **_: sys.stdout.write(text[:99])" if late else "pass"
+    code = f"import sys; from nanonormuon import cli; {echo}; cli.entry(['show', 'demo'])"
+    return [sys.executable, "-c", code]
+
+
+UNTIL_FLUSHED = os.environ | {"PYTHONUNBUFFERED": ""}
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("late", [False, True])
 def test_output_that_cannot_be_written_is_an_error(late):
-    """Also what is written at the very end: `entry` leaves without Python's own way out."""
-    code = "import sys; from nanonormuon import cli; LATE; cli.entry(['show', 'demo'])"
-    late = "cli.typer.echo = lambda *a, **_: sys.stdout.write(a[0][:99])" if late else "pass"
-    env = os.environ | {"PYTHONUNBUFFERED": ""}
     with open("/dev/full", "w") as full:
         found = subprocess.run(
-            [sys.executable, "-c", code.replace("LATE", late)],
-            stdout=full, stderr=subprocess.PIPE, text=True, env=env,
-        )  # fmt: skip
+            show(late), stdout=full, stderr=subprocess.PIPE, text=True, env=UNTIL_FLUSHED
+        )
     assert found.returncode == 8 and found.stderr.count("\n") == 1
     assert "No space left on device" in found.stderr
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_reader_that_left_is_not_complained_of(late):
+    read, write = os.pipe()
+    os.close(read)
+    found = subprocess.run(
+        show(late), stdout=write, stderr=subprocess.PIPE, text=True, env=UNTIL_FLUSHED
+    )
+    os.close(write)
+    assert (found.returncode, found.stderr) == (1, "")
+
+
+def test_an_output_that_was_never_there():
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *show(late=True)]
+    found = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def test_help_and_a_misspelt_option_do_not_wait_for_torch():

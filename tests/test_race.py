@@ -130,6 +130,13 @@ def test_a_setting_that_would_be_overruled_is_refused(optimizers, sweep, message
         race.entries(["demo"], optimizers, sweep=[sweep])
 
 
+def test_a_rate_is_said_once():
+    with pytest.raises(ConfigError, match="both say its rate"):
+        race.entries(["demo"], "normuon,normuon+lr=0.03", ["0.01,0.02"])
+    (_, own) = race.entries(["demo"], "normuon,normuon+lr=0.03", ["0.5x,1x"])
+    assert own.rates == (0.015, 0.03)
+
+
 def test_a_race_has_its_own_seeds():
     with pytest.raises(ConfigError, match=r"train\.seed=3: a race gives its runs their seeds"):
         race.entries(["demo", "train.seed=3"], "normuon")
