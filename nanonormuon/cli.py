@@ -90,6 +90,9 @@ def run(
     if init_from is not None:
         arguments.append(f"train.init_from={init_from}")
     settings, origin = config.load(arguments)
+    first = int(os.environ.get("RANK", "0")) == 0
+    for line in config.without_effect(settings, origin) if first else ():
+        logging.getLogger("nanonormuon").warning(f"{line}; it does nothing")
     if dry_run:
         from nanonormuon import distributed, estimate
 
@@ -102,7 +105,7 @@ def run(
     from nanonormuon.train import train
 
     summary = train(settings, out, resume, context.obj)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first:
         report(summary, out, settings.data.path == "builtin:python")
 
 

@@ -117,6 +117,9 @@ class Config:
 
 SECTIONS: dict[str, type] = {f.name: f.type for f in fields(Config)}  # type: ignore[misc]
 OPTIMIZERS = ("normuon", "muon", "adamw")
+OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings that other optimizers do not have
+OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
+           "ns_coefficients", "ns_steps", "cautious")  # fmt: skip
 POSITIVE = (
     "data.seq_len",
     "train.steps",
@@ -270,6 +273,19 @@ def parse_number(text: str) -> int | float | None:
         return None
     whole = number.is_finite() and number == number.to_integral_value()
     return int(number) if whole and abs(number) < 10**18 else float(number)
+
+
+def without_effect(config: Config, origin: dict[str, str]) -> list[str]:
+    """What of the command line this run has no use for, and why. A recipe may say more than its
+    run needs, since another optimizer may take its place."""
+    name = config.optim.name
+    others = {"normuon": (), "muon": OF_NORMUON}.get(name, OF_NORMUON + OF_MUON)
+    reasons = {f"optim.{key}": f"{name} has no such setting here" for key in others}
+    if not config.train.eval_every:
+        reasons["train.patience"] = "with train.eval_every = 0 only the end is evaluated"
+    return [
+        f"{key}: {reason}" for key, reason in reasons.items() if origin.get(key) == "command line"
+    ]
 
 
 def check(config: Config, origin: dict[str, str]) -> None:

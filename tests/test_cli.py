@@ -85,6 +85,25 @@ def test_mistakes(arguments, code, words, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # nothing was made
 
 
+@pytest.mark.parametrize(
+    ("arguments", "idle"),
+    [
+        (["optim.name=muon", "optim.beta2=0.9", "optim.ns_steps=3"], ["optim.beta2"]),
+        (["optim.name=adamw", "optim.ns_steps=3", "optim.lr=0.1"], ["optim.ns_steps"]),
+        (["optim.name=torch.optim:Adagrad", "optim.momentum=0.9"], ["optim.momentum"]),
+        (["train.patience=2", "train.eval_every=0"], ["train.patience"]),
+        (["train.patience=2", "optim.beta2=0.9", "optim.beta2_on=*"], []),
+        (["track3-normuon", "optim.name=adamw"], []),  # the recipe's, not the user's
+    ],
+)
+def test_a_setting_that_does_nothing_is_named(arguments, idle, tiny, capsys):
+    found = config.without_effect(*config.load(arguments))
+    assert [line.partition(":")[0] for line in found] == idle
+    if "optim.name=adamw" in arguments and idle:
+        code, message = called(["run", *tiny, *arguments, "--dry-run"], capsys)
+        assert code == 0 and "optim.ns_steps: adamw has no such setting here; it does" in message
+
+
 def test_what_is_there_but_not_what_was_asked_for(shards, trained, tmp_path, capsys):
     for arguments, code, words in (
         (["evaluate", shards], 4, f"{shards}: prepared data, expected a run"),
