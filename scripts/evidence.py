@@ -7,9 +7,9 @@ What a race directory's results.json says is kept as dev/results/NAME.json; all 
 are made from those files, between the marks `<!-- races -->` and `<!-- /races -->`.
 """
 
+import argparse
 import json
 import re
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,4 +148,6 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("races", nargs="*", help="directories that `normuon-train race` left")
+    main(parser.parse_args().races)

@@ -45,7 +45,7 @@ run() { # NAME SECONDS COMMAND...
     timeout "$limit" "$@" > "$out/$name.log" 2>&1
     echo "$name $? $((SECONDS - start))" | tee -a "$out/parts.txt"
 }
-small="data.seq_len=256 train.sample_tokens=0 train.steps=20 train.eval_every=0 train.save_every=0"
+small="train.compile=on data.seq_len=256 train.sample_tokens=0 train.steps=20 train.eval_every=0 train.save_every=0"
 run doctor 120 normuon-train doctor --json
 run tests 120 python -m pytest -q tests/test_normuon.py tests/test_model.py tests/test_gpu.py
 run optimizer 90 python scripts/bench_optimizer.py --device cuda
@@ -56,4 +56,4 @@ run fsdp 60 torchrun --standalone --nproc_per_node=1 train.py demo $small train.
 run data 120 python data/pysource.py --out "$out/python" --tokenizer bpe:4096 --site-packages
 run step 120 python scripts/bench_train.py gpt2-124m data.path="$out/python" train.batch_tokens=65536
 run gpt2 180 normuon-train run gpt2-124m data.path="$out/python" train.batch_tokens=65536 train.steps=300 \
-    train.sample_tokens=0 data.val_tokens=1048576 --out "$out/gpt2"
+    train.compile=on train.sample_tokens=0 data.val_tokens=1048576 --out "$out/gpt2"

@@ -5,9 +5,9 @@
 Runs that differ in their seed alone become one row with n, mean and standard deviation.
 """
 
+import argparse
 import json
 import statistics
-import sys
 import tomllib
 from pathlib import Path
 
@@ -72,4 +72,6 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", nargs="+", help="run directories")
+    main(parser.parse_args().runs)
