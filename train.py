@@ -5,7 +5,7 @@ The same arguments as `normuon-train run`. The loop itself is in nanonormuon/tra
 
 import sys
 
-from nanonormuon.cli import entry
+from nanonormuon.cli.app import entry
 
 if __name__ == "__main__":
     entry(["run", *sys.argv[1:]])

@@ -9,9 +9,9 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from nanonormuon.extras import need
-from nanonormuon.log import to_console
-from nanonormuon.shards import DataError, sha256
+from nanonormuon.runtime.extras import need
+from nanonormuon.storage.run import to_console
+from nanonormuon.storage.shards import DataError, sha256
 
 
 def parser(

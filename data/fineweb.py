@@ -18,7 +18,7 @@ import sys
 
 import common
 
-from nanonormuon.shards import check_ids, read_shard
+from nanonormuon.storage.shards import check_ids, read_shard
 
 SETS = {
     "10B": ("kjj0/fineweb10B-gpt2", "fineweb", 103),

@@ -15,9 +15,9 @@ from collections import Counter
 
 import common
 
-from nanonormuon.extras import need
-from nanonormuon.prepare import prepare
-from nanonormuon.shards import DataError
+from nanonormuon.runtime.extras import need
+from nanonormuon.storage.shards import DataError
+from nanonormuon.text.prepare import prepare
 
 REVISION = "refs/convert/parquet"  # CONFIG/SPLIT/0000.parquet, for every data set
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import common
 
-from nanonormuon.builtin import python_sources
-from nanonormuon.prepare import prepare_documents
+from nanonormuon.text.builtin import python_sources
+from nanonormuon.text.prepare import prepare_documents
 
 
 def main() -> None:

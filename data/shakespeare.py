@@ -13,8 +13,8 @@ from pathlib import Path
 
 import common
 
-from nanonormuon.prepare import prepare
-from nanonormuon.shards import DataError, sha256
+from nanonormuon.storage.shards import DataError, sha256
+from nanonormuon.text.prepare import prepare
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -14,7 +14,7 @@ import sys
 
 import common
 
-from nanonormuon.prepare import prepare
+from nanonormuon.text.prepare import prepare
 
 REPO, SEPARATOR = "roneneldan/TinyStories", "<|endoftext|>"
 TRAIN, SMALL = "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"

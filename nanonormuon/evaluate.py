@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanonormuon import checkpoint, choices, distributed, pretrained
 from nanonormuon.data import validation_batches
-from nanonormuon.extras import UsageError
-from nanonormuon.files import replace_file
 from nanonormuon.model import GPT, IGNORE
-from nanonormuon.shards import DataError, Split
-from nanonormuon.tokenizer import Tokenizer
+from nanonormuon.pretrained import models as pretrained
+from nanonormuon.pretrained import multiple_choice as choices
+from nanonormuon.runtime import distributed
+from nanonormuon.runtime.extras import UsageError
+from nanonormuon.storage import checkpoints as checkpoint
+from nanonormuon.storage.files import replace_file
+from nanonormuon.storage.shards import DataError, Split
+from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -11,24 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
-from nanonormuon import (
-    checkpoint,
-    distributed,
-    evaluate,
-    health,
-    hf,
-    memory,
-    optim,
-    plan,
-    snapshot,
-    trackers,
-)
-from nanonormuon.canonical import Canonical
+from nanonormuon import build as plan
+from nanonormuon import checkpoint as snapshot
+from nanonormuon import evaluate, optim
 from nanonormuon.config import Config, ConfigError, to_toml
 from nanonormuon.data import Ahead, Batches, validation_targets
-from nanonormuon.faults import Watch
-from nanonormuon.log import RunDirectory, environment
+from nanonormuon.engine import Canonical
 from nanonormuon.model import GPT
+from nanonormuon.runtime import distributed, health, memory, trackers
+from nanonormuon.runtime.faults import Watch
+from nanonormuon.storage import checkpoints as checkpoint
+from nanonormuon.storage import huggingface as hf
+from nanonormuon.storage.run import RunDirectory, environment
 
 log = logging.getLogger(__name__)
 

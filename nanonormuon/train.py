@@ -19,21 +19,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanonormuon import (
-    distributed,
-    evaluate,
-    health,
-    hf,
-    measures,
-    memory,
-    plan,
-    sample,
-    snapshot,
-)
+from nanonormuon import build as plan
+from nanonormuon import checkpoint as snapshot
+from nanonormuon import evaluate, sample
 from nanonormuon.config import Config, ConfigError
-from nanonormuon.faults import Interrupted, Stopping, Watch, out_of_memory
-from nanonormuon.log import RunDirectory, announce
+from nanonormuon.runtime import distributed, health, measures, memory
+from nanonormuon.runtime.faults import Interrupted, Stopping, Watch, out_of_memory
 from nanonormuon.state import RunState
+from nanonormuon.storage import huggingface as hf
+from nanonormuon.storage.run import RunDirectory, announce
 
 log = logging.getLogger(__name__)
 

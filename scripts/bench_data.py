@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nanonormuon import shards, tokenizer
-from nanonormuon.builtin import python_sources
 from nanonormuon.data import Batches
+from nanonormuon.storage import shards
+from nanonormuon.text import tokenizer
+from nanonormuon.text.builtin import python_sources
 
 DEMO_TOKENS_PER_SECOND = 21_000  # on two cores (dev/RESULTS.md: 2.13M in 103 s)
 

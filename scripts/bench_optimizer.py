@@ -24,9 +24,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from nanonormuon import NorMuon
 from nanonormuon.config import load
-from nanonormuon.distributed import compute_dtype, keep_freed_memory
 from nanonormuon.model import GPT
 from nanonormuon.optim import make_optimizers
+from nanonormuon.runtime.distributed import compute_dtype, keep_freed_memory
 
 SIZES = {"width 768, 4 layers": (768, 4), "width 256, 6 layers": (256, 6)}
 

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
-from nanonormuon import distributed, estimate
+from nanonormuon.cli import dry_run as estimate
 from nanonormuon.config import load
-from nanonormuon.faults import Stopping, Watch
-from nanonormuon.log import RunDirectory
+from nanonormuon.runtime import distributed
+from nanonormuon.runtime.faults import Stopping, Watch
+from nanonormuon.storage.run import RunDirectory
 from nanonormuon.train import Trainer
 
 

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanonormuon import standings
-from nanonormuon.extras import picture
+from nanonormuon.lab import results as standings
+from nanonormuon.runtime.extras import picture
 
 ROOT = Path(__file__).parents[1]
 KEPT, RESULTS, README = ROOT / "dev" / "results", ROOT / "dev" / "RESULTS.md", ROOT / "README.md"

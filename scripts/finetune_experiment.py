@@ -14,10 +14,10 @@ import json
 import statistics
 from pathlib import Path
 
-from nanonormuon.compare import read
 from nanonormuon.config import load
 from nanonormuon.evaluate import evaluate
-from nanonormuon.prepare import prepare
+from nanonormuon.runs.compare import read
+from nanonormuon.text.prepare import prepare
 from nanonormuon.train import train
 
 SEEDS = (0, 1, 2)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nanonormuon.batch import Job, Runner
+from nanonormuon.lab.processes import Job, Runner
 
 KEPT = Path(__file__).parents[1] / "dev" / "results"
 

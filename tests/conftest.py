@@ -70,7 +70,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shards(text, tmp_path_factory):
     """A prepared data directory of byte tokens."""
-    from nanonormuon.prepare import prepare
+    from nanonormuon.text.prepare import prepare
 
     out = tmp_path_factory.mktemp("data") / "story"
     prepare([text], out, "byte", 0.1)
@@ -86,7 +86,7 @@ def tiny(shards):
 @pytest.fixture(scope="session")
 def bpe_data(text, tmp_path_factory):
     """The same text in 300 tokens, which a model's vocabulary pads to 320 rows."""
-    from nanonormuon.prepare import prepare
+    from nanonormuon.text.prepare import prepare
 
     out = tmp_path_factory.mktemp("data") / "words"
     prepare([text], out, "bpe:300", 0.1)
@@ -109,7 +109,7 @@ def trained(bpe_data, tmp_path_factory):
 def command(*arguments, cwd=None, env=None, timeout=120):
     """Run normuon-train as a user does: exit code, standard output, standard error."""
     done = subprocess.run(
-        [sys.executable, "-m", "nanonormuon.cli", *map(str, arguments)],
+        [sys.executable, "-m", "nanonormuon", *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, **(env or {})},
         capture_output=True,

@@ -9,17 +9,17 @@ import os
 import textwrap
 
 STOP = "tests/test_train.py::test_stopped_at_any_step_and_resumed_it_ends_in_the_same_bytes[4]"
-ORDER = "tests/test_checkpoint.py::test_the_order_of_a_save"
+ORDER = "tests/storage/test_checkpoint.py::test_the_order_of_a_save"
 
 # name: (module, function, what it says, what it says then, the test that notices)
 DEFECTS = {
-    "no fsync": ("files", "settle", "os.fsync(file.fileno())", "pass", ORDER),
+    "no fsync": ("storage.files", "settle", "os.fsync(file.fileno())", "pass", ORDER),
     "directory not synced": (
-        "checkpoint", "write", "sync_directory(folder)", "pass", ORDER),
+        "storage.checkpoints", "write", "sync_directory(folder)", "pass", ORDER),
     "published before it is complete": (
-        "checkpoint", "write", 'f".partial-{target.name}"', "target.name", ORDER),
+        "storage.checkpoints", "write", 'f".partial-{target.name}"', "target.name", ORDER),
     "one buffer skipped": (
-        "snapshot", "named_state", "sorted(optimizer.state[p].items())",
+        "checkpoint", "named_state", "sorted(optimizer.state[p].items())",
         'sorted(optimizer.state[p].items()) if key != "second_moment"', STOP),
     "another data order after a resume": (
         "state", "RunState.load", "steps, before =",
@@ -30,24 +30,24 @@ DEFECTS = {
         "state", "RunState.load", '**state.get("spikes", {})', "",
         "tests/test_train.py::test_what_counts_as_a_spike_is_part_of_the_state"),
     "swallowed ENOSPC": (
-        "snapshot", "save", "failure = error", "pass",
+        "checkpoint", "save", "failure = error", "pass",
         "tests/test_train.py::test_a_failed_save_is_never_silent"),
     "raised on the first rank alone": (
-        "snapshot", "save", "distributed.first_does(lambda: raise_if(failure), "
+        "checkpoint", "save", "distributed.first_does(lambda: raise_if(failure), "
         "world.device)", "raise_if(failure)",
-        "tests/test_faults.py::test_a_failed_save_ends_all_ranks_alike"),
+        "tests/runtime/test_faults.py::test_a_failed_save_ends_all_ranks_alike"),
     "retention by string": (
-        "checkpoint", "all_steps", "step_of(p) or 0", "p.name",
-        "tests/test_checkpoint.py::test_retention_counts_steps"),
+        "storage.checkpoints", "all_steps", "step_of(p) or 0", "p.name",
+        "tests/storage/test_checkpoint.py::test_retention_counts_steps"),
     "digests not compared": (
-        "checkpoint", "verify", 'if digest != entry["sha256"]', "if False",
-        "tests/test_checkpoint.py::test_every_corruption_of_every_file_is_named[model.safetensors-flip]"),
+        "storage.checkpoints", "verify", 'if digest != entry["sha256"]', "if False",
+        "tests/storage/test_checkpoint.py::test_every_corruption_of_every_file_is_named[model.safetensors-flip]"),
     "no verdict on the weights": (
-        "health", "judge", "(flags[2], flags[0], flags[1])", "(0, flags[0], flags[1])",
-        "tests/test_faults.py::test_a_nan_on_one_rank_stops_all_before_the_update[weight-more0]"),
+        "runtime.health", "judge", "(flags[2], flags[0], flags[1])", "(0, flags[0], flags[1])",
+        "tests/runtime/test_faults.py::test_a_nan_on_one_rank_stops_all_before_the_update[weight-more0]"),
     "signals forgotten in a save": (
         "train", "Trainer.loop", "if saving or evaluating:", "if False:",
-        "tests/test_faults.py::test_a_signal_in_any_part_of_a_run[term@write:2-143-2-1]"),
+        "tests/runtime/test_faults.py::test_a_signal_in_any_part_of_a_run[term@write:2-143-2-1]"),
 }  # fmt: skip
 
 

@@ -63,7 +63,11 @@ def inject(kind, place, step="0", rank="0"):
         return
     import torch
 
-    from nanonormuon import checkpoint, data, evaluate, health, model, plan, sample, snapshot
+    from nanonormuon import build as plan
+    from nanonormuon import checkpoint as snapshot
+    from nanonormuon import data, evaluate, model, sample
+    from nanonormuon.runtime import health
+    from nanonormuon.storage import checkpoints as checkpoint
     from nanonormuon.train import Trainer
 
     places = {
@@ -105,7 +109,8 @@ def inject(kind, place, step="0", rank="0"):
 
 
 def spoil(trainer, kind, place):
-    from nanonormuon import snapshot, tensors
+    from nanonormuon import checkpoint as snapshot
+    from nanonormuon.storage import tensors
 
     weights, buffers = snapshot.named_state(trainer.gpt, trainer.optimizers)
     if place in ("weight", "buffer"):
@@ -188,7 +193,7 @@ def main():
             on_disk(int(where), "checkpoints")
         else:
             inject(kind, *where.split(":"))
-    from nanonormuon.cli import entry
+    from nanonormuon.cli.app import entry
 
     entry(["run", *sys.argv[1:]])
 

@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanonormuon import data, shards
+from nanonormuon import data
 from nanonormuon.data import Ahead, Batches
-from nanonormuon.shards import DataError, Split
+from nanonormuon.storage import shards
+from nanonormuon.storage.shards import DataError, Split
 
 
 def split_of(*lengths: int, vocab_size: int | None = None) -> Split:

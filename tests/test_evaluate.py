@@ -11,9 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanonormuon import choices, cli, evaluate, pretrained, tokenizer
+from nanonormuon import evaluate
+from nanonormuon.cli import app as cli
 from nanonormuon.model import GPT, GPTConfig
-from nanonormuon.shards import DataError
+from nanonormuon.pretrained import models as pretrained
+from nanonormuon.pretrained import multiple_choice as choices
+from nanonormuon.storage.shards import DataError
+from nanonormuon.text import tokenizer
 
 
 def test_it_repeats_what_the_run_measured_and_keeps_results(trained, bpe_data, text, capsys):

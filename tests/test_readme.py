@@ -11,7 +11,9 @@ import torch
 import typer
 from conftest import ROOT, command
 
-from nanonormuon import cli, config, race
+from nanonormuon import config
+from nanonormuon.cli import app as cli
+from nanonormuon.lab import race
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
@@ -193,7 +195,7 @@ def test_the_shakespeare_recipe_reads_what_its_script_makes(tmp_path):
     script = [sys.executable, str(ROOT / "data" / "shakespeare.py"), "--out", str(tmp_path / "d")]
     done = subprocess.run([*script, "--from", str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    from nanonormuon.shards import open_data
+    from nanonormuon.storage.shards import open_data
 
     data = open_data(tmp_path / "d")
     # nanoGPT's own split: 1,003,854 and 111,540 characters; one separator stands before each

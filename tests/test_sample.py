@@ -7,9 +7,12 @@ import json
 import pytest
 import torch
 
-from nanonormuon import cli, pretrained, sample, tokenizer
-from nanonormuon.checkpoint import CheckpointError
+from nanonormuon import sample
+from nanonormuon.cli import app as cli
 from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.pretrained import models as pretrained
+from nanonormuon.storage.checkpoints import CheckpointError
+from nanonormuon.text import tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,13 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from twin import Twin
 
-from nanonormuon import config, plan
+from nanonormuon import build as plan
+from nanonormuon import config
 from nanonormuon.config import load
 from nanonormuon.data import Batches, validation_batches
 from nanonormuon.model import GPT, rope_tables, rotate
 from nanonormuon.optim import make_optimizers
-from nanonormuon.shards import open_data, write_shard
+from nanonormuon.storage.shards import open_data, write_shard
 from nanonormuon.train import train
 
 RECIPES = [n for n in config.recipes() if n.startswith("track3-") and not n.endswith("-mini")]

@@ -17,15 +17,16 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from nanonormuon import checkpoint, plan
-from nanonormuon import shards as shard_files
+from nanonormuon import build as plan
 from nanonormuon import train as train_module
-from nanonormuon.checkpoint import CheckpointError
 from nanonormuon.config import ConfigError, load
-from nanonormuon.health import NonFinite
-from nanonormuon.log import RunDirectory, RunError, read_metrics
 from nanonormuon.model import GPT
-from nanonormuon.shards import DataError
+from nanonormuon.runtime.health import NonFinite
+from nanonormuon.storage import checkpoints as checkpoint
+from nanonormuon.storage import shards as shard_files
+from nanonormuon.storage.checkpoints import CheckpointError
+from nanonormuon.storage.run import RunDirectory, RunError, read_metrics
+from nanonormuon.storage.shards import DataError
 from nanonormuon.train import train
 
 
@@ -211,7 +212,7 @@ def test_another_run_is_not_resumed(change, words, tiny, tmp_path):
 
 
 def test_other_data_are_not_resumed(tiny, text, tmp_path):
-    from nanonormuon.prepare import prepare
+    from nanonormuon.text.prepare import prepare
 
     run([*tiny, "train.stop_at=2"], tmp_path / "run")
     (tmp_path / "more.txt").write_text(text.read_text() + "and then it stopped.\n")
@@ -335,7 +336,7 @@ def spike_at(spiked, monkeypatch):
 
 def test_what_counts_as_a_spike_is_part_of_the_state(tiny, tmp_path, monkeypatch):
     """An update with an unusual gradient is left out, also by a run that was stopped before."""
-    from nanonormuon import health
+    from nanonormuon.runtime import health
 
     monkeypatch.setattr(health, "SPIKE_WARMUP", 3)
     spike_at(6, monkeypatch)
@@ -352,7 +353,7 @@ def test_what_counts_as_a_spike_is_part_of_the_state(tiny, tmp_path, monkeypatch
 
 
 def test_a_run_of_spikes_ends():
-    from nanonormuon import health
+    from nanonormuon.runtime import health
 
     spikes = health.Spikes(2.0)
     assert not any(spikes.skip(1.0) for _ in range(30)) and spikes.skip(float("inf"))

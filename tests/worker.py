@@ -172,15 +172,18 @@ def save_with_fsdp(shards, run):
 
 
 def shape_of(path):
-    from nanonormuon import checkpoint, hf
+    from nanonormuon.storage import checkpoints as checkpoint
+    from nanonormuon.storage import huggingface as hf
 
     return hf.gpt_config(checkpoint.read_json(path / "config.json"))
 
 
 def read_back(path, model):
     """Whether a checkpoint read into this model and its optimizers comes out of them identical."""
-    from nanonormuon import hf, optim, snapshot
-    from nanonormuon.tensors import read_tensors
+    from nanonormuon import checkpoint as snapshot
+    from nanonormuon import optim
+    from nanonormuon.storage import huggingface as hf
+    from nanonormuon.storage.tensors import read_tensors
 
     stored = read_tensors(path / "model.safetensors")
     buffers = read_tensors(path / "optimizer.safetensors")
@@ -284,7 +287,7 @@ def schedule_of(recipe):
 
 def track3(kind, embed_dtype, rank, world):
     """Three steps of a track 3 recipe on a small model, within its decay."""
-    from nanonormuon import distributed
+    from nanonormuon.runtime import distributed
 
     recipe = load(["track3-normuon"])[0]
     sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, "embed_dtype": embed_dtype}

@@ -1,0 +1,1 @@
+"""Experiments of many runs: races and trials, and their statistics."""

@@ -1,0 +1,1 @@
+"""Finished models: load, judge and export them."""

@@ -1,0 +1,187 @@
+"""A trained model on disk, ours or Hugging Face's: find it, check it, load it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.storage import checkpoints as checkpoint
+from nanonormuon.storage import huggingface as hf
+from nanonormuon.storage.checkpoints import CheckpointError
+from nanonormuon.storage.shards import Data, DataError, open_data
+from nanonormuon.storage.tensors import TensorFile, check_names, check_shape, placed_like
+from nanonormuon.text.tokenizer import FILE as TOKENIZER_FILE
+from nanonormuon.text.tokenizer import Tokenizer
+from nanonormuon.text.tokenizer import load as load_tokenizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A run directory -> its newest verified checkpoint; a checkpoint -> itself, verified; a
+    Hugging Face model directory -> itself."""
+    if (path / "manifest.json").exists():
+        if isinstance(checkpoint.read_json(path / "manifest.json").get("train"), dict):
+            raise CheckpointError(f"{path}: prepared data, expected a run or a model trained on it")
+        checkpoint.verify(path)
+        return path
+    if (path / "checkpoints").is_dir():
+        return checkpoint.newest(path / "checkpoints")[0]
+    if (path / "config.json").is_file() and any((path / n).is_file() for n in (WEIGHTS, INDEX)):
+        return path
+    raise CheckpointError(
+        f"{path}: neither a run directory (it has no checkpoints/) nor a checkpoint nor a model "
+        f"directory (config.json and {WEIGHTS})"
+    )
+
+
+def run_of(path: Path) -> Path | None:
+    """The run directory that a path is, or that a checkpoint lies in."""
+    homes = (path, path.parent.parent) if checkpoint.step_of(path) is not None else (path,)
+    return next((p for p in homes if (p / "config.toml").is_file()), None)
+
+
+def state_of(path: Path) -> dict[str, Any] | None:
+    """A checkpoint's state.json; None for a model directory that no run of ours left."""
+    file = path / "state.json"
+    return checkpoint.read_json(file) if file.is_file() else None
+
+
+def model_config(path: Path) -> GPTConfig:
+    """The model's config, in the sizes that the weights' headers have, so that nothing is allocated
+    on config.json's word alone. Raises CheckpointError naming what in it does not fit."""
+    file = path / "config.json"
+    content = checkpoint.read_json(file)
+    try:
+        config = hf.gpt_config(content).resolved()
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    shapes = {n: e[1] for f in tensor_files(path) for n, e in f.entries.items()}
+    layers = {n.split(".")[2] for n in shapes if n.startswith("model.layers.")}
+    if len(layers) != config.n_layer:
+        raise CheckpointError(f"{file}: {config.n_layer} layers, the weights have {len(layers)}")
+    with torch.device("meta"):
+        parameters = dict(GPT(config).named_parameters())
+    for name, p in parameters.items():
+        if (found := shapes.get(hf.to_hf(name))) is not None:
+            check_shape(path, hf.to_hf(name), found, p.shape)
+    return config
+
+
+def context_of(path: Path) -> int:
+    """Tokens that a model was trained to look back on."""
+    return int(checkpoint.read_json(path / "config.json")["max_position_embeddings"])
+
+
+def tensor_files(path: Path) -> list[TensorFile]:
+    """A model directory's one file of weights, or the several that its index names."""
+    files = [WEIGHTS]
+    if not (path / WEIGHTS).is_file() and (path / INDEX).is_file():
+        names = checkpoint.read_json(path / INDEX).get("weight_map")
+        files = sorted(set(map(str, names.values()))) if isinstance(names, dict) else [""]
+        for name in files:
+            if not name or Path(name).name != name:
+                raise CheckpointError(f"{path / INDEX}: unsafe file name {name!r}")
+    return [TensorFile(path / name) for name in files]
+
+
+def read_weights(path: Path, tied: bool) -> dict[str, Tensor]:
+    """A model directory's tensors in float32."""
+    tensors = {name: file.read(name) for file in tensor_files(path) for name in file.entries}
+    # old Llama files hold a table that follows from rope_theta; some tied models their head twice
+    tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if tied and head is not None and table is not None and torch.equal(head, table):
+        del tensors["lm_head.weight"]
+    for name, t in tensors.items():
+        if not t.is_floating_point() or not bool(torch.isfinite(t).all()):
+            raise CheckpointError(f"{path}: {name} ({t.dtype}): expected finite floating point")
+    return {name: t.float() for name, t in tensors.items()}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill a model of any layout; names and shapes must be its own. Raises CheckpointError."""
+    parameters = dict(model.named_parameters())
+    values = read_weights(path, "lm_head.weight" not in parameters)
+    check_names(path, set(values), {hf.to_hf(name) for name in parameters})
+    with torch.no_grad():
+        for name, p in parameters.items():
+            value = values[hf.to_hf(name)]
+            check_shape(path, hf.to_hf(name), value.shape, p.shape)
+            p.copy_(placed_like(value, p))
+
+
+def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> GPT:
+    """The model of a checkpoint or model directory, computing in `dtype`."""
+    model = GPT(model_config(path), dtype)
+    load_weights(model, path)
+    return model.to(device).eval()
+
+
+def load_run(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
+    """Model, tokenizer and checkpoint of a run. Raises CheckpointError for what is damaged."""
+    return load_found(find_checkpoint(path), dtype, device)
+
+
+def load_found(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
+    """The same for what find_checkpoint returned, and so verified."""
+    if not (path / TOKENIZER_FILE).exists():
+        raise CheckpointError(
+            f"{path}: holds no tokenizer (it was trained on shards that came without one): set "
+            "data.tokenizer in the run, for instance to gpt2"
+        )
+    return load_model(path, dtype, device), load_tokenizer(path), path
+
+
+def check_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
+    """Raise CheckpointError unless every id of the data's tokenizer means the same to the model."""
+    file = path / TOKENIZER_FILE
+    if tokenizer is None:
+        raise CheckpointError(f"{path}: whether the data fit it cannot be told: set data.tokenizer")
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing; copy the model's own {TOKENIZER_FILE} there")
+    try:
+        content = checkpoint.read_json(file)
+        theirs = dict(content["model"]["vocab"])
+        theirs |= {t["content"]: t["id"] for t in content["added_tokens"]}
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a byte-level BPE vocabulary ({error})") from None
+    ours = json.loads(tokenizer.files()[TOKENIZER_FILE])["model"]["vocab"]
+    wrong = [(token, i) for token, i in ours.items() if theirs.get(token) != i]
+    if wrong:
+        token, i = wrong[0]
+        raise CheckpointError(
+            f"{file}: {len(wrong)} of the data's {len(ours)} tokens are others here, first "
+            f"{token!r}: id {i} in the data, {theirs.get(token)} in the model; prepare the data "
+            f"with --tokenizer {file}"
+        )
+
+
+def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | None = None) -> Data:
+    """The data directory at `path`, or else the one that a run was trained on, if it is in this
+    tokenizer's ids. Raises DataError."""
+    headerless = False
+    if path is None:
+        settings = (state or {}).get("config", {}).get("data")
+        if settings is None:
+            raise DataError(
+                "this model does not say what it was trained on: give --data (evaluate: or --text)"
+            )
+        path, headerless = Path(settings["path"]), settings.get("format") == "nanogpt"
+        if settings["path"].startswith("builtin:"):
+            from nanonormuon.text.builtin import builtin_python
+
+            path = Path(builtin_python(settings["tokenizer"]))
+        elif not path.is_dir():
+            raise DataError(f"{path}: what the run was trained on is no longer there: give --data")
+    data = open_data(path, tokenizer.vocab_size, headerless=headerless)
+    made_with = data.manifest["tokenizer"]["hash"] if data.manifest else tokenizer.hash
+    if made_with != tokenizer.hash:
+        raise DataError(
+            f"{path}: made with tokenizer {made_with[:12]}, the model's is {tokenizer.hash[:12]}: "
+            "prepare the text with the model's own tokenizer, or evaluate with --text"
+        )
+    return data

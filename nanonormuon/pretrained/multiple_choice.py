@@ -1,0 +1,140 @@
+"""Multiple choice by log-likelihood: the answer to which the model gives the highest probability.
+
+Contexts, continuations and both accuracies follow EleutherAI's lm-evaluation-harness (tasks
+hellaswag, arc_easy, arc_challenge, piqa; zero-shot), so that figures can be compared.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from nanonormuon.model import GPT
+from nanonormuon.storage.files import read_jsonl
+from nanonormuon.storage.shards import DataError
+from nanonormuon.text.tokenizer import Tokenizer
+
+BATCH = 16  # sequences at a time
+
+
+@dataclass(frozen=True)
+class Question:
+    context: str
+    choices: list[str]
+    answer: int
+
+
+def read(file: Path) -> list[Question]:
+    """The questions of a JSONL file: HellaSwag, ARC or PIQA as published (PIQA's answers are in a
+    file NAME-labels.lst beside NAME.jsonl), or {"context", "choices", "answer"}.
+
+    Raises DataError naming the line.
+    """
+    labels = file.with_name(f"{file.stem}-labels.lst")
+    answers = labels.read_text().split() if labels.is_file() else None
+    questions = []
+    try:
+        rows = list(read_jsonl(file))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}, expected a JSONL file of questions") from None
+    for number, row in rows:
+        try:
+            if answers is not None:
+                row["label"] = answers[len(questions)]
+            question = parse(row)
+            if not 0 <= question.answer < len(question.choices) or not all(question.choices):
+                raise ValueError(f"answer {question.answer} of {len(question.choices)} choices")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{file}: line {number}: {type(error).__name__}: {error}; expected HellaSwag, ARC, "
+                'PIQA (with its -labels.lst) or {"context", "choices", "answer"}'
+            ) from None
+        questions.append(question)
+    if not questions:
+        raise DataError(f"{file}: no questions")
+    return questions
+
+
+def parse(row: dict[str, Any]) -> Question:
+    """One published object -> a question. Raises KeyError or ValueError for another layout."""
+    if "endings" in row:  # HellaSwag; brackets are what WikiHow's markup left
+        ctx = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if "ctx_a" in row else row["ctx"]
+        context = without_markup(f"{row['activity_label']}: {ctx}")
+        return Question(context, [without_markup(e) for e in row["endings"]], int(row["label"]))
+    if "goal" in row:  # PIQA
+        context = f"Question: {row['goal']}\nAnswer:"
+        return Question(context, [row["sol1"], row["sol2"]], int(row["label"]))
+    if "answerKey" in row:  # ARC, as AI2 published it and as the Hugging Face hub has it
+        stem, choices = row["question"], row.get("choices")
+        if isinstance(stem, dict):
+            stem, choices = stem["stem"], stem["choices"]
+        if isinstance(choices, dict):
+            choices = [{"text": t, "label": n} for t, n in zip(choices["text"], choices["label"])]
+        names = [c["label"] for c in choices]
+        texts = [c["text"] for c in choices]
+        return Question(f"Question: {stem}\nAnswer:", texts, names.index(row["answerKey"]))
+    return Question(row["context"], list(row["choices"]), int(row["answer"]))
+
+
+def without_markup(text: str) -> str:
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def accuracy(
+    model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], window: int
+) -> dict[str, Any]:
+    """Share of questions whose right choice has the highest log-likelihood, plain and divided by
+    the choice's length in characters; with standard errors."""
+    rows = []
+    for q in questions:
+        before = len(tokenizer.encode(q.context))
+        for choice in q.choices:
+            ids = tokenizer.encode(f"{q.context} {choice}")
+            rows.append(([tokenizer.eot, *ids], len(ids) - before))
+    scores = iter(log_likelihoods(model, rows, window))
+    plain = normalised = 0
+    for q in questions:
+        own = [next(scores) for _ in q.choices]
+        plain += own.index(max(own)) == q.answer
+        per_character = [s / len(c) for s, c in zip(own, q.choices)]
+        normalised += per_character.index(max(per_character)) == q.answer
+    n = len(questions)
+    result: dict[str, Any] = {"questions": n}
+    for name, right in (("accuracy", plain), ("accuracy_normalised", normalised)):
+        share = right / n
+        result[name] = share
+        result[f"{name}_stderr"] = math.sqrt(share * (1 - share) / max(n - 1, 1))
+    return result
+
+
+@torch.no_grad()
+def log_likelihoods(model: GPT, rows: Sequence[tuple[list[int], int]], window: int) -> list[float]:
+    """Log-probability in nats of the last n tokens of each (ids, n), given those before them. Of a
+    sequence longer than the window the beginning is left out."""
+    device = model.embed_tokens.weight.device
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # equal lengths together
+    found = [0.0] * len(rows)
+    bar = range(0, len(order), BATCH)
+    for start in tqdm(bar, unit="batch", leave=False, disable=not sys.stderr.isatty()):
+        part = order[start : start + BATCH]
+        cut = [rows[i][0][-(window + 1) :] for i in part]
+        tokens = torch.zeros(len(part), max(map(len, cut)) - 1, dtype=torch.int64)
+        for row, ids in zip(tokens, cut):
+            row[: len(ids) - 1] = torch.tensor(ids[:-1])  # padding follows: causal, so unseen
+        h = model.hidden(tokens.to(device))
+        for i, ids, states in zip(part, cut, h):
+            n = min(rows[i][1], len(ids) - 1)
+            logits = model.logits(states[len(ids) - 1 - n : len(ids) - 1])
+            targets = torch.tensor(ids[-n:], device=device)
+            found[i] = -float(F.cross_entropy(logits, targets, reduction="sum"))
+    return found

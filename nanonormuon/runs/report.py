@@ -1,0 +1,169 @@
+"""A run as one HTML page that needs nothing else: curves to hover, samples, configuration."""
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanonormuon.evaluate import RESULTS, kept
+from nanonormuon.runs.compare import RunRecord, read, row_of, spell
+from nanonormuon.runtime.extras import UsageError
+from nanonormuon.storage.checkpoints import read_json
+from nanonormuon.storage.files import read_jsonl, replace_file
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 260, 64, 30, 10
+COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700")
+WHICH = ("min", "mean", "max")
+CHARTS = (
+    ("Loss", ("loss", "val_loss")),
+    ("Bits per byte", ("val_bpb",)),
+    ("Learning rate", ("lr",)),
+    ("Gradient norm", ("grad_norm",)),
+    ("Neurons' weights (root mean square)", tuple(f"neuron_rms_{w}" for w in WHICH)),
+    ("Last update's norm over the weights'", ("update_ratio",)),
+    ("Tokens per second", ("tokens_per_second",)),
+)
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 800px; margin: 2em auto; padding: 0 1em;
+  color: #1f2328; background: #fff; }}
+h1 {{ font-size: 1.5em; }} h2 {{ font-size: 1.15em; margin: 2em 0 .3em; }}
+table {{ border-collapse: collapse; }}
+td, th {{ text-align: left; padding: .15em 1.2em .15em 0; vertical-align: top; }}
+th {{ font-weight: 600; color: #59636e; }}
+svg {{ width: 100%; height: auto; }} svg text {{ font-size: 11px; fill: #59636e; }}
+.grid {{ stroke: #d1d9e0; }} .cursor {{ stroke: #59636e; visibility: hidden; }}
+.curve {{ fill: none; stroke-width: 1.6; }}
+.legend span {{ margin-right: 1.2em; }}
+.readout {{ min-height: 1.5em; font-variant-numeric: tabular-nums; color: #59636e; }}
+pre {{ background: #f6f8fa; padding: .8em; overflow-x: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: 13px; }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+<script type="application/json" id="rows">{rows}</script>
+<script>
+const rows = JSON.parse(document.getElementById("rows").textContent);
+const text = (v) => Math.abs(v) >= 1000 ? Math.round(v).toLocaleString("en") : +v.toPrecision(5);
+for (const svg of document.querySelectorAll("svg[data-keys]")) {{
+  const keys = svg.dataset.keys.split(" ");
+  const [low, high, left, right] = svg.dataset.range.split(" ").map(Number);
+  const own = rows.filter((r) => keys.some((k) => r[k] != null));
+  const cursor = svg.querySelector(".cursor"), readout = svg.nextElementSibling;
+  svg.addEventListener("pointermove", (event) => {{
+    const box = svg.getBoundingClientRect();
+    const at = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
+    const step = low + (at - left) / (right - left) * (high - low);
+    const near = (a, b) => Math.abs(b.step - step) < Math.abs(a.step - step) ? b : a;
+    const row = own.reduce(near);
+    const x = left + (row.step - low) / (high - low || 1) * (right - left);
+    cursor.setAttribute("x1", x); cursor.setAttribute("x2", x);
+    cursor.style.visibility = "visible";
+    readout.textContent = ["step", "tokens", "seconds", ...keys].filter((k) => row[k] != null)
+      .map((k) => k + " " + text(row[k])).join("   ");
+  }});
+  svg.addEventListener("pointerleave", () => {{
+    cursor.style.visibility = "hidden"; readout.textContent = "";
+  }});
+}}
+</script></body></html>
+"""
+
+
+def write(run: Path, out: Path) -> None:
+    """Write the page of a run directory. Raises RunError, CheckpointError, UsageError, OSError."""
+    record = read(run)
+    if out.is_dir():
+        raise UsageError(
+            f"--out {out}: a directory, expected the name of a page, as {out}/run.html"
+        )
+    body = [key_values({k: spell(k, v) for k, v in row_of(record, None).items()})]
+    for title, keys in CHARTS:
+        if any(len(record.curve(key)[0]) > 1 for key in keys):
+            body += [f"<h2>{title}</h2>", chart(record, keys)]
+    body += samples(run / "samples.jsonl")
+    for name in (RESULTS, "summary.json", "environment.json"):
+        if (run / name).exists():
+            tables = kept(run / name) if name == RESULTS else [read_json(run / name)]
+            body += [f"<h2>{name.split('.')[0].capitalize()}</h2>", *map(key_values, tables)]
+    config = (run / "config.toml").read_text(encoding="utf-8")
+    body += ["<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>"]
+    rows = json.dumps(record.rows).replace("<", "\\u003c")
+    title = html.escape(f"{record.name}: nanonormuon")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out, PAGE.format(title=title, body="\n".join(body), rows=rows).encode())
+
+
+def key_values(content: dict[str, Any]) -> str:
+    cells = (
+        f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>"
+        for k, v in content.items()
+        if v is not None
+    )
+    return f"<table>{''.join(cells)}</table>"
+
+
+def samples(file: Path) -> list[str]:
+    """What the run wrote at which step; of work that was lost and done again, the last."""
+    texts: dict[int, str] = {}
+    for _, row in read_jsonl(file, cut=True) if file.is_file() else ():
+        try:
+            texts[int(row["step"])] = str(row["prompt"]) + str(row["text"])
+        except (LookupError, TypeError, ValueError):
+            continue  # none of ours
+    parts = [f"<p>step {s:,}</p><pre>{html.escape(t)}</pre>" for s, t in sorted(texts.items())]
+    return ["<h2>Samples</h2>", *parts] if parts else []
+
+
+def chart(run: RunRecord, keys: Sequence[str]) -> str:
+    """Curves over steps as an inline SVG, with a line for what the pointer is at."""
+    curves = {key: run.curve(key) for key in keys if len(run.curve(key)[0]) > 1}
+    ys = [y for _, y in curves.values() for y in y if math.isfinite(y)]
+    low, high = run.rows[0]["step"], run.rows[-1]["step"]  # the same in all charts
+    bottom, top = min(ys, default=0.0), max(ys, default=1.0)
+    if top - bottom < 1e-12 * max(1.0, abs(top)):
+        bottom, top = bottom - 0.5 * (abs(bottom) or 1), top + 0.5 * (abs(top) or 1)
+
+    def x_at(x: float) -> float:
+        return LEFT + (x - low) / ((high - low) or 1) * (WIDTH - LEFT - 10)
+
+    def y_at(y: float) -> float:
+        return TOP + (top - y) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for y in ticks(bottom, top):
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y_at(y):.1f}" '
+                     f'y2="{y_at(y):.1f}"/><text x="{LEFT - 6}" y="{y_at(y) + 4:.1f}" '
+                     f'text-anchor="end">{y:,.6g}</text>')  # fmt: skip
+    for x in ticks(low, high):
+        parts.append(f'<text x="{x_at(x):.1f}" y="{HEIGHT - 10}" text-anchor="middle">'
+                     f'{x:,.6g}</text>')  # fmt: skip
+    parts.append(f'<text x="{LEFT - 6}" y="{HEIGHT - 10}" text-anchor="end">step</text>')
+    for (x, y), colour in zip(curves.values(), COLOURS):
+        points = " ".join(f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(x, y) if math.isfinite(b))
+        parts.append(f'<polyline class="curve" stroke="{colour}" points="{points}"/>')
+    parts.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    names = [f'<span style="color:{c}">{key}</span>' for key, c in zip(curves, COLOURS)]
+    return (
+        (f'<div class="legend">{" ".join(names)}</div>' if len(names) > 1 else "")
+        + f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" data-keys="{" ".join(curves)}" '
+        f'data-range="{low} {high} {LEFT} {WIDTH - 10}">{"".join(parts)}</svg>'
+        '<div class="readout"></div>'
+    )
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from low to high."""
+    if high <= low:
+        return [low]
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    size = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+    first = math.ceil(low / size - 1e-9)
+    return [i * size for i in range(first, math.floor(high / size + 1e-9) + 1)]

@@ -1,0 +1,1 @@
+"""How ranks talk, how a run stays alive, what it measures."""

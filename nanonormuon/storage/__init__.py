@@ -1,0 +1,1 @@
+"""What lies on disk: files, tensors, shards, checkpoints, run directories."""

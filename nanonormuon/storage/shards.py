@@ -1,0 +1,378 @@
+"""Token shards on disk: the format, the manifest, and a directory that is opened only if all fits.
+
+A shard is a 1,024-byte header (256 little-endian int32: 20240520, version, number of tokens, zeros)
+and then the tokens, uint16 in version 1 and uint32 in version 2 (vocabularies over 65,536): the
+format of llm.c and modded-nanogpt. A data directory holds `*train_*.bin`, `*val_*.bin` and, if
+`normuon-train prepare` made it, a `manifest.json` that says what must be in them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanonormuon.storage.files import replace_file
+
+MAGIC, HEADER_BYTES = 20240520, 1024
+DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by shard version
+MANIFEST, FORMAT, PARTIAL = "manifest.json", 1, ".partial"
+SHARD_SHAPE = {"name": str, "tokens": int, "size": int, "sha256": str, "max_token": int}
+_SPLIT = {"documents": int, "tokens": int, "bytes": int, "shards": [SHARD_SHAPE]}
+MANIFEST_SHAPE = {
+    "format": int,
+    "tokenizer": {"name": str, "hash": str, "vocab_size": int, "eot": int},
+    "train": _SPLIT,
+    "val": _SPLIT,
+}
+MANIFEST_LIMIT = 64 << 20  # bytes; a manifest of 100,000 shards has 20 MB
+FULL_CHECK_LIMIT = 256 << 20  # bytes; hashing this much takes about 0.3 s, so it is always done
+CHUNK = 1 << 22  # tokens looked at together when a whole shard is scanned
+
+
+class DataError(ValueError):
+    """Training data that is missing, damaged, or does not fit the request."""
+
+    exit_code = 3
+
+
+# ------------------------------------------------------------------------------------------ shards
+
+
+def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Write token ids (n,) as one shard. The file appears under its name only when complete."""
+    path, tokens = Path(path), np.asarray(tokens)
+    if tokens.ndim != 1 or not 0 < len(tokens) < 2**31 or tokens.dtype.kind not in "iu":
+        raise DataError(f"{path}: a shard takes a vector of 1 to 2**31 - 1 integers")
+    check_ids(tokens, vocab_size, path)
+    version = 1 if vocab_size <= 65_536 else 2
+    replace_file(path, header(version, len(tokens)) + tokens.astype(DTYPES[version]).tobytes())
+
+
+def header(version: int, n_tokens: int) -> bytes:
+    """The first 1,024 bytes of a shard."""
+    fields = np.zeros(256, "<i4")
+    fields[:3] = MAGIC, version, n_tokens
+    return fields.tobytes()
+
+
+def read_shard(path: str | Path) -> np.memmap:
+    """Map a shard read-only, after checking its size against its header; no token is read."""
+    path, found = Path(path), _size(Path(path))
+    with path.open("rb") as file:
+        start = file.read(HEADER_BYTES)
+    if len(start) < HEADER_BYTES:
+        raise DataError(f"{path}: {len(start)} bytes, a shard's header alone has {HEADER_BYTES}")
+    magic, version, n_tokens = (int(x) for x in np.frombuffer(start, "<i4")[:3])
+    if magic != MAGIC:
+        raise DataError(
+            f"{path}: offset 0: {MAGIC} expected, {magic} found; this is no token shard"
+        )
+    if version not in DTYPES:
+        raise DataError(f"{path}: offset 4: version 1 or 2 expected, {version} found")
+    size = HEADER_BYTES + n_tokens * DTYPES[version].itemsize
+    if n_tokens < 1 or found != size:
+        raise DataError(
+            f"{path}: offset 8: {n_tokens} tokens make a file of {size} bytes,"
+            f" found {found}; copy or prepare it again"
+        )
+    return np.memmap(path, DTYPES[version], "r", HEADER_BYTES, (n_tokens,))
+
+
+def read_headerless(path: str | Path) -> np.memmap:
+    """Map a file that is nothing but uint16 tokens, as nanoGPT writes them."""
+    path, found = Path(path), _size(Path(path))
+    if found < 2 or found % 2:
+        raise DataError(f"{path}: uint16 tokens expected, {found} bytes found; copy it again")
+    if np.fromfile(path, "<i4", min(1, found // 4)).tolist() == [MAGIC]:
+        raise DataError(f"{path}: a shard with a header; leave data.format at shards")
+    return np.memmap(path, DTYPES[1], "r", 0, (found // 2,))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; prepare the data again") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}: not a regular file")
+    return status.st_size
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int | None, path: Path, offset: int = 0) -> int:
+    """The largest of the ids (n,), found in chunks; DataError if one is not in the vocabulary."""
+    largest = 0
+    for start in range(0, len(tokens), CHUNK):
+        chunk = tokens[start : start + CHUNK]
+        largest = max(largest, int(chunk.max()))
+        if vocab_size is not None and (largest >= vocab_size or int(chunk.min()) < 0):
+            i = int(np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0])
+            raise DataError(
+                f"{path}: token {offset + start + i}: id below {vocab_size} expected,"
+                f" {int(chunk[i])} found; prepare the data with this model's tokenizer"
+            )
+    return largest
+
+
+def sha256(path: str | Path) -> str:
+    """Hash of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------- directories
+
+
+class File:
+    """A shard's file as it was when it was opened. `listed`: the manifest's entry, if the content
+    is still to be compared with it: in a thread, from the first use of the file on."""
+
+    turn = threading.Lock()  # one file is hashed at a time, beside the work of the run
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.found = path, _state(path)
+        self.listed: dict[str, Any] | None = None
+        self._thread: threading.Thread | None = None
+        self._error: DataError | OSError | None = None
+
+    def check(self) -> None:
+        """DataError if the file changed since, or is known by now not to be the listed one."""
+        if (now := _state(self.path)) != self.found:
+            raise DataError(
+                f"{self.path}: changed while in use, (bytes, time in ns)"
+                f" {self.found} expected, {now} found; restore it and resume"
+            )
+        if self._error:
+            raise self._error
+        if self.listed and self._thread is None:  # a daemon: a run that fails does not wait for it
+            self._thread = threading.Thread(target=self._hash, daemon=True)
+            self._thread.start()
+
+    def _hash(self) -> None:
+        try:
+            with self.turn:
+                _compare(self.path, {"sha256": sha256(self.path)}, self.listed)
+        except (DataError, OSError) as error:
+            self._error = error
+
+    def settle(self) -> None:
+        """Wait until the content of a file in use is compared; DataError if it is another."""
+        if self._thread is not None:
+            self._thread.join()
+            self.check()
+
+
+@dataclass
+class Split:
+    """The shards of one split in name order. `bytes`: UTF-8 bytes of its text, where known."""
+
+    paths: list[Path]
+    shards: list[np.ndarray]
+    vocab_size: int | None = None
+    bytes: int | None = None
+    files: list[File] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.files = [File(path) for path in self.paths]
+
+    @property
+    def names(self) -> list[str]:
+        return [path.name for path in self.paths]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    @classmethod
+    def joined(cls, splits: list["Split"]) -> "Split":
+        """The shards of several splits in one list."""
+        if len(splits) == 1:
+            return splits[0]
+        whole = cls([p for s in splits for p in s.paths], [x for s in splits for x in s.shards])
+        whole.vocab_size = splits[-1].vocab_size
+        whole.files = [file for s in splits for file in s.files]
+        return whole
+
+    def cut(self, tokens: int) -> tuple["Split", "Split"]:
+        """The first so many tokens, and the rest. Bytes of text are not known of a part."""
+        halves, left = (Split([], [], self.vocab_size), Split([], [], self.vocab_size)), tokens
+        for path, shard, file in zip(self.paths, self.shards, self.files):
+            for half, part in zip(halves, (shard[:left], shard[left:])):
+                if len(part):
+                    half.paths.append(path)
+                    half.shards.append(part)
+                    half.files.append(file)
+            left = max(0, left - len(shard))
+        return halves
+
+    def check(self, shard: int) -> None:
+        """Before a shard is read: DataError if its file is not what was opened; costs a stat()."""
+        self.files[shard].check()
+
+    def settle(self) -> None:
+        """Before anything that came of this split is kept: DataError if the content of a shard
+        read so far is not what the manifest lists."""
+        for file in self.files:
+            file.settle()
+
+
+@dataclass
+class Data:
+    """A data directory, opened and checked. `fingerprint` tells other data: by content with a
+    manifest, by names and sizes without one."""
+
+    path: Path
+    train: Split
+    val: Split
+    manifest: dict[str, Any] | None
+    vocab_size: int | None
+    fingerprint: str
+    mix: list[tuple[Split, int]] = field(default_factory=list)  # see data.Batches
+
+
+def open_data(
+    path: str | Path,
+    vocab_size: int | None = None,
+    verify: str = "auto",
+    headerless: bool = False,
+) -> Data:
+    """Open a data directory.
+
+    With a manifest, the shards must be the listed ones with the listed sizes, and the vocabulary no
+    larger than `vocab_size` (the model's, if given); without one (FineWeb as published) ids are
+    compared with `vocab_size`, if that is given. Contents (sha256, or ids) are read whole if
+    verify="full" or if all shards together have at most 256 MB; else a listed shard is hashed when
+    it is first read (File), and the ids of every batch are compared in any case. `headerless`:
+    nanoGPT's train.bin and val.bin, plain uint16; its meta.pkl is never read, because unpickling
+    can run code. Raises DataError.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(
+            f"{path}: no such data directory; run normuon-train prepare FILE... --out {path}"
+        )
+    has_manifest = os.path.lexists(path / MANIFEST) and not headerless
+    manifest = read_manifest(path) if has_manifest else None
+    if not manifest and (path / PARTIAL).exists():
+        raise DataError(f"{path}: an unfinished preparation; run normuon-train prepare again")
+    if manifest:
+        made_for = manifest["tokenizer"]["vocab_size"]
+        if vocab_size is not None and made_for > vocab_size:
+            raise DataError(
+                f"{path / MANIFEST}: prepared for {made_for} token ids, the model has {vocab_size};"
+                " set model.vocab_size, or prepare the data with the model's tokenizer"
+            )
+        vocab_size = made_for
+    splits = {
+        name: _open_split(path, name, manifest and manifest[name], vocab_size, headerless)
+        for name in ("train", "val")
+    }
+    shard_bytes = sum(shard.nbytes for split in splits.values() for shard in split.shards)
+    full = verify == "full" or shard_bytes <= FULL_CHECK_LIMIT
+    for name, split in splits.items():
+        for i, p in enumerate(split.paths):
+            if manifest and full:
+                _compare(p, {"sha256": sha256(p)}, manifest[name]["shards"][i])
+            elif manifest:
+                split.files[i].listed = manifest[name]["shards"][i]
+            elif full and vocab_size is not None:
+                check_ids(split.shards[i], vocab_size, p)
+    if manifest:  # what decides the tokens; not what the sources are called, nor the tool's version
+        identity: Any = [manifest["tokenizer"]["hash"], manifest["train"], manifest["val"]]
+    else:
+        identity = [(p.name, p.stat().st_size) for s in splits.values() for p in s.paths]
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return Data(path, splits["train"], splits["val"], manifest, vocab_size, fingerprint)
+
+
+def _open_split(
+    path: Path, name: str, entry: dict[str, Any] | None, vocab_size: int | None, headerless: bool
+) -> Split:
+    """A split's files, which must be those of its entry in the manifest, if there is one, in number
+    and size; their content is not read."""
+    pattern = f"{name}.bin" if headerless else f"*{name}_*.bin"
+    paths = sorted(p for p in path.glob(pattern) if not p.name.startswith("."))
+    listed = {shard["name"]: shard for shard in entry["shards"]} if entry else {}
+    if entry and (wrong := sorted({p.name for p in paths} ^ listed.keys())):
+        problem = "missing, but listed" if wrong[0] in listed else "here, but not listed"
+        raise DataError(f"{path / wrong[0]}: {problem} in {MANIFEST}; prepare the data again")
+    if not paths:
+        plain = not headerless and (path / f"{name}.bin").exists()
+        hint = "for nanoGPT's files set data.format=nanogpt" if plain else "prepare it again"
+        raise DataError(f"{path}: no {name} split, {pattern} expected; {hint}")
+    shards = [np.asarray((read_headerless if headerless else read_shard)(p)) for p in paths]
+    for p, shard in zip(paths, shards, strict=True):
+        if entry:
+            _compare(p, {"tokens": len(shard), "size": p.stat().st_size}, listed[p.name])
+    return Split(paths, shards, vocab_size, entry["bytes"] if entry else None)
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """Read manifest.json and check all that is relied on, before any shard is opened."""
+    path = Path(directory, MANIFEST)
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > MANIFEST_LIMIT:
+            raise ValueError(f"a regular file of at most {MANIFEST_LIMIT} bytes expected")
+        manifest = json.loads(path.read_bytes())
+        check_shape(manifest, MANIFEST_SHAPE, "manifest")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {FORMAT} expected, {manifest['format']} found")
+        vocab_size = manifest["tokenizer"]["vocab_size"]
+        for split in ("train", "val"):
+            shards = manifest[split]["shards"]
+            names = [shard["name"] for shard in shards]
+            for name in names:  # a plain file name: no directory, no "..", nothing hidden
+                if not re.fullmatch(rf"(\w[\w.-]*)?{split}_[\w.-]*\.bin", name, re.ASCII):
+                    raise ValueError(f"{split}: {name[:80]!r} is no shard's name")
+            if names != sorted(set(names)):
+                raise ValueError(f"{split}: shards are not in name order, each once")
+            if sum(shard["tokens"] for shard in shards) != manifest[split]["tokens"]:
+                raise ValueError(f"{split}: tokens are not the sum over the shards")
+            if (largest := max((s["max_token"] for s in shards), default=0)) >= vocab_size:
+                raise ValueError(f"{split}: token id {largest} in a vocabulary of {vocab_size}")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {error}; prepare the data again") from None
+    return manifest
+
+
+def check_shape(value: Any, shape: Any, where: str) -> None:
+    """ValueError unless `value` has the keys and types of `shape`; int means 0 <= x < 2**62."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for key, part in shape.items():
+            check_shape(value.get(key), part, f"{where}.{key}")
+    elif isinstance(shape, list) and isinstance(value, list):
+        for i, part in enumerate(value):
+            check_shape(part, shape[0], f"{where}[{i}]")
+    elif type(value) is not shape or (shape is int and not 0 <= value < 2**62):
+        kind = shape.__name__ if isinstance(shape, type) else type(shape).__name__
+        raise ValueError(f"{where}: {kind} expected, {str(value)[:80]!r} found")
+
+
+def _compare(path: Path, found: dict[str, Any], listed: dict[str, Any]) -> None:
+    """DataError unless what was found in a shard is what the manifest lists."""
+    if path.is_symlink():
+        raise DataError(f"{path}: a symbolic link, a file of this directory expected; copy it here")
+    for key, value in found.items():
+        if value != listed[key]:
+            raise DataError(
+                f"{path}: {key} {listed[key]} expected by {MANIFEST}, {value} found;"
+                " restore the file or prepare the data again"
+            )
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,137 @@
+"""Tensors in files and on ranks: safetensors written piece by piece and read one tensor at a time,
+whole tensors made of shards and cut into them again."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nanonormuon.storage.checkpoints import JSON_LIMIT, CheckpointError
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Layouts
+
+
+def local(t: Tensor) -> Tensor:
+    """The part that this rank holds."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def whole(t: Tensor) -> Tensor:
+    """A tensor's full content on the CPU; for a sharded one all ranks must call this."""
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous()
+
+
+def placed_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, cut and placed as `like` is."""
+    if isinstance(like, DTensor):
+        mesh = like.device_mesh
+        return distribute_tensor(value.to(mesh.device_type), mesh, like.placements)
+    return value.to(like.device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+def stream(tensors: Mapping[str, Tensor], keep: bool = True) -> Iterator[Any]:
+    """The bytes of a safetensors file, piece by piece, each tensor gathered when its turn comes, so
+    that no more than one of them is held whole. Sharded ones need every rank to exhaust its stream;
+    ranks with keep=False get nothing for it."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in ordered:
+        end = offset + t.numel() * t.element_size()
+        header[name] = {
+            "dtype": DTYPES[t.dtype],
+            "shape": [*t.shape],
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, t in ordered:
+        if keep:
+            yield memoryview(whole(t).reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(t, DTensor):
+            t.full_tensor()
+
+
+def serialise(tensors: Mapping[str, Tensor]) -> bytes:
+    return b"".join(stream(tensors))
+
+
+class TensorFile:
+    """A safetensors file, read tensor by tensor: read, not mapped, since a mapped file that shrinks
+    kills the process. What its header declares is compared with the file's size before anything is
+    allocated for it. Raises CheckpointError."""
+
+    def __init__(self, path: Path):
+        self.path, self.entries = path, {}
+        size = path.stat().st_size
+        kinds = {text: dtype for dtype, text in DTYPES.items()}
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, JSON_LIMIT):
+                raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size}")
+            try:
+                header = json.loads(file.read(length))
+                header.pop("__metadata__", None)
+                self.start, end = 8 + length, 0
+                for name, entry in sorted(header.items(), key=lambda i: i[1]["data_offsets"]):
+                    dtype, shape = kinds[entry["dtype"]], entry["shape"]
+                    if not all(type(n) is int and n >= 0 for n in shape):
+                        raise ValueError(f"{name} has shape {shape}")
+                    begin, end = end, end + math.prod(shape) * dtype.itemsize
+                    if entry["data_offsets"] != [begin, end]:
+                        raise ValueError(f"{name} lies at {entry['data_offsets']}, {[begin, end]}")
+                    self.entries[name] = dtype, tuple(shape), begin
+                if self.start + end != size:
+                    raise ValueError(f"tensors of {end} bytes, {size - self.start} found")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise CheckpointError(
+                    f"{path}: not a readable safetensors file ({str(error)[:200]})"
+                ) from None
+
+    def read(self, name: str) -> Tensor:
+        dtype, shape, begin = self.entries[name]
+        value = torch.empty(shape, dtype=dtype)
+        with open(self.path, "rb") as file:
+            file.seek(self.start + begin)
+            if file.readinto(value.view(-1).view(torch.uint8).numpy()) != value.nbytes:
+                raise CheckpointError(f"{self.path}: {name} is cut short")
+        return value
+
+    def expect(self, like: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError unless the file has just these tensors of just these shapes."""
+        check_names(self.path, set(self.entries), set(like))
+        for name, shape in like.items():
+            check_shape(self.path, name, self.entries[name][1], shape)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    file = TensorFile(path)
+    return {name: file.read(name) for name in file.entries}
+
+
+def check_names(file: Path, found: set[str], expected: set[str]) -> None:
+    for what, names in (("missing", expected - found), ("unexpected", found - expected)):
+        if names:
+            raise CheckpointError(f"{file}: {len(names)} tensors {what}, first {min(names)}")
+
+
+def check_shape(file: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(found) != tuple(expected):
+        raise CheckpointError(
+            f"{file}: {name} has shape {tuple(found)}, expected {tuple(expected)}"
+        )

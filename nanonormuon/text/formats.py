@@ -1,0 +1,161 @@
+"""The text in files of records: JSON lines and arrays, CSV, Parquet.
+
+Each reader takes an open binary file, its name for messages, and the field that holds the text, and
+gives one text after another with one record in memory. What is wrong is a DataError with the line.
+TSV knows no quoting: a quote is text, and a field holds neither tabs nor line ends.
+"""
+
+import codecs
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from nanonormuon.runtime.extras import need
+from nanonormuon.storage.shards import DataError
+
+RECORD_LIMIT = 64 << 20  # bytes; a record is parsed as a whole
+
+
+def _lines(file: Any, name: str) -> Iterator[bytes]:
+    number = 0
+    while line := file.readline(RECORD_LIMIT):
+        number += 1
+        if len(line) == RECORD_LIMIT:
+            raise DataError(f"{name}:{number}: a line of more than {RECORD_LIMIT >> 20} MB")
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def _json_lines(file: Any, name: str, text_field: str) -> Iterator[bytes]:
+    for number, line in enumerate(_lines(file, name), 1):
+        where = f"{name}:{number}"
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: a JSON record expected: {error}") from None
+            yield _field(record, text_field, where)
+
+
+def _json_array(file: Any, name: str, text_field: str) -> Iterator[bytes]:
+    """The items of one array, decoded one at a time from a buffer that grows as they need it."""
+    decode, item = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
+    text, at, number, ended = "", 0, 0, False
+
+    def more() -> None:
+        nonlocal text, at, ended
+        if ended or len(text) - at > RECORD_LIMIT:
+            problem = "the file ends" if ended else f"more than {RECORD_LIMIT >> 20} MB"
+            raise DataError(f"{name}: item {number}: no valid JSON, up to where {problem}")
+        block = file.read(max(1 << 16, len(text) - at))
+        try:
+            text, at, ended = text[at:] + decode(block, not block), 0, not block
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}: after item {number}: not UTF-8: {error.reason}") from None
+
+    def sign() -> str:
+        """The next character that is no white space."""
+        nonlocal at
+        while True:
+            while at < len(text) and text[at] in " \t\r\n":
+                at += 1
+            if at < len(text):
+                return text[at]
+            more()
+
+    assert sign() == "["
+    at += 1
+    if (found := sign()) == "]":
+        at += 1
+    while found != "]":
+        number += 1
+        sign()
+        while True:
+            try:
+                record, end = item(text, at)
+                break
+            except json.JSONDecodeError:
+                more()
+            except RecursionError as error:
+                raise DataError(f"{name}: item {number}: {error}") from None
+        at = end
+        yield _field(record, text_field, f"{name}: item {number}")
+        if (found := sign()) not in ",]":
+            raise DataError(f"{name}: after item {number}: , or ] expected, {found!r} found")
+        at += 1
+    if (text[at:].encode() + file.read(1 << 16)).strip():
+        raise DataError(f"{name}: after item {number}: more text behind the array's end")
+
+
+def _field(record: Any, text_field: str, where: str) -> bytes:
+    """A record's text: the record itself, or its field; null is no text."""
+    if isinstance(record, dict):
+        if text_field not in record:
+            raise DataError(_missing(where, text_field, record))
+        record = record[text_field]
+    if record is None:
+        return b""
+    if not isinstance(record, str):
+        raise DataError(
+            f"{where}: text expected in {text_field!r}, {type(record).__name__} found;"
+            " name another with --text-field"
+        )
+    return record.encode("utf-8", "surrogatepass")
+
+
+def _missing(where: str, text_field: str, found: Iterable[str]) -> str:
+    names = ", ".join(map(str, found))[:200] or "none"
+    return f"{where}: no field {text_field!r}, found {names}; name one with --text-field"
+
+
+def _csv(file: Any, name: str, text_field: str, delimiter: str = ",") -> Iterator[bytes]:
+    csv.field_size_limit(RECORD_LIMIT)
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    number = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        for line in _lines(file, name):
+            number += 1
+            yield line.decode()
+
+    try:
+        rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
+        header = next(rows, [])
+        if header and text_field not in header:
+            raise DataError(_missing(name, text_field, header))
+        for row in rows:
+            if row and len(row) != len(header):
+                raise DataError(
+                    f"{name}:{number}: {len(header)} columns expected, {len(row)} found"
+                )
+            if row:
+                yield row[header.index(text_field)].encode()
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{name}:{number}: {error}") from None
+
+
+def _parquet(file: Any, name: str, text_field: str) -> Iterator[bytes]:
+    parquet, pyarrow = need("pyarrow.parquet", f"{name}: Parquet"), need("pyarrow", name)
+    try:
+        # a buffer, or whole column chunks are read at once
+        table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        if text_field not in (names := table.schema_arrow.names):
+            raise DataError(_missing(name, text_field, names))
+        row = 0
+        for batch in table.iter_batches(128, columns=[text_field], use_threads=False):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                yield _field(value, text_field, f"{name}: row {row}")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{name}: damaged Parquet: {str(error)[:200]}") from None
+
+
+READ: dict[str, Callable[[Any, str, str], Iterator[bytes]]] = {
+    "lines": _json_lines,
+    "array": _json_array,
+    "csv": _csv,
+    "tsv": partial(_csv, delimiter="\t"),
+    "parquet": _parquet,
+}

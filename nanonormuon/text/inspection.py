@@ -1,0 +1,155 @@
+"""What is in a data directory, and what is wrong with it."""
+
+import hashlib
+import heapq
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanonormuon.storage.shards import CHUNK, DataError, Split, open_data
+from nanonormuon.text.progress import Progress
+from nanonormuon.text.tokenizer import FILE, Tokenizer, TokenizerError, get, load
+
+LONGEST, WINDOWS, WINDOW = 5, 3, 64  # documents, windows of each split, tokens in one
+
+
+def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> dict[str, Any]:
+    """Read a data directory whole and describe it, as JSON can hold it.
+
+    `tokenizer` is needed only where the directory brings none. "problems" lists what is wrong; a
+    directory that cannot be opened has nothing but that.
+    """
+    problems: list[str] = []
+    words: Tokenizer | None = None
+    try:
+        if tokenizer or (directory / FILE).exists():
+            words = get(tokenizer) if tokenizer else load(directory)
+        data = open_data(directory, words and words.vocab_size, "full", headerless)
+    except (DataError, TokenizerError) as error:
+        return {"path": str(directory), "problems": [str(error)]}
+    result: dict[str, Any] = {"path": str(directory), "fingerprint": data.fingerprint}
+    if data.manifest:
+        result["tokenizer"] = data.manifest["tokenizer"]
+        result["sources"] = data.manifest.get("sources", [])
+        if words is None:
+            problems.append(f"{directory / FILE}: missing; the tokens cannot be read as text")
+        elif words.hash != data.manifest["tokenizer"]["hash"]:
+            problems.append(f"{directory / FILE}: not the tokenizer that made the shards")
+            words = None
+    elif words is None:
+        problems.append("no manifest and no tokenizer: give --tokenizer, as in --tokenizer gpt2")
+    eot = data.manifest["tokenizer"]["eot"] if data.manifest else words and words.eot
+    digests = {}
+    for name, split in (("train", data.train), ("val", data.val)):
+        result[name], digests[name] = describe(split, eot, words)
+    if eot is not None:
+        result["train"]["copies"] = copies(digests["train"])
+        shared = np.isin(digests["val"], digests["train"])
+        result["val"] |= {"copies": copies(digests["val"]), "also_in_train": int(shared.sum())}
+        problems += find_problems(result)
+    return result | {"problems": problems}
+
+
+def describe(
+    split: Split, eot: int | None, words: Tokenizer | None
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Counts, longest documents and first windows of a split; and eight bytes of each document's
+    hash, to compare documents by."""
+    found: dict[str, Any] = {
+        "shards": len(split.shards), "tokens": split.tokens, "bytes": split.bytes,
+        "largest_id": max(int(chunk.max()) for shard in split.shards for chunk in chunks(shard)),
+    }  # fmt: skip
+    digests, longest, number = array("Q"), [], 0
+    if eot is not None:
+        with Progress("inspecting", split.tokens) as progress:
+            for shard, start, stop in documents(split, eot):
+                tokens = split.shards[shard][start:stop]
+                digests.frombytes(hashlib.sha256(tokens.tobytes()).digest()[:8])
+                heapq.heappush(longest, (stop - start, -number, shard, start))
+                if len(longest) > LONGEST:
+                    heapq.heappop(longest)
+                number += 1
+                progress(stop - start + 1)
+        found["documents"] = number
+    if words is not None:
+        text_bytes = split.bytes
+        if text_bytes is None:
+            lengths = words.token_lengths()
+            text_bytes = sum(int(lengths[c].sum()) for s in split.shards for c in chunks(s))
+        found["bytes_per_token"] = round(text_bytes / split.tokens, 3)
+        found["longest"] = [
+            {"tokens": n, "begins": words.decode(split.shards[shard][start : start + 24])}
+            for n, _, shard, start in sorted(longest, reverse=True)
+        ]
+        found["windows"] = [
+            words.decode(split.shards[0][i * WINDOW : (i + 1) * WINDOW]) for i in range(WINDOWS)
+        ]
+    return found, np.array(digests, np.uint64)
+
+
+def chunks(shard: np.ndarray) -> Iterator[np.ndarray]:
+    return (shard[i : i + CHUNK] for i in range(0, len(shard), CHUNK))
+
+
+def documents(split: Split, eot: int) -> Iterator[tuple[int, int, int]]:
+    """Shard, start and end of each document without its separator. What a shard has before its
+    first separator is counted as a document."""
+    for index, shard in enumerate(split.shards):
+        start = -1 if int(shard[0]) == eot else 0
+        for offset in range(0, len(shard), CHUNK):
+            for at in np.flatnonzero(shard[offset : offset + CHUNK] == eot).tolist():
+                if start >= 0:
+                    yield index, start, offset + at
+                start = offset + at + 1
+        yield index, start, len(shard)
+
+
+def copies(digests: np.ndarray) -> int:
+    return len(digests) - len(np.unique(digests))
+
+
+def find_problems(result: dict[str, Any]) -> list[str]:
+    """What a person should know before training on this."""
+    problems = []
+    for name in ("train", "val"):
+        part = result[name]
+        if part["copies"] > 0.1 * part["documents"]:
+            share = part["copies"] / part["documents"]
+            problems.append(f"{name}: {share:.0%} of the documents are copies of another")
+        if part["tokens"] < 10_000:
+            problems.append(f"{name}: {part['tokens']:,} tokens are too few to learn or judge by")
+    if shared := result["val"]["also_in_train"]:
+        problems.append(
+            f"val: {shared} of {result['val']['documents']} documents are in train too, so the"
+            " validation loss is too low"
+        )
+    return problems
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """What `inspect` found, for people."""
+    lines = [f"{result['path']}"]
+    if words := result.get("tokenizer"):
+        lines.append(f"tokenizer: {words['name']}, {words['vocab_size']:,} ids")
+    for source in result.get("sources", []):
+        name, number, size = source["name"], source["documents"], source["bytes"]
+        lines.append(f"source: {name}, {number:,} documents, {size:,} bytes")
+    for name in ("train", "val"):
+        if part := result.get(name):
+            counts = [f"{part[k]:,} {k}" for k in ("documents", "tokens", "shards") if k in part]
+            counts += [f"{part['bytes']:,} bytes"] if part["bytes"] else []
+            rate = part.get("bytes_per_token")
+            counts += [f"{rate} bytes per token"] if rate else []
+            counts += [f"{part['copies']:,} copies"] if "copies" in part else []
+            lines.append(f"{name}: {', '.join(counts)}")
+    for name in ("train", "val"):
+        part = result.get(name, {})
+        for document in part.get("longest", []):
+            lines.append(f"{name}, long: {document['tokens']:,} tokens {document['begins']!r}")
+        for i, window in enumerate(part.get("windows", [])):
+            lines.append(f"{name}, tokens {i * WINDOW} to {i * WINDOW + WINDOW - 1}: {window!r}")
+    lines += [f"problem: {problem}" for problem in result["problems"]] or ["no problem found"]
+    return "\n".join(lines)

@@ -1,0 +1,347 @@
+"""Text out of files: what a source is, which format its files have, their documents one by one.
+
+    file, directory, pattern, open file -> decompressed -> text | JSON | CSV | Parquet -> documents
+
+The format is what the name says, and the content where it does not. Files are read as streams: a
+document of more than LARGE bytes is cut at paragraph ends, so memory is for a few times LARGE.
+"""
+
+import codecs
+import difflib
+import glob
+import gzip
+import io
+import json
+import logging
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from nanonormuon.runtime.extras import need
+from nanonormuon.storage.shards import DataError
+from nanonormuon.text import formats as records
+
+log = logging.getLogger(__name__)
+
+# What a walk through a directory takes for text; a file that is named itself may end in anything.
+TEXT = (
+    *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".css", ".xml", ".toml", ".yaml"),
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts"),
+    *(".sh", ".sql", ".lua", ".rb", ".jl", ".r", ".yml"),
+)
+RECORDS = {
+    ".jsonl": "lines", ".ndjson": "lines", ".json": "json",
+    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+}  # fmt: skip
+PACKED = (".gz", ".zst")
+LARGE = 16 << 20  # bytes; a longer document is cut into several ...
+PART = 1 << 20  # ... of one to two times this
+PACKED_PARQUET_LIMIT = 256 << 20  # bytes
+BAD_SHARE = 0.001  # a file in which more bytes than this are not UTF-8 is not taken for text
+_PARAGRAPH = re.compile(rb"\n[ \t\r]*\n+")
+
+Source = str | Path | IO[bytes]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to be trained on; `source` counts the sources, `name` is for messages."""
+
+    name: str
+    source: int
+    data: bytes
+
+
+class NotText(DataError):
+    """A file that a walk passes over."""
+
+
+def documents(
+    sources: list[Source],
+    skip: Path | None = None,
+    text_field: str = "text",
+    separator: bytes = b"",
+    report: Callable[[int], None] | None = None,
+) -> Iterator[Document]:
+    """The documents of all sources, in order; blank ones are left out.
+
+    A source is a file, a directory (walked in name order, without the directory `skip`), a pattern
+    like "notes/**/*.md", or an open binary file, which is rewound. A text file is a document, or
+    one between each two `separator`s; records give the document in their field `text_field`.
+    `report` is told how many bytes of the files have been consumed; the log then also tells what
+    was passed over. A file that is named must be
+    text; a walk passes over hidden, binary and empty ones. Raises DataError.
+    """
+    for index, source in enumerate(sources):
+        walked, files = _find(source, skip)
+        passed = []
+        for name, file in files:
+            try:
+                with _opened(file) as raw:
+                    position = 0
+                    for text in _texts(raw, name, text_field, separator):
+                        if text.strip():
+                            yield Document(name, index, text)
+                        position, before = min(raw.tell(), _size(raw)), position
+                        if report:
+                            report(position - before)
+                    if report:
+                        report(_size(raw) - position)
+            except NotText:
+                if not walked:
+                    raise
+                passed.append(name)
+        if passed and report:
+            log.info(
+                "prepare: %s: passed over %d names, no text or linked directories, the first is %s",
+                source, len(passed), passed[0],
+            )  # fmt: skip
+
+
+def total_bytes(sources: list[Source], skip: Path | None = None) -> int:
+    """Size of all files, as they lie on the disk."""
+    total = 0
+    for source in sources:
+        for _, file in _find(source, skip)[1]:
+            if not isinstance(file, Path):
+                total += _size(file)
+            elif file.is_file():
+                total += file.stat().st_size
+    return total
+
+
+def _find(source: Source, skip: Path | None) -> tuple[bool, list[tuple[str, Path | IO[bytes]]]]:
+    """Whether a source is a directory, and its files with the names that messages give them."""
+    if not isinstance(source, str | Path):
+        return False, [("standard input", source)]
+    path = Path(source)
+    if path.is_dir():
+        return True, [(str(file), file) for file in walk(path, skip)]
+    if path.exists():
+        return False, [(str(path), path)]
+    if glob.has_magic(str(source)):
+        found = sorted({Path(p) for p in glob.glob(str(source), recursive=True)})
+        own = skip.resolve() if skip else None  # a repeated run does not take its own output
+        found = [p for p in found if not (own and p.resolve().is_relative_to(own))]
+        if files := [p for p in found if p.is_file()]:
+            return False, [(str(p), p) for p in files]
+        raise DataError(f"{source}: the pattern matches no file (directories are named without *)")
+    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, 1)
+    hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+    raise DataError(f"{path}: no such file or directory{hint}")
+
+
+def walk(root: Path, skip: Path | None = None, suffixes: Iterable[str] = ()) -> list[Path]:
+    """Visible, non-empty files of known formats below a directory, in name order on every
+    system, and links to directories, which are not followed. Raises DataError."""
+
+    def fail(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename}: cannot be read: {error.strerror}; allow it or name other sources"
+        )
+
+    known, files = tuple(suffixes) or (*TEXT, *RECORDS), []
+    known += tuple(suffix + packed for suffix in known for packed in PACKED)
+    for folder, below, names in os.walk(root, onerror=fail):
+        here = Path(folder)
+        below[:] = [
+            name
+            for name in below
+            if not name.startswith(".")
+            and not (skip and skip.exists() and skip.samefile(here / name))
+        ]
+        files += [here / name for name in below if (here / name).is_symlink()]
+        for path in (here / name for name in names if not name.startswith(".")):
+            if path.name.lower().endswith(known) and path.is_file() and path.stat().st_size:
+                files.append(path)
+    return sorted(files, key=lambda path: path.parts)
+
+
+# --------------------------------------------------------------------------- one file's documents
+
+
+def _texts(raw: IO[bytes], name: str, text_field: str, separator: bytes) -> Iterator[bytes]:
+    """The documents of one open file, whatever its format; DataError names what is wrong where."""
+    try:
+        file = _unpacked(raw, name)
+        kind = _kind(file, name)
+        if kind == "text":
+            yield from _parts(_checked(file, name), separator)
+            return
+        if kind == "parquet" and file is not raw:  # it is read at random
+            file = io.BytesIO(file.read(PACKED_PARQUET_LIMIT + 1))
+            if file.getbuffer().nbytes > PACKED_PARQUET_LIMIT:
+                raise DataError(f"{name}: Parquet is compressed in itself; unpack this file")
+        for text in records.READ[kind](file, name, text_field):
+            parts, rest = _cut(text, 2 * PART) if len(text) > LARGE else ([], text)
+            yield from (*parts, rest)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{name}: damaged compressed file: {error}; copy it again") from None
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
+
+
+def _opened(file: Path | IO[bytes]) -> Any:
+    if isinstance(file, Path):
+        if file.exists() and not file.is_file():  # a pipe could not be read three times
+            raise NotText(f"{file}: not a regular file; pipe it in with -")
+        try:
+            return file.open("rb")
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    file.seek(0)
+    return io.BufferedReader(io.FileIO(file.fileno(), closefd=False))
+
+
+def _size(raw: IO[bytes]) -> int:
+    return os.fstat(raw.fileno()).st_size
+
+
+def _unpacked(raw: IO[bytes], name: str) -> Any:
+    """The file itself, or what is compressed in it, by its first bytes."""
+    start = raw.peek(4)[:4]  # type: ignore[attr-defined]
+    if start[:2] == b"\x1f\x8b":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)  # type: ignore[arg-type]
+    # a frame, or one to be skipped: 0x184D2A50 to 0x184D2A5F (RFC 8878, 3.1.2)
+    if start == b"\x28\xb5\x2f\xfd" or (start[1:] == b"\x2a\x4d\x18" and start[0] >> 4 == 5):
+        return io.BufferedReader(_Zstd(raw, name), 1 << 20)
+    if name.lower().endswith(PACKED):
+        raise NotText(
+            f"{name}: gzip or zstd expected by its name, found {start!r}; rename it or leave it out"
+        )
+    return raw
+
+
+class _Zstd(io.RawIOBase):
+    """Decompresses, and does not take a file that breaks off for a complete one, as zstandard's
+    own reader does."""
+
+    def __init__(self, raw: IO[bytes], name: str) -> None:
+        zstandard = need("zstandard", f"{name}: zstd")
+        self.raw, self.context = raw, zstandard.ZstdDecompressor()
+        self.problem, self.frame = zstandard.ZstdError, self.context.decompressobj()
+        self.buffer, self.inside = memoryview(b""), False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self.buffer:
+            # little at a time: repetitive text expands a thousandfold
+            packed = self.frame.unused_data if self.frame.eof else b""
+            if self.frame.eof:
+                self.frame, self.inside = self.context.decompressobj(), False
+            if not (packed := packed or self.raw.read(4096)):
+                if self.inside:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self.inside = True
+            try:
+                self.buffer = memoryview(self.frame.decompress(packed))
+            except self.problem as error:
+                raise EOFError(error) from None
+        n = min(len(target), len(self.buffer))
+        target[:n], self.buffer = self.buffer[:n], self.buffer[n:]
+        return n
+
+
+def _kind(file: Any, name: str) -> str:
+    """text, lines (a JSON value each), array (of JSON values), csv, tsv or parquet."""
+    suffixes = [s for s in map(str.lower, Path(name).suffixes) if s not in PACKED]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix in TEXT:
+        return "text"
+    if suffix in RECORDS and suffix != ".json":
+        return RECORDS[suffix]
+    start = file.peek(1 << 16)
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+        if suffix == ".json" or start[1:].lstrip()[:1] in (b"{", b'"'):
+            return "array"
+    elif start.startswith(b"{"):
+        line, end, _ = start.partition(b"\n")
+        try:
+            json.loads(line)
+            return "lines"
+        except ValueError:
+            if not end and len(start) > 1 << 12:  # a first record longer than what was peeked at
+                return "lines"
+    if suffix == ".json":
+        raise NotText(f"{name}: a JSON array of records, or one record per line, expected")
+    return "text"
+
+
+# --------------------------------------------------------------------------------------- plain text
+
+
+def _checked(file: Any, name: str) -> Iterator[bytes]:
+    """Blocks of a file, as long as it is text: no NUL, and hardly a byte that is not UTF-8. A
+    byte order mark at the start is dropped."""
+    done = bad = 0
+    first = None  # offset of the first byte that is not UTF-8
+    while block := file.read(LARGE):
+        if (at := block.find(0)) < 0:
+            try:
+                block.decode()
+            except UnicodeDecodeError as error:
+                first = done + error.start if first is None else first
+                bad += len(block) - len(block.decode("utf-8", "ignore").encode())
+                if bad > BAD_SHARE * (done + len(block)):
+                    at = first - done
+        if at >= 0 or bad > BAD_SHARE * (done + len(block)):
+            found = f"byte 0x{block[at]:02x}" if at >= 0 else f"{bad} other bytes"
+            kind = DataError if done else NotText
+            raise kind(
+                f"{name}: offset {done + at}: UTF-8 text expected, {found} found;"
+                " convert the file or leave it out"
+            )
+        yield block if done else block.removeprefix(codecs.BOM_UTF8)
+        done += len(block)
+
+
+def _parts(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
+    """Documents of a stream: what is between separators, cut where it is longer than LARGE. What
+    comes out does not depend on the blocks."""
+    buffer, long = b"", False
+    for block in blocks:
+        buffer += block
+        if separator:
+            *whole, buffer = buffer.split(separator)
+            for document in whole:
+                if long or len(document) > LARGE:
+                    parts, document = _cut(document, 2 * PART)
+                    yield from parts
+                yield document
+                long = False
+        if long := long or len(buffer) > LARGE:
+            parts, buffer = _cut(buffer, 2 * PART + len(separator))
+            yield from parts
+    if long:
+        parts, buffer = _cut(buffer, 2 * PART)
+        yield from parts
+    yield buffer
+
+
+def _cut(text: bytes, keep: int) -> tuple[list[bytes], bytes]:
+    """Parts of PART to 2 PART bytes from the start of a text, and the rest of at most `keep`. A
+    part ends with a paragraph; failing that, with a line, a word, a character."""
+    parts, start = [], 0
+    while len(text) - start > keep:
+        window = text[start + PART : start + 2 * PART]
+        if paragraph := _PARAGRAPH.search(window):
+            end = paragraph.end()
+        else:
+            end = window.rfind(b"\n") + 1 or window.rfind(b" ") + 1 or len(window)
+        end += start + PART
+        while text[end] & 0xC0 == 0x80 and end > start + 2 * PART - 4:
+            end -= 1
+        parts.append(text[start:end])
+        start = end
+    return parts, text[start:]

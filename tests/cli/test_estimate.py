@@ -1,0 +1,72 @@
+"""What a run will take is known before it starts: the headers of the recipes, and --dry-run."""
+
+import re
+import tomllib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanonormuon.cli import app as cli
+from nanonormuon.cli import dry_run as estimate
+from nanonormuon.config import load, recipes
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.runtime import activations, distributed
+
+VOCABULARY = {"shakespeare-char": 320}  # of data (here bytes) that a recipe alone does not tell
+UNITS = {"M": 1e6, "G": 1e9, "B": 1e9}
+
+
+def sized(name):
+    config, _ = load([name])
+    if name in VOCABULARY:
+        config = replace(config, model=replace(config.model, vocab_size=VOCABULARY[name]))
+    return estimate.with_vocabulary(config)[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(recipes()) - {"finetune"}))
+def test_headers_say_what_the_code_computes(name):
+    header = " ".join(
+        line.lstrip("# ") for line in recipes()[name].read_text().splitlines() if line[:1] == "#"
+    )
+    found = estimate.estimate(sized(name), 1)
+    work = re.search(r"([\d.]+) ([MG])FLOP per token = ([\d.]+e\d+) FLOP", header)
+    per_token, unit, flops = work.groups()
+    assert float(per_token) * UNITS[unit] == pytest.approx(found.flops_per_token, rel=0.02)
+    assert float(flops) == pytest.approx(found.flops, rel=0.04)  # two digits
+    sizes = [float(a) * UNITS[b] for a, b in re.findall(r"([\d.]+)([MB])\b", header)]
+    assert any(found.total_parameters == pytest.approx(n, rel=0.02) for n in sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("again", [False, True])
+def test_activations_are_what_autograd_keeps(dtype, again):
+    m = GPTConfig(vocab_size=192, n_layer=5, n_head=4, n_kv_head=2, n_embd=64).resolved()
+    model = GPT(m, dtype).init_weights(0)
+    if again:
+        distributed.checkpoint_activations(model)
+    tokens, seen = torch.zeros(3, 40, dtype=torch.int64), {}
+    own = {p.data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(tokens, tokens)
+    kept = sum(s.nbytes() for pointer, s in seen.items() if pointer not in own)
+    loss.backward()
+    blocks, around = activations.kept(m, 40, 3, dtype, again)
+    if again:  # the one block whose activations come back in the backward pass is not kept yet
+        blocks -= activations.kept(replace(m, n_layer=1), 40, 3, dtype, False)[0]
+    assert blocks + around == pytest.approx(kept, rel=0.02)
+
+
+def test_a_dry_run_says_it_and_stays_readable(capsys):
+    assert cli.main(["run", "demo", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert tomllib.loads(said)["train"]["steps"] == 520
+    total = estimate.estimate(sized("demo"), 1).total_parameters
+    assert f"\n# parameters: {total:,} (" in said and f"{total:,}".startswith("1,3")
+    for word in ("memory, 1 rank", "optimizer", "checkpoint: ", "minutes of training"):
+        assert word in said

@@ -1,0 +1,495 @@
+"""Races and trials: statistics against tables and by hand, grids that grow, runs that are not done
+twice, choices that never see the validation split, any optimizer by its import path."""
+
+import concurrent.futures
+import importlib.util
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, command
+
+from nanonormuon import build as plan
+from nanonormuon.config import ConfigError, load
+from nanonormuon.lab import processes as batch
+from nanonormuon.lab import race, trials
+from nanonormuon.lab import results as standings
+from nanonormuon.lab.processes import Job, Runner
+from nanonormuon.lab.significance import interval, student_cdf, student_quantile, verdict
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.normuon import NorMuon
+from nanonormuon.optim import make_optimizers
+from nanonormuon.runtime import distributed
+from nanonormuon.storage import checkpoints as checkpoint
+from nanonormuon.storage.run import RunError, read_metrics
+from nanonormuon.storage.shards import open_data
+from nanonormuon.train import train
+
+SMALL = GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=64)
+
+
+class Nested(torch.optim.Optimizer):
+    """An optimizer such as other packages have: lists, numbers and a group's own counter."""
+
+    def __init__(self, params, lr=0.1, weight_decay=0.0, power=1.0, thing=None, **_):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "power": power})
+        self.thing = thing
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(averages=[torch.zeros_like(p), None], steps=0, decay=(0.5, 0.9))
+                    if self.thing:
+                        state["thing"] = object()
+                average, beta = state["averages"][0], state["decay"][1]
+                average.lerp_(p.grad, 1 - beta)
+                state["steps"] += 1
+                p.sub_(average.sign(), alpha=group["lr"] / state["steps"] ** group["power"])
+
+
+# ------------------------------------------------------------------------------------- significance
+
+
+@pytest.mark.parametrize(
+    ("df", "t"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (5, 2.5706), (19, 2.0930), (30, 2.0423)]
+)
+def test_students_quantiles_are_those_of_the_tables(df, t):
+    assert student_quantile(0.975, df) == pytest.approx(t, abs=6e-5)
+    assert student_cdf(t, df) == pytest.approx(0.975, abs=3e-6)
+    assert student_cdf(-t, df) == pytest.approx(0.025, abs=3e-6)
+
+
+def test_an_interval_by_hand():
+    low, high = interval([1.0, 2.0, 3.0])
+    assert (low + high) / 2 == pytest.approx(2.0)
+    assert high - 2.0 == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4)
+    assert interval([1.0]) is None and interval([1.0, math.inf]) is None
+
+
+def test_the_verdict_on_trials():
+    found = verdict([3.2789 + d for d in (-0.001, 0.0, 0.001)], 3.28)
+    assert found["margin"] == pytest.approx(0.0011 * math.sqrt(3)) and not found["valid"]
+    assert found["p_value"] == pytest.approx(student_cdf(-1.1 * math.sqrt(3), 2))
+    assert verdict([3.2789] * 20, 3.28)["valid"]  # 0.0011 sqrt(20) = 0.0049
+    assert verdict([3.2], 3.28)["p_value"] is None
+    assert verdict([3.3, 3.31], 3.28)["p_value"] > 0.9
+
+
+# -------------------------------------------------------------------------------------------- grids
+
+
+def test_every_optimizer_has_a_grid_about_its_own_rate():
+    normuon, adamw, lion = race.entries(["demo"], "normuon,adamw,torch.optim:Adagrad")
+    assert normuon.rates == (0.02, 0.04, 0.08)  # the recipe's, in the middle
+    assert adamw.rates == lion.rates == (0.0015, 0.003, 0.006)
+    lr = ["0.5x,1x", "adamw=1e-3,0.01"]
+    normuon, adamw = race.entries(["demo"], "normuon,adamw", lr, "0,0.1", ["optim.beta2=0.9,0.95"])
+    assert normuon.rates == (0.02, 0.04) and adamw.rates == (0.001, 0.01)
+    assert len(adamw.others) == 4
+    assert adamw.others[1] == ("optim.weight_decay=0", "optim.beta2=0.95")
+    three, exact = race.entries(["demo"], "normuon+ns_steps=3,normuon+ns_coefficients=2, -1.5, 0.5")
+    assert three.settings == ("optim.name=normuon", "optim.ns_steps=3")
+    assert exact.settings[1] == "optim.ns_coefficients=2, -1.5, 0.5"
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "lr", "message"),
+    [
+        ("normoun", [], 'did you mean "normuon"'),
+        ("normuon+beta3=1", [], 'did you mean "beta2"|did you mean "optim.beta2"'),
+        ("normuon,normuon", [], "different"),
+        ("normuon", ["0.1,fast"], "numbers above 0"),
+        ("normuon", ["0,0.1"], "numbers above 0"),
+        ("normuon,adamw", ["adam=0.1"], 'did you mean "adamw"'),
+    ],
+)
+def test_a_race_that_cannot_be_is_refused(optimizers, lr, message):
+    with pytest.raises(ConfigError, match=message):
+        race.entries(["demo"], optimizers, lr)
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "sweep", "message"),
+    [
+        ("normuon", "train.seed=1,2", "train.seed: --seeds gives them"),
+        ("normuon", "optim.lr=0.1,0.2", "optim.lr: --lr has the rates"),
+        ("normuon", "train.steps=2,4", "train.steps: all runs of a race share it"),
+        ("normuon+train.seed=3", "optim.beta2=0.9", "train.seed: --seeds gives them"),
+        ("normuon+beta2=0.5", "optim.beta2=0.9", "optim.beta2: set it in one of them"),
+        ("normuon", "optim.beta2", "expected SECTION.KEY=A,B"),
+    ],
+)
+def test_a_setting_that_would_be_overruled_is_refused(optimizers, sweep, message):
+    with pytest.raises(ConfigError, match=message):
+        race.entries(["demo"], optimizers, sweep=[sweep])
+
+
+def test_a_rate_is_said_once():
+    with pytest.raises(ConfigError, match="both say its rate"):
+        race.entries(["demo"], "normuon,normuon+lr=0.03", ["0.01,0.02"])
+    (_, own) = race.entries(["demo"], "normuon,normuon+lr=0.03", ["0.5x,1x"])
+    assert own.rates == (0.015, 0.03)
+
+
+def test_a_race_has_its_own_seeds():
+    with pytest.raises(ConfigError, match=r"train\.seed=3: a race gives its runs their seeds"):
+        race.entries(["demo", "train.seed=3"], "normuon")
+
+
+def test_no_two_settings_share_a_run_directory(tmp_path):
+    values = ["x y", "x-y", "x" * 300, "x" * 299 + "y"]
+    sweep = [f"train.sample_prompt={','.join(values)}"]
+    field = race.entries(["demo"], "normuon,torch.optim:Adagrad", ["0.1"], sweep=sweep)
+    races = race.Race(["demo"], field, 1, tmp_path)
+    names = [races.job("seeds", e, (0.1, o), 0).path.name for e in field for o in e.others]
+    assert len(set(names)) == 8 and max(map(len, names)) < 200
+    plain = races.job("seeds", field[1], (0.1, ("optim.momentum=0.9",)), 0).path.name
+    assert plain == "torch.optim-Adagrad+lr=0.1+optim.momentum=0.9+seed=0"
+    (triple,) = race.entries(["demo"], "normuon", sweep=["optim.ns_coefficients=muon,2, -1.5, .5"])
+    assert triple.others == (
+        ("optim.ns_coefficients=muon",),
+        ("optim.ns_coefficients=2, -1.5, .5",),
+    )
+
+
+def test_steps_are_those_taken(tiny, tmp_path, here):
+    arguments = [*tiny, "train.stop_at=4"]
+    found = trials.run(arguments, 1, 9.0, tmp_path / "t", Runner())
+    assert found["steps"] == 4
+    field = race.entries(arguments, "normuon", ["0.02"])
+    found = race.Race(arguments, field, 1, tmp_path / "r").run(Runner())
+    assert found["steps"] == 4 and found["tokens"] == 4 * 384
+
+
+class Pretended:
+    """A runner whose runs end with the loss that a function of their settings gives."""
+
+    def __init__(self, loss):
+        self.loss, self.jobs = loss, []
+
+    def run(self, jobs):
+        self.jobs += jobs
+        found = []
+        for job in jobs:
+            settings = dict(a.split("=", 1) for a in job.arguments if "=" in a)
+            loss = self.loss(settings)
+            curve = [[k, loss + 1 - k / 10] for k in range(1, 11)]
+            found.append({"val_loss": loss, "curve": curve, "train_seconds": 2.0})
+        return found
+
+
+def test_a_grid_grows_until_its_best_rate_lies_inside(tmp_path):
+    fast = Pretended(lambda s: abs(math.log(float(s["optim.lr"]) / 0.2)))
+    field = race.entries(["demo"], "normuon,muon", ["muon=0.1,0.2,0.4"])
+    found = race.Race(["demo", "train.steps=10"], field, 2, tmp_path, 2).run(fast)
+    normuon, muon = found["optimizers"]
+    assert [t["lr"] for t in normuon["tuning"]] == [0.02, 0.04, 0.08, 0.16, 0.32]
+    assert normuon["lr"] == 0.16 and [t["lr"] for t in muon["tuning"]] == [0.1, 0.2, 0.4]
+    tuning = [job for job in fast.jobs if "tuning" in job.path.parts]
+    assert len(tuning) == (5 + 3) * 2 and not any(job.keep for job in tuning)
+    for job in tuning:
+        assert "data.tuning=0.05" in job.arguments and "train.eval_every=0" in job.arguments
+    seeds = [job for job in fast.jobs if "seeds" in job.path.parts]
+    assert not any("data.tuning" in a for job in seeds for a in job.arguments)
+    own = lambda jobs: {a for job in jobs for a in job.arguments if "train.seed" in a}  # noqa: E731
+    assert own(seeds) == {"train.seed=0", "train.seed=1"} and not own(seeds) & own(tuning)
+    count = len(fast.jobs)
+    alone = race.entries(["demo"], "normuon", ["0.1"])
+    assert race.Race(["demo"], alone, 2, tmp_path / "c").run(fast)["optimizers"][0]["n"] == 2
+    assert len(fast.jobs) == count + 2  # nothing to choose
+    endless = race.Race(["demo"], field[:1], 0, tmp_path / "b")
+    endless.run(Pretended(lambda s: -float(s["optim.lr"])))
+    assert len(endless.standings[0].tuning) == 3 + race.LONGER
+
+
+def test_the_judgement_by_hand():
+    def standing(label, curves):
+        entry = standings.Entry(label, (f"optim.name={label}",), (0.1,))
+        s = standings.Standing(entry, {(0.1, ()): [1.0]})
+        for curve in curves:
+            run = {"val_loss": curve[-1][1], "curve": curve, "train_seconds": 3.0}
+            s.runs.append(run | {"peak_memory": 7})
+        return s
+
+    field = [
+        standing("a", [[[50, 3.0], [100, 1.0]], [[50, 2.5], [100, 1.5]]]),
+        standing("b", [[[50, 3.0], [100, 2.0]], [[50, 3.0], [100, 2.0]]]),
+        standing("c", [[[50, 3.0], [100, 2.5]], [[50, 3.0], [100, 2.9]]]),
+    ]
+    a, b, c = standings.judge(field, 100)
+    assert a["baseline"] == "b" and a["mean"] == 1.25 and a["sd"] == pytest.approx(0.353553, 1e-5)
+    assert a["difference"] == pytest.approx(-0.75)
+    assert a["steps_to_baseline"] == pytest.approx(
+        (75 + 75) / 2
+    )  # straight from 3 to 1, 2.5 to 1.5
+    assert a["percent_saved"] == pytest.approx(25) and a["percent_saved_interval"] is not None
+    assert a["against"]["b"]["steps_to_baseline"] == a["steps_to_baseline"]
+    assert a["against"]["c"]["difference"] == pytest.approx(1.25 - 2.7)
+    assert b["difference"] == 0 and b["percent_saved"] == 0 and b["reached"] == 2
+    assert c["reached"] == 0 and "percent_saved" not in c
+    assert a["ms_per_step"] == pytest.approx(30) and a["peak_memory"] == 7
+    table = standings.markdown({"optimizers": [a, b, c], "steps": 100})
+    assert "b (baseline)" in table and "not reached" in table and "1.2500 ± 0.3536" in table
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs in this process instead of one of their own; counts them."""
+    begun = []
+
+    def start(self, job, arguments, place):
+        begun.append(job.path.name)
+        resume = arguments[0] == "--resume"
+        source = [str(job.path / "config.toml"), *arguments[1:]] if resume else arguments
+        if resume:
+            source.insert(1, "train.stop_at=0")  # as cli.run does
+        train(load(source)[0], job.path, resume)
+
+    class Inline(concurrent.futures.ThreadPoolExecutor):  # signals need the main thread
+        def submit(self, call, *arguments):
+            future = concurrent.futures.Future()
+            future.set_result(call(*arguments))
+            return future
+
+    monkeypatch.setattr(Runner, "start", start)
+    monkeypatch.setattr(batch, "ThreadPoolExecutor", Inline)
+    return begun
+
+
+def test_a_race_from_its_first_run_to_its_table(tiny, tmp_path, here):
+    arguments = [*tiny, "train.sample_tokens=0"]
+    field = race.entries(arguments, "normuon,adamw", ["0.5x,1x"])
+    found = race.Race(arguments, field, 2, tmp_path / "r").run(Runner())
+    assert json.loads((tmp_path / "r/results.json").read_text()) == json.loads(json.dumps(found))
+    assert (tmp_path / "r/race.png").stat().st_size > 1000 and len(found["source_sha256"]) == 1
+    count = len(here)
+    first = [
+        read_metrics(p / "metrics.jsonl")[0] for p in sorted((tmp_path / "r/seeds").glob("*=0"))
+    ]
+    assert (
+        len(first) == 2 and first[0]["loss"] == first[1]["loss"]
+    )  # the same weights, the same text
+    steps = [step for step, _ in found["optimizers"][0]["curves"][0]]
+    assert steps == [4, 8]  # the user's eval_every
+    for folder in (tmp_path / "r/tuning").iterdir():
+        assert not (folder / "checkpoints").exists()
+    again = race.Race(arguments, field, 3, tmp_path / "r").run(Runner())
+    assert (
+        len(here) == count + 2
+        and again["optimizers"][0]["val_loss"][:2] == found["optimizers"][0]["val_loss"]
+    )
+    with pytest.raises(RunError, match="another comparison"):
+        race.Race([*arguments, "train.seed=1"], field, 2, tmp_path / "r").run(Runner())
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kept_results_become_tables_and_are_verified(tiny, tmp_path, here, monkeypatch, capsys):
+    """The way from a race to RESULTS.md and README.md, and back to a run that is compared."""
+    arguments = [*tiny, "train.sample_tokens=0"]
+    field = race.entries(arguments, "normuon,adamw", ["1x", "adamw=0.003"])
+    race.Race(arguments, field, 2, tmp_path / "race-shakespeare").run(Runner())
+    for width in (32, 64):
+        fast = Pretended(lambda s: abs(math.log(float(s["optim.lr"]) / 0.04)))
+        race.Race(
+            arguments, race.entries(arguments, "normuon"), 0, tmp_path / f"width-{width}"
+        ).run(fast)
+    evidence, verify = script("evidence"), script("verify_results")
+    for name in ("KEPT", "RESULTS", "README"):
+        monkeypatch.setattr(evidence, name, tmp_path / "dev" / name)
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    (tmp_path / "dev").mkdir()
+    for name in ("RESULTS", "README"):
+        (tmp_path / "dev" / name).write_text("before\n<!-- races -->\nold\n<!-- /races -->\nafter")
+    evidence.main([str(tmp_path / n) for n in ("race-shakespeare", "width-32", "width-64")])
+    written = (tmp_path / "dev/RESULTS").read_text()
+    assert written.startswith("before") and written.endswith("after") and "old" not in written
+    assert "| normuon | 64 |" in written and "**0.0000**" in written
+    assert "| adamw (baseline) |" in (tmp_path / "dev/README").read_text()
+    kept = (tmp_path / "dev/KEPT/race-shakespeare.json").read_text()
+    assert str(tmp_path) not in json.loads(kept)["arguments"] and "data.path" not in kept
+    data = next(a for a in tiny if a.startswith("data.path"))
+    monkeypatch.setattr(verify, "KEPT", tmp_path / "dev/KEPT")
+    monkeypatch.setattr(sys, "argv", ["verify", "race-shakespeare", "--set", data])
+    assert verify.main() == 0 and "agrees" in capsys.readouterr().out
+    spoilt = json.loads(kept)
+    spoilt["optimizers"][0]["val_loss"][0] += 1
+    (tmp_path / "dev/KEPT/race-shakespeare.json").write_text(json.dumps(spoilt))
+    assert verify.main() == 1 and "DIFFERS" in capsys.readouterr().out
+
+
+def test_the_choice_never_sees_the_validation_split(tiny, shards):
+    whole = open_data(shards)
+    part, rest = whole.train.cut(round(0.75 * whole.train.tokens))
+    assert part.tokens + rest.tokens == whole.train.tokens
+    joined = [*part.shards, *rest.shards]
+    assert b"".join(bytes(s) for s in joined) == b"".join(bytes(s) for s in whole.train.shards)
+    for share, tokens in ((0.0, whole.val.tokens), (0.25, rest.tokens)):
+        config = load([*tiny, f"data.tuning={share}"])[0]
+        data, _ = plan.open_corpus(config, distributed.start("cpu"))
+        assert data.val.tokens == tokens
+
+
+def test_a_run_whose_numbers_explode_loses_the_race(tiny, tmp_path, monkeypatch):
+    job = Job(tmp_path / "a", (*tiny,))
+    job.path.mkdir()
+    (job.path / "crash-000003.json").write_text("{}")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert Runner().carry_out(job)["val_loss"] == math.inf
+    assert standings.judge(
+        [standings.Standing(standings.Entry("a", (), (0.1,)), {(0.1, ()): [math.inf]})], 8
+    )
+
+
+@pytest.mark.slow
+def test_trials_survive_a_kill(tiny, tmp_path):
+    """Killed with its first run under way, and repeated: the same losses as in one go."""
+    out = tmp_path / "t"
+    arguments = [*tiny, "train.steps=120", "train.save_every=10", "train.eval_every=0"]
+    arguments = ["trials", *arguments, "--n", "2", "--target", "9", "--out", out]
+    begun = subprocess.Popen([sys.executable, "-m", "nanonormuon", *map(str, arguments)])
+    until = time.monotonic() + 120
+    while not any(out.glob("trial-000/checkpoints/step-*")) and time.monotonic() < until:
+        time.sleep(0.02)
+    begun.send_signal(signal.SIGKILL)
+    begun.wait()
+    code, said, _ = command(*arguments, timeout=300)
+    assert code == 0
+    found = json.loads(said.splitlines()[-1])
+    assert found["n"] == 2 and found["valid"] and found["target"] == 9
+    assert found["mean"] == statistics.fmean(found["losses"])
+    text = (out / "trial-001.txt").read_text()
+    for piece in ("def newton_schulz", "source_sha256", "train.seed=1", '"val_loss"', "[optim]"):
+        assert piece in text
+    resumed = "resumed from" in (out / "trial-000" / "train.log").read_text()
+    whole = Job(tmp_path / "whole", tuple(a for a in arguments[1:-6]))
+    train(load([*whole.arguments, "train.sample_tokens=0"])[0], whole.path)
+    if resumed:  # else the killed one was quicker than the kill
+        assert whole.result()["val_loss"] == found["losses"][0]
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks", "expected"),
+    [("", 1, ["0", "1", "2", "3"]), ("4,5,6,7", 2, ["4,5", "6,7"]), ("2,3", 1, ["2", "3"])],
+)
+def test_each_run_has_gpus_of_its_own(visible, ranks, expected, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    count = len(visible.split(",")) if visible else 4
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    places = list(Runner(0, ranks).places.queue)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == expected
+
+
+def test_a_job_that_was_cut_off_ends_where_it_was_to_end(tiny, tmp_path, here):
+    job = Job(tmp_path / "a", (*tiny, "train.stop_at=5"))
+    train(load([*tiny, "train.stop_at=3"])[0], job.path)  # saved at step 3 ...
+    (job.path / "summary.json").unlink()  # ... and killed
+    assert Runner().run([job])[0]["steps"] == 5
+
+
+def test_a_failing_run_ends_the_batch_with_its_last_line(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "config", type("no", (), {"load": staticmethod(lambda a: None)}))
+    job = Job(tmp_path / "a", ("demo", "train.stepz=1"))
+    with pytest.raises(RunError, match=r"did you mean .*train\.steps.*see .*a\.log"):
+        Runner().run([job])
+
+
+# ------------------------------------------------------------------------------ others' optimizers
+
+
+def run(arguments, out, resume=False, **more):
+    return train(load([*arguments, *(f"{k}={v}" for k, v in more.items())])[0], out, resume)
+
+
+def bytes_of(run_directory):
+    newest = checkpoint.all_steps(run_directory / "checkpoints")[-1]
+    return (newest / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["test_race:Nested", "torch.optim:Adagrad", "torch.optim:Muon"])
+def test_any_optimizer_trains_and_resumes_bitwise(name, tiny, tmp_path):
+    arguments = [*tiny, f"optim.name={name}", "optim.lr=0.01"]
+    whole = run(arguments, tmp_path / "a")
+    assert whole["val_loss"] < 5.3  # from ln 256 = 5.5
+    run([*arguments, "train.stop_at=5"], tmp_path / "b")
+    run([str(tmp_path / "b/config.toml"), "train.stop_at=0"], tmp_path / "b", True)
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+
+
+def test_state_that_needs_pickle_is_not_resumed(tiny, tmp_path):
+    arguments = [*tiny, "optim.name=test_race:Nested", "optim.options=thing=1, power=0.5"]
+    run([*arguments, "train.stop_at=3"], tmp_path / "a")
+    with pytest.raises(checkpoint.CheckpointError, match=r"Nested keeps a object.*init-from"):
+        run([str(tmp_path / "a/config.toml"), "train.stop_at=0"], tmp_path / "a", True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "nowhere:X"}, "No module named 'nowhere'"),
+        ({"name": "torch.optim:Muonn"}, "has no attribute 'Muonn'"),
+        ({"name": "os:system"}, "expected module:Class of an optimizer"),
+        ({"name": "test_race:Nested", "options": "powr=2"}, "has no powr; it has .*power"),
+        ({"name": "test_race:Nested", "options": "power=print"}, "expected KEY=VALUE"),
+        ({"name": "torch.optim:Adagrad", "options": "eps=-1"}, "Invalid epsilon"),
+        ({"name": "torch.optim:Rprop", "weight_decay": 0.1}, "no weight decay"),
+        ({"beta2_on": "*.mlpp.*"}, "matches no matrix"),
+    ],
+)
+def test_what_is_no_optimizer_or_no_setting_of_it(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizers(GPT(SMALL), **settings)
+
+
+def test_names_in_the_configuration():
+    with pytest.raises(ConfigError, match='did you mean "muon"'):
+        load(["demo", "optim.name=mu0n"])
+    with pytest.raises(ConfigError, match="ddp"):
+        load(["demo", "optim.name=torch.optim:Muon", "train.parallel=fsdp"])
+    with pytest.raises(ConfigError, match="settings of its own"):
+        load(["demo", "optim.options=eps=1"])
+    assert load([*TINY, "optim.name=torch.optim:Muon"])[0].optim.name == "torch.optim:Muon"
+
+
+def test_a_second_moment_for_some_matrices_only():
+    def after(**settings):
+        torch.manual_seed(0)
+        model = GPT(SMALL).init_weights(0)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer = make_optimizers(model, ns_dtype=torch.float32, **settings)[0]
+        assert isinstance(optimizer, NorMuon)
+        optimizer.step()
+        return dict(model.named_parameters())
+
+    some, full, none = after(beta2_on="*.mlp.*"), after(), after(name="muon")
+    matrices = [n for n in some if "proj" in n]
+    assert {"mlp" in n for n in matrices} == {True, False}
+    for name in matrices:
+        like, unlike = (full, none) if "mlp" in name else (none, full)
+        assert torch.allclose(some[name], like[name], rtol=1e-6, atol=1e-8)
+        assert not torch.allclose(some[name], unlike[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_real_thing_on_the_command_line(tmp_path):
+    code, _, said = command("race", "demo", "--optimizers", "normoun", "--out", tmp_path / "x")
+    assert code == 2 and 'did you mean "normuon"' in said and not Path(tmp_path / "x").exists()

@@ -1,0 +1,393 @@
+"""Hugging Face both ways: transformers loads checkpoints and exports offline, gives the same logits
+and generates the same tokens, alone in a process too; its Qwen3 and Llama directories train on; and
+what does not fit is named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanonormuon import sample
+from nanonormuon.checkpoint import named_for_hf
+from nanonormuon.cli import app as cli
+from nanonormuon.config import load
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.pretrained import export
+from nanonormuon.pretrained import models as pretrained
+from nanonormuon.storage import huggingface as hf
+from nanonormuon.storage.checkpoints import CheckpointError
+from nanonormuon.storage.tensors import serialise
+from nanonormuon.text import tokenizer
+from nanonormuon.train import train
+
+transformers = pytest.importorskip("transformers")
+
+
+def written(path, **settings):
+    """A model in which no parameter is zero, as a checkpoint's files describe it."""
+    model = GPT(
+        GPTConfig(**{"vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32, **settings})
+    )
+    model.init_weights(0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(hf.config_json(model.config, 64, 95)))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    (path / "model.safetensors").write_bytes(serialise(named_for_hf(weights)))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tied": True},
+        {"n_kv_head": 2},
+        {"head_dim": 16, "n_hidden": 48, "rope_theta": 1e6, "norm_eps": 1e-5},
+    ],
+)
+def test_transformers_gives_the_same_logits_and_tokens(settings, tmp_path):
+    model = written(tmp_path, **settings)
+    other, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert type(other).__name__ == "Qwen3ForCausalLM"
+    tokens = torch.randint(95, (2, 20))
+    with torch.no_grad():
+        ours, theirs = model(tokens), other(tokens).logits
+    assert (ours - theirs).abs().max() < 1e-4 and ours.std() > 0.5
+    greedy = other.generate(tokens[:1], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    ours = [int(t) for t in sample.generate(model, tokens[:1], 20, temperature=0)]
+    assert ours == greedy[0, 20:].tolist()
+
+
+def test_a_trained_checkpoint_loads_with_its_tokenizer(tiny, tmp_path):
+    train(load([*tiny, "train.steps=3"])[0], tmp_path / "run")
+    model, ours, path = pretrained.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
+    other = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    text = "the cat sat; naïve 東京 🎉\r\n\t <|endoftext|>"
+    ids = ours.encode(text)
+    assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text == ours.decode(ids)
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        assert (model(tokens) - other(tokens).logits).abs().max() < 1e-4
+    assert ours.hash == tokenizer.load(path).hash
+
+
+def test_what_hugging_face_cannot_load_is_named():
+    assert hf.obstacles(GPTConfig()) == []
+    odd = hf.obstacles(GPTConfig(mlp="relu2", logit_cap=15.0, attn_scale=0.12, norm_eps=0.0))
+    assert odd == ["mlp = relu2", "logit_cap = 15.0", "attn_scale = 0.12", "norm_eps = 0"]
+    content = hf.config_json(GPTConfig(vocab_size=64, bias=True).resolved(), 64, None)
+    assert content["model_type"] == "nanonormuon"
+    assert hf.gpt_config(content) == GPTConfig(vocab_size=64, bias=True).resolved()
+    with pytest.raises(ValueError, match='section "nanonormuon" not usable'):
+        hf.gpt_config({"nanonormuon": {"n_layers": 3}})
+
+
+# ------------------------------------------------------------------------------------------ export
+
+
+def with_noise(run, out, **settings):
+    """A checkpoint like `run`'s, of another shape, in which no parameter is zero."""
+    import shutil
+
+    from nanonormuon.storage.checkpoints import all_steps, read_json, write
+
+    source = all_steps(run / "checkpoints")[-1]
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("checkpoints"))
+    config = GPTConfig(**{"vocab_size": 320, "n_layer": 2, "n_head": 4, "n_embd": 32, **settings})
+    model = GPT(config).init_weights(0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape))
+    files = {p.name: p.read_bytes() for p in source.iterdir() if p.name != "manifest.json"}
+    files["config.json"] = json.dumps(hf.config_json(model.config, 32, 299)).encode()
+    files["model.safetensors"] = serialise(named_for_hf(dict(model.named_parameters())))
+    return write(out / "checkpoints", read_json(source / "state.json")["step"], files)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tied": True},
+        {"n_kv_head": 2},
+        {"vocab_size": 300},
+        {"qk_norm": False, "n_kv_head": 1, "tied": True},
+    ],
+    ids=["padded", "tied", "grouped", "unpadded", "llama"],
+)
+def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tmp_path):
+    with_noise(trained, tmp_path / "run", **settings)
+    report = export.export(tmp_path / "run", tmp_path / "hf", dtype)
+    model, _, _ = pretrained.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float()
+    expected = "LlamaForCausalLM" if "qk_norm" in settings else "Qwen3ForCausalLM"
+    assert type(other).__name__ == report["architecture"] == expected
+    assert other.config.vocab_size == 300 and other.get_input_embeddings().weight.shape[0] == 300
+    assert report["rows_cut"] == settings.get("vocab_size", 320) - 300 or "vocab_size" in settings
+    tokens = torch.randint(300, (3, 30))
+    with torch.no_grad():
+        difference = (model(tokens)[..., :300] - other(tokens).logits).abs().max()
+    assert difference < (1e-4 if dtype == "fp32" else 2e-2)
+    assert report["largest_difference"] < 1e-4
+    saved = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert saved["torch_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    assert "nanonormuon" not in saved
+    # an exported directory serves as a run does
+    again, _, _ = pretrained.load_run(tmp_path / "hf", torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        assert (again(tokens) - other(tokens).logits).abs().max() < 1e-4
+
+
+ALONE = """
+import importlib.util, sys
+from pathlib import Path
+sys.path[:] = [p for p in sys.path if not (Path(p) / "nanonormuon").is_dir()]
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f)]
+assert importlib.util.find_spec("nanonormuon") is None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (c.from_pretrained(sys.argv[1]) for c in (AutoModelForCausalLM, AutoTokenizer))
+ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("the cat")["input_ids"]]])
+print(model.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1]:].tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "story"
+    assert cli.main(["export", str(trained), "--to", str(out)]) == 0
+    return out
+
+
+def test_a_process_with_transformers_alone_generates_our_tokens(trained, exported, tmp_path):
+    model, ours, _ = pretrained.load_run(trained, torch.float32, torch.device("cpu"))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, str(exported)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ids = torch.tensor([[ours.eot, *ours.encode("the cat")]])
+    tokens = [int(t) for t in sample.generate(model, ids, 30, temperature=0)]
+    end = tokens.index(ours.eot) + 1 if ours.eot in tokens else len(tokens)
+    assert json.loads(done.stdout.splitlines()[-1]) == tokens[:end]
+
+
+def test_the_model_card_says_what_it_is(exported, trained, bpe_data):
+    card = (exported / "README.md").read_text()
+    assert "Qwen3ForCausalLM" in card and "steps = 60" in card and "| 60 | 30,720 |" in card
+    assert json.loads((trained / "checkpoints/step-000060/state.json").read_text())["data"] in card
+    assert str(bpe_data.parent) not in card  # where the data lay is nobody's business
+    assert sorted(p.name for p in exported.iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+# llama.cpp's names for a Qwen3 model's tensors (gguf-py/gguf/constants.py, MODEL_TENSORS of
+# QWEN3, and tensor_mapping.py there), and the shapes that its loader (src/models/qwen3.cpp) makes
+# of a config: E width, H D queries, G D keys and values, F feed-forward, V vocabulary
+GGUF = {
+    "model.embed_tokens": ("token_embd", "V E"),
+    "model.norm": ("output_norm", "E"),
+    "lm_head": ("output", "V E"),
+    "model.layers.#.input_layernorm": ("blk.#.attn_norm", "E"),
+    "model.layers.#.self_attn.q_proj": ("blk.#.attn_q", "HD E"),
+    "model.layers.#.self_attn.k_proj": ("blk.#.attn_k", "GD E"),
+    "model.layers.#.self_attn.v_proj": ("blk.#.attn_v", "GD E"),
+    "model.layers.#.self_attn.o_proj": ("blk.#.attn_output", "E HD"),
+    "model.layers.#.self_attn.q_norm": ("blk.#.attn_q_norm", "D"),
+    "model.layers.#.self_attn.k_norm": ("blk.#.attn_k_norm", "D"),
+    "model.layers.#.post_attention_layernorm": ("blk.#.ffn_norm", "E"),
+    "model.layers.#.mlp.gate_proj": ("blk.#.ffn_gate", "F E"),
+    "model.layers.#.mlp.up_proj": ("blk.#.ffn_up", "F E"),
+    "model.layers.#.mlp.down_proj": ("blk.#.ffn_down", "E F"),
+}
+
+
+def test_names_and_shapes_are_those_that_llama_cpp_converts(exported):
+    import re
+
+    from safetensors.torch import load_file
+
+    c = json.loads((exported / "config.json").read_text())
+    D, H, G = c["head_dim"], c["num_attention_heads"], c["num_key_value_heads"]
+    sizes = {"E": c["hidden_size"], "HD": H * D, "GD": G * D, "D": D, "V": c["vocab_size"]}
+    sizes["F"] = c["intermediate_size"]
+    found = {}
+    for name, tensor in load_file(exported / "model.safetensors").items():
+        pattern = re.sub(r"\.\d+\.", ".#.", name).removesuffix(".weight")
+        assert tuple(sizes[s] for s in GGUF[pattern][1].split()) == tensor.shape, name
+        found[pattern] = GGUF[pattern][0]
+    assert found.keys() == GGUF.keys() and len(set(found.values())) == len(GGUF)
+    assert c["architectures"] == ["Qwen3ForCausalLM"]
+
+
+def test_what_export_refuses(trained, exported, tmp_path, monkeypatch, capsys):
+    def refused(words, code=2, to=tmp_path / "new", run=trained):
+        assert cli.main(["export", str(run), "--to", str(to)]) == code
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and words in error, error
+        assert not (tmp_path / "new").exists() and not [*tmp_path.glob(".*")]
+
+    refused("exists already", to=exported)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    refused("the current directory", to=Path("."))
+    odd = with_noise(trained, tmp_path / "odd", mlp="relu2", logit_cap=15.0)
+    refused("neither Qwen3 nor Llama can express mlp = relu2, logit_cap = 15.0", run=odd.parents[1])
+    forward = GPT.logits
+    monkeypatch.setattr(GPT, "logits", lambda self, h: forward(self, h) + 0.01)
+    refused("transformers computes other logits")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refused("pip install transformers")
+
+
+# -------------------------------------------------------------------------------- beginning with it
+
+
+def made_by_transformers(kind, out, bpe_data, **settings):
+    """A small model directory with the data's tokenizer, as transformers saves it."""
+    make = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[kind]
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = make(**{**sizes, "bos_token_id": 299, "eos_token_id": 299, **settings})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape))
+    model.save_pretrained(out)
+    tokenizer.load(bpe_data).save(out)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("qwen3", {"head_dim": 16, "rope_theta": 1e6, "rms_norm_eps": 1e-5}),
+        ("qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    ],
+)
+def test_their_models_are_ours(kind, settings, tmp_path, bpe_data):
+    other = made_by_transformers(kind, tmp_path, bpe_data, **settings)
+    model, _, _ = pretrained.load_run(tmp_path, torch.float32, torch.device("cpu"))
+    assert model.config.rope_theta == other.config.rope_parameters["rope_theta"]
+    tokens = torch.randint(300, (2, 40))
+    with torch.no_grad():
+        ours, theirs = model(tokens), other(tokens).logits
+    assert (ours - theirs).abs().max() < 1e-4 and ours.std() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_they_train_on_and_go_back(kind, tmp_path, bpe_data, capsys):
+    settings = {"head_dim": 16} if kind == "qwen3" else {}
+    made_by_transformers(kind, tmp_path / "their", bpe_data, **settings)
+    size = sum(p.stat().st_size for p in (tmp_path / "their").iterdir())
+    assert size < 500_000
+    small = [f"data.path={bpe_data}", "data.seq_len=32", "train.batch_tokens=512", "train.steps=12",
+             "train.eval_every=4", "train.device=cpu", "train.sample_tokens=4"]  # fmt: skip
+    run = ["run", "--init-from", str(tmp_path / "their"), *small, "--out", str(tmp_path / "run")]
+    assert cli.main([*run, "train.stop_at=4"]) == 0
+    before = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert cli.main(["evaluate", str(tmp_path / "their"), "--data", str(bpe_data), "--json"]) == 0
+    (start,) = json.loads(capsys.readouterr().out.partition("[")[2].join("[ "))[:1]
+    assert before["val_loss"] < start["loss"]  # it began there and went down
+    (tmp_path / "their" / "model.safetensors").unlink()  # a resumed run needs it no more
+    assert cli.main(["run", "--resume", "--out", str(tmp_path / "run")]) == 0
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert after["steps"] == 12 and after["val_loss"] < before["val_loss"]
+    assert cli.main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "back")]) == 0
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["model_type"] == kind and back["vocab_size"] == 300
+
+
+def test_a_run_begins_with_exactly_the_weights_given(trained, bpe_data, tmp_path, monkeypatch):
+    from nanonormuon.train import Trainer
+
+    seen = {}
+    monkeypatch.setattr(
+        Trainer, "loop", lambda self: seen.update(self.gpt.state_dict()) or {"steps": 0}
+    )
+    small = ["train.batch_tokens=512", "train.device=cpu", "data.seq_len=32"]
+    train(load(["finetune", f"train.init_from={trained}", f"data.path={bpe_data}", *small])[0],
+          tmp_path / "run")  # fmt: skip
+    model, _, _ = pretrained.load_run(trained, torch.float32, torch.device("cpu"))
+    assert all(torch.equal(seen[name], p) for name, p in model.state_dict().items())
+
+
+def test_what_init_from_refuses(trained, bpe_data, shards, tmp_path, capsys):
+    def refused(arguments, code, *texts):
+        out = ["--out", str(tmp_path / "run"), "data.seq_len=32", "train.batch_tokens=512"]
+        assert cli.main(["run", *arguments, *out, "train.device=cpu"]) == code
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and all(t in error for t in texts), error
+        assert not (tmp_path / "run").exists()
+
+    mine = f"data.path={bpe_data}"
+    refused(["demo", "--init-from", str(trained), mine], 2, "leave out model.n_layer (demo)")
+    refused(["--init-from", str(trained), mine, "model.n_layer=2"], 2, "model.n_layer (command")
+    refused(["--init-from", str(tmp_path / "no"), mine], 4, "nor a model directory")
+    refused(["--init-from", str(trained), f"data.path={shards}"], 4, "tokens are others here",
+            "--tokenizer")  # fmt: skip
+    made_by_transformers("llama", tmp_path / "small", bpe_data, vocab_size=200, bos_token_id=0,
+                         eos_token_id=0)  # fmt: skip
+    refused(["--init-from", str(tmp_path / "small"), mine], 2, "200 token ids", "300")
+    there = tmp_path / "llama"
+    made_by_transformers("llama", there, bpe_data)
+    config = json.loads((there / "config.json").read_text())
+    changed = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}, "hidden_act": "gelu",
+               "attention_bias": True}  # fmt: skip
+    (there / "config.json").write_text(json.dumps(config | changed))
+    refused(["--init-from", str(there), mine], 4, "hidden_act = 'gelu'", "rope_type = 'llama3'",
+            "attention_bias = True")  # fmt: skip
+    (there / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    refused(["--init-from", str(there), mine], 4, "model_type = 'mamba': expected qwen3 or llama")
+    (there / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    refused(["--init-from", str(there), mine], 4, "mlp", "has shape (48, 32), expected (64, 32)")
+    (there / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    refused(["--init-from", str(there), mine], 4, "1000000000 layers, the weights have 2")
+    (there / "config.json").write_text(json.dumps(config | {"vocab_size": 10**12}))
+    refused(["--init-from", str(there), mine], 4, "has shape (300, 32), expected (1000000000000,")
+    (there / "config.json").write_text(json.dumps(config))
+    (there / "tokenizer.json").unlink()
+    refused(["--init-from", str(there), mine], 4, "tokenizer.json: missing")
+
+
+def test_weights_in_several_files_are_read_and_odd_indices_refused(bpe_data, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    made_by_transformers("qwen3", tmp_path, bpe_data, head_dim=8)
+    expected = pretrained.read_weights(tmp_path, False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({n: tensors[n].bfloat16() for n in part}, tmp_path / file)
+    index = {"weight_map": {n: file for file, part in parts.items() for n in part}}
+    (tmp_path / pretrained.INDEX).write_text(json.dumps(index))
+    found = pretrained.read_weights(tmp_path, False)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[n], expected[n].bfloat16().float()) for n in names)
+    for odd in ({"weight_map": {"x": "../a.safetensors"}}, {"weight_map": ["a.safetensors"]}, {}):
+        (tmp_path / pretrained.INDEX).write_text(json.dumps(odd))
+        with pytest.raises(CheckpointError, match="unsafe file name"):
+            pretrained.read_weights(tmp_path, False)

@@ -1,0 +1,331 @@
+"""What is shown is what was logged: tables, curves, the page of a run, and what NorMuon makes of an
+update."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from nanonormuon.cli import app as cli
+from nanonormuon.config import load
+from nanonormuon.runs import compare, report
+from nanonormuon.runs import spectra as diagnose
+from nanonormuon.runtime import measures
+from nanonormuon.storage.checkpoints import all_steps, read_json, write
+from nanonormuon.storage.run import RunError, read_metrics
+from nanonormuon.storage.tensors import read_tensors, serialise
+from nanonormuon.train import train
+
+
+def called(arguments, capsys):
+    code = cli.main([str(a) for a in arguments])
+    found = capsys.readouterr()
+    return code, found.out, found.err
+
+
+# ----------------------------------------------------------------------------------------- compare
+
+
+def test_the_table_and_the_target(trained, tmp_path, capsys):
+    rows = read_metrics(trained / "metrics.jsonl")
+    losses = {r["step"]: r["val_loss"] for r in rows if "val_loss" in r}
+    target = (losses[20] + losses[40]) / 2
+    other = tmp_path / "other"
+    shutil.copytree(trained, other, ignore=shutil.ignore_patterns("checkpoints"))
+    code, out, _ = called(["compare", trained, other, "--target", target], capsys)
+    head, first, second = out.splitlines()
+    assert code == 0 and head.split()[:2] == ["run", "optimizer"] and "target_step" in head
+    assert first.split()[0] == "run" and second.split()[0] == "other"
+    assert f"{losses[60]:.4f}" in first and first.rstrip()[-3:] == compare.sparkline(
+        list(losses.values())
+    )
+    shutil.copytree(other, tmp_path / "again" / "other")
+    code, out, _ = called(["compare", trained, other, tmp_path / "again" / "other"], capsys)
+    names = [line.split()[0] for line in out.splitlines()[1:]]
+    assert names == ["run", str(other), str(tmp_path / "again" / "other")]
+    code, out, _ = called(["compare", trained, "--target", target, "--json"], capsys)
+    (row,) = json.loads(out)
+    assert (row["target_step"], row["target_tokens"], row["steps"]) == (40, 40 * 512, 60)
+    assert row["val_loss"] == row["best_val_loss"] == losses[60]
+    code, out, _ = called(["compare", trained, "--target", 0, "--json"], capsys)
+    assert json.loads(out)[0]["target_step"] is None
+
+
+def test_sparklines():
+    assert compare.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert compare.sparkline([5.0, 5.0]) == "▁▁" and compare.sparkline([]) == ""
+    assert compare.sparkline([9] * 50 + [1] * 50, 10) == "█████▁▁▁▁▁"
+
+
+def test_plots(trained, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    drawn = {}
+    close = pyplot.close
+
+    def look(figure):
+        for axis in figure.axes:
+            if axis.get_visible():
+                key = axis.get_ylabel(), axis.get_xlabel()
+                drawn[key] = [line.get_xydata().tolist() for line in axis.lines]
+        close(figure)
+
+    monkeypatch.setattr(pyplot, "close", look)
+    code, out, err = called(["compare", trained, "--plot", tmp_path / "p" / "a.png"], capsys)
+    assert code == 0 and "a.png" in out, err
+    assert (tmp_path / "p" / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    rows = read_metrics(trained / "metrics.jsonl")
+    evaluated = [r for r in rows if "val_loss" in r]
+    for over in ("step", "tokens", "seconds"):
+        assert drawn["val_loss", over] == [[[r[over], r["val_loss"]] for r in evaluated]]
+    for key in ("loss", "lr", "grad_norm", "neuron_rms_mean", "update_ratio"):
+        assert drawn[key, "step"] == [[[r["step"], r[key]] for r in rows]]
+    assert called(["compare", trained, "--plot", tmp_path / "a.svg"], capsys)[0] == 0
+    assert "<svg" in (tmp_path / "a.svg").read_text()[:2000]
+
+
+def test_what_cannot_be_compared(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "young").mkdir()
+    shutil.copy(trained / "config.toml", tmp_path / "young")
+    for name in ("summary.json", "evaluations.json", "environment.json"):
+        damaged = tmp_path / f"damaged-{name}"
+        shutil.copytree(trained, damaged, ignore=shutil.ignore_patterns("checkpoints"))
+        (damaged / name).write_text('{"results": [7')
+        found, _, err = called(["report", damaged, "-o", tmp_path / "r.html"], capsys)
+        assert found == 4 and err.startswith(f"error: {damaged / name}: "), err
+        assert called(["compare", damaged], capsys)[0] == 0  # it reads none of them
+    for arguments, code, words in (
+        (["compare", tmp_path / "empty"], 2, "not a run directory"),
+        (["compare", tmp_path / "young"], 2, "no step is logged"),
+        (["compare", trained, "--plot", "a.gif"], 2, "expected a name that ends in .png"),
+        (["compare"], 2, "RUN"),
+        (["report", tmp_path / "empty"], 2, "not a run directory"),
+        (["report", trained, "--out", trained / "config.toml" / "x.html"], 8, "config.toml"),
+        (["diagnose", tmp_path / "empty"], 4, "neither a run directory"),
+        (["diagnose", trained, "--layers", "one"], 2, "expected numbers, as 0,5,11"),
+        (["diagnose", trained, "--plot", tmp_path / "a.png", "--layers", "0,7"], 2, "0 to 1"),
+        (["diagnose", trained, "--plot", tmp_path / "a.gif"], 2, "ends in .png"),
+    ):
+        found, _, err = called(arguments, capsys)
+        assert found == code and words in err and "Traceback" not in err, err
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    found, _, err = called(["compare", trained, "--plot", tmp_path / "a.png"], capsys)
+    assert found == 2 and "pip install matplotlib" in err
+
+
+@pytest.mark.parametrize("name", ["normuon", "adamw"])
+def test_what_a_row_says_of_the_weights(name, tiny, tmp_path):
+    """Beside the weights themselves, before and after each step, logged for whatever reason."""
+    more = [f"optim.name={name}", "optim.weight_decay=0.5", "train.log_every=3"]
+    more += ["train.save_every=1", "train.keep_last=0", "train.sample_tokens=0"]
+    train(load([*tiny, *more])[0], tmp_path / "run")
+    rows = {r["step"]: r for r in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    before = None
+    for path in all_steps(tmp_path / "run" / "checkpoints"):
+        weights = read_tensors(path / "model.safetensors")
+        after = [t for key, t in weights.items() if "_proj" in key]
+        neurons = torch.cat([t.square().mean(1).sqrt() for t in after])
+        row = rows[read_json(path / "state.json")["step"]]
+        found = [row[f"neuron_rms_{which}"] for which in ("min", "mean", "max")]
+        assert found == pytest.approx([float(f(neurons)) for f in (min, torch.mean, max)])
+        if before is not None:
+            a, b = (torch.cat([t.flatten() for t in side]) for side in (before, after))
+            assert row["update_ratio"] == pytest.approx(float((b - a).norm() / a.norm()), rel=1e-4)
+        before = after
+    assert len(rows) == 8
+
+
+def test_only_logged_steps_are_measured(tiny, tmp_path, monkeypatch):
+    measured, copies = [], measures.copies
+    monkeypatch.setattr(measures, "copies", lambda o: measured.append(1) or copies(o))
+    more = ["train.log_every=3", "train.eval_every=4", "train.save_every=5", "train.sample_every=7"]
+    train(load([*tiny, *more, "train.steps=11"])[0], tmp_path / "run")
+    steps = [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [3, 4, 5, 6, 7, 8, 9, 10, 11] and len(measured) == len(steps)
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+@pytest.fixture(scope="module")
+def page(trained, tmp_path_factory):
+    """The page of a run whose last row and sample would break a careless one."""
+    run = tmp_path_factory.mktemp("page") / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
+    rows = read_metrics(run / "metrics.jsonl")
+    rows[-1]["note"] = "</script><i>"
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with open(run / "samples.jsonl", "a") as file:
+        file.write(json.dumps({"step": 60, "prompt": "</script><b>", "text": "&amp;\u2028"}) + "\n")
+        file.write(json.dumps({"step": 61, "prompt": "", "text": "a\u2028b\u0085c"},
+                              ensure_ascii=False) + "\n")  # fmt: skip
+    with open(run / "samples.jsonl", "ab") as file:
+        file.write('{"step": 62, "prompt": "é'.encode()[:-1])  # cut short inside a character
+    out = run.parent / "report.html"
+    assert cli.main(["report", str(run), "-o", str(out)]) == 0
+    return run, out
+
+
+class Elements(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.text, self.open = [], {}, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.open:
+            self.text.setdefault(self.open[-1], []).append(data)
+
+
+def test_a_single_value_makes_no_curve(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
+    rows = read_metrics(run / "metrics.jsonl")
+    for row in rows[:-1]:
+        row.pop("val_loss", None), row.pop("val_bpb", None)
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report.write(run, tmp_path / "r.html")
+    page = Elements((tmp_path / "r.html").read_text())
+    charts = [a["data-keys"] for tag, a in page.found if tag == "svg"]
+    assert charts[:2] == ["loss", "lr"] and "Bits per byte" not in page.text["h2"]
+
+
+def test_the_page_holds_everything_and_refers_to_nothing(page):
+    run, out = page
+    text = out.read_text(encoding="utf-8")
+    elements = Elements(text)
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert not any({"src", "href"} & attributes.keys() for _, attributes in elements.found)
+    rows = read_metrics(run / "metrics.jsonl")
+    data = next(t for t in elements.text["script"] if t.lstrip().startswith("["))
+    assert json.loads(data) == rows
+    charts = {a["data-keys"]: a for tag, a in elements.found if tag == "svg"}
+    assert list(charts) == [
+        "loss val_loss", "val_bpb", "lr", "grad_norm",
+        "neuron_rms_min neuron_rms_mean neuron_rms_max", "update_ratio", "tokens_per_second",
+    ]  # fmt: skip
+    assert {" ".join(a["data-range"].split()[:2]) for a in charts.values()} == {"5 60"}
+    names = " ".join(elements.text["span"])
+    assert names == "loss val_loss neuron_rms_min neuron_rms_mean neuron_rms_max"
+    curves = [a["points"].split() for tag, a in elements.found if tag == "polyline"]
+    assert [len(c) for c in curves] == [12, 3, 3, 12, 12, 12, 12, 12, 12, 12]
+    heights = [float(p.split(",")[1]) for p in curves[0]]  # y grows downwards: a falling loss
+    losses = [r["loss"] for r in rows]
+    order = sorted(range(12), key=lambda i: losses[i])
+    assert sorted(range(12), key=lambda i: -heights[i]) == order
+    assert "</script><b>&amp;" in "".join(elements.text["pre"])
+    assert {"step 0", "step 60", "step 61"} <= {*elements.text["p"]}
+    assert "a\u2028b\u0085c" in "".join(elements.text["pre"])
+    assert any("steps = 60" in t for t in elements.text["pre"])
+    assert any("torch" in t for t in elements.text["th"])  # environment.json
+
+
+def test_ticks_are_round_and_inside():
+    assert report.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert report.ticks(2.3, 2.9) == pytest.approx([2.4, 2.6, 2.8])
+    assert report.ticks(3, 3) == [3]
+    with pytest.raises(RunError):
+        report.write(report.Path("/nonexistent"), report.Path("x.html"))
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium to open the page")
+def test_a_browser_shows_the_curve_and_what_the_pointer_is_at(page, tmp_path):
+    run, out = page
+    hover = """<script>
+    const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();
+    svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width * 0.98}));
+    </script></body>"""
+    (tmp_path / "hover.html").write_text(out.read_text().replace("</body>", hover))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=800,2000"]  # fmt: skip
+    shot = tmp_path / "page.png"
+    address = f"file://{tmp_path / 'hover.html'}"
+    done = subprocess.run(
+        [BROWSER, *flags, f"--screenshot={shot}", address], capture_output=True, timeout=100
+    )
+    assert shot.is_file(), done.stderr[-500:]
+    dom = subprocess.run(
+        [BROWSER, *flags, "--dump-dom", address], capture_output=True, timeout=100, text=True
+    ).stdout
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    readout = re.search(r'<div class="readout">(step.*?)</div>', dom)[1]
+    assert readout.startswith("step 60 ") and f"loss {last['loss']:.5g}"[:9] in readout
+    image = pytest.importorskip("PIL.Image").open(shot).convert("RGB")
+    near = [
+        (x, y) for x in range(image.width) for y in range(image.height)
+        if all(abs(a - b) < 40 for a, b in zip(image.getpixel((x, y)), (0x1F, 0x6F, 0xEB)))
+    ]  # fmt: skip
+    assert len(near) > 500  # the curves' blue ...
+    assert max(x for x, _ in near) - min(x for x, _ in near) > image.width * 0.7  # ... across
+
+
+# ---------------------------------------------------------------------------------------- diagnose
+
+
+def test_profiles_are_those_of_the_updates(trained, capsys):
+    profiles = diagnose.diagnose(trained)
+    assert len(profiles) == 2 * 7
+    found = all_steps(trained / "checkpoints")[-1]
+    buffers = read_tensors(found / "optimizer.safetensors")
+    for name, kinds in profiles.items():
+        M = buffers[f"{name}.momentum"].double()
+        U, S, V = torch.linalg.svd(M, full_matrices=False)
+        rms = S.square().mean().sqrt()
+        assert torch.allclose(kinds["momentum"].singular_values.double(), S / rms, atol=1e-4)
+        # Muon: singular values between 0.7 and 1.2 where they are not tiny, in the same basis
+        X, (a, b, c) = M / M.norm(), (3.4445, -4.7750, 2.0315)
+        s = S / M.norm()
+        for _ in range(5):
+            s = a * s + b * s**3 + c * s**5
+        O = U @ torch.diag(s) @ V
+        expected = {"muon": O}
+        expected["normuon"] = O / (buffers[f"{name}.second_moment"].double().sqrt() + 1e-10)
+        for kind, X in expected.items():
+            rows = X.norm(dim=1)
+            rows = rows / rows.square().mean().sqrt()
+            assert torch.allclose(kinds[kind].row_norms.double(), rows, atol=2e-3), (name, kind)
+    numbers = diagnose.as_numbers(profiles)
+    wide = [row for row in numbers if "gate" in row["matrix"] or "up" in row["matrix"]]
+    for row in wide:  # where Muon leaves neurons apart, NorMuon does not
+        spread = [row[kind]["row_spread"] for kind in ("momentum", "muon", "normuon")]
+        assert spread == sorted(spread, reverse=True) and spread[2] < 0.7 * spread[1]
+    code, out, _ = called(["diagnose", trained, "--json"], capsys)
+    assert code == 0 and json.loads(out) == numbers
+
+
+def test_the_picture_and_a_run_without_second_moments(trained, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    found = all_steps(trained / "checkpoints")[-1]
+    files = {p.name: p.read_bytes() for p in found.iterdir() if p.name != "manifest.json"}
+    buffers = read_tensors(found / "optimizer.safetensors")
+    buffers = {n: t for n, t in buffers.items() if not n.endswith("second_moment")}
+    files["optimizer.safetensors"] = serialise(buffers)
+    muon = write(tmp_path / "muon", read_json(found / "state.json")["step"], files)
+    arguments = ["diagnose", muon, "--plot", tmp_path / "d.png", "--layers", "1"]
+    code, out, err = called(arguments, capsys)
+    assert code == 0, err
+    assert "row spread muon" in out and "normuon" not in out
+    assert (tmp_path / "d.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "plain").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(found / name, tmp_path / "plain")
+    code, _, err = called(["diagnose", tmp_path / "plain"], capsys)
+    assert code == 4 and "expected a run's checkpoint" in err

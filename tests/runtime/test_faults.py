@@ -1,0 +1,505 @@
+"""Faults end quickly and truthfully, and lose nothing: processes killed at random moments and at
+every file-system call of a save, signals in every part of a run, ranks that fail, hang or diverge.
+
+Random moments come from a seed that is printed; FAULT_SEED repeats it. The whole of it, with more
+trials: pytest -m full
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, alive
+from safetensors.torch import load_file
+
+from nanonormuon.storage import checkpoints as checkpoint
+
+STEPS = 12
+FSDP = "train.parallel=fsdp"
+
+
+@pytest.fixture(scope="module")
+def seed():
+    seed = int(os.environ.get("FAULT_SEED", time.time_ns() % 10**6))
+    print(f"FAULT_SEED={seed}")
+    return seed
+
+
+@pytest.fixture(scope="module")
+def short(tiny):
+    """A run that saves often: after every second step."""
+    return [*tiny, f"train.steps={STEPS}", "train.save_every=2", "train.sample_tokens=0"]
+
+
+def final(out, step=STEPS):
+    path = Path(out) / "checkpoints" / f"step-{step:06d}"
+    return [(path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(short, forks, tmp_path_factory):
+    """What the run ends in when nothing happens, and the seconds that it takes."""
+    out, begin = tmp_path_factory.mktemp("whole") / "run", time.monotonic()
+    codes, said = forks.run([*short, "--out", out])
+    assert codes == [0], said
+    return final(out), time.monotonic() - begin
+
+
+@pytest.fixture(scope="module")
+def whole(undisturbed):
+    return undisturbed[0]
+
+
+def ends_alike(forks, short, out, whole):
+    """Resumed without a fault it ends as if nothing had happened."""
+    codes, said = forks.run([*short, *(["--resume"] if saved(out) else []), "--out", out])
+    assert codes == [0], said
+    assert final(out) == whole
+
+
+def saved(out):
+    return (Path(out) / "config.toml").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Killed
+
+
+def kill_and_resume(trials, seed, forks, short, tmp_path, undisturbed):
+    """SIGKILL at random moments of a run, every other one at a random file-system call of a save,
+    until there were `trials`; what a kill left is resumed, until that comes to its end."""
+    dice, (whole, seconds), kills, run = random.Random(seed), undisturbed, [], 0
+    while len(kills) < trials:
+        out = tmp_path / f"run{run}"
+        in_save = len(kills) % 2 == 1
+        at = f"disk@{dice.randint(1, 90)}" if in_save else ""
+        more = ["--resume"] if saved(out) else []
+        started = forks.start([*short, *more, "--out", out], fault=at)
+        if not in_save:
+            until = time.monotonic() + dice.uniform(0, 1.2 * seconds)
+            while alive(started.pids[0]) and time.monotonic() < until:
+                time.sleep(0.001)
+            if alive(started.pids[0]):
+                os.kill(started.pids[0], signal.SIGKILL)
+        (code,) = started.wait()
+        assert code in (0, -signal.SIGKILL), started.said
+        if code:
+            kills.append(in_save)
+        if code == 0 or len(kills) == trials:
+            ends_alike(forks, short, out, whole)
+            run += 1
+    return sum(kills)
+
+
+def test_killed_at_random_moments(seed, forks, short, tmp_path, undisturbed):
+    assert kill_and_resume(4, seed, forks, short, tmp_path, undisturbed) == 2
+
+
+@pytest.mark.full
+def test_killed_at_a_hundred_random_moments(seed, forks, short, tmp_path, undisturbed):
+    assert kill_and_resume(100, seed, forks, short, tmp_path, undisturbed) == 50
+
+
+FILES = {"model.safetensors": [b"wei", b"ghts"], "optimizer.safetensors": b"buffers",
+         "config.json": b"{}"}  # fmt: skip
+
+
+def save(folder, step):
+    checkpoint.write(folder, step, FILES | {"state.json": b'{"step": %d}' % step})
+    checkpoint.retain(folder, 2, step)
+
+
+def in_child(work, wait=True):
+    """Run `work` in a forked process; its exit code, 0 if it comes to an end, or without waiting
+    its pid."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if wait else pid
+    try:
+        work()
+        os._exit(0)
+    except OSError:
+        os._exit(8)
+    finally:
+        os._exit(1)
+
+
+def test_killed_at_every_file_system_call_of_a_save_and_of_a_deletion(tmp_path):
+    import faulty
+
+    for number in range(1, 200):
+        folder = tmp_path / str(number) / "checkpoints"
+        for step in (2, 4):
+            save(folder, step)
+
+        def work(number=number, folder=folder):
+            faulty.on_disk(number, "checkpoints")
+            save(folder, 6)
+
+        code = in_child(work)
+        found = checkpoint.newest(folder)[1]["step"]
+        checkpoint.sweep(folder)
+        save(folder, 6 if found == 4 else 8)  # what is left does not stand in the next one's way
+        assert len(checkpoint.all_steps(folder)) == 2
+        checkpoint.newest(folder)
+        if code == 0:
+            break
+        assert code == -9 and found in (4, 6), number
+    assert number > 20  # so many there are
+
+
+def under_strace(work, inject):
+    """Run `work` in a forked process, with faults that strace puts into its system calls; the exit
+    code. Reaches what no patch of a Python function does."""
+    if not shutil.which("strace"):
+        pytest.skip("needs strace")
+    go, signal_go = os.pipe()
+    pid = in_child(lambda: (os.read(go, 1), work()), wait=False)
+    command = ["strace", "-qq", "-o", "/dev/null", "-p", str(pid), "-e", f"inject={inject}"]
+    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text() and tracer.poll() is None:
+        time.sleep(0.002)
+    refused = tracer.poll() is not None
+    os.write(signal_go, b"x")
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(go), os.close(signal_go)
+    if refused:
+        pytest.skip(f"strace may not be used here: {tracer.stderr.read().strip()}")
+    tracer.wait()
+    return code
+
+
+def fail_at(call, fault, number, folder):
+    """Inject one fault into a save; True if it was reached. What was saved before stays whole."""
+    for step in (2, 4):
+        save(folder, step)
+    code = under_strace(lambda: save(folder, 6), f"{call}:{fault}:when={number}")
+    assert code in (0, 8, -9), code
+    found = checkpoint.newest(folder)[1]["step"]
+    assert found == 6 if code == 0 else found in (4, 6)
+    checkpoint.sweep(folder)
+    save(folder, 8)  # and the next save finds its way
+    assert checkpoint.newest(folder)[1]["step"] == 8
+    return code != 0
+
+
+CALLS = ["openat", "mkdir", "write", "fsync", "rename", "close", "unlinkat", "getdents64"]
+FAULTS = ["error=ENOSPC", "error=EIO", "error=EROFS", "error=EMFILE", "error=EACCES", "signal=KILL"]
+
+
+def test_a_system_call_of_a_save_that_fails(seed, tmp_path):
+    dice = random.Random(seed)
+    reached = [
+        fail_at(call, dice.choice(FAULTS), dice.randint(1, 3), tmp_path / f"{call}" / "checkpoints")
+        for call in CALLS[:5]
+    ]
+    assert sum(reached) >= 3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("call", CALLS)
+def test_every_system_call_of_a_save_that_fails(call, fault, tmp_path):
+    number, missed = 0, 0
+    while missed < 3:  # a failure of what is only tidied up is no failure of the save
+        number += 1
+        missed += not fail_at(call, fault, number, tmp_path / str(number) / "checkpoints")
+    assert number > 3 or call in ("unlinkat", "getdents64", "close", "openat", "mkdir")
+
+
+# ------------------------------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("fault", "code", "step"),
+    [
+        ("term@open", 143, 0),
+        ("int@compile", 130, 0),
+        ("int@data:3", 130, 4),
+        ("term@step:4", 143, 5),
+        ("term@write:2", 143, 2),
+        ("int@evaluation:4", 130, 4),
+    ],
+)
+def test_a_signal_in_any_part_of_a_run(fault, code, step, ranks, forks, short, tmp_path, whole):
+    """The step is finished and saved, on all ranks if one is told; before it there is nothing."""
+    if ranks == 2 and not step:
+        pytest.skip("torchrun tells every rank itself")
+    out = tmp_path / "run"
+    codes, said = forks.run([*short, "--out", out], ranks, fault)
+    assert codes == [code] * ranks, said
+    assert "Traceback" not in "".join(said)
+    found = checkpoint.all_steps(out / "checkpoints")
+    assert [checkpoint.step_of(p) for p in found][-1:] == ([step] if step else [])
+    if step:
+        assert checkpoint.newest(out / "checkpoints")[1]["step"] == step
+        assert f"after step {step}, which is saved" in said[0]
+    else:
+        assert "before its first step" in said[0]
+    if ranks == 1:
+        ends_alike(forks, short, out, whole)
+
+
+def test_a_second_signal_ends_at_once_with_the_old_checkpoint_intact(forks, short, tmp_path, whole):
+    codes, said = forks.run([*short, "--out", tmp_path / "run"], fault="twice@write:4")
+    assert codes == [143] and "is saved" not in said[0]
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] == 2
+    ends_alike(forks, short, tmp_path / "run", whole)
+
+
+def test_a_signal_while_torch_is_being_imported(short, tmp_path):
+    done = torchrun(0, [*short, "--out", tmp_path / "run"], "term@import")
+    assert done.returncode == 143 and "before its first step" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranks that fail
+
+
+def torchrun(ranks, arguments, fault="", timeout=300):
+    """A run as users start it, with a fault in it; ranks = 0: without torchrun. It is over when the
+    last of its processes is. `times`: when it was started, when the fault came, when it was over.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *(launch if ranks else []), str(ROOT / "tests" / "faulty.py"),
+         *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    came = [float(x) for x in re.findall(r"^fault at ([\d.]+)$", done.stderr, re.M)]
+    done.times = (begin, *came[:1], time.monotonic())
+    return done
+
+
+def ends_quickly(times):
+    """Within 10 s of the fault; on a machine too busy for that, twice the time that it took to come
+    so far. What waits for a time limit would wait 900 s, torchrun's patience is 30 s."""
+    begin, fault, end = times
+    print(f"{end - fault:.1f} s after the fault, which came after {fault - begin:.1f} s")
+    return end - fault < max(10, 2 * (fault - begin))
+
+
+def first_failure(stderr):
+    """What torchrun's last lines say of the failure that came first."""
+    return stderr.rpartition("Root Cause (first observed failure):")[2]
+
+
+def running(out):
+    """Processes that have this run directory in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(out).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            pass
+    return [pid for pid in found if alive(pid)]
+
+
+@pytest.mark.slow
+def test_the_launcher_reports_the_rank_that_failed_first(short, tmp_path):
+    done = torchrun(2, [*short, "--out", tmp_path / "run"], "raise@data:4:1")
+    cause = first_failure(done.stderr)
+    assert done.returncode == 1 and "rank      : 1 " in cause
+    wanted = "rank 1, step [45], data: ZeroDivisionError: division by zero"  # it is read ahead
+    assert re.search(wanted, cause)
+    assert "division by zero" in (tmp_path / "run" / "errors" / "rank-1.txt").read_text()
+    assert not (tmp_path / "run" / "errors" / "rank-0.txt").exists()
+    assert running(tmp_path / "run") == [] and ends_quickly(done.times)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_job(short, tmp_path):
+    done = torchrun(2, [*short, "--out", tmp_path / "run"], "kill@step:4:1")
+    cause = first_failure(done.stderr)
+    assert "rank      : 1 " in cause and "SIGKILL" in cause and done.returncode == 1
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] == 4
+    assert running(tmp_path / "run") == [] and ends_quickly(done.times)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("more", [[], [FSDP]])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raise@step:4:1", "rank 1, step 4, step: ZeroDivisionError"),
+        ("raise@step:4:0", "rank 0, step 4, step: ZeroDivisionError"),
+        ("eio@write:4:0", "rank 0, step 4, save: [Errno 9] Bad file descriptor"),
+        ("raise@gather:4:1", "rank 1, step 4, save: ZeroDivisionError"),
+        ("raise@evaluation:4:1", "rank 1, step 4, evaluation: ZeroDivisionError"),
+        ("raise@open:0:1", "rank 1, step 0, start: ZeroDivisionError"),
+        ("kill@gather:4:1", "SIGKILL"),
+        ("kill@write:4:0", "SIGKILL"),
+        ("kill@data:3:0", "SIGKILL"),
+        ("exit@step:4:1", "exitcode  : 3 "),
+    ],
+)
+def test_every_way_in_which_a_rank_can_fail(fault, words, more, short, tmp_path):
+    done = torchrun(2, [*short, *more, "--out", tmp_path / "run"], fault)
+    cause = first_failure(done.stderr)
+    assert done.returncode == 1 and words in cause
+    assert f"rank      : {fault[-1]} " in cause
+    assert running(tmp_path / "run") == [] and ends_quickly(done.times)
+    if checkpoint.all_steps(tmp_path / "run" / "checkpoints"):
+        assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] in (2, 4)
+
+
+@pytest.mark.parametrize("more", [[], [FSDP]])
+def test_a_failed_save_ends_all_ranks_alike(more, forks, short, tmp_path):
+    """In the middle of gathering what is sharded, too."""
+    codes, said = forks.run([*short, *more, "--out", tmp_path / "run"], 2, "eio@write:4:0")
+    assert codes == [8, 8], said
+    assert "rank 0, step 4, save: [Errno 9] Bad file descriptor" in said[0]
+    assert "rank 1, step 4, save: rank 0: [Errno 9] Bad file descriptor" in said[1]
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] == 2
+
+
+def test_a_rank_that_leaves_does_not_leave_the_others_waiting(forks, short, tmp_path):
+    """Without a launcher to report it too."""
+    start = time.monotonic()
+    codes, said = forks.run([*short, "--out", tmp_path / "run"], 2, "leave@step:4:1")
+    assert codes == [7, 0] and time.monotonic() - start < 60
+    assert "another rank failed or is gone" in said[0]
+
+
+@pytest.mark.slow
+def test_ranks_end_with_their_launcher_after_saving(short, tmp_path):
+    out = tmp_path / "run"
+    done = torchrun(2, [*short, "train.steps=100_000", "--out", out], "launcher@step:4:1")
+    assert done.returncode == -9  # (communicate() returns when the last rank has closed stderr)
+    assert "torchrun is gone" in done.stderr and "which is saved" in done.stderr
+    for _ in range(200):
+        if not running(out):
+            break
+        time.sleep(0.05)
+    assert running(out) == []
+    assert checkpoint.newest(out / "checkpoints")[1]["step"] >= 4
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves_on_all_ranks(short, tmp_path):
+    out = tmp_path / "run"
+    done = torchrun(2, [*short, "train.steps=100_000", "--out", out], "launcher-term@step:4:1")
+    assert done.returncode == 1 and "which is saved" in done.stderr
+    assert checkpoint.newest(out / "checkpoints")[1]["step"] >= 5
+    assert running(out) == []
+
+
+def test_a_hang_ends_with_every_ranks_stack(forks, short, tmp_path):
+    limited = [*short, "train.time_limit=6", "--out", tmp_path / "run"]
+    codes, said = forks.run(limited, 2, "hang@step:4:1")
+    assert codes == [7, 7], said
+    for rank in (0, 1):
+        text = (tmp_path / "run" / "errors" / f"rank-{rank}.txt").read_text()
+        assert f"rank {rank}, step 4, step: took more than 6 s (train.time_limit = 6)" in text
+        assert "in take_step" in text and ("in <lambda>" in text) == (rank == 1)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] == 4
+
+
+@pytest.mark.full
+def test_a_stopped_process_is_a_hang_too(short, tmp_path):
+    done = torchrun(2, [*short, "train.time_limit=6", "--out", tmp_path / "run"], "stop@step:4:1")
+    assert "rank 0, step 4, step: took more than 6 s" in first_failure(done.stderr)
+    assert running(tmp_path / "run") == []
+
+
+@pytest.mark.full
+def test_fifty_runs_of_two_ranks_end_cleanly(forks, short, tmp_path):
+    for i in range(50):
+        out = [
+            f"train.parallel={('ddp', 'fsdp')[i % 2]}",
+            "train.steps=3",
+            "--out",
+            tmp_path / str(i),
+        ]
+        codes, said = forks.run([*short, *out], 2)
+        assert codes == [0, 0], (i, said)
+        assert not re.search("terminate called|Aborted|core dumped|Traceback", "".join(said))
+
+
+# ------------------------------------------------------------------------------------------------
+# Numbers
+
+
+DDP, FSDP2 = [], [FSDP]
+LAYOUTS = [(2, DDP), (4, FSDP2), (2, FSDP2), (4, DDP)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "axis", "layouts"),
+    [
+        ("bf16", "longest", LAYOUTS[:2]),
+        pytest.param("bf16", "rows", LAYOUTS, marks=pytest.mark.full),
+        pytest.param("fp32", "longest", LAYOUTS, marks=pytest.mark.full),
+    ],
+)
+def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
+    dtype, axis, layouts, forks, short, tmp_path
+):
+    """As replicas and as shards; also when one process goes on with what uneven shards left."""
+    settings = ["train.canonical=true", "train.micro_batch=1", "train.eval_every=0"]
+    settings += [f"train.dtype={dtype}", f"optim.neuron_axis={axis}", "optim.cautious=true"]
+    settings += ["optim.grad_clip=0.5", "train.steps=3"]
+    one, parts = tmp_path / "one", tmp_path / "parts"
+
+    def run(out, ranks, *more):
+        codes, said = forks.run([*short, *settings, *more, "--out", out], ranks)
+        assert codes == [0] * ranks, said
+
+    run(one, 1)
+    for ranks, layout in layouts:
+        run(out := tmp_path / f"{ranks}{layout}", ranks, *layout)
+        assert final(out, 3) == final(one, 3), (ranks, layout)
+    run(parts, 3, FSDP, "train.stop_at=2")
+    run(parts, 1, "--resume")
+    assert final(parts, 3) == final(one, 3)
+
+
+@pytest.mark.parametrize(("ranks", "more"), [(1, []), (2, []), (2, [FSDP])])
+def test_memory_is_written_before_it_is_read(ranks, more, forks, short, tmp_path):
+    """A run whose fresh tensors are full of NaN never meets one."""
+    often = ["train.sample_tokens=8", "train.sample_every=4", "train.dtype=bf16"]
+    codes, said = forks.run([*short, *often, *more, "--out", tmp_path], ranks, "nan@memory")
+    assert codes == [0] * ranks, said
+
+
+@pytest.mark.parametrize("more", [[], [FSDP]])
+@pytest.mark.parametrize("place", ["loss", "gradient", "weight", "buffer"])
+def test_a_nan_on_one_rank_stops_all_before_the_update(place, more, forks, short, tmp_path):
+    out = tmp_path / "run"
+    codes, said = forks.run([*short, *more, "--out", out], 2, f"nan@{place}:5:1")
+    assert codes == [5, 5], said
+    wanted = (
+        f"the {place} of step 5" if place in ("loss", "gradient") else f"a {place} before step 5"
+    )
+    report = json.loads((out / "crash-000005.json").read_text())
+    assert report["step"] == 5 and report["config"]["train"]["batch_tokens"] == 384
+    assert all(f"not finite: {wanted}" in text for text in said)
+    if place != "gradient":  # of a gradient that is averaged over ranks nobody can tell
+        assert report["rank"] == 1 and "(rank 1, sequences 6 to 11" in said[1]
+    assert place in ("loss", "gradient") or "mlp" in report["not_finite"][0]
+    for path in checkpoint.all_steps(out / "checkpoints"):
+        checkpoint.verify(path)
+        for name in ("model", "optimizer"):
+            assert all(t.isfinite().all() for t in load_file(path / f"{name}.safetensors").values())
+    steps = [checkpoint.step_of(p) for p in checkpoint.all_steps(out / "checkpoints")]
+    assert steps == ([2, 4, 5] if place in ("loss", "gradient") else [2, 4])
+
+
+def test_a_rank_that_diverges_is_named(forks, short, tmp_path):
+    codes, said = forks.run([*short, "--out", tmp_path / "run"], 2, "bit@weight:5:1")
+    assert codes == [7, 7], said
+    assert "rank 1 holds other values than rank 0" in said[1]
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] == 4

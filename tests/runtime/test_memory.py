@@ -1,0 +1,210 @@
+"""As many sequences at a time as fit, found without a trace; fewer activations, the same bits; and
+a rank that runs out of memory in mid run costs a repeated step, or ends the run with a line that
+says how to go on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanonormuon import optim
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.runtime import activations, distributed, memory
+from nanonormuon.runtime.distributed import World
+from nanonormuon.storage.run import read_metrics
+
+
+class Small(GPT):
+    """A model on a device with room for six sequences of a training step, five of an evaluation."""
+
+    room = 6
+
+    def forward(self, tokens, targets=None, **more):
+        self.tried.append(len(tokens))
+        if len(tokens) > self.room - (not torch.is_grad_enabled()):
+            raise torch.OutOfMemoryError("no room")
+        return super().forward(tokens, targets, **more)
+
+
+def small():
+    model = Small(GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=16)).init_weights(3)
+    model.tried = []
+    return model, optim.make_optimizers(model)
+
+
+def test_the_probe_finds_the_largest_and_leaves_no_trace():
+    model, optimizers = small()
+    fresh, untouched = small()
+    assert memory.probe(model, optimizers, 8, [1, 2, 3, 4, 6, 8, 12, 24]) == 4
+    assert max(model.tried) <= 8  # far beyond the room nothing is tried first
+    for a, b in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b) and a.grad is None
+    for a, b in zip(optimizers, untouched, strict=True):
+        found, wanted = a.state_dict()["state"], b.state_dict()["state"]
+        assert found.keys() == wanted.keys()
+        for i in wanted:
+            assert all(torch.equal(found[i][k], wanted[i][k]) for k in wanted[i])
+
+
+def test_not_even_one():
+    model, optimizers = small()
+    model.room = 0
+    with pytest.raises(memory.OutOfMemory, match=r"1 sequence of 8 tokens and an update do not"):
+        memory.probe(model, optimizers, 8, [1, 2])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_under_fsdp_it_is_what_the_layers_keep_in_60_percent_of_the_memory(monkeypatch, recompute):
+    model = GPT(GPTConfig(vocab_size=64, n_layer=3, n_head=2, n_embd=16))
+    own = 12 * sum(p.numel() for p in model.parameters()) // 2
+    m, dtype, world = model.config, model.compute_dtype, World(0, 2, torch.device("cuda"))
+    kept = [sum(activations.kept(m, 8, n, dtype, recompute)) for n in (0, 4)]
+    room = (kept[1] - kept[0] + activations.chunk_bytes(m, 4 * 8, dtype)) / 0.6
+    monkeypatch.setattr(memory.distributed, "largest", lambda values, _: values)
+    for spare, fits in ((16, 4), (-16, 2)):
+        free = own + int(room) + spare, 0
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: free)
+        assert memory.micro_batch(model, [], 8, 8, world, "fsdp", recompute) == fits
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (own, 0))
+    assert memory.micro_batch(model, [], 8, 8, world, "fsdp", recompute) == 1
+
+
+def test_what_was_found_is_remembered_and_all_ranks_take_the_smallest(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANONORMUON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(memory, "key_of", lambda *_: "this model here")
+    monkeypatch.setattr(memory.distributed, "largest", lambda values, _: [max(values[0], -3)])
+    world, found = World(0, 1, torch.device("cuda")), iter([6])
+    monkeypatch.setattr(memory, "probe", lambda *_: next(found))
+    assert [memory.micro_batch(*small(), 8, 12, world) for _ in range(2)] == [3, 3]
+    memory.cache_file().write_text("[")  # damaged: probed anew
+    found = iter([2])
+    assert memory.micro_batch(*small(), 8, 12, world) == 2
+
+
+def test_smaller_divides():
+    assert [memory.smaller(n, 12) for n in (12, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, 1]
+    assert memory.smaller(7, 7) == 1
+
+
+def test_on_a_cpu_it_is_arithmetic():
+    world = World(0, 1, torch.device("cpu"))
+    assert memory.micro_batch(*small(), 1024, 12, world) == 6
+    assert memory.micro_batch(*small(), 16384, 12, world) == 1
+
+
+def test_activation_checkpointing_keeps_a_fraction_and_the_same_bits():
+    torch.manual_seed(4)
+    tokens = torch.randint(64, (4, 64))
+    grads, kept = [], []
+    for again in (False, True):
+        torch.manual_seed(5)
+        model = GPT(GPTConfig(vocab_size=64, n_layer=6, n_head=2, n_embd=32)).init_weights(3)
+        for p in model.parameters():  # also the projections that begin at zero
+            torch.nn.init.normal_(p, std=0.1)
+        if again:
+            distributed.checkpoint_activations(model)
+        seen = {}
+
+        def pack(t, seen=seen):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = model(tokens, tokens)
+        loss.backward()
+        kept.append(sum(seen.values()))
+        grads.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert kept[1] < kept[0] / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [
+        (1, []),
+        (2, ["train.micro_batch=3"]),
+        (2, ["train.parallel=fsdp", "train.micro_batch=3"]),
+    ],
+)
+def test_a_run_with_activation_checkpointing_ends_in_the_same_bytes(
+    ranks, more, tiny, forks, tmp_path
+):
+    runs = {"plain": [], "checkpointed": ["train.activation_checkpointing=true"]}
+    for name, wish in runs.items():
+        codes, said = forks.run([*tiny, *more, *wish, "--out", tmp_path / name], ranks)
+        assert codes == [0] * ranks, said
+    for name in ("model", "optimizer"):
+        a, b = (tmp_path / run / f"checkpoints/step-000008/{name}.safetensors" for run in runs)
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_is_no_break_in_a_compiled_graph():
+    model = GPT(GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=16)).init_weights(3)
+    tokens = torch.arange(24).view(2, 12)
+    wanted = model(tokens, tokens)
+    distributed.checkpoint_activations(model)
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, tokens)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------
+# In mid run
+
+
+def losses(out):
+    return [row["loss"] for row in read_metrics(Path(out) / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, forks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for name, more in (("large", []), ("small", ["train.micro_batch=3"])):
+        codes, said = forks.run([*tiny, *more, "--out", folder / name], ranks=2)
+        assert codes == [0, 0], said
+    return losses(folder / "large"), losses(folder / "small")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fault", "micro", "fewer"),
+    [
+        (2, "oom@forward:3:1", "auto", 3),  # in the step's last forward pass
+        (2, "oom@forward:3:0", "2", 1),  # before it, while the other rank is done with its own
+        (2, "oom@backward:3:1", "2", 1),
+        (1, "oom@backward:3", "auto", 6),  # alone it can happen anywhere
+    ],
+)
+def test_a_rank_without_memory_costs_a_repeated_step(
+    ranks, fault, micro, fewer, tiny, forks, tmp_path, undisturbed
+):
+    arguments = [*tiny, f"train.micro_batch={micro}", "--out", tmp_path / "run"]
+    codes, said = forks.run(arguments, ranks, fault)
+    assert codes == [0] * ranks, said
+    assert f"step 3: out of memory with {micro}".replace("auto", str(12 // ranks)) in said[0]
+    assert f"from here on, with {fewer};" in said[0]
+    large, small = undisturbed
+    assert len(large) == 8 and losses(tmp_path / "run") == pytest.approx(large, abs=1e-5)
+    if micro == "auto" and ranks == 2:
+        assert losses(tmp_path / "run")[:3] == large[:3]
+        assert losses(tmp_path / "run")[3:] == pytest.approx(small[3:], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fault", "more", "codes", "words"),
+    [
+        ("oom@forward:3:1", ["train.micro_batch=1"], [6, 6], "is impossible; go on"),
+        # the other rank waits for gradients that do not come
+        ("oom@backward:3:1", [], [7, 6], "train.micro_batch=3"),
+        ("oom@forward:3:1", ["train.parallel=fsdp"], [7, 6], "train.micro_batch=3"),
+    ],
+)
+def test_an_end_for_want_of_memory(fault, more, codes, words, tiny, forks, tmp_path):
+    out = tmp_path / "run"
+    found, said = forks.run([*tiny, "train.save_every=2", *more, "--out", out], 2, fault)
+    assert found == codes, said
+    (line,) = [line for line in said[1].splitlines() if "error: " in line]
+    assert "step 3" in line and words in line and f"--resume --out {out}" in line
+    steps = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert steps == (["step-000002"] if 7 in codes else ["step-000002", "step-000003"])

@@ -1,0 +1,97 @@
+"""Trackers get what metrics.jsonl gets, and whatever they do the run goes on and loses nothing."""
+
+import json
+import sys
+import threading
+import types
+
+import pytest
+
+from nanonormuon.config import load
+from nanonormuon.runtime import trackers
+from nanonormuon.storage.run import read_metrics
+from nanonormuon.train import train
+
+ROW = {"step": 3, "tokens": 9, "loss": 1.5, "val_bpb": None, "seconds": 0.1}
+
+
+class Board:
+    """A stand-in for tensorboard's writer and wandb's session."""
+
+    def __init__(self, *where, **settings):
+        self.where, self.settings, self.rows, self.closed = where, settings, [], 0
+
+    def add_scalar(self, key, value, step):
+        self.rows.append((key, value, step))
+
+    def log(self, row, step):
+        self.rows += [(key, value, step) for key, value in row.items()]
+
+    def close(self):
+        self.closed += 1
+
+    finish = close
+
+
+def install(monkeypatch, board):
+    """Make tensorboard and wandb importable, giving `board`."""
+    writer = types.SimpleNamespace(SummaryWriter=lambda *a: board)
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
+
+    def init(**settings):
+        board.settings = settings
+        return board
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_rows_arrive_in_order_and_the_sink_is_closed(name, monkeypatch, tmp_path):
+    board = Board()
+    install(monkeypatch, board)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracker = trackers.start(name, tmp_path / "run", {"optim": {"lr": 1}})
+    tracker(ROW)
+    tracker({"step": 4, "loss": 1.0})
+    tracker.close()
+    expected = [("tokens", 9, 3), ("loss", 1.5, 3), ("seconds", 0.1, 3), ("loss", 1.0, 4)]
+    assert board.rows == expected and board.closed == 1
+    if name == "wandb":
+        assert board.settings["mode"] == "offline" and board.settings["name"] == "run"
+        assert board.settings["config"] == {"optim": {"lr": 1}}
+    assert trackers.start("", tmp_path, {}) is None
+
+
+@pytest.mark.parametrize("fault", ["absent", "start", "row", "close", "exit", "hang"])
+def test_a_broken_tracker_never_stops_a_run(fault, tiny, tmp_path, monkeypatch):
+    board, release = Board(), threading.Event()
+
+    def broken(*_, **__):
+        raise SystemExit(9) if fault == "exit" else RuntimeError("no service")
+
+    install(monkeypatch, board)
+    if fault == "absent":
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
+    elif fault == "start":
+        monkeypatch.setattr(sys.modules["torch.utils.tensorboard"], "SummaryWriter", broken)
+    elif fault == "close":
+        monkeypatch.setattr(board, "close", broken, raising=False)
+    elif fault == "hang":
+        monkeypatch.setattr(trackers, "PATIENCE", 0.01)
+        monkeypatch.setattr(board, "add_scalar", lambda *_: release.wait())
+    else:
+        monkeypatch.setattr(board, "add_scalar", broken)
+    short = ["train.steps=2", "train.sample_tokens=0", "train.track=tensorboard"]
+    try:
+        summary = train(load([*tiny, *short])[0], tmp_path / "run")
+    finally:
+        release.set()
+    assert summary["steps"] == 2
+    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    said = (tmp_path / "run" / "train.log").read_text()
+    words = {"absent": "pip install tensorboard", "exit": "SystemExit: 9", "hang": "no answer in"}
+    line = words.get(fault, "tensorboard: RuntimeError: no service; the run goes on without it")
+    assert said.count(line) == 1

@@ -1,0 +1,277 @@
+"""Files and values that somebody else has made, by accident or on purpose: thousands of mutations
+end in a documented error or are taken, and names and sizes are checked before anything is opened or
+allocated for them.
+
+The mutations come from a seed that is printed; FAULT_SEED repeats them. More: pytest -m full
+"""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import time
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from conftest import TINY
+
+from nanonormuon import build as plan
+from nanonormuon import checkpoint as snapshot
+from nanonormuon import config, optim
+from nanonormuon.cli import app as cli
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.storage import checkpoints as checkpoint
+from nanonormuon.storage.checkpoints import CheckpointError
+from nanonormuon.storage.shards import open_data
+from nanonormuon.storage.tensors import TensorFile, serialise
+from nanonormuon.train import train
+
+HOSTILE = [None, True, -1, 0, 2**31, 2**62, 2**64, 10**30, 1e308, -0.5, float("nan"), "", "x", "..",
+           "../../x", "/etc/passwd", "\0", "a" * 5000, [], [[]], {}, {"x": {}}]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dice():
+    seed = int(os.environ.get("FAULT_SEED", time.time_ns() % 10**6))
+    print(f"FAULT_SEED={seed}")
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory):
+    settings = config.load([*TINY, f"data.path={shards}", "train.steps=1", "train.sample_tokens=0"])
+    out = tmp_path_factory.mktemp("fuzz") / "run"
+    train(settings[0], out)
+    return out
+
+
+def mutate_bytes(dice, content):
+    content, at = bytearray(content), dice.randrange(max(1, len(content)))
+    kind = dice.randrange(6)
+    if kind == 0:
+        content[at : at + 1] = bytes([dice.randrange(256)])
+    elif kind == 1:
+        del content[at:]
+    elif kind == 2:
+        del content[at : at + dice.randint(1, 9)]
+    elif kind == 3:
+        content[at:at] = dice.randbytes(dice.randint(1, 9))
+    elif kind == 4:
+        content[at : at + 8] = dice.choice(
+            [b"\xff" * 8, b"\0" * 8, (1 << 40).to_bytes(8, "little")]
+        )
+    else:
+        content = bytearray(dice.randbytes(dice.randint(0, 64)))
+    return bytes(content)
+
+
+def mutate_json(dice, content):
+    """One value somewhere in it replaced, removed or renamed."""
+    content = json.loads(content)
+    node = content
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        if not keys:
+            break
+        key = dice.choice(keys)
+        if isinstance(node[key], dict | list) and node[key] and dice.random() < 0.8:
+            node = node[key]
+            continue
+        what = dice.randrange(4)
+        if what == 0:
+            del node[key]
+        elif what == 1 and isinstance(node, dict):
+            node[str(dice.choice(HOSTILE))[:300]] = node.pop(key)
+        else:
+            node[key] = dice.choice(HOSTILE)
+        break
+    return json.dumps(content).encode()
+
+
+def mutate_header(dice, content):
+    """A safetensors file whose header is JSON, but says something else."""
+    length = int.from_bytes(content[:8], "little")
+    header = mutate_json(dice, content[8 : 8 + length])
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
+def documented(error):
+    """Whether a user gets one line and an exit code of its own for this error."""
+    return hasattr(error, "exit_code") or (isinstance(error, OSError) and error.errno)
+
+
+def sign(path):
+    """Make the manifest agree with the files: what a hostile sender would do."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (path / name).read_bytes()
+        entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest["files"][name] = entry
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def fuzz_checkpoint(trials, dice, trained, folder):
+    """Returns how many of the mutated checkpoints were refused."""
+    original = checkpoint.all_steps(trained / "checkpoints")[0]
+    settings = config.load([str(trained / "config.toml")])[0]
+    model = GPT(settings.model)
+    optimizers = optim.make_optimizers(model)
+    refused = 0
+    for trial in range(trials):
+        path = folder / "step-000001"
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(original, path)
+        signed = dice.random() < 0.7
+        names = ["state.json", "config.json", "model.safetensors", "optimizer.safetensors"]
+        name = dice.choice(names if signed else [*names, "manifest.json"])
+        content = (path / name).read_bytes()
+        by_structure = mutate_json if name.endswith(".json") else mutate_header
+        mutate = mutate_bytes if dice.random() < 0.4 else by_structure
+        (path / name).write_bytes(mutate(dice, content))
+        if signed:
+            sign(path)
+        try:
+            state = checkpoint.verify(path)
+            plan.check_state(path / "state.json", state)
+            snapshot.load_weights(model, path)
+            snapshot.load_optimizers(optimizers, path)
+        except Exception as error:
+            assert documented(error), (trial, name, repr(error))
+            refused += 1
+    return refused
+
+
+def test_checkpoints(dice, trained, tmp_path):
+    assert fuzz_checkpoint(150, dice, trained, tmp_path) > 75
+
+
+def fuzz_data(trials, dice, shards, folder):
+    refused = 0
+    for trial in range(trials):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(shards, folder)
+        name = dice.choice(sorted(p.name for p in folder.iterdir()))
+        content = (folder / name).read_bytes()
+        as_json = name.endswith(".json") and dice.random() < 0.7
+        if name.endswith(".bin"):  # the header is the part that is believed
+            content = mutate_bytes(dice, content[:1024]) + content[1024:]
+        else:
+            content = (mutate_json if as_json else mutate_bytes)(dice, content)
+        (folder / name).write_bytes(content)
+        try:
+            open_data(folder)
+        except Exception as error:
+            assert documented(error), (trial, name, repr(error))
+            refused += 1
+    return refused
+
+
+def test_data(dice, shards, tmp_path):
+    assert fuzz_data(100, dice, shards, tmp_path / "data") > 30
+
+
+def fuzz_settings(trials, dice, folder, capsys):
+    names = [f"{s}.{f.name}" for s in config.SECTIONS for f in fields(config.SECTIONS[s])]
+    lines = config.to_toml(config.Config()).encode()
+    for trial in range(trials):
+        value = dice.choice(HOSTILE)
+        argument = f"{dice.choice(names)}={value}"
+        if trial % 2:
+            (folder / "my.toml").write_bytes(mutate_bytes(dice, lines))
+            argument = str(folder / "my.toml")
+        code = cli.main(["show", argument])
+        err = capsys.readouterr().err
+        assert code in (0, 2), (argument, err)
+        assert (code == 2) == err.startswith(("error: ", "Usage: ")), (argument, err)
+    assert {p.name for p in folder.iterdir()} <= {"my.toml"}
+
+
+def test_settings(dice, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuzz_settings(200, dice, tmp_path, capsys)
+
+
+def test_an_absurd_number_is_refused_at_once(capsys):
+    assert cli.main(["show", f"model.n_head={2**62}"]) == 2
+    assert "take n_head = 768" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_thousands_of_mutations(dice, trained, shards, tmp_path, capsys):
+    (tmp_path / "settings").mkdir()
+    fuzz_settings(3000, dice, tmp_path / "settings", capsys)
+    assert fuzz_checkpoint(3000, dice, trained, tmp_path) > 1500
+    assert fuzz_data(2000, dice, shards, tmp_path / "data") > 600
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
+        {"a": {"dtype": "F32", "shape": [1 << 33, 1 << 33], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1 << 62]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}},
+        {"a": {"dtype": "O", "shape": [4], "data_offsets": [0, 16]}},
+        {"a": 7},
+        [],
+    ],
+)
+def test_declared_sizes_are_compared_with_the_file_before_memory_is_asked_for(header, tmp_path):
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+        TensorFile(tmp_path / "x.safetensors")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
+
+
+def test_a_header_larger_than_its_file(tmp_path):
+    for length in (1 << 62, 100, 1, 0):
+        (tmp_path / "x.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}")
+        with pytest.raises(CheckpointError, match="a header of"):
+            TensorFile(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "model.safetensors"])
+def test_a_pipe_in_a_files_place_does_not_hang(name, trained, tmp_path):
+    path = shutil.copytree(
+        checkpoint.all_steps(trained / "checkpoints")[0], tmp_path / "step-000001"
+    )
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        checkpoint.newest(tmp_path)
+
+
+def test_every_setting_is_either_refused_on_resume_or_listed_as_free():
+    plain = config.Config()
+    for section in config.SECTIONS:
+        for f in fields(config.SECTIONS[section]):
+            part = getattr(plain, section)
+            object.__setattr__(other := replace(part), f.name, "another value")
+            lines = config.differences(plain, replace(plain, **{section: other}))
+            name = f"{section}.{f.name}"
+            told = [f"{name}: {getattr(part, f.name)} -> another value"]
+            assert lines == ([] if name in config.MAY_CHANGE else told), name
+    assert set(config.MAY_CHANGE) <= {
+        f"{s}.{f.name}" for s in config.SECTIONS for f in fields(config.SECTIONS[s])
+    }
+
+
+def test_what_is_streamed_is_what_the_library_writes_and_reads():
+    from safetensors.torch import load, save
+
+    torch.manual_seed(3)
+    tensors = {"b": torch.randn(3, 5), "a": torch.tensor(7.0), "n": torch.arange(4),
+               "h": torch.randn(2, 2).bfloat16(), "none": torch.zeros(0, 4)}  # fmt: skip
+    ours = serialise(tensors)
+    for name, value in load(ours).items():
+        assert torch.equal(value, tensors[name]) and value.dtype == tensors[name].dtype
+    assert load(save(tensors)).keys() == tensors.keys()
+    model = GPT(GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=32))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    assert serialise(weights) == save(weights, metadata={"format": "pt"})

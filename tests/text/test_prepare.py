@@ -1,0 +1,642 @@
+"""Proves: what comes out is the text that went in, with the promised counts, hashes and split; a
+rerun gives the same bytes; an interruption at any file operation leaves nothing that loads and
+nothing that is in the way; other people's files are not touched; bad input is named.
+"""
+
+import csv
+import errno
+import gzip
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanonormuon.storage import shards
+from nanonormuon.storage.shards import DataError
+from nanonormuon.text import builtin, encode, sources, tokenizer
+from nanonormuon.text import prepare as module
+from nanonormuon.text.prepare import prepare
+from nanonormuon.text.sources import Document, documents
+
+SHAKESPEARE = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained tokenizer, for processes that must not train one."""
+    path = tmp_path_factory.mktemp("bpe")
+    tokenizer.get("bpe:400", [Path(os.__file__).read_bytes()]).save(path)
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """120 small text files in two directories, and things that a walk passes over."""
+    root = tmp_path / "corpus"
+    (root / "sub").mkdir(parents=True)
+    for i in range(120):
+        folder = root / "sub" if i % 3 else root
+        (folder / f"{i:03d}.txt").write_text(f"Document {i}: " + "text é 字 " * i + "\n")
+    (root / "empty.txt").touch()
+    (root / "binary.txt").write_bytes(b"abc\0def")
+    (root / "latin.txt").write_bytes("déjà vu, à peu près".encode("latin-1"))
+    (root / "picture.png").write_bytes(b"not text by its name")
+    (root / ".hidden.txt").write_text("hidden")
+    (root / ".git").mkdir()
+    (root / ".git" / "x.txt").write_text("hidden")
+    return root
+
+
+def texts(out: Path, split: str) -> list[bytes]:
+    """The documents of a prepared split, decoded."""
+    opened = shards.open_data(out, verify="full")
+    words = tokenizer.load(out)
+    ids = np.concatenate(getattr(opened, split).shards)
+    starts = np.flatnonzero(ids == words.eot).tolist()
+    assert starts[0] == 0, "a document begins with <|endoftext|>"
+    ends = [*starts[1:], len(ids)]
+    return [words.decode_bytes(ids[a + 1 : b]) for a, b in zip(starts, ends, strict=True)]
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+@pytest.mark.parametrize("spec", ["byte", "bpe:400"])
+def test_what_goes_in_comes_out(corpus: Path, tmp_path: Path, spec: str) -> None:
+    out = tmp_path / "out"
+    manifest = prepare([corpus], out, tokenizer=spec, val=0.2, shard_bytes=5000)
+    files = {p.read_bytes() for p in corpus.rglob("*.txt") if p.stem.isdigit()}
+    expected: dict[str, list[bytes]] = {"train": [], "val": []}
+    for text in files:
+        fraction = int(hashlib.sha256(text).hexdigest()[:16], 16) / 16**16
+        expected["val" if fraction < 0.2 else "train"].append(text)
+    assert 10 < len(expected["val"]) < 40
+    for split, wanted in expected.items():
+        found = texts(out, split)
+        assert sorted(found) == sorted(wanted)
+        entry = manifest[split]
+        assert (entry["documents"], entry["bytes"]) == (len(wanted), len(b"".join(wanted)))
+        assert len(entry["shards"]) > 1
+        for shard in entry["shards"]:
+            raw = (out / shard["name"]).read_bytes()
+            tokens = np.frombuffer(raw[1024:], "<u2")
+            assert shard["sha256"] == hashlib.sha256(raw).hexdigest()
+            assert (shard["size"], shard["tokens"]) == (len(raw), len(tokens))
+            assert shard["max_token"] == tokens.max()
+        assert max(s["max_token"] for s in entry["shards"]) == manifest["tokenizer"]["eot"]
+        for shard in getattr(shards.open_data(out), split).shards:
+            assert shard[0] == manifest["tokenizer"]["eot"], "a shard begins with a document"
+    assert manifest == json.loads((out / "manifest.json").read_text())
+    assert manifest["tokenizer"]["hash"] == tokenizer.load(out).hash
+    (source,) = manifest["sources"]
+    assert (source["name"], source["documents"]) == ("corpus", 120)
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+    assert sorted(p.name for p in out.iterdir() if p.suffix != ".bin") == [
+        "manifest.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_same_bytes_from_other_places_and_batches(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare([corpus], tmp_path / "a", tokenizer="bpe:400")
+    moved = tmp_path / "elsewhere" / "corpus"
+    shutil.copytree(corpus, moved)
+    monkeypatch.setattr(encode, "JOB_BYTES", 100)
+    monkeypatch.setattr(tokenizer, "PIECE", 50)
+    prepare([moved], tmp_path / "b", tokenizer="bpe:400")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_split_is_stable_when_files_are_added(corpus: Path, tmp_path: Path) -> None:
+    prepare([corpus], tmp_path / "a", tokenizer="byte", val=0.3)
+    (corpus / "000new.txt").write_text("something else")
+    prepare([corpus], tmp_path / "b", tokenizer="byte", val=0.3)
+    new = {b"something else"}
+    for split in ("train", "val"):
+        before, after = texts(tmp_path / "a", split), texts(tmp_path / "b", split)
+        assert set(after) - set(before) <= new and set(before) <= set(after)
+    assert new <= {*texts(tmp_path / "b", "train"), *texts(tmp_path / "b", "val")}
+
+
+@pytest.mark.parametrize("val", [0.1, 0.02])
+def test_one_file_is_cut_as_nanogpt_cuts(
+    tmp_path: Path, val: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not SHAKESPEARE.exists():
+        pytest.skip(f"needs {SHAKESPEARE}")
+    caplog.set_level(logging.INFO)
+    manifest = prepare([SHAKESPEARE], tmp_path / "out", tokenizer="byte", val=val)
+    text = SHAKESPEARE.read_bytes()
+    cut = int(len(text) * (1 - val))
+    assert texts(tmp_path / "out", "train") == [text[:cut]]
+    assert texts(tmp_path / "out", "val") == [text[cut:]]
+    assert manifest["method"] == "tail of the longest document"
+    assert sum("tinyshakespeare" in r.message for r in caplog.records) == 1
+
+
+def test_tail_counts_characters_and_keeps_invalid_bytes(tmp_path: Path) -> None:
+    text = "字".encode() * 3000 + b"\xff" + "é".encode() * 999
+    (tmp_path / "x").write_bytes(text)
+    prepare([tmp_path / "x"], tmp_path / "out", tokenizer="byte", val=0.25)
+    assert texts(tmp_path / "out", "train") == ["字".encode() * 3000]
+    assert texts(tmp_path / "out", "val") == [b"\xff" + "é".encode() * 999]
+
+
+def test_few_files_keep_the_others_whole(tmp_path: Path) -> None:
+    for name, text in (("a", "short"), ("b", "the longest of them"), ("c", "short")):
+        (tmp_path / name).write_text(text)
+    sources = [tmp_path / name for name in "abc"]
+    prepare(sources, tmp_path / "out", tokenizer="byte", val=1e-9)
+    assert texts(tmp_path / "out", "train") == [b"short", b"the longest of the", b"short"]
+    assert texts(tmp_path / "out", "val") == [b"m"]
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(DataError, match="1 characters cannot be split"):
+        prepare([tmp_path / "a"], tmp_path / "one", tokenizer="byte")
+
+
+def test_large_vocabulary_uses_version_2(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte = tokenizer.get("byte")
+    words = tokenizer.Tokenizer("wide", byte.pattern, byte.ranks, {tokenizer.EOT: 70_000})
+    words.save(tmp_path / "wide")
+    manifest = prepare([corpus], tmp_path / "out", tokenizer=tmp_path / "wide")
+    assert manifest["tokenizer"]["vocab_size"] == 70_001
+    assert shards.open_data(tmp_path / "out").train.shards[0].dtype == np.uint32
+    assert len(texts(tmp_path / "out", "train")) == manifest["train"]["documents"]
+
+
+def test_named_files_and_bad_sources(corpus: Path, tmp_path: Path) -> None:
+    picture, hidden = corpus / "picture.png", corpus / ".hidden.txt"
+    assert [d.name for d in documents([picture, hidden])] == [str(picture), str(hidden)]
+    for name, says in (
+        ("binary.txt", r"binary\.txt: offset 3: UTF-8 text expected, byte 0x00"),
+        ("latin.txt", r"latin\.txt: offset 1: UTF-8 text expected, byte 0xe9"),
+        ("picture.pgn", r"no such file.*did you mean .*corpus/picture\.png"),
+        ("empty.txt", "no text found"),
+    ):
+        with pytest.raises(DataError, match=says):
+            prepare([corpus / name], tmp_path / "out", tokenizer="byte")
+    with pytest.raises(DataError, match="0 < val < 1"):
+        prepare([corpus], tmp_path / "out", val=0.0)
+    for spec, says in (
+        ("gtp2", "did you mean gpt2"),
+        ("bpe:99", "at least 257"),
+        ("bpe:x", "bpe:N"),
+        ("bpe:10000000", "at most 9999999"),
+    ):
+        with pytest.raises(tokenizer.TokenizerError, match=says):
+            prepare([corpus], tmp_path / "out", tokenizer=spec)
+    assert not (tmp_path / "out").exists()
+
+
+def test_walk(
+    corpus: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    (corpus / "out").mkdir()
+    (corpus / "out" / "x.txt").write_text("own output")
+    (corpus / "linked").symlink_to(corpus / "sub")
+    names = [d.name for d in documents([corpus], corpus / "out", report=lambda _: None)]
+    assert names == sorted(names) and len(names) == 120 and str(corpus / "sub/001.txt") in names
+    assert "passed over 3 names, no text or linked directories, the first is" in caplog.text
+
+    def refuse(folder: str, scandir: Any = os.scandir) -> Any:
+        if Path(folder) == corpus / "sub":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=rf"{corpus / 'sub'}: cannot be read: Permission denied"):
+        list(documents([corpus]))
+
+
+def test_few_invalid_bytes_are_kept(tmp_path: Path) -> None:
+    text = b"mostly text. " * 200 + b"\xff" + b" and more" * 50
+    (tmp_path / "x").write_bytes(text)
+    prepare([tmp_path / "x"], tmp_path / "out", tokenizer="bpe:300")
+    assert b"".join(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == text
+
+
+def test_same_preparation_is_reused_and_another_refused(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = prepare([corpus], out, tokenizer="bpe:300")
+    times = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert prepare([corpus], out, tokenizer="bpe:300") == first
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
+    with pytest.raises(DataError, match=r"already holds .* another request"):
+        prepare([corpus], out, tokenizer="bpe:301")
+    with pytest.raises(DataError, match="another request"):
+        prepare([corpus], out, tokenizer="bpe:300", val=0.5)
+    (corpus / "000.txt").write_text("changed")
+    with pytest.raises(DataError, match="another sources"):
+        prepare([corpus], out, tokenizer="bpe:300")
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
+    inside = [str(corpus / "**" / "*[!yn].*")], corpus / "out", "byte"
+    os.remove(corpus / "binary.txt"), os.remove(corpus / "latin.txt")
+    assert prepare(*inside) == prepare(*inside)  # its output is not taken for a source
+
+
+def test_damaged_output_is_not_reused(corpus: Path, tmp_path: Path) -> None:
+    prepare([corpus], tmp_path / "out", tokenizer="byte")
+    path = tmp_path / "out" / "train_000000.bin"
+    raw = bytearray(path.read_bytes())
+    raw[2000] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=r"remove it or choose another --out: .*sha256"):
+        prepare([corpus], tmp_path / "out", tokenizer="byte")
+
+
+@pytest.mark.parametrize("name", ["fineweb_train_000001.bin", "val_9.bin", "tokenizer.json"])
+def test_other_peoples_files_are_left_alone(corpus: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_bytes(b"precious")
+    with pytest.raises(DataError, match=f"{name}: in the way"):
+        prepare([corpus], out, tokenizer="byte")
+    assert content(out) == {name: b"precious"}
+
+
+class Killed(BaseException):
+    """Stands for the process ending: nothing may catch it and carry on."""
+
+
+def test_interrupted_anywhere(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop at the n-th write, sync, rename or removal, for every n; then run again."""
+    clean = tmp_path / "clean"
+    prepare([corpus], clean, tokenizer="byte", val=0.2, shard_bytes=40_000)
+    wanted = content(clean)
+    left, stopped = 0, False
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left, stopped
+            left -= 1
+            if left == 0:
+                stopped = True
+            if stopped:  # the process is gone, so no clean-up happens either
+                raise Killed
+            return original(*args, **kwargs)
+
+        return call
+
+    steps = 0
+    while True:
+        out = tmp_path / f"out{steps}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", counted(os.fsync))
+            patch.setattr(Path, "replace", counted(Path.replace))
+            patch.setattr(os, "replace", counted(os.replace))
+            patch.setattr(Path, "rmdir", counted(Path.rmdir))
+            patch.setattr(Path, "mkdir", counted(Path.mkdir))
+            patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+            left, stopped = steps + 1, False
+            try:
+                prepare([corpus], out, tokenizer="byte", val=0.2, shard_bytes=40_000)
+                break
+            except Killed:
+                pass
+        if (out / "manifest.json").exists():
+            shards.open_data(out, verify="full")  # the last step was done, so all of them were
+        else:
+            with pytest.raises(
+                DataError, match=r"no such data directory|unfinished|no train split"
+            ):
+                shards.open_data(out)
+        prepare([corpus], out, tokenizer="byte", val=0.2, shard_bytes=40_000)
+        assert content(out) == wanted
+        steps += 1
+    assert steps > 12
+
+
+def test_leftover_shards_of_a_larger_preparation_go(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    original = Path.replace
+
+    def stop_at_manifest(self: Path, target: Path) -> Path:
+        if self.name == "manifest.json":
+            raise Killed
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop_at_manifest)
+        with pytest.raises(Killed):
+            prepare([corpus], out, tokenizer="byte", shard_bytes=5000)
+    assert len(list(out.glob("train_*.bin"))) > 5
+    manifest = prepare([corpus], out, tokenizer="byte")
+    assert [p.name for p in out.glob("train_*.bin")] == ["train_000000.bin"]
+    assert shards.open_data(out, verify="full").manifest == manifest
+
+
+def mixed(root: Path, megabytes: float) -> Path:
+    """A folder of every format, with an empty file, invalid UTF-8, and a long repetitive text."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    root.mkdir()
+    found = [d.data.decode() for d in islice(builtin.python_sources(), 400)]
+    for i in range(40):
+        (root / f"{i}.txt").write_text(found[i])
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in found[40:160])
+    (root / "records.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    parquet.write_table(pyarrow.table({"text": found[160:260]}), root / "table.parquet")
+    with (root / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in found[260:300])])
+    (root / "empty.txt").touch()
+    (root / "latin.txt").write_bytes("déjà vu, à peu près".encode("latin-1"))
+    paragraphs = "\n\n".join(found[300:]).encode()
+    with (root / "long.txt").open("wb") as file:
+        while file.tell() < megabytes * 1e6:
+            file.write(paragraphs)
+    return root
+
+
+MEASURED = """
+import resource, sys
+from nanonormuon.text.prepare import prepare
+root, out, tokenizer, workers, shard_bytes = sys.argv[1:]
+prepare([root], out, tokenizer, workers=int(workers), shard_bytes=int(shard_bytes))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.full
+def test_300_mb_in_little_memory(tmp_path: Path) -> None:
+    root = mixed(tmp_path / "mixed", 300)
+    for workers in (1, 2):
+        arguments = [root, tmp_path / f"{workers}", "bpe:4096", workers, 8 << 20]
+        command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
+        peak = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        assert peak < 1e9, f"{peak / 1e6:.0f} MB with {workers} workers"
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_20_times(tmp_path: Path, workers: int) -> None:
+    """In the tokenizer's training too. The long text is still one that is cut (sources.LARGE)."""
+    # forked from a process that has imported everything and begun nothing: rustbpe's threads, once
+    # there, would be missing in a fork
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nanonormuon.text.prepare"])
+    root, moments, kills = mixed(tmp_path / "mixed", 17), random.Random(workers), 0
+
+    def start(out: Path) -> multiprocessing.Process:
+        settings = {"tokenizer": "bpe:4096", "workers": workers, "shard_bytes": 1 << 19}
+        process = context.Process(target=prepare, args=([root], out), kwargs=settings)
+        process.start()
+        return process
+
+    start(tmp_path / "warm").kill()
+    begin = time.monotonic()
+    start(tmp_path / "clean").join()
+    seconds = time.monotonic() - begin
+    wanted, out = content(tmp_path / "clean"), tmp_path / "killed"
+    while kills < 20:
+        process = start(out)
+        process.join(moments.uniform(0, seconds))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if (out / "manifest.json").exists():
+            if not (out / ".partial").exists():
+                assert content(out) == wanted
+            shutil.rmtree(out)
+    start(out).join()
+    assert content(out) == wanted
+
+
+def test_killed_at_random_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe: Path
+) -> None:
+    """As above, in seconds; alternately with one worker and with two."""
+    monkeypatch.setattr(sources, "LARGE", 1 << 17)  # so that the long text is cut here too
+    monkeypatch.setattr(sources, "PART", 1 << 14)
+    root, context = mixed(tmp_path / "mixed", 1), multiprocessing.get_context("fork")
+    settings = {"tokenizer": bpe, "shard_bytes": 1 << 18}
+    begin = time.monotonic()
+    prepare([root], tmp_path / "clean", **settings)
+    seconds = time.monotonic() - begin
+    wanted = content(tmp_path / "clean")
+    assert len(wanted) > 15
+    out, moments, kills, kept = tmp_path / "killed", random.Random(0), 0, 0
+    while kills < 10:
+        options = {**settings, "workers": 1 + kills % 2}
+        process = context.Process(target=prepare, args=([root], out), kwargs=options)
+        process.start()
+        process.join(moments.uniform(0, 1.2 * seconds))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if not (out / "manifest.json").exists():
+            kept += (out / ".partial" / "plan.json").exists()
+            continue
+        if not (out / ".partial").exists():
+            assert content(out) == wanted
+        shutil.rmtree(out)
+    prepare([root], out, **settings)
+    assert content(out) == wanted
+    assert kept > 3, "some of them were resumed in the middle"
+
+
+def test_finished_shards_are_kept_and_damaged_ones_made_anew(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    options: dict[str, Any] = {"tokenizer": "bpe:300", "val": 0.2, "shard_bytes": 5000}
+    prepare([corpus], tmp_path / "clean", **options)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare([corpus], out, **options)
+    (out / ".partial" / "manifest.json").unlink()
+    first = out / ".partial" / "train_000000.bin"
+    raw = bytearray(first.read_bytes())
+    raw[1500] ^= 1
+    first.write_bytes(raw)
+    encoded, original = [], tokenizer.Tokenizer.encode_job
+
+    def counted(self: tokenizer.Tokenizer, job: list[Any]) -> np.ndarray:
+        encoded.append(len(job))
+        return original(self, job)
+
+    monkeypatch.setattr(tokenizer.Tokenizer, "encode_job", counted)
+    monkeypatch.setattr(module, "get_tokenizer", None)  # trained already
+    prepare([corpus], out, **options)
+    assert len(encoded) == 1, "the damaged shard alone"
+    assert "keeping train_000001.bin" in caplog.text
+    assert content(out) == content(tmp_path / "clean")
+
+
+def test_only_one_process_prepares_in_a_directory(corpus: Path, tmp_path: Path) -> None:
+    with (
+        module._alone(tmp_path / "out"),
+        pytest.raises(DataError, match="another process is preparing"),
+    ):
+        prepare([corpus], tmp_path / "out", tokenizer="byte")
+
+
+def test_copies_are_counted_and_named_where_they_cross_the_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"text {i % 10}" * 9)
+    assert prepare([tmp_path], tmp_path / "out", "byte", 0.3)["copies"] == 30
+    assert "30 of 40 documents are exact copies" in caplog.text
+    assert not set(texts(tmp_path / "out", "train")) & set(texts(tmp_path / "out", "val"))
+    assert "train has copies" not in caplog.text
+    prepare([tmp_path], tmp_path / "tail", "byte", 1e-9)
+    assert "train has copies" in caplog.text
+
+
+def test_change_during_preparation_is_noticed(tmp_path: Path) -> None:
+    text = [b"first pass " * 20, b"second pass" * 20]
+
+    def read() -> list[Document]:
+        return [Document("x", 0, text.pop(0))]
+
+    with pytest.raises(DataError, match="changed during preparation"):
+        module.prepare_documents(read, ["x"], tmp_path / "out", "byte", 0.1)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    source = os.fsencode(tmp_path / "caf") + b"\xe9.txt"
+    try:
+        Path(os.fsdecode(source)).write_text("some text " * 100)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    manifest = prepare([os.fsdecode(source)], tmp_path / "out", tokenizer="byte")
+    assert shards.read_manifest(tmp_path / "out") == manifest
+
+
+def test_a_full_disk_is_named(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Any) -> None:
+        if file.name.endswith(".bin"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(encode, "settle", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*train_000000\.bin") as caught:
+        prepare([corpus], tmp_path / "out", tokenizer="byte")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_written_and_read_back_bytes_are_compared(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = shards.header
+
+    def corrupt(version: int, tokens: int) -> bytes:
+        return original(version, tokens) + bytes(2)  # overwrites the first token
+
+    monkeypatch.setattr(shards, "header", corrupt)
+    with pytest.raises(DataError, match="read back other bytes"):
+        prepare([corpus], tmp_path / "out", tokenizer="byte")
+
+
+def test_sample_is_bounded_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 1000)
+    texts = [f"{i:02d}".encode() * 50 for i in range(100)]
+    taken = [int(text[:2]) for text in module._sample(texts, 10_000)]
+    assert len(taken) == 10 and set(np.diff(taken)) <= {9, 10, 11}
+    assert len(list(module._sample(texts[:10], 1000))) == 10
+
+
+def test_unwritable_out_is_an_os_error(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        prepare([corpus], tmp_path / "file" / "out", tokenizer="byte")
+
+
+def test_python_sources() -> None:
+    found = list(builtin.python_sources())
+    names = [d.name for d in found]
+    assert len(set(names)) == len(names) > 400
+    assert "os.py" in names and "json/decoder.py" in names
+    assert not any(part in name for name in names for part in ("-packages", "__pycache__"))
+    assert sum(len(d.data) for d in found) > 5e6
+    assert next(d for d in found if d.name == "os.py").data == Path(os.__file__).read_bytes()
+
+
+@pytest.fixture
+def few_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The demo's corpus cut to its first MB, and a cache directory of our own."""
+    found = []
+    for document in builtin.python_sources():
+        found.append(document)
+        if sum(len(d.data) for d in found) > 1e6:
+            break
+    monkeypatch.setattr(builtin, "python_sources", lambda: iter(found))
+    monkeypatch.setenv("NANONORMUON_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_builtin_python(few_sources: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = builtin.builtin_python("bpe:500")
+    assert path.parent == few_sources and path.name.startswith("python-")
+    before = content(path)
+    assert builtin.builtin_python("bpe:500") == path and content(path) == before
+    assert builtin.builtin_python("byte") != path
+    raw = bytearray(before["train_000000.bin"])
+    raw[5000] ^= 1
+    (path / "train_000000.bin").write_bytes(raw)
+    assert builtin.builtin_python("bpe:500") == path and content(path) == before
+    assert "rebuilding the demo's data" in caplog.text
+    assert len(list(few_sources.iterdir())) == 2, "no scratch directory is left"
+
+
+def test_builtin_python_by_two_processes_at_once(few_sources: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=builtin.builtin_python, args=("byte",)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    (path,) = few_sources.iterdir()
+    shards.open_data(path, verify="full")
+
+
+def test_no_network(few_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("opened a socket")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    assert shards.open_data(builtin.builtin_python("bpe:400")).vocab_size == 400
+
+
+def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("NANONORMUON_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.platform", "linux")
+    assert builtin.cache_directory() == tmp_path / "nanonormuon"
+    monkeypatch.setenv("NANONORMUON_CACHE", str(tmp_path / "own"))
+    assert builtin.cache_directory() == tmp_path / "own"

@@ -1,0 +1,331 @@
+"""Proves: the same texts come out of every format, packed or not, named or recognised; cutting and
+separating a stream loses no byte and does not depend on how it is read; what is wrong is named with
+file and line; memory stays small whatever the size of a file.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanonormuon.cli import app as cli
+from nanonormuon.runtime.extras import MissingPackage
+from nanonormuon.storage.shards import DataError
+from nanonormuon.text import formats as records
+from nanonormuon.text import sources
+from nanonormuon.text.sources import documents
+
+TEXTS = ["plain", 'with "quotes", commas\nand lines\r\n', "é字\U0001f469", "\ttabs\t", "x" * 70_000]
+
+
+def as_lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)).encode()
+
+
+def as_array(texts: list[str]) -> bytes:
+    return json.dumps([{"text": t, "n": [i]} for i, t in enumerate(texts)], indent=1).encode()
+
+
+def as_strings(texts: list[str]) -> bytes:
+    return json.dumps(texts, ensure_ascii=False).encode()
+
+
+def as_csv(texts: list[str]) -> bytes:
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerows([["id", "text"], *([i, t] for i, t in enumerate(texts))])
+    return b"\xef\xbb\xbf" + file.getvalue().encode()
+
+
+def as_parquet(texts: list[str]) -> bytes:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    file = io.BytesIO()
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    parquet.write_table(table, file, row_group_size=2)
+    return file.getvalue()
+
+
+def as_zstd(content: bytes) -> bytes:
+    """Two frames, as `cat a.zst b.zst` makes them."""
+    zstandard = pytest.importorskip("zstandard")
+    pack, half = zstandard.ZstdCompressor().compress, len(content) // 2
+    return pack(content[:half]) + pack(content[half:])
+
+
+FORMATS: dict[str, Callable[[list[str]], bytes]] = {
+    "a.jsonl": as_lines,
+    "a.ndjson": as_lines,
+    "lines.json": as_lines,
+    "a.json": as_array,
+    "strings.json": as_strings,
+    "a.csv": as_csv,
+    "a.parquet": as_parquet,
+    "nameless-lines": as_lines,
+    "nameless-array": as_array,
+    "nameless-parquet": as_parquet,
+}
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format_gives_the_same_texts(name: str, packed: str, tmp_path: Path) -> None:
+    content = FORMATS[name](TEXTS)
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": as_zstd}[packed]
+    path = tmp_path / (name + packed)
+    path.write_bytes(pack(content))
+    report: list[int] = []
+    found = [d.data.decode() for d in documents([path], report=report.append)]
+    assert found == TEXTS
+    assert sum(report) == path.stat().st_size == sources.total_bytes([path])
+    if packed:  # by content: the name need not say it
+        path = path.rename(tmp_path / name)
+        assert [d.data.decode() for d in documents([path])] == TEXTS
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, as_zstd])
+def test_plain_text_is_one_document_byte_for_byte(pack: Any, tmp_path: Path) -> None:
+    text = "[1] a list\r\n{not json}\n é ".encode() + b"\xff" + b"more" * 1000
+    (tmp_path / "x.md").write_bytes(pack(text))
+    assert [d.data for d in documents([tmp_path / "x.md"])] == [text]
+
+
+def test_a_quote_is_text_in_tsv(tmp_path: Path) -> None:
+    texts = ['"lone quote', "next", 'a ""b"" c', "é, 字"]
+    rows = "".join(f"{i}\t{text}\r\n" for i, text in enumerate(texts))
+    (tmp_path / "a.tsv").write_bytes(("\ufeffid\ttext\r\n" + rows).encode())
+    assert [d.data.decode() for d in documents([tmp_path / "a.tsv"])] == texts
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffone\ufeff\n".encode())
+    assert [d.data.decode() for d in documents([tmp_path / "a.txt"])] == ["one\ufeff\n"]
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert sources.total_bytes([tmp_path / "pipe"]) == 0
+    with pytest.raises(DataError, match="pipe: not a regular file; pipe it in with -"):
+        list(documents([tmp_path / "pipe"]))
+
+
+def test_a_zstd_file_may_begin_with_a_frame_to_be_skipped(tmp_path: Path) -> None:
+    skipped = b"\x5a\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
+    for start in (skipped, skipped + skipped):
+        (tmp_path / "a.txt").write_bytes(start + as_zstd(b"text " * 99))
+        assert [d.data for d in documents([tmp_path / "a.txt"])] == [b"text " * 99]
+
+
+def test_a_mixed_directory_a_pattern_and_an_open_file(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(as_lines(["two", "", None, "three"])))
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "c.csv").write_bytes(as_csv(["four", " \n"]))
+    (tmp_path / "d.parquet").write_bytes(as_parquet(["five"]))
+    (tmp_path / "package.json").write_text('{\n "name": "no records"\n}')
+    (tmp_path / "e.txt.gz").touch()
+    (tmp_path / "e.md.gz").write_text("not what the name says")
+    (tmp_path / "f.txt").write_bytes("déjà vu".encode("latin-1"))
+    (tmp_path / "g.txt").write_bytes(b"bin\0ary")
+    found = [d.data.decode() for d in documents([tmp_path])]
+    assert found == ["one", "two", "three", "four", "five"]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "h.txt").write_text("six")
+    assert [d.data for d in documents([str(tmp_path / "**" / "[ah].txt")])] == [b"one", b"six"]
+    with open(tmp_path / "b.jsonl.gz", "rb") as file:
+        for _ in range(2):  # it is rewound
+            assert [d.data for d in documents([file], text_field="text")] == [b"two", b"three"]
+
+
+def test_text_field(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x", "text": "y"}')
+    assert [d.data for d in documents([tmp_path / "a.jsonl"], text_field="body")] == [b"x"]
+
+
+def test_lone_surrogates_of_json_keep_their_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}')
+    assert [d.data for d in documents([tmp_path / "a.jsonl"])] == [b"a\xed\xa0\x80b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": oops}\n', r"a\.jsonl:2: a JSON record expected"),
+        ("a.jsonl", b'{"text": ""}\n\n{"body": 1, "n": 2}', r"l:3: no field 'text', found body, n"),
+        ("a.jsonl", b'{"text": ["a"]}', r"a\.jsonl:1: text expected in 'text', list found"),
+        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: a JSON record expected"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: a JSON record expected"),
+        ("a.json", b'[{"text": "a"}, {"text": ]', r"a\.json: item 2: no valid JSON"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', r"a\.json: after item 1: , or \] expected"),
+        ("a.json", b'[{"text": "a"}', r"a\.json: item 1: no valid JSON, up to where the file ends"),
+        ("a.json", b'["a"] ["b"]', r"a\.json: after item 1: more text"),
+        ("a.json", b'{\n"text": "a"}', r"a\.json: a JSON array of records, or one record per line"),
+        ("a.csv", b"id,body\n1,x\n", r"a\.csv: no field 'text', found id, body"),
+        ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv:3: 2 columns expected, 1 found"),
+        ("a.csv", b'id,text\n1,"x\n', r"a\.csv:2: unexpected end of data"),
+        ("a.csv", b"id,text\n1,\xff\n", r"a\.csv:2: 'utf-8'"),
+        ("a.parquet", b"PAR1 and then nothing", r"a\.parquet: "),
+        ("a.txt.gz", gzip.compress(b"a" * 1000)[:-9], r"a\.txt\.gz: damaged compressed file"),
+        ("a.txt.gz", b"not packed", r"a\.txt\.gz: gzip or zstd expected by its name, found b"),
+        ("a.ZST", b"", r"a\.ZST: gzip or zstd expected by its name"),
+        ("a.txt", b"\x1f\x8b and no gzip", r"a\.txt: damaged compressed file"),
+        ("a.txt", b"\x28\xb5\x2f\xfd and no zstd", r"a\.txt: damaged compressed file"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(name: str, content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=says) as caught:
+        list(documents([tmp_path / name]))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_zstd_file_that_breaks_off(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    content = zstandard.ZstdCompressor().compress(bytes(range(32, 120)) * 9000)
+    for cut in range(5, len(content), 7):
+        (tmp_path / "a.txt").write_bytes(content[:cut])
+        with pytest.raises(DataError, match="damaged compressed file"):
+            list(documents([tmp_path / "a.txt"]))
+
+
+def test_parquet_without_the_column_or_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(as_parquet(["x"]))
+    with pytest.raises(DataError, match=r"no field 'body', found id, text"):
+        list(documents([path], text_field="body"))
+    with pytest.raises(DataError, match=r"row 1: text expected in 'id', int found"):
+        list(documents([path], text_field="id"))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(MissingPackage, match=r"a\.parquet: Parquet needs .*: pip install pyarrow"):
+        list(documents([path]))
+
+
+def test_limits_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "RECORD_LIMIT", 1 << 17)
+    (tmp_path / "a.jsonl").write_bytes(as_lines(["x", "y" * (1 << 18)]))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: a line of more than"):
+        list(documents([tmp_path / "a.jsonl"]))
+    (tmp_path / "a.json").write_bytes(as_array(["x", "y" * (1 << 18)]))
+    with pytest.raises(DataError, match=r"a\.json: item 2: no valid JSON, up to where more than"):
+        list(documents([tmp_path / "a.json"]))
+    monkeypatch.setattr(sources, "PACKED_PARQUET_LIMIT", 100)
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(as_parquet(["x"])))
+    with pytest.raises(DataError, match="unpack this file"):
+        list(documents([tmp_path / "a.parquet.gz"]))
+
+
+def test_patterns_that_match_nothing(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for pattern in ("*.txt", "su*"):
+        with pytest.raises(DataError, match="matches no file"):
+            list(documents([str(tmp_path / pattern)]))
+
+
+# ------------------------------------------------------------------------------------- long streams
+
+
+WORDS = ["word ", "é", "字字", "\n", "\n\n", "\r\n \n", "<|>", "<", "|>", "x" * 9]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.sampled_from(WORDS), max_size=120),
+    st.sampled_from(["", "<|>", "\n\n"]),
+    st.lists(st.integers(1, 64), min_size=1, max_size=8),
+)  # fmt: skip
+def test_cutting_loses_nothing_and_does_not_see_blocks(
+    words: list[str], separator: str, sizes: list[int]
+) -> None:
+    text = "".join(words).encode()
+
+    def parts(sizes: list[int]) -> list[bytes]:
+        blocks, at = [], 0
+        while at < len(text):
+            size = sizes[len(blocks) % len(sizes)]
+            blocks.append(text[at : at + size])
+            at += size
+        return list(sources._parts(iter(blocks), separator.encode()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "LARGE", 64)
+        patch.setattr(sources, "PART", 16)
+        found = parts(sizes)
+        assert found == parts([1]) == parts([len(text) + 1])
+    whole = text.split(separator.encode()) if separator else [text]
+    assert b"".join(found) == b"".join(whole)
+    rest = iter(found)
+    for document in whole:  # a short document is one part, a long one several that end well
+        here = [next(rest)]
+        while len(b"".join(here)) < len(document):
+            here.append(next(rest))
+        assert b"".join(here) == document
+        assert (len(here) == 1) if len(document) <= 64 else all(len(p) <= 32 for p in here)
+        for part in here:
+            part.decode()
+
+
+def test_no_cut_falls_into_a_separator_or_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LARGE", 64)
+    monkeypatch.setattr(sources, "PART", 16)
+    for n in range(60, 110):
+        text = b"x" * n + b"<|>" + b"y" * 9
+        for size in (1, 2, 7):
+            blocks = [text[i : i + size] for i in range(0, len(text), size)]
+            *before, last = sources._parts(iter(blocks), b"<|>")
+            assert (b"".join(before), last) == (b"x" * n, b"y" * 9)
+        parts = list(sources._parts(iter([b"x" * n + "字".encode() * 60]), b""))
+        assert all(part.decode() for part in parts)
+
+
+def test_a_part_ends_with_a_paragraph_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LARGE", 200)
+    monkeypatch.setattr(sources, "PART", 50)
+    text = b"".join(b"line of text %03d\n" % i + b"\n" * (i % 4 == 0) for i in range(60))
+    parts = list(sources._parts(iter([text]), b""))
+    assert len(parts) > 10 and all(part.endswith(b"\n\n") for part in parts[:-1])
+
+
+def test_a_large_file_turning_binary_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LARGE", 1 << 10)
+    (tmp_path / "a.txt").write_bytes(b"text " * 1000 + b"\0")
+    with pytest.raises(DataError, match=r"a\.txt: offset 5000: UTF-8 text expected, byte 0x00"):
+        list(documents([tmp_path]))
+
+
+def test_characters_across_blocks_are_not_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LARGE", 3001)
+    text = ("字" * 1000 + "\n\n").encode() * 9
+    (tmp_path / "a.txt").write_bytes(text)
+    assert b"".join(d.data for d in documents([tmp_path / "a.txt"])) == text
+
+
+def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def run(source: str, out: str, content: bytes = b"") -> int:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return cli.main(["prepare", source, "--tokenizer", "byte", "--out", str(tmp_path / out)])
+
+    lines = as_lines([f"document {i}" for i in range(300)])
+    (tmp_path / "x.jsonl").write_bytes(lines)
+    assert run("-", "a", lines) == run(str(tmp_path / "x.jsonl"), "b") == 0
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
+    for name in names:
+        a, b = ((tmp_path / d / name).read_bytes() for d in "ab")
+        assert a.replace(b"standard input", b"x.jsonl") == b
+    assert run("-", "c") == 3 and "no text found" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()

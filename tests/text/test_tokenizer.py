@@ -1,0 +1,537 @@
+"""Proves: any bytes survive encode and decode; our ids are those of tiktoken, Hugging Face
+tokenizers and transformers reading the saved files; training is deterministic and exact in size;
+damaged, missing and misspelt tokenizers are refused without touching the network or a file.
+"""
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanonormuon.text import builtin
+from nanonormuon.text import tokenizer as module
+from nanonormuon.text.tokenizer import CL100K, EOT, GPT2, O200K, PATTERN, Tokenizer, TokenizerError
+
+SHARED = Path(__file__).parents[3] / "shared"
+CACHE = SHARED / "tiktoken_cache"
+GPT2_FILE = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"  # sha1 of the address, as tiktoken names it
+ADVERSARIAL = [
+    "",
+    " ",
+    "Hello, world!  It's   2024-01-31,\tI'LL say: don't\n",
+    "a \r\n\r\n b\r\r\n\n   \n\tc  \n",
+    "trailing   ",
+    "trailing\r\n\xa0",
+    "1234567890 ١٢٣ ½ ² 12a34",
+    "e\u0301 e\u0301\u0301 \u0301 \u0915\u094d\u0937 \ufeff\u200b",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea!!! ...///\n/",
+    "\0\0a\0 \x85\x1c\x1d\u2028\u2029\xa0\u3000",
+    f"{EOT}x{EOT} <|endoftext <|im_start|>",
+    "'s'S'\u017f'LL'll 'Re ǅ ß ẞ İ",
+    "x" * 3000 + " " * 3000 + "\n" * 300 + "y",
+    "日本語のテキスト。한국어 текст עברית العربية",
+]
+ALPHABET = st.sampled_from([*" \n\r\t'sdlLvetmrE1½!/._-\u017f\u0301ǅ字\xa0\x00\x85", "  ", EOT])
+TEXTS = st.one_of(st.text(max_size=40), st.lists(ALPHABET, max_size=30).map("".join))
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return module.get(
+        "bpe:1000", [p.read_bytes() for p in sorted(Path(os.__file__).parent.glob("[a-d]*.py"))]
+    )
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    if not CACHE.is_dir():
+        pytest.skip(f"needs {CACHE}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+        return module.get("gpt2")
+
+
+@pytest.fixture(params=["byte", "bpe", "gpt2"])
+def each(request: pytest.FixtureRequest) -> Tokenizer:
+    return module.get("byte") if request.param == "byte" else request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("opened a socket")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+def test_byte_ids() -> None:
+    byte = module.get("byte")
+    assert (byte.vocab_size, byte.eot, byte.name) == (257, 256, "byte")
+    assert byte.encode("aé\0") == [97, 195, 169, 0]
+    assert byte.decode([104, 105, 256]) == "hi<|endoftext|>"
+
+
+def test_arbitrary_bytes_come_back(each: Tokenizer) -> None:
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(st.one_of(st.binary(max_size=12), st.text(max_size=8).map(str.encode))))
+    def check(parts: list[bytes]) -> None:
+        data = b"".join(parts)
+        assert each.decode_bytes(each.encode(data)) == data
+
+    check()
+
+
+def test_invalid_utf8_is_single_bytes_between_normal_tokens(bpe: Tokenizer) -> None:
+    expected = [*bpe.encode(" import"), 0xFF, 0xE2, 0x82, *bpe.encode(" self")]
+    assert bpe.encode(b" import\xff\xe2\x82 self") == expected
+    assert bpe.decode(expected) == " import\ufffd\ufffd self"
+
+
+def test_lone_surrogates_stand_for_their_three_bytes(each: Tokenizer) -> None:
+    text = "a\ud800b\udc80\udcffc\ud83d\ude00"
+    assert each.decode_bytes(each.encode(text)) == text.encode("utf-8", "surrogatepass")
+
+
+def test_special_token_in_text_is_ordinary_text(each: Tokenizer) -> None:
+    ids = each.encode(f"a{EOT}b")
+    assert each.eot not in ids and len(ids) > 3
+    assert each.decode(ids) == f"a{EOT}b"
+
+
+def test_a_job_is_each_text_alone(each: Tokenizer) -> None:
+    texts = [*ADVERSARIAL, b"\xff\xfe", "\ud800", *(t.encode() for t in ADVERSARIAL)]
+    job = [part for text in texts for part in (None, *module.pieces(text))]
+    ids = each.encode_job(job)
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == [i for text in texts for i in (each.eot, *each.encode(text))]
+
+
+def test_gpt2_is_tiktokens(gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiktoken
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    theirs = tiktoken.get_encoding("gpt2")
+    assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256) == (theirs.n_vocab, theirs.eot_token)
+    assert gpt2.encode("Hello world") == [15496, 995]
+    for text in ADVERSARIAL:
+        assert gpt2.encode(text) == theirs.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("size", [5, module.PIECE])
+def test_long_text_in_pieces_has_the_ids_of_the_whole(
+    gpt2: Tokenizer, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PIECE", size)
+    random.seed(1)
+    parts = ["word", " a", "\n", "\n", "\n\n", "  ", "/x", "!", "!\n/", "\r\n", "12", "é", "\n字"]
+    text = "".join(random.choices(parts, k=3 * size // 2 + 20_000))
+    for pattern in (PATTERN, GPT2, CL100K, O200K):
+        ranks = gpt2.ranks | {b"\n/": 50256}  # shows where o200k_base has no boundary
+        one = Tokenizer("t", pattern, ranks, {EOT: 50257})
+        assert one.encode(text) == one._encoding.encode_ordinary(text)
+    assert len(list(module.pieces(text))) >= 2
+    assert "".join(module.pieces(text)) == text
+
+
+@pytest.mark.parametrize("text", [" " * 1_000_000 + "x", "\n" * 1_000_000 + "x", "é" * 300_000])
+def test_a_million_of_one_character(gpt2: Tokenizer, text: str) -> None:
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+# What tiktoken 0.14 uses for these two; ours say the same without possessive quantifiers.
+POSSESSIVE = {
+    GPT2: r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    CL100K: r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+}
+
+
+@pytest.mark.parametrize(
+    "pattern", [PATTERN, GPT2, CL100K, O200K], ids=["bpe", "gpt2", "cl100k_base", "o200k_base"]
+)
+def test_split_agrees_with_tiktoken_and_hugging_face(
+    pattern: str, gpt2: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    ours = Tokenizer("t", pattern, gpt2.ranks, gpt2.special)
+    published = Tokenizer("t", POSSESSIVE.get(pattern, pattern), gpt2.ranks, gpt2.special)
+    ours.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / module.FILE))
+    theirs.encode_special_tokens = True  # that is: as text
+
+    @settings(max_examples=300, deadline=None)
+    @given(TEXTS)
+    def check(text: str) -> None:
+        assert theirs.encode(text).ids == ours.encode(text) == published.encode(text)
+        assert theirs.decode(ours.encode(text), skip_special_tokens=False) == text
+
+    check()
+    for text in ADVERSARIAL:
+        assert theirs.encode(text).ids == ours.encode(text) == published.encode(text)
+
+
+def test_saved_tokenizer_in_transformers(each: Tokenizer, tmp_path: Path, offline: None) -> None:
+    transformers = pytest.importorskip("transformers")
+    each.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (len(theirs), theirs.eos_token_id) == (each.vocab_size, each.eot)
+    for text in [*ADVERSARIAL, "a , b . n't  x"]:
+        ids = each.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+
+
+def test_save_and_load(each: Tokenizer, tmp_path: Path) -> None:
+    each.save(tmp_path / "a")
+    each.save(tmp_path / "b")
+    for name in (module.FILE, module.CONFIG):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [module.FILE, module.CONFIG]
+    for path in (tmp_path / "a", tmp_path / "a" / module.FILE):
+        loaded = module.get(path)
+        assert (loaded.name, loaded.hash, loaded.eot) == (each.name, each.hash, each.eot)
+        assert loaded.encode(ADVERSARIAL[2]) == each.encode(ADVERSARIAL[2])
+    again = tmp_path / "a" / module.FILE
+    again.write_text(json.dumps(json.loads(again.read_text()), indent=4))
+    assert module.load(again).hash == each.hash, "the hash is of the content, not the formatting"
+
+
+def test_hash_depends_on_each_part(bpe: Tokenizer) -> None:
+    swapped = bpe.ranks | {b"A": 66, b"B": 65}
+    variants = [
+        Tokenizer("x", bpe.pattern, bpe.ranks, {EOT: bpe.eot + 1}),
+        Tokenizer("x", GPT2, bpe.ranks, bpe.special),
+        Tokenizer("x", bpe.pattern, swapped, bpe.special),
+    ]
+    assert len({t.hash for t in [bpe, *variants]}) == 4
+    assert Tokenizer("other name", bpe.pattern, bpe.ranks, bpe.special).hash == bpe.hash
+
+
+def test_every_letter_of_the_saved_file_counts(tmp_path: Path) -> None:
+    tiny = module.get("bpe:260", ["abababab cdcdcd"])
+    tiny.save(tmp_path)
+    path = tmp_path / module.FILE
+    content = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(400):
+        i = rng.randrange(len(content))
+        byte = rng.choice(b'01279abxyz"{}[],: \\\x00\xff')
+        changed = content[:i] + bytes([byte]) + content[i + 1 :]
+        path.write_bytes(changed)
+        try:
+            loaded = module.load(path)
+        except TokenizerError as error:
+            assert str(path) in str(error)
+        else:  # harmless (white space), or a consistent change, which the hash shows
+            same = json.loads(changed) == json.loads(content)
+            assert same == (loaded.hash == tiny.hash)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "null", "[" * 100_000, '{"added_tokens": []}', "\xff", '{"added_tokens": 3}'],
+)
+def test_damaged_files_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / module.FILE).write_text(content, encoding="latin-1")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: damaged"):
+        module.load(tmp_path)
+    with pytest.raises(TokenizerError, match="no such file"):
+        module.load(tmp_path / "nothing")
+
+
+def test_merges_that_contradict_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    module.get("bpe:260", ["abababab cdcdcd"]).save(tmp_path)
+    path = tmp_path / module.FILE
+    content = json.loads(path.read_text())
+    content["model"]["merges"].reverse()
+    path.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="differ from what its vocabulary says"):
+        module.load(path)
+    with pytest.raises(TokenizerError, match="union of two earlier"):
+        ranks = {bytes([b]): b for b in range(256)} | {b"abc": 256}
+        Tokenizer("x", PATTERN, ranks, {EOT: 257}).save(tmp_path / "x")
+
+
+def foreign(kind: str, folder: Path) -> tuple[Path, Any]:
+    """A tokenizer.json that `tokenizers` itself trained and wrote, and its own reading of it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import pre_tokenizers as pre
+
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    special = ["<|endoftext|>", "<|im_start|>"]
+    if kind == "gpt2":
+        theirs.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+    elif kind == "digits":  # as SmolLM: special tokens have the first ids
+        theirs.pre_tokenizer = pre.Sequence(
+            [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+        )
+    else:
+        split = pre.Split(tokenizers.Regex(CL100K), "isolated")
+        last = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+        theirs.pre_tokenizer = pre.Sequence([split, last])
+        theirs.normalizer = tokenizers.normalizers.NFC() if kind == "nfc" else None
+        special = ["</s>", "<pad>"]
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    texts = [p.read_text() for p in sorted(Path(os.__file__).parent.glob("[a-c]*.py"))]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, show_progress=False,
+        initial_alphabet=pre.ByteLevel.alphabet(),
+    )  # fmt: skip
+    theirs.train_from_iterator(texts, trainer)
+    theirs.save(str(folder / module.FILE))
+    theirs.encode_special_tokens = True
+    return folder / module.FILE, theirs
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "digits", "split", "nfc"])
+def test_other_peoples_tokenizer_json(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, theirs = foreign(kind, tmp_path)
+    ours = module.get(path)
+    assert ours.vocab_size == theirs.get_vocab_size() == 700
+    assert ours.eot == theirs.token_to_id("</s>" if kind in ("split", "nfc") else EOT)
+    assert ours.eot == 0, "not the largest id"
+    assert ("NFC" in caplog.text) == (kind == "nfc")
+
+    @settings(max_examples=200, deadline=None)
+    @given(TEXTS)
+    def check(text: str) -> None:
+        if kind != "nfc" or unicodedata.is_normalized("NFC", text):
+            assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+
+    check()
+    for text in ADVERSARIAL:
+        if kind != "nfc":
+            assert theirs.encode(text).ids == ours.encode(text), text
+    assert ours.decode_bytes(ours.encode(b"a\xff\xfe")) == b"a\xff\xfe"
+    assert ours.encode_job([None, "a"]).tolist() == [ours.eot, *ours.encode("a")]
+    lengths = ours.token_lengths()
+    assert lengths[ours.eot] == 0 and lengths[ours.encode("a")[0]] == 1
+    ours.save(tmp_path / "saved")
+    again = module.load(tmp_path / "saved")
+    assert (again.hash, again.name, again.eot) == (ours.hash, ours.name, ours.eot)
+    assert again.encode(ADVERSARIAL[2]) == ours.encode(ADVERSARIAL[2])
+    with pytest.raises(TokenizerError, match="decode"):
+        ours.decode([700])
+
+
+def test_llama_3s_way_to_list_every_pair(gpt2: Tokenizer, tmp_path: Path) -> None:
+    """A vocabulary of tiktoken's converted by Hugging Face lists all pairs that make a token."""
+    tokenizers = pytest.importorskip("tokenizers")
+    small = {token: i for token, i in gpt2.ranks.items() if i < 2000}
+    content = module._to_json(Tokenizer("t", CL100K, small, {EOT: 2000}))
+    chars = {token: "".join(module.CHARS[b] for b in token) for token in small}
+    content["model"]["merges"] = [
+        f"{chars[token[:k]]} {chars[token[k:]]}"
+        for token in list(small)[256:]
+        for k in range(1, len(token))
+        if token[:k] in small and token[k:] in small
+    ]
+    content["model"]["ignore_merges"] = True
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x+"
+    (tmp_path / module.FILE).write_text(json.dumps(content))
+    ours, theirs = module.load(tmp_path), tokenizers.Tokenizer.from_str(json.dumps(content))
+    theirs.encode_special_tokens = True
+    for text in [*ADVERSARIAL, Path(os.__file__).read_text()]:
+        assert theirs.encode(text).ids == ours.encode(text)
+
+
+def another_pair(content: dict[str, Any]) -> None:
+    """Make a token of other halves than BPE would."""
+    merges, vocab = content["model"]["merges"], content["model"]["vocab"]
+    for i in range(len(merges) - 1, 0, -1):
+        token = "".join(merges[i])
+        for k in range(1, len(token)):
+            pair = [token[:k], token[k:]]
+            if pair != list(merges[i]) and all(part in vocab for part in pair):
+                merges[i] = pair
+                return
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (another_pair, "that BPE would not arrive at"),
+        (lambda c: c["model"].update(type="Unigram"), 'model type "Unigram"'),
+        (lambda c: c["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix = </w>"),
+        (lambda c: c.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
+        (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space"),
+        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
+        (lambda c: c["model"]["merges"].reverse(), "merge|union"),
+        (lambda c: c["model"]["merges"].append(c["model"]["merges"][0]), "merges that come back"),
+        (lambda c: c["added_tokens"].clear(), "damaged|no token that ends a text"),
+        (lambda c: c["model"]["vocab"].pop("a"), "damaged"),
+        (lambda c: c["model"]["vocab"].update(a=5), "not unique"),
+        (lambda c: c["model"]["vocab"].update(a=-5), "not unique and small"),
+        (lambda c: c["model"]["vocab"].update(a=1 << 40), "not unique and small"),
+        (lambda c: c["model"].update(merges=7), "damaged"),
+    ],
+)
+def test_foreign_files_that_cannot_be_followed(change: Any, says: str, tmp_path: Path) -> None:
+    path, _ = foreign("gpt2", tmp_path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=says) as caught:
+        module.get(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_published_file_anywhere(gpt2: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "vocab.bpe"
+    shutil.copyfile(CACHE / GPT2_FILE, file)
+    assert module.get(file).hash == gpt2.hash
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(TokenizerError, match=r"vocab\.bpe: damaged"):
+        module.get(file)
+
+
+def test_wikitext_is_tiktokens(gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiktoken
+
+    file = SHARED / "data" / "wikitext2-valid.txt"
+    if not file.exists():
+        pytest.skip(f"needs {file}")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    text = file.read_text()
+    assert gpt2.encode(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+
+
+@pytest.mark.slow
+def test_10_000_strings_get_the_same_ids_from_tiktoken_and_tokenizers(tmp_path: Path) -> None:
+    """bpe:4096 of the interpreter's sources; pieces of them, and strings of hard characters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    corpus = [d.data for d in builtin.python_sources()][::8]
+    ours = module.get("bpe:4096", corpus)
+    ours.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / module.FILE))
+    theirs.encode_special_tokens = True
+    rng, joined = random.Random(0), b"".join(corpus).decode()
+    hard = [
+        *"\n\r\t  '0123456789½!._-/",
+        "\u017f",
+        "\u0301",
+        "字",
+        "é",
+        "\U0001f469",
+        EOT,
+        "'LL",
+        "\x00",
+    ]
+    texts = []
+    for i in range(10_000):
+        if i % 3 == 0:
+            at = rng.randrange(len(joined))
+            texts.append(joined[at : at + rng.randrange(200)])
+        elif i % 3 == 1:
+            texts.append("".join(rng.choices(hard, k=rng.randrange(40))))
+        else:
+            kinds = rng.choice([(0, 0x250), (0, 0x3000), (0xE000, 0x30000)])
+            texts.append("".join(chr(rng.randrange(*kinds)) for _ in range(rng.randrange(30))))
+    texts = [t.encode("utf-8", "ignore").decode() for t in texts]
+    for text, found in zip(texts, theirs.encode_batch(texts), strict=True):
+        assert found.ids == ours.encode(text) == ours._encoding.encode_ordinary(text), text
+
+
+def test_training_size_and_order(bpe: Tokenizer) -> None:
+    assert (bpe.vocab_size, bpe.eot, bpe.name, len(bpe.ranks)) == (1000, 999, "bpe:1000", 999)
+    assert all(bpe.ranks[bytes([b])] == b for b in range(256))
+    assert len(bpe.encode(" return self")) <= 3
+    assert module.get("bpe:257", ["abc"]).vocab_size == 257
+
+
+def test_training_is_the_same_on_any_number_of_threads() -> None:
+    code = (
+        "import os; from pathlib import Path; from nanonormuon import tokenizer;"
+        "t = [p.read_bytes() for p in sorted(Path(os.__file__).parent.glob('[e-i]*.py'))];"
+        "print(tokenizer.get('bpe:2000', t).hash)"
+    )
+    root = str(Path(__file__).parents[2])
+    hashes = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"RAYON_NUM_THREADS": n, "PYTHONHASHSEED": n, "PYTHONPATH": root},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for n in ("1", "3")
+    ]
+    assert len(hashes[0]) == 65
+    assert hashes[0] == hashes[1]
+
+
+def test_too_little_text_gives_a_smaller_vocabulary(caplog: pytest.LogCaptureFixture) -> None:
+    small = module.get("bpe:4096", ["hello hello hello"])
+    assert small.vocab_size < 300 and small.name == f"bpe:{small.vocab_size}"
+    assert small.eot == small.vocab_size - 1 == len(small.ranks)
+    assert "not 4096" in caplog.text
+    assert small.decode(small.encode("hello you")) == "hello you"
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("gpt-2", "did you mean gpt2?"),
+        ("cl100k", "did you mean cl100k_base?"),
+        ("bytes", "did you mean byte?"),
+        ("bpe4096", "did you mean bpe:4096?"),
+        ("bpe:256", "at least 257"),
+        ("bpe:10000000", "at most 9999999"),
+        ("bpe:4096", "no text is given"),
+        ("no/such/path", "nor an existing path"),
+    ],
+)
+def test_bad_names(spec: str, says: str) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        module.get(spec)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", list(module.PUBLISHED))
+def test_missing_cache_file_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None
+) -> None:
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setenv("DATA_GYM_CACHE_DIR", str(tmp_path))
+    with pytest.raises(
+        TokenizerError, match=r"(?s)not there.*https://.*TIKTOKEN_CACHE_DIR"
+    ) as caught:
+        module.get(name)
+    assert str(tmp_path) in str(caught.value)
+    assert name != "gpt2" or GPT2_FILE in str(caught.value)
+
+
+def test_damaged_cache_file_is_neither_used_nor_removed(
+    gpt2: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None
+) -> None:
+    shutil.copy(CACHE / GPT2_FILE, tmp_path)
+    file = tmp_path / GPT2_FILE
+    file.chmod(0o644)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    before = file.read_bytes()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(TokenizerError, match="damaged, sha256 1ce16"):
+        module.get("gpt2")
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def test_unknown_ids_are_refused(each: Tokenizer) -> None:
+    for wrong in (each.vocab_size, -1, 2**40):
+        with pytest.raises(TokenizerError, match="decode"):
+            each.decode([65, wrong])
