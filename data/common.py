@@ -9,9 +9,9 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from nanonormuon.runtime.extras import need
+from nanonormuon.errors import DataError, exit_code, need
 from nanonormuon.storage.run import to_console
-from nanonormuon.storage.shards import DataError, sha256
+from nanonormuon.storage.shards import sha256
 
 
 def parser(
@@ -41,10 +41,10 @@ def run(script: Callable[[], None]) -> int:
         print(f"error: {error}; with the files at hand: --from PATH", file=sys.stderr)
         return 8
     except ValueError as error:
-        if not hasattr(error, "exit_code"):
+        if (code := exit_code(error)) is None:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return code
     return 0
 
 

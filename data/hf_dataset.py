@@ -15,8 +15,7 @@ from collections import Counter
 
 import common
 
-from nanonormuon.runtime.extras import need
-from nanonormuon.storage.shards import DataError
+from nanonormuon.errors import DataError, need
 from nanonormuon.text.prepare import prepare
 
 REVISION = "refs/convert/parquet"  # CONFIG/SPLIT/0000.parquet, for every data set

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import common
 
-from nanonormuon.storage.shards import DataError, sha256
+from nanonormuon.errors import DataError
+from nanonormuon.storage.shards import sha256
 from nanonormuon.text.prepare import prepare
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanonormuon.config import Config, ConfigError, differences, from_dict, load, parse_number
+from nanonormuon import errors
+from nanonormuon.config import Config, differences, from_dict, load, parse_number
 from nanonormuon.data import SHARES, Batches
+from nanonormuon.errors import ConfigError, DataError, TokenizerError
 from nanonormuon.model import GPT
 from nanonormuon.pretrained import models as pretrained
 from nanonormuon.runtime import distributed, health
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage import huggingface as hf
-from nanonormuon.storage.shards import Data, DataError, open_data
+from nanonormuon.storage.shards import Data, open_data
 from nanonormuon.text import builtin
-from nanonormuon.text.tokenizer import Tokenizer, TokenizerError
+from nanonormuon.text.tokenizer import Tokenizer
 from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer
 
@@ -255,7 +257,7 @@ def check_state(file: Path, state: dict[str, Any]) -> None:
     """Raise CheckpointError for a state.json that is not one of ours, whatever its hash."""
     for key, kind in STATE.items():
         if type(state.get(key)) not in (kind, int if kind is float else kind):
-            raise checkpoint.CheckpointError(
+            raise errors.CheckpointError(
                 f"{file}: {key} = {str(state.get(key))[:80]}, expected {kind.__name__}"
             )
     try:
@@ -264,7 +266,7 @@ def check_state(file: Path, state: dict[str, Any]) -> None:
         if not isinstance(state.get("tokenizer"), str | None):
             raise ValueError("tokenizer: expected its hash")
     except (TypeError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"{file}: {error}") from None
+        raise errors.CheckpointError(f"{file}: {error}") from None
 
 
 def refuse_other_settings(file: Path, config: Config) -> None:

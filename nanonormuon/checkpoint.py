@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanonormuon.errors import CheckpointError
 from nanonormuon.normuon import NorMuon
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints as checkpoint
-from nanonormuon.storage.checkpoints import CheckpointError
 from nanonormuon.storage.huggingface import to_hf
 from nanonormuon.storage.tensors import DTYPES, TensorFile, placed_like, stream
 

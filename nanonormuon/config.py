@@ -18,11 +18,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPTConfig
-
-
-class ConfigError(ValueError):
-    exit_code = 2
 
 
 @dataclass(frozen=True)

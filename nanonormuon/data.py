@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanonormuon.storage.shards import DataError, Split, check_ids
+from nanonormuon.errors import DataError
+from nanonormuon.storage.shards import Split, check_ids
 
 SHARES = 1_000_000  # the shares of a mixture are whole numbers of millionths
 

@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nanonormuon import errors
 from nanonormuon.data import validation_batches
+from nanonormuon.errors import DataError, UsageError
 from nanonormuon.model import GPT, IGNORE
 from nanonormuon.pretrained import models as pretrained
 from nanonormuon.pretrained import multiple_choice as choices
 from nanonormuon.runtime import distributed
-from nanonormuon.runtime.extras import UsageError
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage.files import replace_file
-from nanonormuon.storage.shards import DataError, Split
+from nanonormuon.storage.shards import Split
 from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def evaluate(
     if run:
         try:
             keep(run / RESULTS, results)
-        except (OSError, checkpoint.CheckpointError) as error:  # computed is computed
+        except (OSError, errors.CheckpointError) as error:  # computed is computed
             log.warning(f"warning: the results are not kept: {error}")
     return results
 
@@ -263,7 +264,7 @@ def kept(file: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not all(
         isinstance(r, dict) and "set" in r and ("loss" in r or "accuracy" in r) for r in found
     ):
-        raise checkpoint.CheckpointError(f"{file}: no list of results; move it away to go on")
+        raise errors.CheckpointError(f"{file}: no list of results; move it away to go on")
     return found
 
 

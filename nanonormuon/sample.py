@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanonormuon.errors import TokenizerError, UsageError
 from nanonormuon.model import GPT, Cache
-from nanonormuon.runtime.extras import UsageError
-from nanonormuon.text.tokenizer import Tokenizer, TokenizerError
+from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from nanonormuon import build as plan
 from nanonormuon import checkpoint as snapshot
 from nanonormuon import evaluate, optim
-from nanonormuon.config import Config, ConfigError, to_toml
+from nanonormuon.config import Config, to_toml
 from nanonormuon.data import Ahead, Batches, validation_targets
 from nanonormuon.engine import Canonical
+from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPT
 from nanonormuon.runtime import distributed, health, memory, trackers
 from nanonormuon.runtime.faults import Watch

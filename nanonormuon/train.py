@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from nanonormuon import build as plan
 from nanonormuon import checkpoint as snapshot
-from nanonormuon import evaluate, sample
-from nanonormuon.config import Config, ConfigError
+from nanonormuon import errors, evaluate, sample
+from nanonormuon.config import Config
+from nanonormuon.errors import ConfigError, Interrupted, out_of_memory
 from nanonormuon.runtime import distributed, health, measures, memory
-from nanonormuon.runtime.faults import Interrupted, Stopping, Watch, out_of_memory
+from nanonormuon.runtime.faults import Stopping, Watch
 from nanonormuon.state import RunState
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.run import RunDirectory, announce
@@ -333,7 +334,7 @@ class Trainer(RunState):
             self.save(retain=False)
         names = [name for name, _ in self.gpt.named_parameters()]
         message = health.explain(report, names, self.per_rank, self.saved, self.run.path)
-        raise health.NonFinite(message, follows=self.world.rank != verdict.rank)
+        raise errors.NonFinite(message, follows=self.world.rank != verdict.rank)
 
 
 def due(step: int, every: int, last: int) -> bool:

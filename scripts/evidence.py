@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanonormuon.lab import results as standings
-from nanonormuon.runtime.extras import picture
+from nanonormuon.runs.pictures import picture
 
 ROOT = Path(__file__).parents[1]
 KEPT, RESULTS, README = ROOT / "dev" / "results", ROOT / "dev" / "RESULTS.md", ROOT / "README.md"

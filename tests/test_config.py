@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nanonormuon import config
-from nanonormuon.config import Config, ConfigError, load
+from nanonormuon.config import Config, load
+from nanonormuon.errors import ConfigError, exit_code
 from nanonormuon.model import GPT
 
 
@@ -182,7 +183,7 @@ def test_printed_configuration_reads_back(tmp_path):
 def test_mistakes_are_named(arguments, words):
     with pytest.raises(ConfigError) as error:
         load(arguments)
-    assert words in str(error.value) and error.value.exit_code == 2
+    assert words in str(error.value) and exit_code(error.value) == 2
 
 
 @pytest.mark.parametrize(

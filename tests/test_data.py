@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from nanonormuon import data
 from nanonormuon.data import Ahead, Batches
+from nanonormuon.errors import DataError
 from nanonormuon.storage import shards
-from nanonormuon.storage.shards import DataError, Split
+from nanonormuon.storage.shards import Split
 
 
 def split_of(*lengths: int, vocab_size: int | None = None) -> Split:

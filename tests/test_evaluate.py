@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from nanonormuon import evaluate
 from nanonormuon.cli import app as cli
+from nanonormuon.errors import DataError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import models as pretrained
 from nanonormuon.pretrained import multiple_choice as choices
-from nanonormuon.storage.shards import DataError
 from nanonormuon.text import tokenizer
 
 

@@ -9,9 +9,9 @@ import torch
 
 from nanonormuon import sample
 from nanonormuon.cli import app as cli
+from nanonormuon.errors import CheckpointError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import models as pretrained
-from nanonormuon.storage.checkpoints import CheckpointError
 from nanonormuon.text import tokenizer
 
 

@@ -19,14 +19,12 @@ from safetensors.torch import load_file
 
 from nanonormuon import build as plan
 from nanonormuon import train as train_module
-from nanonormuon.config import ConfigError, load
+from nanonormuon.config import load
+from nanonormuon.errors import CheckpointError, ConfigError, DataError, NonFinite, RunError
 from nanonormuon.model import GPT
-from nanonormuon.runtime.health import NonFinite
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage import shards as shard_files
-from nanonormuon.storage.checkpoints import CheckpointError
-from nanonormuon.storage.run import RunDirectory, RunError, read_metrics
-from nanonormuon.storage.shards import DataError
+from nanonormuon.storage.run import RunDirectory, read_metrics
 from nanonormuon.train import train
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from nanonormuon import errors
 from nanonormuon.cli import commands
 from nanonormuon.runtime import faults
 
@@ -119,7 +120,7 @@ def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
 
     if out is None or not (out / "config.toml").is_file():
         known = sorted(str(p.parent) for p in Path("runs").glob("*/config.toml"))
-        raise config.ConfigError(
+        raise errors.ConfigError(
             f"--resume: {out or 'no --out given'}: expected a run directory; known here: "
             + (", ".join(known[-5:]) or "none in runs/")
         )
@@ -283,8 +284,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = app(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except faults.Interrupted as error:
-        code, message = error.exit_code, str(error)
+    except errors.Interrupted as error:
+        code, message = error.code, str(error)
     except typer.Abort:
         code, message = 130, "interrupted"
     except Exception as error:
@@ -293,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
             return error.exit_code
         if debug:
             raise
-        code, message = faults.exit_code(error) or 1, f"error: {faults.describe(error)}"
+        code, message = errors.exit_code(error) or 1, f"error: {errors.describe(error)}"
     print(message, file=sys.stderr)
     return code
 
@@ -312,8 +313,8 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
         code = main(arguments)
     except Exception as error:  # under --debug
         traceback.print_exc()
-        print(f"error: {faults.describe(error)}", file=sys.stderr)
-        code = faults.exit_code(error) or 1
+        print(f"error: {errors.describe(error)}", file=sys.stderr)
+        code = errors.exit_code(error) or 1
     if "RANK" in os.environ or "torch" in sys.modules:
         logging.shutdown()
         os._exit(written(code))
@@ -329,8 +330,8 @@ def written(code: int) -> int:
             code = code or 1
         except OSError as error:
             if not code and stream is sys.stdout:  # else something has been said already
-                print(f"error: standard output: {faults.describe(error)}", file=sys.stderr)
-            code = code or faults.exit_code(error) or 1
+                print(f"error: standard output: {errors.describe(error)}", file=sys.stderr)
+            code = code or errors.exit_code(error) or 1
     return code
 
 

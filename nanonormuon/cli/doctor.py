@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from nanonormuon.build import COMPILE_FROM
 from nanonormuon.runtime import distributed
-from nanonormuon.text.builtin import cache_directory
+from nanonormuon.storage.files import cache_directory
 
 GB = 1 << 30
 OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "zstandard")

@@ -19,10 +19,9 @@ import torch
 from tqdm import tqdm
 
 from nanonormuon import config
+from nanonormuon.errors import Interrupted, RunError
 from nanonormuon.runs import compare
-from nanonormuon.runtime.faults import Interrupted
 from nanonormuon.storage.files import replace_file
-from nanonormuon.storage.run import RunError
 
 log = logging.getLogger(__name__)
 

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from nanonormuon import config
-from nanonormuon.config import ConfigError, parse_number
+from nanonormuon.config import parse_number
+from nanonormuon.errors import ConfigError, MissingPackage, RunError
 from nanonormuon.lab.processes import Job, Runner
 from nanonormuon.lab.results import Entry, Standing, draw, judge, markdown
-from nanonormuon.runtime.extras import MissingPackage
 from nanonormuon.storage.files import replace_file
-from nanonormuon.storage.run import RunError
 
 log = logging.getLogger(__name__)
 ADAMW_LR = 0.003  # about which the search begins for what is not a Muon

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanonormuon.lab.significance import interval, spread
-from nanonormuon.runtime.extras import picture
+from nanonormuon.runs.pictures import picture
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanonormuon import config
+from nanonormuon import config, errors
 from nanonormuon.lab.processes import Job, Runner
 from nanonormuon.lab.race import claim
 from nanonormuon.lab.significance import verdict
@@ -26,7 +26,7 @@ def run(
     """
     for argument in arguments:
         if config.is_setting(argument) and argument.partition("=")[0].strip() == "train.seed":
-            raise config.ConfigError(f"{argument}: the trials have the seeds 0 to {n - 1}, see --n")
+            raise errors.ConfigError(f"{argument}: the trials have the seeds 0 to {n - 1}, see --n")
     settings = config.load(arguments)[0]
     claim(out, "plan.json", {"arguments": arguments, "steps": settings.train.steps})
     quiet = ("train.sample_tokens=0", "train.keep_last=1", "train.keep_best=false")

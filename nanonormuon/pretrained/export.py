@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from nanonormuon.data import validation_batches
+from nanonormuon.errors import UsageError, need
 from nanonormuon.evaluate import RESULTS, kept
 from nanonormuon.model import GPT
 from nanonormuon.pretrained import models as pretrained
-from nanonormuon.runtime.extras import UsageError, need
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.files import sync_directory, write_durably
 from nanonormuon.storage.run import read_metrics
@@ -28,25 +28,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = 1e-4  # between two float32 implementations, per unit of the largest logit (at least 1)
 
 
-class ExportError(UsageError):
-    pass
-
-
 def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) -> dict[str, Any]:
     """Write the model of a run or checkpoint to the new directory `to`; returns what was verified.
 
     `to` appears complete and verified, or not at all. Rows that pad the vocabulary are cut off.
-    Raises ExportError for a model that transformers has no architecture for or computes otherwise,
+    Raises UsageError for a model that transformers has no architecture for or computes otherwise,
     CheckpointError, DataError, OSError.
     """
     shown, to = to, to.resolve()
     if to == Path.cwd():
-        raise ExportError(f"{shown}: the current directory: name a new one, as --to models/mine")
+        raise UsageError(f"{shown}: the current directory: name a new one, as --to models/mine")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ExportError(f"{shown}: exists already: choose another --to, or remove it")
+        raise UsageError(f"{shown}: exists already: choose another --to, or remove it")
     model, tokenizer, found = pretrained.load_run(path, torch.float32, torch.device("cpu"))
     if odd := hf.obstacles(model.config):
-        raise ExportError(f"{found}: neither Qwen3 nor Llama can express {', '.join(odd)}")
+        raise UsageError(f"{found}: neither Qwen3 nor Llama can express {', '.join(odd)}")
     transformers = need("transformers", "export")
     state = pretrained.state_of(found)
     tokens = some_tokens(pretrained.data_of(state, tokenizer, data), pretrained.context_of(found))
@@ -110,26 +106,26 @@ def verify(
     folder: Path, transformers: Any, model: GPT, exported: GPT, tokenizer: Tokenizer, tokens: Tensor
 ) -> dict[str, Any]:
     """Load `folder` through transformers and compare, in float32, logits and token ids on real
-    text. Raises ExportError if they differ."""
+    text. Raises UsageError if they differ."""
     transformers.utils.logging.disable_progress_bar()
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True
     )
     odd = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if odd:
-        raise ExportError(f"transformers did not load {len(odd)} tensors, first {odd[0]}")
+        raise UsageError(f"transformers did not load {len(odd)} tensors, first {odd[0]}")
     theirs = loaded.float().eval()(tokens).logits
     ours, original = exported(tokens), model(tokens)[..., : exported.config.vocab_size]
     difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
     if not difference <= TOLERANCE * max(1.0, largest):
-        raise ExportError(
+        raise UsageError(
             f"transformers computes other logits: largest difference {difference:.3g}, expected at "
             f"most {TOLERANCE * max(1.0, largest):.3g}; nothing was exported"
         )
     text = tokenizer.decode([t for t in tokens.flatten().tolist() if t != tokenizer.eot])
     other = transformers.AutoTokenizer.from_pretrained(folder)
     if other(text)["input_ids"] != tokenizer.encode(text):
-        raise ExportError("transformers' tokenizer gives other ids; nothing was exported")
+        raise UsageError("transformers' tokenizer gives other ids; nothing was exported")
     return {
         "architecture": type(loaded).__name__,
         "parameters": sum(p.numel() for p in exported.parameters()),

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanonormuon.errors import CheckpointError, DataError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage import huggingface as hf
-from nanonormuon.storage.checkpoints import CheckpointError
-from nanonormuon.storage.shards import Data, DataError, open_data
+from nanonormuon.storage.shards import Data, open_data
 from nanonormuon.storage.tensors import TensorFile, check_names, check_shape, placed_like
 from nanonormuon.text.tokenizer import FILE as TOKENIZER_FILE
 from nanonormuon.text.tokenizer import Tokenizer

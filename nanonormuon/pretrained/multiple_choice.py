@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from nanonormuon.errors import DataError
 from nanonormuon.model import GPT
 from nanonormuon.storage.files import read_jsonl
-from nanonormuon.storage.shards import DataError
 from nanonormuon.text.tokenizer import Tokenizer
 
 BATCH = 16  # sequences at a time

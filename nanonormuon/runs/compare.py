@@ -8,8 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.runtime.extras import picture
-from nanonormuon.storage.run import RunError, read_metrics
+from nanonormuon.errors import RunError
+from nanonormuon.runs.pictures import picture
+from nanonormuon.storage.run import read_metrics
 
 BARS = "▁▂▃▄▅▆▇█"
 KNOWN = ("step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "lr", "tokens_per_second")

@@ -17,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanonormuon import optim
+from nanonormuon.errors import CheckpointError, UsageError
 from nanonormuon.normuon import neuron_factors, newton_schulz
 from nanonormuon.pretrained import models as pretrained
-from nanonormuon.runtime.extras import UsageError, picture
-from nanonormuon.storage.checkpoints import CheckpointError
+from nanonormuon.runs.pictures import picture
 from nanonormuon.storage.tensors import read_tensors
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from nanonormuon.runtime.faults import exit_code
+from nanonormuon.errors import PeerError, exit_code
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,6 @@ def peak_memory(device: torch.device) -> int | None:
     return int(gather(torch.tensor(peak, device=device)).max())
 
 
-class PeerError(RuntimeError):
-    """Another rank failed; its own message is its own."""
-
-    exit_code = 7
-    follows = True
-
-
 def first_does(work: Callable[[], Any], device: torch.device) -> Any:
     """Run `work` on rank 0 alone; its result (anything JSON can say) or failure reaches all."""
     failure, answer = None, {}
@@ -238,9 +231,7 @@ def first_does(work: Callable[[], Any], device: torch.device) -> Any:
     if failure is not None:
         raise failure
     if "error" in answer:
-        peer = PeerError(f"rank 0: {answer['error']}")
-        peer.exit_code = answer["exit_code"]
-        raise peer
+        raise PeerError(f"rank 0: {answer['error']}", answer["exit_code"])
     return answer["value"]
 
 

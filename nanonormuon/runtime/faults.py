@@ -15,18 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nanonormuon.errors import Interrupted, describe, exit_code, follows
 from nanonormuon.storage.files import replace_file
 
 LONGER = {"start": 4, "compilation": 4, "evaluation": 4}  # sections that get more than time_limit
 GRACE = 5.0  # seconds in which torchrun should have seen the rank that failed first
-
-
-class Interrupted(BaseException):
-    """A signal ended the run. No Exception, lest something take it for a failure and go on."""
-
-    def __init__(self, number: int, when: str):
-        super().__init__(f"stopped by signal {int(number)} {when}")
-        self.exit_code = 128 + number
 
 
 class Stopping:
@@ -114,7 +107,7 @@ class Watch:
             if isinstance(error, Interrupted):  # that is no error, but torchrun asks for a reason
                 self.folder = None
             detail = "".join(traceback.format_exception(error))
-            self.write_down(describe(error), "" if hasattr(error, "exit_code") else detail)
+            self.write_down(describe(error), detail if exit_code(error) is None else "")
 
     def _await_launcher(self) -> None:
         until = time.monotonic() + GRACE
@@ -169,52 +162,3 @@ def say(line: str) -> None:
     """To stderr, past buffers and locks, which the interrupted code may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())
-
-
-# ------------------------------------------------------------------------------------------------
-# Errors for people and for shells
-
-
-def exit_code(error: BaseException) -> int | None:
-    """An expected error's code; None for a fault of ours."""
-    if hasattr(error, "exit_code"):
-        return error.exit_code
-    if out_of_memory(error):
-        return 6
-    if isinstance(error, OSError):
-        return 8
-    return 7 if lost_peer(error) else None
-
-
-def describe(error: BaseException) -> str:
-    """The one line. In a run of several ranks it begins with rank, step and section."""
-    text = " ".join(str(error).split())
-    if exit_code(error) is None:
-        text = f"{type(error).__name__}: {text} (--debug shows the traceback)"
-    elif out_of_memory(error):
-        text = f"out of memory: {text}; lower train.micro_batch, the batch itself can stay"
-    elif lost_peer(error):
-        text = f"another rank failed or is gone; its own message says why ({text})"
-    return f"{error.place}: {text}" if hasattr(error, "place") else text
-
-
-def follows(error: BaseException) -> bool:
-    """Whether an error only follows from another rank's."""
-    return getattr(error, "follows", False) or lost_peer(error)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")
-    words = "can't allocate memory", "not enough memory", "MPS backend out of memory"
-    on_cpu = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
-    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return on_cpu or of_torch or isinstance(error, MemoryError)
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    if (torch := sys.modules.get("torch")) is None or hasattr(error, "exit_code"):
-        return False
-    gone = "Connection closed by peer", "Connection reset by peer"
-    failed = getattr(torch.distributed, "DistError", ())
-    return isinstance(error, failed) or any(g in str(error) for g in gone)

@@ -17,24 +17,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from nanonormuon.checkpoint import named_state
+from nanonormuon.errors import Diverged, NonFinite
 from nanonormuon.runtime import distributed
 from nanonormuon.storage.tensors import local
 
 SPIKE_MEMORY = 50  # steps over which the gradient's usual norm is averaged
 SPIKE_WARMUP = 20  # steps before anything counts as unusual
 SPIKE_ROW = 10  # updates in a row that may be left out
-
-
-class NonFinite(ValueError):
-    exit_code = 5
-
-    def __init__(self, message: str, follows: bool = False):
-        super().__init__(message)
-        self.follows = follows  # another rank is to blame, and says more
-
-
-class Diverged(RuntimeError):
-    exit_code = 7
 
 
 @dataclass(frozen=True)

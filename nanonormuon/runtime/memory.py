@@ -15,24 +15,18 @@ from typing import Any, TypeVar
 
 import torch
 
+from nanonormuon.errors import OutOfMemory, out_of_memory
 from nanonormuon.model import GPT
 from nanonormuon.runtime import activations, distributed
-from nanonormuon.runtime.faults import out_of_memory
+from nanonormuon.storage import files
 from nanonormuon.storage.files import replace_file
 from nanonormuon.storage.tensors import local
-from nanonormuon.text import builtin
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 CPU_TOKENS = 8192  # more at a time gains nothing on a CPU, and a GPU's probe begins far above
 SPARE = 0.05  # of the free memory, kept free in a probe: fragments, and what libraries take later
-
-
-class OutOfMemory(RuntimeError):
-    """There is no smaller step to take. The message says what to do."""
-
-    exit_code = 6
 
 
 class Shortage(MemoryError):
@@ -203,7 +197,7 @@ def key_of(
 
 
 def cache_file() -> Path:
-    return builtin.cache_directory() / "micro-batch.json"
+    return files.cache_directory() / "micro-batch.json"
 
 
 def read_cache() -> dict[str, Any]:

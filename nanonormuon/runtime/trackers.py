@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.runtime.extras import need
+from nanonormuon.errors import need
 
 log = logging.getLogger(__name__)
 

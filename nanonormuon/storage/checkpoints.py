@@ -22,16 +22,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nanonormuon.errors import CheckpointError
 from nanonormuon.storage.files import naming, settle, sync_directory, write_durably
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 JSON_LIMIT = 1 << 26  # bytes of a JSON file or header that anything is believed of
-
-
-class CheckpointError(ValueError):
-    exit_code = 4
 
 
 def step_of(path: Path) -> int | None:

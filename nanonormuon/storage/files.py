@@ -3,6 +3,8 @@ of those that grow, which may end in a part."""
 
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,3 +72,56 @@ def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             if not cut:
                 raise ValueError(f"{path}: line {number}: {error}") from None
+
+
+@contextmanager
+def publish(target: Path) -> Iterator[Path]:
+    """A directory that appears complete or not at all.
+
+    Gives a hidden directory beside `target` to fill. Leaving the block renames it to `target`,
+    which must not exist by then, or be empty, and waits until the disk has the entries of both. An
+    error in the block removes it, so that a full disk does not stay full.
+    """
+    partial = target.with_name(f".partial-{target.name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        sync_directory(partial)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_directory(target.parent)
+
+
+def lock(path: Path, wait: bool = False) -> int | None:
+    """Lock a file, made if it is missing, or an existing directory, for this process alone.
+
+    Returns the descriptor that holds the lock until it is closed; the system closes it when the
+    process dies, however it dies. None on Windows, which has no such lock. Raises BlockingIOError
+    if another process holds it, unless `wait`.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def cache_directory() -> Path:
+    """Where demo data is kept: NANONORMUON_CACHE, or `nanonormuon` in the system's cache place."""
+    if own := os.environ.get("NANONORMUON_CACHE"):
+        return Path(own)
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local, "nanonormuon")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "nanonormuon"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanonormuon")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tqdm import tqdm
 
+from nanonormuon.errors import RunError, exit_code
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage.files import read_jsonl, replace_file
 
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nanonormuon")
 PACKAGE = Path(__file__).parents[1]
-
-
-class RunError(ValueError):
-    exit_code = 2
 
 
 class Console(logging.Handler):
@@ -150,7 +147,7 @@ class RunDirectory:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is not None and not hasattr(error, "exit_code"):  # the console shows one line
+        if error is not None and exit_code(error) is None:  # the console shows one line
             log.debug("the run failed", exc_info=error)
         self.close()
         if self.first and self.path.is_dir() and os.listdir(self.path) == [".lock"]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from nanonormuon.errors import DataError
 from nanonormuon.storage.files import replace_file
 
 MAGIC, HEADER_BYTES = 20240520, 1024
@@ -34,12 +35,6 @@ MANIFEST_SHAPE = {
 MANIFEST_LIMIT = 64 << 20  # bytes; a manifest of 100,000 shards has 20 MB
 FULL_CHECK_LIMIT = 256 << 20  # bytes; hashing this much takes about 0.3 s, so it is always done
 CHUNK = 1 << 22  # tokens looked at together when a whole shard is scanned
-
-
-class DataError(ValueError):
-    """Training data that is missing, damaged, or does not fit the request."""
-
-    exit_code = 3
 
 
 # ------------------------------------------------------------------------------------------ shards

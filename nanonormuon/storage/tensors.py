@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanonormuon.storage.checkpoints import JSON_LIMIT, CheckpointError
+from nanonormuon.errors import CheckpointError
+from nanonormuon.storage.checkpoints import JSON_LIMIT
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip

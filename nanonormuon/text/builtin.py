@@ -2,19 +2,18 @@
 
 import hashlib
 import logging
-import os
 import platform
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from nanonormuon.errors import DataError, TokenizerError
 from nanonormuon.storage import shards
-from nanonormuon.storage.shards import DataError
+from nanonormuon.storage.files import cache_directory
 from nanonormuon.text.prepare import prepare_documents
 from nanonormuon.text.sources import Document
-from nanonormuon.text.tokenizer import PATTERN, TokenizerError, load
+from nanonormuon.text.tokenizer import PATTERN, load
 
 log = logging.getLogger(__name__)
 INSTALLED = {"site-packages", "dist-packages"}
@@ -73,14 +72,3 @@ def builtin_python(tokenizer: str = "bpe:4096", val: float = 0.02) -> Path:
                 target.rename(Path(scratch, "damaged"))
                 new.rename(target)
     return target
-
-
-def cache_directory() -> Path:
-    """Where demo data is kept: NANONORMUON_CACHE, or `nanonormuon` in the system's cache place."""
-    if own := os.environ.get("NANONORMUON_CACHE"):
-        return Path(own)
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local, "nanonormuon")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "nanonormuon"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanonormuon")

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from nanonormuon.errors import DataError
 from nanonormuon.storage import shards
 from nanonormuon.storage.files import naming, replace_file, settle
-from nanonormuon.storage.shards import DataError
 from nanonormuon.text.progress import Progress
 from nanonormuon.text.tokenizer import Tokenizer, pieces
 

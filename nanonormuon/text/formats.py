@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from nanonormuon.runtime.extras import need
-from nanonormuon.storage.shards import DataError
+from nanonormuon.errors import DataError, need
 
 RECORD_LIMIT = 64 << 20  # bytes; a record is parsed as a whole
 

@@ -16,17 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from nanonormuon.text.tokenizer import (
-    BYTES,
-    CHARS,
-    CONFIG,
-    EOT,
-    FILE,
-    GPT2,
-    Tokenizer,
-    TokenizerError,
-    merges,
-)  # fmt: skip
+from nanonormuon.errors import TokenizerError  # fmt: skip
+from nanonormuon.text.tokenizer import BYTES, CHARS, CONFIG, EOT, FILE, GPT2, Tokenizer, merges
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nanonormuon.storage.shards import CHUNK, DataError, Split, open_data
+from nanonormuon.errors import DataError, TokenizerError
+from nanonormuon.storage.shards import CHUNK, Split, open_data
 from nanonormuon.text.progress import Progress
-from nanonormuon.text.tokenizer import FILE, Tokenizer, TokenizerError, get, load
+from nanonormuon.text.tokenizer import FILE, Tokenizer, get, load
 
 LONGEST, WINDOWS, WINDOW = 5, 3, 64  # documents, windows of each split, tokens in one
 

@@ -26,22 +26,15 @@ from typing import Any
 
 import numpy as np
 
+from nanonormuon.errors import DataError, TokenizerError
 from nanonormuon.storage import shards
 from nanonormuon.storage.files import replace_file, sync_directory
-from nanonormuon.storage.shards import MANIFEST, PARTIAL, DataError
+from nanonormuon.storage.shards import MANIFEST, PARTIAL
 from nanonormuon.text import sources
 from nanonormuon.text.encode import Plan, encode
 from nanonormuon.text.progress import Progress
 from nanonormuon.text.sources import Document
-from nanonormuon.text.tokenizer import (
-    CONFIG,
-    FILE,
-    Tokenizer,
-    TokenizerError,
-    load,
-    pieces,
-    trained_size,
-)
+from nanonormuon.text.tokenizer import CONFIG, FILE, Tokenizer, load, pieces, trained_size
 from nanonormuon.text.tokenizer import get as get_tokenizer
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nanonormuon.runtime.extras import need
-from nanonormuon.storage.shards import DataError
+from nanonormuon.errors import DataError, need
 from nanonormuon.text import formats as records
 
 log = logging.getLogger(__name__)

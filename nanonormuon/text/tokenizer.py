@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from nanonormuon.errors import TokenizerError
 from nanonormuon.storage.files import replace_file
 
 log = logging.getLogger(__name__)
@@ -92,12 +93,6 @@ BYTES = {c: b for b, c in CHARS.items()}
 PIECE = 65_536
 _CUT = re.compile(rf"(?<=\S\n)(?=[^\s/])|(?<=\s{{{PIECE}}})(?=\s)")
 _SURROGATES = re.compile("([\ud800-\udfff]+)")
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that is unknown, damaged, or not there."""
-
-    exit_code = 3
 
 
 @dataclass(frozen=True, eq=False)

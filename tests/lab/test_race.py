@@ -17,7 +17,9 @@ import torch
 from conftest import ROOT, TINY, command
 
 from nanonormuon import build as plan
-from nanonormuon.config import ConfigError, load
+from nanonormuon import errors
+from nanonormuon.config import load
+from nanonormuon.errors import ConfigError, RunError
 from nanonormuon.lab import processes as batch
 from nanonormuon.lab import race, trials
 from nanonormuon.lab import results as standings
@@ -28,7 +30,7 @@ from nanonormuon.normuon import NorMuon
 from nanonormuon.optim import make_optimizers
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints as checkpoint
-from nanonormuon.storage.run import RunError, read_metrics
+from nanonormuon.storage.run import read_metrics
 from nanonormuon.storage.shards import open_data
 from nanonormuon.train import train
 
@@ -438,7 +440,7 @@ def test_any_optimizer_trains_and_resumes_bitwise(name, tiny, tmp_path):
 def test_state_that_needs_pickle_is_not_resumed(tiny, tmp_path):
     arguments = [*tiny, "optim.name=test_race:Nested", "optim.options=thing=1, power=0.5"]
     run([*arguments, "train.stop_at=3"], tmp_path / "a")
-    with pytest.raises(checkpoint.CheckpointError, match=r"Nested keeps a object.*init-from"):
+    with pytest.raises(errors.CheckpointError, match=r"Nested keeps a object.*init-from"):
         run([str(tmp_path / "a/config.toml"), "train.stop_at=0"], tmp_path / "a", True)
 
 

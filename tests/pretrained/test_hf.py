@@ -14,11 +14,11 @@ from nanonormuon import sample
 from nanonormuon.checkpoint import named_for_hf
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
+from nanonormuon.errors import CheckpointError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import export
 from nanonormuon.pretrained import models as pretrained
 from nanonormuon.storage import huggingface as hf
-from nanonormuon.storage.checkpoints import CheckpointError
 from nanonormuon.storage.tensors import serialise
 from nanonormuon.text import tokenizer
 from nanonormuon.train import train

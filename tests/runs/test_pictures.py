@@ -12,11 +12,12 @@ import torch
 
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
+from nanonormuon.errors import RunError
 from nanonormuon.runs import compare, report
 from nanonormuon.runs import spectra as diagnose
 from nanonormuon.runtime import measures
 from nanonormuon.storage.checkpoints import all_steps, read_json, write
-from nanonormuon.storage.run import RunError, read_metrics
+from nanonormuon.storage.run import read_metrics
 from nanonormuon.storage.tensors import read_tensors, serialise
 from nanonormuon.train import train
 

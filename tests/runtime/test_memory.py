@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanonormuon import optim
+from nanonormuon import errors, optim
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.runtime import activations, distributed, memory
 from nanonormuon.runtime.distributed import World
@@ -49,7 +49,7 @@ def test_the_probe_finds_the_largest_and_leaves_no_trace():
 def test_not_even_one():
     model, optimizers = small()
     model.room = 0
-    with pytest.raises(memory.OutOfMemory, match=r"1 sequence of 8 tokens and an update do not"):
+    with pytest.raises(errors.OutOfMemory, match=r"1 sequence of 8 tokens and an update do not"):
         memory.probe(model, optimizers, 8, [1, 2])
 
 

@@ -14,9 +14,9 @@ from conftest import TINY
 from nanonormuon import checkpoint as snapshot
 from nanonormuon import optim
 from nanonormuon.config import load
+from nanonormuon.errors import CheckpointError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.storage import checkpoints as checkpoint
-from nanonormuon.storage.checkpoints import CheckpointError
 from nanonormuon.storage.tensors import read_tensors, serialise
 from nanonormuon.train import train
 

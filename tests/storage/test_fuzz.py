@@ -22,9 +22,9 @@ from nanonormuon import build as plan
 from nanonormuon import checkpoint as snapshot
 from nanonormuon import config, optim
 from nanonormuon.cli import app as cli
+from nanonormuon.errors import CheckpointError, exit_code
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.storage import checkpoints as checkpoint
-from nanonormuon.storage.checkpoints import CheckpointError
 from nanonormuon.storage.shards import open_data
 from nanonormuon.storage.tensors import TensorFile, serialise
 from nanonormuon.train import train
@@ -100,7 +100,7 @@ def mutate_header(dice, content):
 
 def documented(error):
     """Whether a user gets one line and an exit code of its own for this error."""
-    return hasattr(error, "exit_code") or (isinstance(error, OSError) and error.errno)
+    return bool(exit_code(error)) and (not isinstance(error, OSError) or error.errno)
 
 
 def sign(path):

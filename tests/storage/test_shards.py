@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from nanonormuon.data import Batches, validation_batches
+from nanonormuon.errors import DataError, exit_code
 from nanonormuon.storage import shards
-from nanonormuon.storage.shards import DataError, Split
+from nanonormuon.storage.shards import Split
 
 
 def names(directory: Path) -> list[str]:
@@ -55,7 +56,7 @@ def refused(directory: Path, says: str, **options: Any) -> None:
     with pytest.raises(DataError, match=says) as caught:
         shards.open_data(directory, **options)
     assert str(directory) in str(caught.value) and "\n" not in str(caught.value)
-    assert caught.value.exit_code == 3
+    assert exit_code(caught.value) == 3
 
 
 # ----------------------------------------------------------------------------------------- shards

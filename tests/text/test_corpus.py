@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
-from nanonormuon import config
+from nanonormuon import config, errors
 from nanonormuon.cli import app as cli
 from nanonormuon.storage import shards
 from nanonormuon.text.prepare import prepare
@@ -46,11 +46,11 @@ def test_a_mixture_resumes_in_the_same_bytes_and_names_its_epochs(others, shards
     run([*arguments, *small, "train.stop_at=2"], others / "cut")
     assert same(run([*arguments, *small], others / "cut", resume=True), whole)
     other = [*arguments[:-3], mix.replace("0.25", "0.26"), *arguments[-2:]]
-    with pytest.raises(config.ConfigError, match="another run"):
+    with pytest.raises(errors.ConfigError, match="another run"):
         run([*other, *small], others / "cut", resume=True)
     shutil.rmtree(others / "c")
     prepare([others / "b.txt"], others / "c", "byte", 0.1)
-    with pytest.raises(config.ConfigError, match="another run: data: fingerprint"):
+    with pytest.raises(errors.ConfigError, match="another run: data: fingerprint"):
         run([*arguments, *small], others / "cut", resume=True)
 
 

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanonormuon.storage import shards
-from nanonormuon.storage.shards import DataError
+from nanonormuon import errors
+from nanonormuon.errors import DataError
+from nanonormuon.storage import files, shards
 from nanonormuon.text import builtin, encode, sources, tokenizer
 from nanonormuon.text import prepare as module
 from nanonormuon.text.prepare import prepare
@@ -203,7 +204,7 @@ def test_named_files_and_bad_sources(corpus: Path, tmp_path: Path) -> None:
         ("bpe:x", "bpe:N"),
         ("bpe:10000000", "at most 9999999"),
     ):
-        with pytest.raises(tokenizer.TokenizerError, match=says):
+        with pytest.raises(errors.TokenizerError, match=says):
             prepare([corpus], tmp_path / "out", tokenizer=spec)
     assert not (tmp_path / "out").exists()
 
@@ -637,6 +638,6 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.delenv("NANONORMUON_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("sys.platform", "linux")
-    assert builtin.cache_directory() == tmp_path / "nanonormuon"
+    assert files.cache_directory() == tmp_path / "nanonormuon"
     monkeypatch.setenv("NANONORMUON_CACHE", str(tmp_path / "own"))
-    assert builtin.cache_directory() == tmp_path / "own"
+    assert files.cache_directory() == tmp_path / "own"

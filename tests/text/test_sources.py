@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanonormuon.cli import app as cli
-from nanonormuon.runtime.extras import MissingPackage
-from nanonormuon.storage.shards import DataError
+from nanonormuon.errors import DataError, MissingPackage
 from nanonormuon.text import formats as records
 from nanonormuon.text import sources
 from nanonormuon.text.sources import documents

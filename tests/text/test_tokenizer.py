@@ -19,9 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanonormuon.errors import TokenizerError, exit_code
 from nanonormuon.text import builtin
 from nanonormuon.text import tokenizer as module
-from nanonormuon.text.tokenizer import CL100K, EOT, GPT2, O200K, PATTERN, Tokenizer, TokenizerError
+from nanonormuon.text.tokenizer import CL100K, EOT, GPT2, O200K, PATTERN, Tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
 CACHE = SHARED / "tiktoken_cache"
@@ -500,7 +501,7 @@ def test_bad_names(spec: str, says: str) -> None:
     with pytest.raises(TokenizerError) as caught:
         module.get(spec)
     assert says in str(caught.value) and "\n" not in str(caught.value)
-    assert caught.value.exit_code == 3
+    assert exit_code(caught.value) == 3
 
 
 @pytest.mark.parametrize("name", list(module.PUBLISHED))

@@ -1,32 +1,11 @@
 """Packages that only some commands need: imported when used, named when they are not there."""
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-
-class UsageError(ValueError):
-    """A command was asked for what it cannot do here."""
-
-    exit_code = 2
-
-
-class MissingPackage(UsageError):
-    pass
-
-
-def need(module: str, purpose: str) -> ModuleType:
-    """Import a module. Raises MissingPackage with the command that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise MissingPackage(
-            f"{purpose} needs {package}, which is not usable here ({error}): pip install {package}"
-        ) from None
+from nanonormuon.errors import UsageError, need
 
 
 @contextmanager

@@ -1,0 +1,144 @@
+"""Every error that a user can meet, and the exit code that the process ends with.
+
+A message names what, where (path, offset, step, rank), what was expected and found, and what to do.
+Imports no torch, so that the command line can report a mistake before torch is loaded.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+
+
+class UsageError(ValueError):
+    """A command or its options ask for something impossible."""
+
+
+class ConfigError(UsageError):
+    """A setting is unknown, of the wrong type, or contradicts another."""
+
+
+class RunError(UsageError):
+    """A run directory is missing, taken, or holds something else."""
+
+
+class MissingPackage(UsageError):
+    """A command needs an optional package that is not installed."""
+
+
+class DataError(ValueError):
+    """Text or training data is missing, damaged, or does not fit the request."""
+
+
+class TokenizerError(DataError):
+    """A tokenizer is unknown, damaged, or does not fit the data."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or model directory is missing, damaged, or another model's."""
+
+
+class NonFinite(ValueError):
+    """A loss, gradient, weight or optimizer buffer is NaN or infinite, or the run has diverged."""
+
+    def __init__(self, message: str, follows: bool = False):
+        super().__init__(message)
+        self.follows = follows  # another rank is to blame and reports the details
+
+
+class Diverged(RuntimeError):
+    """Replicas that should hold equal weights do not."""
+
+
+class OutOfMemory(RuntimeError):
+    """Not even the smallest micro-batch fits."""
+
+
+class PeerError(RuntimeError):
+    """Rank 0 failed at work that it does for all ranks, with exit code `code`."""
+
+    follows = True
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class Interrupted(BaseException):
+    """A signal ended the run. A BaseException, so that `except Exception` does not swallow it."""
+
+    def __init__(self, number: int, when: str):
+        super().__init__(f"stopped by signal {int(number)} {when}")
+        self.code = 128 + number
+
+
+# README, "Exit codes", explains them; 0 is success, 1 a fault of this program
+EXIT_CODES: dict[type[BaseException], int] = {
+    UsageError: 2,
+    DataError: 3,
+    CheckpointError: 4,
+    NonFinite: 5,
+    OutOfMemory: 6,
+    Diverged: 7,
+    PeerError: 7,  # or the code that rank 0 ends with
+    OSError: 8,
+    Interrupted: 130,  # 128 + the signal's number
+}
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The code of an expected error; None for a fault of this program."""
+    if isinstance(error, PeerError | Interrupted):
+        return error.code
+    if out_of_memory(error):
+        return 6
+    known = next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), None)
+    return 7 if known in (None, 8) and lost_peer(error) else known
+
+
+def describe(error: BaseException) -> str:
+    """The error in one line. With several ranks it begins with rank, step and section."""
+    text = " ".join(str(error).split())
+    if exit_code(error) is None:
+        text = f"{type(error).__name__}: {text} (--debug shows the traceback)"
+    elif out_of_memory(error) and not isinstance(error, OutOfMemory):
+        text = f"out of memory: {text}; lower train.micro_batch, which leaves the batch as it is"
+    elif lost_peer(error):
+        text = f"another rank failed or is gone, see its message ({text})"
+    return f"{error.place}: {text}" if hasattr(error, "place") else text
+
+
+def follows(error: BaseException) -> bool:
+    """Whether the error is a consequence of another rank's."""
+    return getattr(error, "follows", False) or lost_peer(error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on any device."""
+    torch = sys.modules.get("torch")
+    words = "can't allocate memory", "not enough memory", "MPS backend out of memory"
+    on_cpu = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_cpu or of_torch or isinstance(error, MemoryError | OutOfMemory)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    torch = sys.modules.get("torch")
+    expected = tuple(kind for kind in EXIT_CODES if kind is not OSError)
+    if torch is None or isinstance(error, expected):
+        return False
+    failed = getattr(torch.distributed, "DistError", ())
+    gone = "Connection closed by peer", "Connection reset by peer"
+    return isinstance(error, failed) or any(words in str(error) for words in gone)
+
+
+def need(module: str, purpose: str) -> ModuleType:
+    """Import an optional package. Raises MissingPackage with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise MissingPackage(
+            f"{purpose} needs {package}, which cannot be imported here ({error}): "
+            f"pip install {package}"
+        ) from None
