@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -180,6 +181,16 @@ def announce(row: dict[str, Any], steps: int, bar: tqdm, terminal: bool) -> None
         line += f"  skipped {row['skipped']}"
     bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
     log.log(logging.DEBUG if terminal and "val_loss" not in row else logging.INFO, line)
+
+
+def aligned(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
+    """Rows of cells as text in aligned columns; with `numbers`, all but the first flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = (
+        "  ".join(c.rjust(w) if numbers and i else c.ljust(w) for i, (c, w) in enumerate(cells))
+        for cells in (list(zip(row, widths)) for row in rows)
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
