@@ -1,30 +1,31 @@
-"""What is decided before the first step: data and tokenizer, sizes, compilation, where to
-resume."""
+"""From a configuration to a run that is ready: data, model, optimizers, micro-batch, resume.
+
+Says what it decided (`introduction`). train.Trainer calls these functions, in this order.
+"""
 
 import hashlib
 import json
 import logging
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
 
-from nanonormuon import errors
+from nanonormuon import checkpoint, evaluate, optim
 from nanonormuon.config import Config, differences, from_dict, load, parse_number
 from nanonormuon.data import SHARES, Batches
+from nanonormuon.engine import Bitwise, Engine, checkpoint_activations
 from nanonormuon.errors import ConfigError, DataError, TokenizerError
 from nanonormuon.model import GPT
-from nanonormuon.pretrained import models as pretrained
-from nanonormuon.runtime import distributed, health
-from nanonormuon.storage import checkpoints as checkpoint
-from nanonormuon.storage import huggingface as hf
+from nanonormuon.runtime import distributed, memory
+from nanonormuon.runtime.distributed import World
+from nanonormuon.storage import huggingface
 from nanonormuon.storage.shards import Data, open_data
-from nanonormuon.text import builtin
 from nanonormuon.text.tokenizer import Tokenizer
 from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer
@@ -36,12 +37,14 @@ log = logging.getLogger(__name__)
 COMPILE_FROM = {"cpu": 4e14, "cuda": 3e16}
 
 
-def open_corpus(config: Config, world: distributed.World) -> tuple[Data, Tokenizer | None]:
+def open_corpus(config: Config, world: World) -> tuple[Data, Tokenizer | None]:
     """The data with what is mixed in, and the tokenizer that made them, None if it is not known."""
     path = Path(config.data.path)
     if config.data.path.startswith("builtin:"):
         if config.data.path != "builtin:python":
             raise ConfigError(f'data.path = "{config.data.path}": did you mean "builtin:python"?')
+        from nanonormuon.text import builtin  # preparing text is not part of every run
+
         built = distributed.first_does(
             lambda: str(builtin.builtin_python(config.data.tokenizer)), world.device
         )
@@ -118,7 +121,9 @@ def separator(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | 
 def complete(config: Config, data: Data) -> Config:
     """The configuration with the vocabulary that the data decide, or the model to begin with."""
     if (source := config.train.init_from) and not config.model.vocab_size:
-        model = pretrained.model_config(pretrained.find_checkpoint(Path(source)))
+        from nanonormuon.pretrained import models  # loading finished models is not, either
+
+        model = models.model_config(models.find_checkpoint(Path(source)))
         if (data.vocab_size or 0) > model.vocab_size:
             raise ConfigError(
                 f"train.init_from = {source}: a model of {model.vocab_size} token ids, the data in "
@@ -137,23 +142,6 @@ def complete(config: Config, data: Data) -> Config:
     return replace(config, model=replace(config.model, vocab_size=vocab_size).resolved())
 
 
-def begin_with(
-    path: Path, gpt: GPT, config: Config, tokenizer: Tokenizer | None, world: distributed.World
-) -> None:
-    """Fill the model with the weights found at `path`, if it and the data's tokenizer are that
-    model's. Raises ConfigError or CheckpointError naming what is not."""
-    found = Path(
-        distributed.first_does(lambda: str(pretrained.find_checkpoint(path)), world.device)
-    )
-    model = pretrained.model_config(found)
-    if lines := differences(Config(model=model), Config(model=config.model)):
-        raise ConfigError(f"train.init_from = {path}: another model: {'; '.join(lines)}")
-    pretrained.check_tokenizer(found, tokenizer)
-    pretrained.load_weights(gpt, found)
-    if world.first:
-        log.info(f"weights of {found}")
-
-
 def split_batch(config: Config, ranks: int) -> int:
     """Sequences per rank and step.
 
@@ -170,51 +158,123 @@ def split_batch(config: Config, ranks: int) -> int:
     return tokens // T // ranks
 
 
+def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | None:
+    """UTF-8 bytes of the text that validation predicts; None where that cannot be known."""
+    limit = config.data.val_tokens
+    if data.val.bytes is not None and not limit:
+        return data.val.bytes
+    if tokenizer is None:
+        return None
+    return evaluate.count_bytes(data.val, tokenizer.token_lengths(), limit)
+
+
+def make_engine(config: Config, data: Data, tokenizer: Tokenizer | None, world: World) -> Engine:
+    """The initialised model and its optimizers, laid out over the ranks. Raises ConfigError."""
+    train = config.train
+    dtype = distributed.compute_dtype(train.dtype, world.device)
+    model = GPT(config.model, dtype).init_weights(train.seed).to(world.device)
+    model.separator = separator(config, data, tokenizer)
+    if train.activation_checkpointing:
+        checkpoint_activations(model)
+    make = partial(optim.make_optimizers_, settings=config.optim, ns_dtype=dtype)
+    kind = Bitwise if train.canonical else Engine
+    try:
+        return kind(
+            model, make, world,
+            parallel="ddp" if train.parallel == "auto" else train.parallel,
+            dtype=dtype, reshard=train.reshard, grad_clip=config.optim.grad_clip,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(f"optim: {error}") from None
+
+
+def choose_micro_batch(
+    config: Config, engine: Engine, per_rank: int, state: dict[str, Any] | None
+) -> int:
+    """Sequences per device at a time: equal on every rank, and a divisor of per_rank. state: of
+    the checkpoint to resume from."""
+    if config.train.micro_batch != "auto":
+        return config.train.micro_batch
+    if state and state["ranks"] == engine.world.size:
+        return state["micro_batch"]  # for equal roundings, also on a device with less room
+    return memory.choose(
+        engine.model, engine.optimizers, config.data.seq_len, per_rank, engine.world,
+        "fsdp" if engine.sharded else "ddp", config.train.activation_checkpointing,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Where to begin
+
+
+def load_checkpoint(
+    path: Path, state: dict[str, Any], config: Config, data: Data, tokenizer: Tokenizer | None,
+    engine: Engine,
+) -> None:  # fmt: skip
+    """Fill the engine from a verified checkpoint, if it is this run's. Raises ConfigError."""
+    refuse_other_run(config, state, data, tokenizer)
+    steps, before = config.train.steps, state["config"]["train"]["steps"]
+    if state["step"] > (last := config.train.last_step):
+        name = "steps" if last == steps else "stop_at"
+        raise ConfigError(f"train.{name} = {last}: {path} is at step {state['step']} already")
+    if steps != before and engine.world.first:
+        log.warning(f"train.steps: {before} -> {steps}; the schedule of the rest follows it")
+    checkpoint.load_weights(engine.model, path)
+    checkpoint.load_optimizers(engine.optimizers, path)
+
+
+def begin_with(config: Config, engine: Engine, tokenizer: Tokenizer | None) -> None:
+    """Fill the model with the weights at train.init_from, if it and the data's tokenizer are that
+    model's. Raises ConfigError or CheckpointError naming the difference."""
+    from nanonormuon.pretrained import models
+
+    path, world = Path(config.train.init_from), engine.world
+    found = Path(distributed.first_does(lambda: str(models.find_checkpoint(path)), world.device))
+    model = models.model_config(found)
+    if lines := differences(Config(model=model), Config(model=config.model)):
+        raise ConfigError(f"train.init_from = {path}: another model: {'; '.join(lines)}")
+    models.check_tokenizer(found, tokenizer)
+    models.load_weights(engine.model, found)
+    if world.first:
+        log.info(f"weights of {found}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Compilation, and what is said
+
+
 def work(config: Config, model: GPT) -> float:
-    """FLOP of the whole run, also where it is resumed: so it goes on in the same bits."""
+    """FLOP of the whole run, also where it is resumed, so that it goes on in the same bits."""
     per_token = model.flops_per_token(config.data.seq_len)
     return per_token * config.train.steps * config.train.batch_tokens
 
 
-def compiled(
-    model: nn.Module,
-    wish: str,
-    flops: float,
-    trial: Callable[[Callable], None],
-    device: torch.device,
-) -> tuple[Callable[..., Tensor], float]:
-    """The model, through torch.compile if that is wanted and works; and the seconds it took. wish:
-    train.compile, where auto compiles if that pays in a run of so many FLOP."""
-    if wish == "off" or (wish == "auto" and flops < COMPILE_FROM.get(device.type, math.inf)):
-        return model, 0.0
-    start, failure = time.perf_counter(), ""
-    fast = torch.compile(model, dynamic=False)
-    distributed.sync_gradients(model, False)  # a rank that fails must not leave others waiting
-    try:
-        trial(fast)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a compiler may raise; the model itself is tested
-        lines = str(error).strip().splitlines() or [""]
-        failure = f"{type(error).__name__}: {lines[0]}"
-    finally:
-        model.zero_grad(set_to_none=True)
-    if distributed.largest([float(bool(failure))], device)[0]:
-        log.warning("torch.compile failed, going on without it: %s", failure or "on another rank")
-        fast = model
-    return fast, time.perf_counter() - start
+def compile_engine(
+    config: Config, engine: Engine, trial: Callable[[], tuple[Tensor, Tensor]]
+) -> float:
+    """Compile the engine if train.compile wants it, auto where that pays; returns the seconds."""
+    wish, device = config.train.compile, engine.world.device
+    pays = work(config, engine.model) >= COMPILE_FROM.get(device.type, math.inf)
+    if wish == "off" or (wish == "auto" and not pays):
+        return 0.0
+    seconds, failure = engine.compile(trial)
+    if failure:
+        log.warning(f"torch.compile failed, going on without it: {failure}")
+    elif engine.world.first:
+        log.info(f"compiled in {seconds:.0f} s")
+    return seconds
+
+
+def groups(optimizers: Sequence[Optimizer], fold: bool = False) -> str:
+    """The table of parameters, roles, optimizers and rates; fold: a line for all layers' equals."""
+    return optim.describe(optimizers, fold)
 
 
 def introduction(
-    config: Config,
-    data: Data,
-    batches: Batches,
-    model: GPT,
-    micro_batch: int,
-    world: distributed.World,
+    config: Config, data: Data, batches: Batches, engine: Engine, micro_batch: int
 ) -> list[str]:
     """What is about to happen, in a few lines."""
-    m, t = config.model, config.train
+    m, t, model, world = config.model, config.train, engine.model, engine.world
     epochs = max(batches.epochs(t.steps))  # of the source that has most
     parameters = sum(p.numel() for p in model.parameters())
     lines = [
@@ -225,48 +285,13 @@ def introduction(
         f"plan: {t.steps:,} steps of {t.batch_tokens:,} tokens ({micro_batch} sequences at a time "
         f"per rank) = {epochs:.2f} epochs, {work(config, model):.2g} FLOP",
     ]
-    if odd := hf.obstacles(m):
+    if odd := huggingface.obstacles(m):
         lines.append(f"warning: Hugging Face's Qwen3 cannot load this model: {', '.join(odd)}")
     if epochs > 4:
         lines.append(
             f"warning: {epochs:.1f} epochs: beyond 4, repetition teaches little (arXiv 2305.16264)"
         )
-    return lines
-
-
-def where_to_resume(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to resume from and its state, verified by the first rank; None if the run
-    ended before its first one. Raises CheckpointError if there are some and none is usable."""
-
-    def look() -> list[Any] | None:
-        if not checkpoint.all_steps(folder):
-            return None
-        path, state = checkpoint.newest(folder)
-        check_state(path / "state.json", state)
-        return [str(path), state]
-
-    found = distributed.first_does(look, world.device)
-    return None if found is None else (Path(found[0]), found[1])
-
-
-STATE = {"step": int, "seconds": float, "total_seconds": float, "ranks": int, "micro_batch": int,
-         "config": dict, "data": str}  # fmt: skip
-
-
-def check_state(file: Path, state: dict[str, Any]) -> None:
-    """Raise CheckpointError for a state.json that is not one of ours, whatever its hash."""
-    for key, kind in STATE.items():
-        if type(state.get(key)) not in (kind, int if kind is float else kind):
-            raise errors.CheckpointError(
-                f"{file}: {key} = {str(state.get(key))[:80]}, expected {kind.__name__}"
-            )
-    try:
-        health.Spikes(0.0, **state.get("spikes", {})).skip(1.0)
-        from_dict(state["config"])
-        if not isinstance(state.get("tokenizer"), str | None):
-            raise ValueError("tokenizer: expected its hash")
-    except (TypeError, ValueError) as error:
-        raise errors.CheckpointError(f"{file}: {error}") from None
+    return [*lines, groups(engine.optimizers, fold=True)]
 
 
 def refuse_other_settings(file: Path, config: Config) -> None:

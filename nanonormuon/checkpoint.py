@@ -1,26 +1,38 @@
-"""A model and its optimizers as named tensors, into a checkpoint and out of it.
+"""A run to disk and back: a model and its optimizers as named tensors, and what describes the run.
 
-Tensors are whole, whatever the number of ranks, so any layout resumes what any other saved.
+Tensors are whole, whatever the number of ranks, so any layout resumes what any other saved. The
+directories themselves, complete or absent, are storage/checkpoints.py's.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nanonormuon.config import Config, from_dict
 from nanonormuon.errors import CheckpointError
 from nanonormuon.normuon import NorMuon
 from nanonormuon.runtime import distributed
-from nanonormuon.storage import checkpoints as checkpoint
-from nanonormuon.storage.huggingface import to_hf
-from nanonormuon.storage.tensors import DTYPES, TensorFile, placed_like, stream
+from nanonormuon.runtime.health import Spikes
+from nanonormuon.storage import checkpoints
+from nanonormuon.storage.huggingface import config_json, to_hf
+from nanonormuon.storage.tensors import (
+    TensorFile,
+    flatten_tree,
+    placed_like,
+    stream,
+    unflatten_tree,
+)
+from nanonormuon.text.tokenizer import Tokenizer
 
 OURS = (NorMuon, torch.optim.AdamW)  # whose buffers are tensors that belong to one parameter each
 ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
+OTHER = "foreign."  # prefix of the tensors that another package's optimizer keeps
 
 
 def named_state(
@@ -38,7 +50,7 @@ def named_state(
     }
     for optimizer in optimizers:
         if not isinstance(optimizer, OURS):
-            buffers |= foreign_state(optimizer)
+            buffers |= state_of_other(optimizer)
     return weights, buffers
 
 
@@ -78,9 +90,10 @@ def save(
     description: Callable[[], Mapping[str, bytes]],
     world: distributed.World,
 ) -> None:
-    """Publish a checkpoint of tensors of any layout, and the files that `description` gives beside
-    them. Every rank takes part in gathering the tensors, one after the other, the first one writes,
-    all learn how it went."""
+    """Publish a checkpoint: tensors of any layout, and beside them the files of `description`.
+
+    All ranks gather the tensors, one after the other; rank 0 writes; all learn how it went.
+    """
     streams = {
         "model.safetensors": stream(named_for_hf(weights), keep=world.first),
         "optimizer.safetensors": stream(buffers, keep=world.first),
@@ -88,7 +101,7 @@ def save(
     failure = None
     if world.first:
         try:
-            checkpoint.write(folder, step, streams | description())
+            checkpoints.write(folder, step, streams | description())
         except Exception as error:
             failure = error
     for pieces in streams.values():  # after a failure too, the others send what is left
@@ -124,11 +137,11 @@ def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], path: Path) -> 
             for name, p in zip(group["names"], group["params"])
             for key, shape in buffer_shapes(optimizer, p).items()
         }
-        | {name: entry[1] for name, entry in file.entries.items() if name.startswith("foreign.")}
+        | {name: entry[1] for name, entry in file.entries.items() if name.startswith(OTHER)}
     )
     for optimizer in optimizers:
         if not isinstance(optimizer, OURS):
-            load_foreign(optimizer, file)
+            load_other(optimizer, file)
             continue
         content = optimizer.state_dict()
         names = [name for group in optimizer.param_groups for name in group["names"]]
@@ -143,54 +156,85 @@ def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], path: Path) -> 
         optimizer.load_state_dict(content)
 
 
-# ------------------------------------------------------------------------------------------------
-# Another package's optimizer
+def state_of_other(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of another package's optimizer, as tensors by number and the tree that holds them.
 
-
-def foreign_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of another package's optimizer: its tensors by number, and as bytes of JSON the
-    tree of dicts, lists and numbers whose leaves they are. What only pickle could keep is named
-    there instead."""
-    tensors: list[Tensor] = []
-
-    def tree(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dtype in DTYPES:
-            tensors.append(value)
-            return {"tensor": len(tensors) - 1}
-        if isinstance(value, dict):
-            return {"dict": [[key, tree(part)] for key, part in value.items()]}
-        if isinstance(value, list | tuple):
-            return {type(value).__name__: [tree(part) for part in value]}
-        if value is None or isinstance(value, int | float | str):
-            return value
-        raise TypeError(f"{type(optimizer).__name__} keeps a {type(value).__name__}")
-
+    What only pickle could keep is named there instead.
+    """
     try:
-        found = tree(optimizer.state_dict())
+        tree, tensors = flatten_tree(optimizer.state_dict())
     except TypeError as error:
-        found, tensors = {"unsaved": str(error)}, []
-    text = torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)
-    return {"foreign.tree": text} | {f"foreign.{i}": t for i, t in enumerate(tensors)}
+        tree, tensors = {"unsaved": f"{type(optimizer).__name__} keeps {error}"}, []
+    text = torch.tensor(list(json.dumps(tree).encode()), dtype=torch.uint8)
+    return {f"{OTHER}tree": text} | {f"{OTHER}{i}": t for i, t in enumerate(tensors)}
 
 
-def load_foreign(optimizer: torch.optim.Optimizer, file: TensorFile) -> None:
-    """The way back from foreign_state. Raises CheckpointError."""
-
-    def value(tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        (kind, content), *_ = tree.items()
-        if kind == "unsaved":
-            raise ValueError(f"{content}, which is not saved; begin a new run, with --init-from")
-        if kind == "tensor":
-            return file.read(f"foreign.{content}")
-        if kind == "dict":
-            return {key: value(part) for key, part in content}
-        return {"list": list, "tuple": tuple}[kind](value(part) for part in content)
-
+def load_other(optimizer: torch.optim.Optimizer, file: TensorFile) -> None:
+    """Fill another package's optimizer from `state_of_other`. Raises CheckpointError."""
     try:
-        optimizer.load_state_dict(value(json.loads(bytes(file.read("foreign.tree").tolist()))))
+        tree = json.loads(bytes(file.read(f"{OTHER}tree").tolist()))
+        if "unsaved" in tree:
+            raise ValueError(f"{tree['unsaved']}, which is not saved; start anew with --init-from")
+        optimizer.load_state_dict(unflatten_tree(tree, lambda i: file.read(f"{OTHER}{i}")))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file.path}: no state of {type(optimizer).__name__}: {error}"
         ) from None
+
+
+# ------------------------------------------------------------------------------------------------
+# What describes the run beside its tensors
+
+STATE = {"step": int, "seconds": float, "total_seconds": float, "ranks": int, "micro_batch": int,
+         "config": dict, "data": str}  # fmt: skip
+
+
+def describe(
+    config: Config, state: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> dict[str, bytes]:
+    """The files beside a checkpoint's tensors, by name: Hugging Face's config.json, state.json (how
+    far the run is, and all that must not change on resume) and the tokenizer."""
+    state = {**state, "config": asdict(config), "tokenizer": tokenizer and tokenizer.hash}
+    hf = config_json(config.model, config.data.seq_len, tokenizer and tokenizer.eot)
+    return {
+        "config.json": as_json(hf),
+        "state.json": as_json(state),
+        **(tokenizer.files() if tokenizer else {}),
+    }
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from and its state, verified by rank 0; None if there is none.
+
+    Raises CheckpointError if there are some and none is usable.
+    """
+
+    def look() -> list[Any] | None:
+        if not checkpoints.all_steps(folder):
+            return None
+        path, state = checkpoints.newest(folder)
+        check_state(path / "state.json", state)
+        return [str(path), state]
+
+    found = distributed.first_does(look, world.device)
+    return None if found is None else (Path(found[0]), found[1])
+
+
+def check_state(file: Path, state: dict[str, Any]) -> None:
+    """Raise CheckpointError for a state.json that no run wrote, whatever its hash."""
+    for key, kind in STATE.items():
+        if type(state.get(key)) not in (kind, int if kind is float else kind):
+            raise CheckpointError(
+                f"{file}: {key} = {str(state.get(key))[:80]}, expected {kind.__name__}"
+            )
+    try:
+        Spikes(0.0, **state.get("spikes", {})).skip(1.0)
+        from_dict(state["config"])
+        if not isinstance(state.get("tokenizer"), str | None):
+            raise ValueError("tokenizer: expected its hash")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nanonormuon.errors import DataError
+from nanonormuon.runtime.distributed import World
 from nanonormuon.storage.shards import Split, check_ids
 
 SHARES = 1_000_000  # the shares of a mixture are whole numbers of millionths
@@ -135,27 +136,38 @@ class Batches:
         return _gather(self.split, self.windows(step)[start:stop], self.seq_len)
 
 
-class Ahead:
-    """`Batches.batch`, with the next one read by a thread while this one is in use.
+class Loader:
+    """This rank's micro-batches, each next one read by a thread while one is in use.
 
-    It is no state: what comes is a function of what is asked for, and a wrong guess of the next
-    costs no more than reading anew. The thread's errors are raised where its batch is asked for.
-    `pin`: in page-locked memory, from where a copy to a GPU does not hold up the CPU.
+    per_rank: sequences per rank and step. A rank has a contiguous part of each batch; with `dealt`,
+    micro-batches are dealt out to the ranks in turn. The thread holds no state: what comes is a
+    function of what is asked for, and a wrong guess of the next costs no more than reading anew.
+    Its errors are raised where its batch is asked for.
     """
 
-    def __init__(self, batches: Batches, pin: bool = False) -> None:
-        self.batches, self.pin = batches, pin
+    def __init__(self, batches: Batches, per_rank: int, world: World, dealt: bool = False) -> None:
+        self.batches, self.per_rank, self.world, self.dealt = batches, per_rank, world, dealt
+        # page-locked memory, from where a copy to a GPU does not hold up the CPU
+        self.pin = world.device.type == "cuda"
         self._pool = ThreadPoolExecutor(1, "batches")
         self._next: tuple[tuple[int, int, int], Future] | None = None
 
-    def batch(
-        self, now: tuple[int, int, int], then: tuple[int, int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch (step, start, stop) `now`; `then` is likely to be the next."""
-        guess, self._next = self._next, None
-        found = guess[1].result() if guess and guess[0] == now else self._read(*now)
-        self._next = then, self._pool.submit(self._read, *then)
-        return found
+    def micro_batches(self, step: int, n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens and targets of a step's micro-batches, each (n, seq_len) int64 on the device."""
+        begins = [self._begin(micro, n) for micro in range(self.per_rank // n)]
+        wanted = [(step, i, i + n) for i in begins]
+        following = [*wanted[1:], (step + 1, begins[0], begins[0] + n)]
+        for now, then in zip(wanted, following):
+            guess, self._next = self._next, None
+            found = guess[1].result() if guess and guess[0] == now else self._read(*now)
+            self._next = then, self._pool.submit(self._read, *then)
+            tokens, targets = (t.to(self.world.device, non_blocking=True) for t in found)
+            yield tokens, targets
+
+    def _begin(self, micro: int, n: int) -> int:
+        """The first sequence of a micro-batch of n, in the batch over all ranks."""
+        rank, ranks = self.world.rank, self.world.size
+        return (micro * ranks + rank) * n if self.dealt else rank * self.per_rank + micro * n
 
     def _read(self, step: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, targets = self.batches.batch(step, start, stop)

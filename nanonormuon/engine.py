@@ -1,48 +1,234 @@
-"""train.canonical: the same weights, bit by bit, on any number of ranks that divides the batch.
+"""How a backward pass and an update happen: on one process, under DDP, under FSDP2, or bitwise.
 
-Rounding depends on the order of sums, so every sum has one order: micro-batches of a fixed size are
-dealt out to the ranks in turn and added up one after the other by their number in the batch,
-wherever they were computed; then every rank makes the whole update. What FSDP2 shards is sharded
-between the steps: for the update each rank takes it up whole, as one process would resume it from a
-checkpoint, steps, and keeps its rows. Whole gradients are sent for every micro-batch, whole states
-for every update: this is for comparisons, not for speed.
+The only file that knows. An engine owns the model, its optimizers and their gradients; the loop
+calls `accumulate`, `clip`, `update` and `zero_grad`, whatever the layout.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
+from nanonormuon.model import GPT
 from nanonormuon.normuon import Alone, NorMuon
+from nanonormuon.runtime import distributed
+from nanonormuon.runtime.distributed import World
+from nanonormuon.runtime.memory import together
 from nanonormuon.storage.tensors import placed_like, whole
 
+Make = Callable[[nn.Module], list[Optimizer]]
 
-class Canonical:
-    """The sum over the micro-batches of a step on `size` ranks, and the update that follows.
 
-    model: plain, or sharded by FSDP2 without mixed precision, which casts where the model does not.
-    make: from a model to its optimizers, which are then at `optimizers`.
+class Engine:
+    """A model in training.
+
+    model: on its device. make: from a model to its optimizers. parallel: "ddp", or "fsdp" for
+    FSDP2, which turns the model's parameters into DTensors in place. dtype: what FSDP2 computes in.
+    reshard: under FSDP2, free a block's whole weights after its forward pass. grad_clip: largest
+    norm of the raw gradient; 0: no clipping.
     """
 
-    def __init__(
-        self, model: nn.Module, make: Callable[[nn.Module], Sequence[Optimizer]], size: int
-    ):
-        torch.set_num_threads(1)  # how a product is cut among threads decides its rounding too
-        self.model, self.size, self.make = model, size, lambda: [alone(o) for o in make(model)]
-        self.parameters, self.optimizers = list(model.parameters()), self.make()
-        self.sums: list[Tensor] = []
-        self.sharded = [m for m in model.modules() if hasattr(m, "unshard")]
-        for module in self.sharded:  # whole parameters stay, with this rank's whole gradients
-            module.set_reshard_after_backward(False, recurse=False)
+    dealt = False  # whether micro-batches are dealt out to the ranks in turn, see data.Loader
 
-    def add(self) -> None:
-        """After a micro-batch's backward pass: add its gradients and then the other ranks'."""
-        if self.size == 1:
-            return  # autograd adds in just this order
+    def __init__(
+        self,
+        model: GPT,
+        make: Make,
+        world: World,
+        parallel: str = "ddp",
+        dtype: torch.dtype | None = torch.float32,
+        reshard: bool = True,
+        grad_clip: float = 0.0,
+    ):
+        self.model, self.world, self.grad_clip = model, world, grad_clip
+        self.replica: nn.Module = model
+        self.sharded = parallel == "fsdp" and world.size > 1
+        # whether nobody could hear of a rank that runs out of memory in a forward pass
+        self.lockstep = world.size == 1 or self.sharded or self.dealt
+        self.distribute(dtype, reshard)
+        self.forward: Callable[..., Tensor] = self.replica  # or its compiled form
+        self.optimizers = make(model)
+
+    def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
+        """Make the model one of several replicas or shards; alone it stays as it is."""
+        if self.sharded:
+            shard(self.model, dtype, reshard)
+        elif self.world.size > 1:
+            self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.replica.require_backward_grad_sync = False  # its forward pass prepares nothing
+
+    @property
+    def evaluate(self) -> Callable[..., Tensor]:
+        """The forward pass without gradients: compiled if training is, and without DDP's hooks."""
+        return self.model if self.forward is self.replica else self.forward
+
+    def state(self) -> list[Tensor]:
+        """What this rank holds of all that an update changes: weights, optimizer buffers."""
+        states = (s for optimizer in self.optimizers for s in optimizer.state.values())
+        buffers = (t for state in states for t in state.values())
+        return [*self.model.parameters(), *(t for t in buffers if isinstance(t, Tensor))]
+
+    def accumulate(self, micro_batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Tensor:
+        """Add up the gradients of `count` micro-batches; returns this rank's mean loss (0-d).
+
+        Replicas meet in the last backward pass alone. Until then a rank that runs out of memory can
+        tell the others, who would otherwise wait for it there (memory.together).
+        """
+        mean = torch.zeros((), device=self.world.device)
+
+        def forward() -> Tensor:
+            return self.forward(*next(micro_batches)) / count
+
+        def backward(part: Tensor) -> None:
+            self.backward(part)
+            mean.add_(part.detach())
+
+        def up_to_the_last() -> Tensor:
+            for _ in range(count - 1):
+                backward(forward())
+            return forward()
+
+        self.sync(False)
+        last = together(up_to_the_last, alone=self.lockstep)
+        self.sync(True)
+        backward(last)
+        return mean
+
+    def backward(self, part: Tensor) -> None:
+        """Add a micro-batch's share of the gradient."""
+        part.backward()
+
+    def sync(self, on: bool) -> None:
+        """Decide whether the next backward pass averages gradients over ranks.
+
+        Called after the forward pass: until then ranks can still agree not to make the backward
+        pass, which DDP, once prepared, would not forget.
+        """
+        if self.sharded:
+            self.model.set_requires_gradient_sync(on)  # type: ignore[attr-defined]
+        elif on and isinstance(self.replica, DistributedDataParallel):
+            self.replica.reducer.prepare_for_backward([])  # as its own forward pass does
+
+    def clip(self, norm: float) -> None:
+        """Scale the gradients, whose norm is given, down to grad_clip."""
+        if self.grad_clip:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            scale = self.grad_clip / torch.tensor(norm, device=self.world.device)
+            torch._foreach_mul_(grads, scale.clamp(max=1.0))
+
+    def update(self) -> None:
+        """Make the optimizers' step."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.model.zero_grad(set_to_none=True)
+
+    def compile(self, trial: Callable[[], tuple[Tensor, Tensor]]) -> tuple[float, str]:
+        """Compile the forward and backward pass, if they then work on a trial batch on all ranks.
+
+        Returns the seconds that it took, and why it failed ("": it did not).
+        """
+        start, failure = time.perf_counter(), ""
+        fast = torch.compile(self.replica, dynamic=False)
+        self.sync(False)  # a rank that fails must not leave the others waiting
+        try:
+            fast(*trial()).backward()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler may raise; the model itself is tested
+            lines = str(error).strip().splitlines() or [""]
+            failure = f"{type(error).__name__}: {lines[0]}"
+        finally:
+            self.model.zero_grad(set_to_none=True)
+        if distributed.largest([float(bool(failure))], self.world.device)[0]:
+            failure = failure or "on another rank"
+        else:
+            self.forward = fast
+        return time.perf_counter() - start, failure
+
+
+def shard(model: GPT, dtype: torch.dtype | None, reshard: bool) -> None:
+    """Shard a model in place with FSDP2, block by block (`model.layers`).
+
+    Computes in `dtype` (None: as the model itself does) and reduces gradients in float32. An
+    embedding that rests in another dtype is a block of its own: what FSDP2 shards together has one
+    dtype.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mixed = len({p.dtype for p in model.parameters()}) > 1
+    for block in [*model.layers, *([model.embed_tokens] if mixed else []), model]:
+        fully_shard(block, mp_policy=policy, reshard_after_forward=reshard)
+
+
+def checkpoint_activations(model: GPT) -> None:
+    """Have each block (`model.layers`) keep only its input, and run forward again in backward.
+
+    About a third more work, and equal bits, dropout included: the random generator's state is
+    restored for the second forward pass. Called before an Engine distributes the model.
+    """
+
+    def recomputed(forward: Callable) -> Callable:
+        def call(*args: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args)
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True)
+
+        return call
+
+    for layer in model.layers:
+        layer.forward = recomputed(layer.forward)
+
+
+class Bitwise(Engine):
+    """train.canonical: equal weights, bit by bit, on any number of ranks that divides the batch.
+
+    Rounding depends on the order of sums, so every sum has one order: micro-batches of a fixed size
+    are dealt out to the ranks in turn and added up by their number in the batch, wherever they were
+    computed; then every rank makes the whole update. What FSDP2 shards stays sharded between steps:
+    for the update each rank gathers weights and optimizer state, steps, and keeps its rows. Whole
+    gradients are sent for every micro-batch, whole states for every update: this mode is for
+    comparisons, not for speed.
+    """
+
+    dealt = True
+
+    def __init__(self, model: GPT, make: Make, world: World, parallel: str = "ddp", **more: Any):
+        torch.set_num_threads(1)  # how a product is cut among threads decides its rounding too
+        self.make: Make = lambda model: [unshared(optimizer) for optimizer in make(model)]
+        super().__init__(model, self.make, world, parallel, **more)
+        self.parameters = list(model.parameters())  # as they rest between steps
+        self.sums: list[Tensor] = []
+
+    def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
+        if (
+            self.sharded
+        ):  # in no other dtype: FSDP2's mixed precision casts where the model does not
+            shard(self.model, None, reshard)
+            for module in self.shards():  # whole parameters stay, with this rank's whole gradients
+                module.set_reshard_after_backward(False, recurse=False)
+
+    def shards(self) -> list[Any]:
+        return [module for module in self.model.modules() if hasattr(module, "unshard")]
+
+    def sync(self, on: bool) -> None:
+        super().sync(False)
+
+    def backward(self, part: Tensor) -> None:
+        (part / self.world.size).backward()
+        if self.world.size == 1:
+            return  # autograd adds in this very order
         for i, p in enumerate(self.model.parameters()):
-            pieces = [torch.empty_like(p) for _ in range(self.size)]
+            pieces = [torch.empty_like(p) for _ in range(self.world.size)]
             dist.all_gather(pieces, p.grad)
             if i == len(self.sums):
                 self.sums.append(pieces.pop(0))
@@ -50,34 +236,36 @@ class Canonical:
                 self.sums[i] += piece
             p.grad = None
 
-    def finish(self) -> None:
-        """After the last one: the sums become the gradients."""
+    def accumulate(self, micro_batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Tensor:
+        loss = super().accumulate(micro_batches, count)
         for p, total in zip(self.model.parameters(), self.sums):
             p.grad = total
         self.sums = []
+        return loss
 
     @torch.no_grad()
-    def update(self, skip: bool) -> None:
-        """The optimizers' step, unless it is left out; gradients go, shards are shards again."""
-        acting = self.make() if self.sharded else self.optimizers
-        for one, kept in zip(acting if not skip else (), self.optimizers):
-            if one is kept:
-                kept.step()
-                continue
-            pass_on(kept, one)
-            one.step()
-            pass_on(one, kept)
-        self.model.zero_grad(set_to_none=True)
+    def update(self) -> None:
+        if not self.sharded:
+            super().update()
+            return
+        for acting, kept in zip(self.make(self.model), self.optimizers):
+            pass_on(kept, acting)
+            acting.step()
+            pass_on(acting, kept)
+
+    @torch.no_grad()
+    def zero_grad(self) -> None:
+        super().zero_grad()
         for p, w in zip(self.parameters, list(self.model.parameters())):
             if p is not w:
                 p.copy_(placed_like(w.detach(), p))
-        for module in self.sharded:
+        for module in self.shards():
             module.reshard()
 
 
-def alone(optimizer: Optimizer) -> Optimizer:
+def unshared(optimizer: Optimizer) -> Optimizer:
     """Have every rank make the whole update: in a stack of fewer matrices a product could round
-    otherwise."""
+    differently."""
     if isinstance(optimizer, NorMuon):
         optimizer.buckets = [
             tuple(Alone() if isinstance(part, Alone) else part for part in bucket)
@@ -87,9 +275,9 @@ def alone(optimizer: Optimizer) -> Optimizer:
 
 
 def pass_on(source: Optimizer, target: Optimizer) -> None:
-    """Rates and buffers from one optimizer to its like of another layout; every rank takes part."""
+    """Copy rates and buffers to an optimizer of another layout; every rank takes part."""
     content = source.state_dict()
-    params = [p for group in target.param_groups for p in group["params"]]
+    params: Sequence[Tensor] = [p for group in target.param_groups for p in group["params"]]
     for i, state in content["state"].items():
         p, content["state"][i] = params[i], {}
         for key, value in ((k, whole(v)) for k, v in state.items()):

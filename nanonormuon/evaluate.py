@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,26 @@ from nanonormuon.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 RESULTS = "evaluations.json"
+
+
+class Validations(dict[int, dict[str, float | None]]):
+    """The validations of a run: step -> {"val_loss", "val_bpb"}."""
+
+    def take_up(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add those among the rows of a metrics.jsonl."""
+        for row in rows:
+            if "val_loss" in row:
+                self[row["step"]] = {key: row[key] for key in ("val_loss", "val_bpb")}
+
+    def best(self, among: Collection[int | None] | None = None) -> int | None:
+        """The step with the lowest loss, the latest of equals; of all steps, or of some."""
+        steps = [step for step in self if among is None or step in among]
+        return min(steps, key=lambda step: (self[step]["val_loss"], -step), default=None)
+
+    @property
+    def stale(self) -> int:
+        """Validations since the best one."""
+        return sum(step > (self.best() or 0) for step in self)
 
 
 @torch.no_grad()

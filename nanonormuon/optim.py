@@ -291,3 +291,16 @@ class Schedule:
                 group["lr"] = group["initial_lr"] * self.lr(step)
                 if isinstance(optimizer, NorMuon):  # others' momentum is their own matter
                     group["momentum"] = self.momentum_at(step)
+
+
+def make_optimizers_(model, settings, ns_dtype):
+    from dataclasses import asdict
+
+    s = asdict(settings)
+    for key in ("grad_clip", *Schedule.OWN):
+        del s[key]
+    return make_optimizers(model, ns_dtype=ns_dtype, **s)
+
+
+def schedule_(steps, s):
+    return Schedule(steps, momentum=s.momentum, **{k: getattr(s, k) for k in Schedule.OWN})

@@ -9,26 +9,26 @@ import contextlib
 import json
 import logging
 import shlex
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanonormuon import build as plan
-from nanonormuon import checkpoint as snapshot
-from nanonormuon import errors, evaluate, sample
-from nanonormuon.config import Config
-from nanonormuon.errors import ConfigError, Interrupted, out_of_memory
-from nanonormuon.runtime import distributed, health, measures, memory
+from nanonormuon import build, checkpoint, evaluate, sample
+from nanonormuon.config import Config, to_toml
+from nanonormuon.data import Batches, Loader
+from nanonormuon.errors import ConfigError, Interrupted, NonFinite, OutOfMemory
+from nanonormuon.optim import schedule_
+from nanonormuon.runtime import crash, distributed, health, trackers
 from nanonormuon.runtime.faults import Stopping, Watch
-from nanonormuon.state import RunState
-from nanonormuon.storage import huggingface as hf
-from nanonormuon.storage.run import RunDirectory, announce
+from nanonormuon.runtime.health import BadStep, Guard, Spikes, Verdict, WeightStats
+from nanonormuon.runtime.memory import MicroBatch
+from nanonormuon.storage import checkpoints, huggingface
+from nanonormuon.storage.run import RunDirectory, announce, environment
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,9 @@ def train(
 ) -> dict[str, Any]:
     """Train as configured, leaving everything in `out`; returns what summary.json says.
 
-    Raises ConfigError, DataError, CheckpointError, RunError, NonFinite or OSError with one line
-    that says what to do, and Interrupted after a signal, which `stopping` has watched for so far.
+    Raises ConfigError, DataError, CheckpointError, RunError, NonFinite, OutOfMemory or OSError with
+    one line that says what to do, and Interrupted after a signal. stopping: already watches for
+    signals.
     """
     limit = config.train.time_limit
     watching = contextlib.nullcontext(stopping) if stopping else Stopping()
@@ -49,7 +50,7 @@ def train(
                 world = distributed.start(config.train.device, watch.longest())
             except ValueError as error:
                 raise ConfigError(str(error)) from None
-            plan.split_batch(config, world.size)  # refuses before anything is made
+            build.split_batch(config, world.size)  # refuses before anything is made
             out = Path(distributed.from_first(str(out), world.device))  # names carry the time
         with RunDirectory(out, world.first) as run:
             with watch.section("start"):
@@ -57,194 +58,208 @@ def train(
                 watch.folder = run.path / "errors"
                 trainer = Trainer(config, run, world, watch)
                 trainer.begin(resume)
-            summary = trainer.loop()
+            try:
+                summary = trainer.loop()
+            except BadStep as bad:
+                trainer.refuse(bad)
+                raise  # not reached
+            except OutOfMemory as error:
+                if getattr(error, "everywhere", False) and trainer.step:
+                    trainer.save()
+                raise
         with watch.section("end"):
             distributed.finish()
         return summary
 
 
-class Trainer(RunState):
-    """A run in memory (state.py) and what it does: steps, and what comes between them."""
+class Due(NamedTuple):
+    """What a step is followed by."""
 
-    def batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        """This rank's micro-batch: tokens and targets, each (micro_batch, seq_len) int64."""
-        n = self.micro_batch
-        first, stride = self.first_sequence, n
-        if self.canonical:  # dealt out in turn
-            first, stride = self.world.rank * n, self.world.size * n
-        i = first + micro * stride
-        then = (step, i + stride, i + stride + n)
-        if micro + 1 == self.per_rank // n:
-            then = (step + 1, first, first + n)
-        with self.watch.section("data"):
-            tokens, targets = self.ahead.batch((step, i, i + n), then)
-        device = self.world.device
-        return tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    row: bool  # in metrics.jsonl
+    save: bool
+    evaluate: bool
+    sample: bool
 
-    def take_step(self) -> tuple[Tensor, health.Verdict]:
+
+class Trainer:
+    """A run in memory: its parts, how far it is, and what it does."""
+
+    def __init__(self, config: Config, run: RunDirectory, world: distributed.World, watch: Watch):
+        self.began = time.perf_counter()
+        self.run, self.world, self.watch = run, world, watch
+        self.data, self.tokenizer = build.open_corpus(config, world)
+        self.config = config = build.complete(config, self.data)
+        self.text_bytes = build.bytes_of_validation(config, self.data, self.tokenizer)
+        self.per_rank = build.split_batch(config, world.size)
+        self.batches = Batches(
+            self.data.train, config.data.seq_len, self.per_rank * world.size, config.train.seed,
+            config.data.order, self.data.mix,
+        )  # fmt: skip
+        self.engine = build.make_engine(config, self.data, self.tokenizer, world)
+        self.loader = Loader(self.batches, self.per_rank, world, self.engine.dealt)
+        self.schedule = schedule_(config.train.steps, config.optim)
+        self.guard = Guard(Spikes(config.train.skip_spikes), watch.stopping)
+        self.weight_stats = WeightStats(self.engine.optimizers, world.device)
+        self.validations = evaluate.Validations()
+
+        self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint
+        self.seconds = self.earlier_seconds = 0.0  # of training; of earlier processes in all
+        self.compile_seconds = 0.0
+
+    def begin(self, resume: bool) -> None:
+        """Take up where an interrupted run left off, open the logs, compile."""
+        config, engine, run = self.config, self.engine, self.run
+        found = checkpoint.newest(run.checkpoints, self.world) if resume else None
+        state = found[1] if found else None
+        if resume and not found:
+            build.refuse_other_settings(run.path / "config.toml", config)
+        size = build.choose_micro_batch(config, engine, self.per_rank, state)
+        self.memory = MicroBatch(
+            size, self.per_rank, engine.model, self.world, self.watch, run.path, engine.dealt
+        )
+        if found:
+            build.load_checkpoint(*found, config, self.data, self.tokenizer, engine)
+            self.take_up(found[1])
+        elif config.train.init_from:
+            build.begin_with(config, engine, self.tokenizer)
+        described = environment(self.world.device, self.world.size)
+        rows = distributed.first_does(lambda: self.open_logs(described), self.world.device)
+        self.validations.take_up(rows)
+        groups = build.groups(engine.optimizers)
+        run.write("groups.txt", groups + "\n")
+        if self.world.first:
+            for line in build.introduction(config, self.data, self.batches, engine, size):
+                log.info(line)
+            log.info(f"writing to {run.path}")
+            if resume:
+                log.info(f"resumed from {found[0] if found else 'the start: nothing was saved'}")
+        with self.watch.section("compilation"):
+            self.compile_seconds = build.compile_engine(
+                config, engine, lambda: next(self.loader.micro_batches(self.step, self.memory.size))
+            )
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Be where a checkpoint's state.json says that the run was."""
+        self.step = self.saved = self.watch.step = state["step"]
+        self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
+        self.guard.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
+
+    def open_logs(self, described: dict[str, Any]) -> list[dict[str, Any]]:
+        """On rank 0: make sure of the disk's room, open the logs, return the rows there are."""
+        settings = self.config.train
+        size = checkpoint.size_of(self.engine.model, self.engine.optimizers)
+        checkpoints.check_space(self.run.checkpoints, size, settings.keep_last)
+        rows = self.run.open(to_toml(self.config), described, self.step)
+        self.run.sink = trackers.start(settings.track, self.run.path, asdict(self.config))
+        return rows
+
+    # ---------------------------------------------------------------------------------------------
+    # A step
+
+    def take_step(self) -> tuple[Tensor, Verdict]:
         """One optimizer step. Returns this rank's mean loss, a 0-d tensor, and what all ranks found
-        before the update: the gradient's norm, and the signal that any of them has had."""
-        self.schedule.set(self.optimizers, self.step)
-        loss = self.gradients()
-        grad_norm = health.norm(p.grad for p in self.gpt.parameters())
-        weights, buffers = snapshot.named_state(self.gpt, self.optimizers)
-        state = (*weights.values(), *buffers.values())
-        verdict = health.judge(loss, grad_norm, state, self.watch.stopping.number, self.world)
-        skip = verdict.amiss != "state" and self.spikes.skip(verdict.grad_norm)
-        if verdict.amiss and not skip:  # on any rank: all of them stop before the update
-            self.refuse(verdict, loss)
-        if limit := self.config.optim.grad_clip:
-            grads = [p.grad for p in self.gpt.parameters() if p.grad is not None]
-            torch._foreach_mul_(grads, (limit / grad_norm).clamp(max=1.0))
-        before = None
-        if verdict.stop or self.logged(self.step + 1):
-            before = measures.copies(self.optimizers)
-        if self.canonical:
-            self.canonical.update(skip)
-        else:
-            for optimizer in self.optimizers:
-                if not skip:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        if before is not None:
-            self.moved = measures.moved(self.optimizers, before)
+        before the update. Raises BadStep on every rank before an update that would spread NaN."""
+        self.schedule.set(self.engine.optimizers, self.step)
+        loss = self.memory.retry(self.accumulate)
+        verdict = self.guard.check(loss, self.engine)
+        if not verdict.skip:
+            self.engine.clip(verdict.grad_norm)
+            with self.weight_stats.around(self.due(self.step + 1, verdict.stop).row):
+                self.engine.update()
+        self.engine.zero_grad()
         self.step = self.watch.step = self.step + 1
         return loss, verdict
 
-    def gradients(self) -> Tensor:
-        """The step's gradients; returns this rank's mean loss, a 0-d tensor. When memory runs out
-        the micro-batches are halved: the batch, and so the curve, stays what it is."""
-        while True:
-            try:
-                return self.accumulate()
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                on_all = self.world.size == 1 or isinstance(error, memory.Shortage)
-                cause = str(error)
-            self.gpt.zero_grad(set_to_none=True)
-            memory.free_cache(self.world.device)
-            fewer = memory.smaller(self.micro_batch, self.per_rank)
-            if not on_all or self.canonical or fewer == self.micro_batch:
-                if on_all and self.step:
-                    self.save()
-                raise memory.exhausted(cause, self.run.path, self.micro_batch, fewer)
-            if self.world.first:
-                log.warning(
-                    f"step {self.step}: out of memory with {self.micro_batch} sequences at a time; "
-                    f"repeated, and from here on, with {fewer}; the batch stays as it is"
-                )
-            self.micro_batch = fewer
-
     def accumulate(self) -> Tensor:
-        """One attempt at that. Up to the last backward pass no replica waits for another, and so
-        all of them can hear of one that ran out of memory; after it they would wait for ever."""
+        """Accumulate the gradients of one step; returns this rank's mean loss, a 0-d tensor."""
         seed = (self.config.train.seed * 1_000_003 + self.step) * 65_537 + self.world.rank
         torch.manual_seed(seed % (1 << 63))  # nothing random is carried from step to step
-        loss = torch.zeros((), device=self.world.device)
-        count = self.per_rank // self.micro_batch
-        in_step = self.canonical or self.parallel == "fsdp"
+        micro_batches = self.loader.micro_batches(self.step, self.memory.size)
+        return self.engine.accumulate(micro_batches, self.memory.count)
 
-        def forward(micro: int) -> Tensor:
-            return self.forward(*self.batch(self.step, micro)) / count
+    def due(self, step: int, stop: int = 0) -> Due:
+        """What follows after `step`; stop: the signal that any rank has received, 0: none."""
+        settings = self.config.train
 
-        def backward(part: Tensor) -> None:
-            if self.canonical:
-                (part / self.world.size).backward()
-                self.canonical.add()
-            else:
-                part.backward()
-            loss.add_(part.detach())
+        def at(every: int) -> bool:
+            return step == settings.last_step or bool(every and step % every == 0)
 
-        def up_to_the_last() -> Tensor:
-            for micro in range(count - 1):
-                backward(forward(micro))
-            return forward(count - 1)
+        sampling = bool(settings.sample_every and step % settings.sample_every == 0)
+        saving, evaluating = at(settings.save_every), at(settings.eval_every)
+        if stop:
+            return Due(row=True, save=True, evaluate=False, sample=False)
+        row = sampling or saving or evaluating or at(settings.log_every)
+        return Due(row, saving, evaluating, sampling)
 
-        distributed.sync_gradients(self.model, False)
-        last = memory.together(up_to_the_last, in_step)
-        distributed.sync_gradients(self.model, not self.canonical)
-        backward(last)
-        if self.canonical:
-            self.canonical.finish()
-        return loss
+    # ---------------------------------------------------------------------------------------------
+    # The loop
 
     def loop(self) -> dict[str, Any]:
-        """Steps, and what comes between them: save, then evaluate, then sample."""
+        """Take the steps, and do what each is followed by; returns what summary.json says."""
         settings, speak = self.config.train, self.world.first
-        last_step = settings.last_step
-        if self.step == 0:
-            self.show_sample("before training")
-        elif due(self.step, settings.eval_every, last_step) and self.step not in self.validations:
-            self.validate()  # the process ended between this step's checkpoint and its evaluation
-            self.run.record({"step": self.step, "tokens": self.tokens, **self.last_validation})
-        terminal = sys.stderr.isatty()
-        bar = tqdm(
-            total=last_step, initial=self.step, unit="step", disable=not (speak and terminal)
-        )
-        logged, tick = (self.step, self.seconds), time.perf_counter()
+        self.catch_up()
+        # no bar, but the log, where standard error is no terminal
+        self.bar = tqdm(
+            total=settings.last_step, initial=self.step, unit="step",
+            disable=None if speak else True,
+        )  # fmt: skip
+        self.logged, self.tick = (self.step, self.seconds), time.perf_counter()
         self.watch.stopping.finish_steps()
-        while self.step < last_step and not self.exhausted:
+        while self.step < settings.last_step and not self.exhausted:
             with self.watch.section("step"):
                 loss, verdict = self.take_step()
-            bar.update()
-            stopped = verdict.stop
+            self.bar.update()
             for name, epoch in self.batches.begun(self.step - 1) if speak else ():
                 log.info(f"epoch {epoch} of {name} begins in step {self.step}")
-            saving = bool(stopped) or due(self.step, settings.save_every, last_step)
-            evaluating = not stopped and due(self.step, settings.eval_every, last_step)
-            sampling = not stopped and due(self.step, settings.sample_every, 0)
-            if not (stopped or self.logged(self.step)):
-                continue
-            row = self.measure(loss, verdict.grad_norm, *logged, tick)
-            logged = (self.step, self.seconds)
-            if saving:
-                self.save()
-            if evaluating:
-                with contextlib.suppress(Interrupted):
-                    row |= self.validate()
-                if self.exhausted:
-                    self.save()
-            if saving or evaluating:  # both take time, in which a signal may have come
-                stopped = self.agree()
-            self.run.record(row)
-            if speak:
-                announce(row, settings.steps, bar, terminal)
-            if stopped:
-                bar.close()
-                self.save()
-                raise Interrupted(
-                    stopped,
-                    f"after step {self.step}, which is saved; go on with: "
-                    f"normuon-train run --resume --out {shlex.quote(str(self.run.path))}",
-                )
-            if sampling and self.step < last_step:
-                self.show_sample(f"after step {self.step}")
-            tick = time.perf_counter()
-        bar.close()
+            if (due := self.due(self.step, verdict.stop)).row:
+                self.follow_up(due, loss, verdict)
+        self.bar.close()
         if self.exhausted and speak:
-            log.info(f"no lower val_loss than step {self.best}'s in {self.stale} evaluations: done")
+            best, stale = self.validations.best(), self.validations.stale
+            log.info(f"no lower val_loss than step {best}'s in {stale} evaluations: done")
         self.show_sample("after training")
         return self.summarise()
 
-    # ---------------------------------------------------------------------------------------------
-    # Between the steps
+    def catch_up(self) -> None:
+        """Do what was due before the first step of this process, but did not come about."""
+        if self.step == 0:
+            self.show_sample("before training")
+        elif self.due(self.step).evaluate and self.step not in self.validations:
+            self.validate()  # the process ended between this step's checkpoint and its evaluation
+            self.run.record({"step": self.step, "tokens": self.tokens, **self.last_validation})
 
-    def logged(self, step: int) -> bool:
-        """Whether `step` has a row in metrics.jsonl, also without a signal to stop."""
-        settings = self.config.train
-        every = (settings.log_every, settings.save_every, settings.eval_every)
-        return due(step, settings.sample_every, 0) or any(
-            due(step, n, settings.last_step) for n in every
-        )
+    def follow_up(self, due: Due, loss: Tensor, verdict: Verdict) -> None:
+        """What a step is followed by: save, evaluate, write the row, stop if asked to, sample."""
+        row, stop = self.measure(loss, verdict.grad_norm), verdict.stop
+        if due.save:
+            self.save()
+        if due.evaluate:
+            with contextlib.suppress(Interrupted):
+                row |= self.validate()
+            if self.exhausted:
+                self.save()
+        if due.save or due.evaluate:  # both take time, in which a signal may have come
+            stop = self.agree()
+        self.run.record(row)
+        if self.world.first:
+            announce(row, self.config.train.steps, self.bar)
+        if stop:
+            self.bar.close()
+            self.save()
+            again = f"normuon-train run --resume --out {shlex.quote(str(self.run.path))}"
+            raise Interrupted(stop, f"after step {self.step}, which is saved; go on with: {again}")
+        if due.sample and self.step < self.config.train.last_step:
+            self.show_sample(f"after step {self.step}")
+        self.tick = time.perf_counter()
 
-    def measure(
-        self, loss: Tensor, grad_norm: float, since: int, seconds: float, tick: float
-    ) -> dict[str, Any]:
+    def measure(self, loss: Tensor, grad_norm: float) -> dict[str, Any]:
         """A row of metrics.jsonl for the step just taken."""
         mean_loss = float(distributed.total(loss) / self.world.size)
-        self.seconds += time.perf_counter() - tick
+        self.seconds += time.perf_counter() - self.tick
+        since, seconds = self.logged
         rate = (self.step - since) * self.config.train.batch_tokens / (self.seconds - seconds)
+        self.logged = (self.step, self.seconds)
+        spikes = self.guard.spikes
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -252,39 +267,35 @@ class Trainer(RunState):
             "loss": mean_loss,
             "lr": self.config.optim.lr * self.schedule.lr(self.step - 1),
             "grad_norm": grad_norm,
-            **measures.of_matrices(self.optimizers, self.moved, self.world.device),
+            **self.weight_stats.row(),
             "tokens_per_second": round(rate, 1),
-            **({"skipped": self.spikes.skipped} if self.spikes.factor else {}),
+            **({"skipped": spikes.skipped} if spikes.factor else {}),
         }
 
     def validate(self) -> dict[str, float | None]:
-        """The loss on the whole validation split, the same on every rank. Raises Interrupted if
-        meanwhile a rank is signalled to stop."""
-        forward = self.gpt if self.forward is self.model else self.forward
-        T, n_layer = self.config.data.seq_len, self.config.model.n_layer
+        """The loss on the whole validation split, equal on every rank. Raises Interrupted if a rank
+        receives a signal meanwhile."""
+        data, T = self.config.data, self.config.data.seq_len
         # in training all layers' activations are kept, here one layer's
-        at_once = max(self.micro_batch, min(8192 // T, self.micro_batch * n_layer))
+        at_once = max(
+            self.memory.size, min(8192 // T, self.memory.size * self.config.model.n_layer)
+        )
 
-        def step(*batch: Tensor, **more: Any) -> Tensor:
+        def forward(*batch: Tensor, **more: Any) -> Tensor:
             if number := self.agree():
                 raise Interrupted(number, "in the evaluation")
-            return forward(*batch, **more)
+            return self.engine.evaluate(*batch, **more)
 
         with self.watch.section("evaluation"):
             loss, targets = evaluate.validation_loss(
-                step,
-                self.data.val,
-                T,
-                at_once,
-                self.world,
-                self.config.data.val_tokens,
+                forward, self.data.val, T, at_once, self.world, data.val_tokens
             )
         bpb = evaluate.bits_per_byte(loss, targets, self.text_bytes)
         self.validations[self.step] = {"val_loss": loss, "val_bpb": bpb}
         return self.last_validation
 
     def agree(self) -> int:
-        """The signal that any rank has had, on all of them."""
+        """The signal that any rank has received, on all of them."""
         return int(distributed.largest([self.watch.stopping.number], self.world.device)[0])
 
     def show_sample(self, when: str) -> None:
@@ -292,19 +303,84 @@ class Trainer(RunState):
         if tokenizer is None or not settings.sample_tokens:
             return
         prompt = settings.sample_prompt  # every rank takes part: sharded layers run in step
-        context = self.config.data.seq_len
+        context, model = self.config.data.seq_len, self.engine.model
         with self.watch.section("sample"):
             text = "".join(
-                sample.stream(self.gpt, tokenizer, prompt, settings.sample_tokens, context=context)
+                sample.stream(model, tokenizer, prompt, settings.sample_tokens, context=context)
             )
         if self.world.first:
             lines = (prompt + text).splitlines()
             log.info("sample %s:\n%s", when, "\n".join(f"  | {line}" for line in lines))
             self.run.append("samples.jsonl", {"step": self.step, "prompt": prompt, "text": text})
 
+    # ---------------------------------------------------------------------------------------------
+    # How far the run is
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.config.train.batch_tokens
+
+    @property
+    def total_seconds(self) -> float:
+        """Of this process and those before it."""
+        return self.earlier_seconds + time.perf_counter() - self.began
+
+    @property
+    def last_validation(self) -> dict[str, float | None]:
+        return self.validations.get(self.step, {})
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether train.patience is at its end."""
+        return 0 < self.config.train.patience <= self.validations.stale
+
+    @property
+    def best_kept(self) -> int | None:
+        """The step of the checkpoint with the lowest validation loss, of those on disk."""
+        kept = {checkpoints.step_of(p) for p in checkpoints.all_steps(self.run.checkpoints)}
+        return self.validations.best(kept)
+
+    def save(self, retain: bool = True) -> None:
+        """Publish a checkpoint of this step, unless there is one, and delete those that need not be
+        kept; every rank takes part. Raises NonFinite or Diverged rather than save bad state."""
+        if self.saved == self.step:
+            return
+        with self.watch.section("save"):
+            self.batches.split.settle()  # nothing is kept that came of a damaged shard
+            engine, world, keep = self.engine, self.world, self.config.train
+            weights, buffers = checkpoint.named_state(engine.model, engine.optimizers)
+            health.check_state(weights | buffers, self.step, world)
+            folder = self.run.checkpoints
+            checkpoint.save(folder, self.step, weights, buffers, self.description, world)
+            if retain:
+                distributed.first_does(
+                    lambda: checkpoints.retain(
+                        folder, keep.keep_last, self.step, keep.keep_every,
+                        self.best_kept if keep.keep_best else None,
+                    ),
+                    world.device,
+                )  # fmt: skip
+            self.saved = self.step
+
+    def description(self) -> dict[str, bytes]:
+        """What a checkpoint says beside its tensors: its files by name."""
+        spikes = asdict(self.guard.spikes)
+        spikes.pop("factor")
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "total_seconds": self.total_seconds,
+            "ranks": self.world.size,
+            "micro_batch": self.memory.size,
+            "spikes": spikes,
+            "data": self.data.fingerprint,
+        }
+        return checkpoint.describe(self.config, state, self.tokenizer)
+
     def summarise(self) -> dict[str, Any]:
         """Write summary.json: where the run stands, after its last step or stop_at."""
-        best, kept = self.best, self.best_kept
+        best, kept = self.validations.best(), self.best_kept
         summary = {
             "steps": self.step,
             "tokens": self.tokens,
@@ -316,27 +392,23 @@ class Trainer(RunState):
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
             "peak_memory": distributed.peak_memory(self.world.device),
             "checkpoint": f"checkpoints/step-{self.step:06d}",
-            "best_checkpoint": f"checkpoints/{kept.name}" if kept else None,
-            "hugging_face": not hf.obstacles(self.config.model),
+            "best_checkpoint": None if kept is None else f"checkpoints/step-{kept:06d}",
+            "hugging_face": not huggingface.obstacles(self.config.model),
         }
         self.run.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
-    def refuse(self, verdict: health.Verdict, loss: Tensor) -> NoReturn:
+    def refuse(self, bad: BadStep) -> None:
         """Raise NonFinite on all ranks, after leaving a report on the step and, if it is sound, the
         state before it: as a checkpoint, from which a resumed run repeats this very step."""
-        found = health.crash_report(verdict, loss, self.gpt, self.optimizers, self.world)
+        engine, verdict = self.engine, bad.verdict
+        weights, buffers = checkpoint.named_state(engine.model, engine.optimizers)
+        found = crash.examine(verdict, bad.loss, weights, buffers, engine.optimizers, self.world)
         windows = self.batches.windows(self.step).tolist()  # (shard, offset) per sequence
         seed, config = self.config.train.seed, asdict(self.config)
         report = {"step": self.step, **found, "seed": seed, "windows": windows, "config": config}
         self.run.write(f"crash-{self.step:06d}.json", json.dumps(report) + "\n")
         if verdict.amiss != "state" and self.step:
             self.save(retain=False)
-        names = [name for name, _ in self.gpt.named_parameters()]
-        message = health.explain(report, names, self.per_rank, self.saved, self.run.path)
-        raise errors.NonFinite(message, follows=self.world.rank != verdict.rank)
-
-
-def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every so many steps, and at the last, happens after `step`."""
-    return step == last or bool(every and step % every == 0)
+        message = crash.explain(report, weights, self.per_rank, self.saved, self.run.path)
+        raise NonFinite(message, follows=self.world.rank != verdict.rank)

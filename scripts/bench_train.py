@@ -17,6 +17,7 @@ import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -65,6 +66,12 @@ class Clock:
         return call
 
 
+def iter_of(batches: Iterator, take: Callable) -> Iterator:
+    """The batches, each taken through `take`, which measures it."""
+    while (batch := take(batches, None)) is not None:
+        yield batch
+
+
 def measure(arguments: list[str], steps: int) -> dict:
     """One process's (or rank's) figures."""
     config, _ = load(arguments)
@@ -77,19 +84,21 @@ def measure(arguments: list[str], steps: int) -> dict:
         compile_seconds = time.perf_counter() - begin
         for _ in range(3):
             trainer.take_step()
-        whole = []
-        rate = product_rate(world.device, trainer.dtype)
+        whole, engine, loader = [], trainer.engine, trainer.loader
+        dtype = engine.model.compute_dtype
+        rate = product_rate(world.device, dtype)
         for _ in range(steps):  # nothing in between waits for the device, as in training
             wait(world.device)
             start = time.perf_counter()
             trainer.take_step()
             wait(world.device)
             whole.append(time.perf_counter() - start)
-        rate = statistics.mean([rate, product_rate(world.device, trainer.dtype)])
+        rate = statistics.mean([rate, product_rate(world.device, dtype)])
         clock = Clock(world.device)
-        trainer.batch = clock.timed("batch", trainer.batch)
-        trainer.forward = clock.timed("forward", trainer.forward)
-        for optimizer in trainer.optimizers:
+        micro_batches, take = loader.micro_batches, clock.timed("batch", next)
+        loader.micro_batches = lambda *which: iter_of(micro_batches(*which), take)
+        engine.forward = clock.timed("forward", engine.forward)
+        for optimizer in engine.optimizers:
             optimizer.step = clock.timed(type(optimizer).__name__, optimizer.step)
         original = torch.Tensor.backward
         torch.Tensor.backward = clock.timed("backward", original)
@@ -97,11 +106,10 @@ def measure(arguments: list[str], steps: int) -> dict:
             clock.timed("step", trainer.take_step)()
         torch.Tensor.backward = original
     seconds, tokens = statistics.median(whole), config.train.batch_tokens
-    sharded = world.size > 1 and trainer.parallel == "fsdp"
-    needed = estimate.estimate(trainer.config, trainer.micro_batch, world.size, sharded)
+    needed = estimate.estimate(trainer.config, trainer.memory.size, world.size, engine.sharded)
     parts = {name: 1e3 * s / steps for name, s in clock.seconds.items()}
     parts["rest"] = 2 * parts["step"] - sum(parts.values())
-    flops = trainer.gpt.flops_per_token(config.data.seq_len) * tokens / seconds
+    flops = engine.model.flops_per_token(config.data.seq_len) * tokens / seconds
     peak = distributed.peak_memory(world.device) or 0
     return {
         "ms per step": 1e3 * seconds,

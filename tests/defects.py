@@ -15,19 +15,19 @@ ORDER = "tests/storage/test_checkpoint.py::test_the_order_of_a_save"
 DEFECTS = {
     "no fsync": ("storage.files", "settle", "os.fsync(file.fileno())", "pass", ORDER),
     "directory not synced": (
-        "storage.checkpoints", "write", "sync_directory(folder)", "pass", ORDER),
+        "storage.files", "publish", "sync_directory(target.parent)", "pass", ORDER),
     "published before it is complete": (
-        "storage.checkpoints", "write", 'f".partial-{target.name}"', "target.name", ORDER),
+        "storage.files", "publish", 'f".partial-{target.name}"', "target.name", ORDER),
     "one buffer skipped": (
         "checkpoint", "named_state", "sorted(optimizer.state[p].items())",
         'sorted(optimizer.state[p].items()) if key != "second_moment"', STOP),
     "another data order after a resume": (
-        "state", "RunState.load", "steps, before =",
-        "self.batches.seed += 1\n    steps, before =", STOP),
+        "train", "Trainer.take_up", "self.seconds,",
+        "self.batches.seed += 1\n    self.seconds,", STOP),
     "position off by one": (
-        "state", "RunState.load", '= state["step"]\n', '= state["step"] + 1\n', STOP),
+        "train", "Trainer.take_up", '= state["step"]\n', '= state["step"] + 1\n', STOP),
     "best loss and spikes forgotten": (
-        "state", "RunState.load", '**state.get("spikes", {})', "",
+        "train", "Trainer.take_up", '**state.get("spikes", {})', "",
         "tests/test_train.py::test_what_counts_as_a_spike_is_part_of_the_state"),
     "swallowed ENOSPC": (
         "checkpoint", "save", "failure = error", "pass",
@@ -46,7 +46,7 @@ DEFECTS = {
         "runtime.health", "judge", "(flags[2], flags[0], flags[1])", "(0, flags[0], flags[1])",
         "tests/runtime/test_faults.py::test_a_nan_on_one_rank_stops_all_before_the_update[weight-more0]"),
     "signals forgotten in a save": (
-        "train", "Trainer.loop", "if saving or evaluating:", "if False:",
+        "train", "Trainer.follow_up", "if due.save or due.evaluate:", "if False:",
         "tests/runtime/test_faults.py::test_a_signal_in_any_part_of_a_run[term@write:2-143-2-1]"),
 }  # fmt: skip
 

@@ -63,22 +63,20 @@ def inject(kind, place, step="0", rank="0"):
         return
     import torch
 
-    from nanonormuon import build as plan
-    from nanonormuon import checkpoint as snapshot
-    from nanonormuon import data, evaluate, model, sample
+    from nanonormuon import build, checkpoint, data, evaluate, model, sample
     from nanonormuon.runtime import health
-    from nanonormuon.storage import checkpoints as checkpoint
+    from nanonormuon.storage import checkpoints
     from nanonormuon.train import Trainer
 
     places = {
-        "open": (plan, "open_corpus"),
-        "compile": (plan, "compiled"),
+        "open": (build, "open_corpus"),
+        "compile": (build, "compile_engine"),
         "data": (data.Batches, "batch"),
         "forward": (model.GPT, "forward"),
         "backward": (torch.Tensor, "backward"),
         "step": (health, "norm"),
-        "gather": (snapshot, "named_for_hf"),
-        "write": (checkpoint, "write"),
+        "gather": (checkpoint, "named_for_hf"),
+        "write": (checkpoints, "write"),
         "evaluation": (evaluate, "validation_batches"),
         "sample": (sample, "stream"),
         "weight": (Trainer, "take_step"),
@@ -109,10 +107,11 @@ def inject(kind, place, step="0", rank="0"):
 
 
 def spoil(trainer, kind, place):
-    from nanonormuon import checkpoint as snapshot
+    from nanonormuon import checkpoint
     from nanonormuon.storage import tensors
 
-    weights, buffers = snapshot.named_state(trainer.gpt, trainer.optimizers)
+    engine = trainer.engine
+    weights, buffers = checkpoint.named_state(engine.model, engine.optimizers)
     if place in ("weight", "buffer"):
         name = next(n for n in (weights if place == "weight" else buffers) if "mlp" in n)
         part = tensors.local((weights | buffers)[name]).detach().view(-1)
@@ -125,7 +124,7 @@ def spoil(trainer, kind, place):
             return output * float("nan")
         output.register_hook(lambda grad: grad * float("inf"))
 
-    layer = trainer.gpt.layers[1].mlp.down_proj
+    layer = trainer.engine.model.layers[1].mlp.down_proj
     handle = layer.register_forward_hook(spoil_output)
 
 

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanonormuon import data
-from nanonormuon.data import Ahead, Batches
+from nanonormuon.data import Batches, Loader
 from nanonormuon.errors import DataError
+from nanonormuon.runtime.distributed import World
 from nanonormuon.storage import shards
 from nanonormuon.storage.shards import Split
 
@@ -205,9 +206,8 @@ def test_a_mixture_of_one_is_the_source_itself() -> None:
 
 def test_reading_ahead_gives_the_same_and_raises_here() -> None:
     batches = Batches(split_of(200, 90, vocab_size=1090), 5, 12, 7)
-    ahead = Ahead(batches)
-    asked = [(0, 0, 6), (0, 6, 12), (1, 0, 6), (5, 0, 12), (5, 0, 12), (2, 3, 4)]
-    guesses = [(0, 6, 12), (1, 0, 6), (9, 0, 6), (5, 0, 12), (6, 0, 1), (3, 0, 1)]
+    loader = Loader(batches, 6, World(1, 2, torch.device("cpu")))  # the second half of each batch
+    asked = [(0, 3), (1, 3), (9, 3), (9, 2), (10, 2)]  # (step, sequences at a time)
     read = batches.batch
     threads: list[int] = []
 
@@ -216,26 +216,39 @@ def test_reading_ahead_gives_the_same_and_raises_here() -> None:
         return read(*arguments)
 
     batches.batch = noted  # type: ignore[method-assign]
-    for now, then in zip(asked, guesses, strict=True):
-        for x, y in zip(ahead.batch(now, then), read(*now), strict=True):
-            assert torch.equal(x, y)
+    for step, n in asked:
+        found = list(loader.micro_batches(step, n))
+        assert len(found) == 6 // n
+        for micro, part in enumerate(found):
+            for x, y in zip(part, read(step, 6 + micro * n, 6 + micro * n + n), strict=True):
+                assert torch.equal(x, y)
     assert threading.get_ident() in threads and len(set(threads)) == 2
 
     def fail(step: int, start: int, stop: int) -> Any:
         raise DataError(f"changed in step {step}")
 
     batches.batch = fail  # type: ignore[method-assign]
-    ahead._next = None
-    with pytest.raises(DataError, match="changed in step 0"):
-        ahead.batch((0, 0, 6), (1, 0, 6))
+    with pytest.raises(DataError, match="changed in step 7"):
+        next(loader.micro_batches(7, 6))
     batches.batch = read  # type: ignore[method-assign]
-    ahead.batch((0, 0, 6), (1, 0, 6))
-    assert ahead._next is not None
-    ahead._next[1].result()
+    next(loader.micro_batches(8, 6))
+    assert loader._next is not None
+    loader._next[1].result()  # step 9 is read
     batches.batch = fail  # type: ignore[method-assign]
-    ahead.batch((1, 0, 6), (2, 0, 6))
-    with pytest.raises(DataError, match="changed in step 2"):
-        ahead.batch((2, 0, 6), (3, 0, 6))
+    next(loader.micro_batches(9, 6))
+    with pytest.raises(DataError, match="changed in step 10"):
+        next(loader.micro_batches(10, 6))
+
+
+@pytest.mark.parametrize("dealt", [False, True])
+def test_the_ranks_share_a_batch(dealt: bool) -> None:
+    batches = Batches(split_of(200, 90), 5, 12, 7)
+    whole = batches.batch(3, 0, 12)[0]
+    worlds = [World(rank, 2, torch.device("cpu")) for rank in range(2)]
+    loaders = [Loader(batches, 6, world, dealt) for world in worlds]
+    parts = [[x for x, _ in loader.micro_batches(3, 2)] for loader in loaders]
+    ordered = [p for pair in zip(*parts) for p in pair] if dealt else [*parts[0], *parts[1]]
+    assert torch.equal(torch.cat(ordered), whole)
 
 
 @pytest.mark.parametrize("wrong", [{"seq_len": 0}, {"sequences": 0}, {"order": "random"}])

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from nanonormuon import build as plan
+from nanonormuon import build
 from nanonormuon import train as train_module
 from nanonormuon.config import load
 from nanonormuon.errors import CheckpointError, ConfigError, DataError, NonFinite, RunError
@@ -143,10 +143,10 @@ def test_auto_compiles_a_run_of_so_much_work_and_its_resumption(tiny, tmp_path, 
     model = GPT(replace(config.model, vocab_size=320))  # the byte tokenizer's, padded
     flops = model.flops_per_token(config.data.seq_len) * 8 * config.train.batch_tokens
     auto = [*tiny, "train.compile=auto", "train.device=cpu"]
-    monkeypatch.setitem(plan.COMPILE_FROM, "cpu", flops * 1.001)
+    monkeypatch.setitem(build.COMPILE_FROM, "cpu", flops * 1.001)
     run(auto, tmp_path / "short")
     assert not asked
-    monkeypatch.setitem(plan.COMPILE_FROM, "cpu", flops * 0.999)
+    monkeypatch.setitem(build.COMPILE_FROM, "cpu", flops * 0.999)
     run([*auto, "train.stop_at=4"], tmp_path / "long")
     run(auto, tmp_path / "long", resume=True)
     assert len(asked) == 2
@@ -321,7 +321,7 @@ def spike_at(spiked, monkeypatch):
     take_step = train_module.Trainer.take_step
 
     def call(self):
-        handle = self.gpt.embed_tokens.weight.register_hook(
+        handle = self.engine.model.embed_tokens.weight.register_hook(
             lambda grad: grad * (1000 if self.step == spiked else 1)
         )
         try:
@@ -385,8 +385,8 @@ def test_the_best_is_the_best_of_what_was_saved(tiny, tmp_path, monkeypatch):
 def test_batches_that_do_not_divide_name_the_nearest_sizes():
     config = load(["data.seq_len=64", "train.batch_tokens=4096", "train.micro_batch=3"])[0]
     with pytest.raises(ConfigError, match="the nearest are 3840 or 4224"):
-        plan.split_batch(config, 2)
-    assert plan.split_batch(load(["data.seq_len=64", "train.batch_tokens=4096"])[0], 2) == 32
+        build.split_batch(config, 2)
+    assert build.split_batch(load(["data.seq_len=64", "train.batch_tokens=4096"])[0], 2) == 32
 
 
 def torchrun(ranks, arguments, out, timeout=180):

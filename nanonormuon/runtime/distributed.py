@@ -1,4 +1,4 @@
-"""One process or many: start, wrap a model from outside, sums over ranks, finish.
+"""One process or many: start, sums over ranks, work that one rank does for all, finish.
 
 Without torchrun's environment variables there is one rank and no process group, and every function
 here is the identity. Nothing assumes that the ranks share a machine.
@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from nanonormuon.errors import PeerError, exit_code
 
@@ -111,64 +109,6 @@ def compute_dtype(wish: str, device: torch.device) -> torch.dtype:
             )
         wish = "bf16" if native else "fp32"
     return torch.bfloat16 if wish == "bf16" else torch.float32
-
-
-def wrap(
-    model: nn.Module,
-    parallel: str,
-    dtype: torch.dtype | None = torch.float32,
-    reshard: bool = True,
-) -> nn.Module:
-    """Make the model one of several replicas ("ddp") or shards ("fsdp"); one rank changes nothing.
-
-    fsdp: FSDP2, block by block (`model.layers`), compute in `dtype` (None: as the model itself
-    does), gradients reduced in float32; the parameters become DTensors in place. An embedding that
-    rests in another dtype is a block of its own: what FSDP2 shards together has one. reshard: free
-    a block's whole weights after its forward.
-    """
-    if size() == 1:
-        return model
-    if parallel == "fsdp":
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        mixed = len({p.dtype for p in model.parameters()}) > 1
-        for block in [*model.layers, *([model.embed_tokens] if mixed else [])]:
-            fully_shard(block, mp_policy=policy, reshard_after_forward=reshard)
-        return fully_shard(model, mp_policy=policy, reshard_after_forward=reshard)
-    replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    replica.require_backward_grad_sync = False  # its forward pass prepares nothing
-    return replica
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Have each block (`model.layers`) keep only its input for the backward pass, and compute
-    forward again there: about a third more work, and the same bits. To be called before `wrap`."""
-
-    def recomputed(forward: Callable) -> Callable:
-        def call(*args: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(*args)
-            # nothing in a block is random, so there is no generator's state to restore
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
-
-        return call
-
-    for layer in model.layers:
-        layer.forward = recomputed(layer.forward)
-
-
-def sync_gradients(model: nn.Module, on: bool) -> None:
-    """Whether the next backward pass averages gradients over ranks: only an accumulation's last.
-
-    To be called after that pass's forward: until then ranks can still agree not to make it, which
-    DDP, once prepared, would not forget.
-    """
-    if isinstance(model, DistributedDataParallel):
-        if on:
-            model.reducer.prepare_for_backward([])  # as its forward does, if told before
-    elif hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(on)
 
 
 def total(x: Tensor) -> Tensor:

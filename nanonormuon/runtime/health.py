@@ -1,24 +1,25 @@
-"""Whether what a run computes with is sound: finite on every rank, equal on all replicas.
+"""Whether a run is sound: losses, gradients and weights finite on every rank, gradients of the
+usual size, how far an update moves the weights.
 
-Every function that reads other ranks' tensors must be called by all of them, and tells all the
-same.
+Every rank must call a function that reads other ranks' tensors, and every rank gets one answer.
 """
 
 import math
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
-from nanonormuon.checkpoint import named_state
 from nanonormuon.errors import Diverged, NonFinite
 from nanonormuon.runtime import distributed
+from nanonormuon.runtime.faults import Stopping
 from nanonormuon.storage.tensors import local
 
 SPIKE_MEMORY = 50  # steps over which the gradient's usual norm is averaged
@@ -32,8 +33,37 @@ class Verdict:
 
     amiss: str  # "", "loss", "gradient" or "state" (a weight or an optimizer's buffer)
     rank: int
-    stop: int  # the signal that any rank has had
+    stop: int  # the signal that any rank has received, 0: none
     grad_norm: float
+    skip: bool = False  # leave this update out, its gradient is a spike
+
+
+class BadStep(Exception):
+    """A step that no rank may make: a loss, a gradient or the state is not finite somewhere."""
+
+    def __init__(self, verdict: Verdict, loss: Tensor):
+        super().__init__(f"{verdict.amiss} not finite on rank {verdict.rank}")
+        self.verdict, self.loss = verdict, loss
+
+
+class Guard:
+    """Passes the verdict on a step, before its update."""
+
+    def __init__(self, spikes: "Spikes", stopping: Stopping):
+        self.spikes, self.stopping = spikes, stopping
+
+    def check(self, loss: Tensor, engine: Any) -> Verdict:
+        """The verdict on this rank's loss (0-d) and on an engine.Engine's gradients and state.
+
+        Raises BadStep on every rank if any rank has a value that is not finite, unless the spike
+        rule leaves the update out.
+        """
+        grad_norm = norm(p.grad for p in engine.model.parameters())
+        verdict = judge(loss, grad_norm, engine.state(), self.stopping.number, engine.world)
+        skip = verdict.amiss != "state" and self.spikes.skip(verdict.grad_norm)
+        if verdict.amiss and not skip:
+            raise BadStep(verdict, loss)
+        return replace(verdict, skip=skip)
 
 
 def norm(tensors: Iterable[Tensor | None]) -> Tensor:
@@ -45,7 +75,7 @@ def norm(tensors: Iterable[Tensor | None]) -> Tensor:
 def judge(
     loss: Tensor, grad_norm: Tensor, state: Iterable[Tensor], stop: int, world: distributed.World
 ) -> Verdict:
-    """One reduction and one read of the device per step, whatever there is to find.
+    """Reduce once over ranks and read the device once, whatever there is to find.
 
     A sum of squares is finite if all values are (and below 1e19); it costs a memory read.
     """
@@ -53,12 +83,15 @@ def judge(
         [loss, grad_norm, get_total_norm([local(t) for t in state if t.is_floating_point()])]
     ).float()
     flags = torch.isfinite(values).logical_not() * (world.size - world.rank)
-    told = torch.stack([values[1].nan_to_num(nan=math.inf), torch.full_like(loss, stop)])
-    *flags, size, signal = distributed.largest(torch.cat([flags, told]), world.device)
+    more = torch.stack([values[1].nan_to_num(nan=math.inf), torch.full_like(loss, stop)])
+    found = torch.cat([flags, more]).float()
+    if world.size > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    *flags, grad_size, signal = found.tolist()
     for what, flag in zip(("state", "loss", "gradient"), (flags[2], flags[0], flags[1])):
         if flag:
-            return Verdict(what, world.size - int(flag), int(signal), size)
-    return Verdict("", 0, int(signal), size)
+            return Verdict(what, world.size - int(flag), int(signal), grad_size)
+    return Verdict("", 0, int(signal), grad_size)
 
 
 def not_finite(tensors: Mapping[str, Tensor | None], device: torch.device) -> list[str]:
@@ -67,69 +100,6 @@ def not_finite(tensors: Mapping[str, Tensor | None], device: torch.device) -> li
         0.0 if t is None or bool(torch.isfinite(local(t)).all()) else 1.0 for t in tensors.values()
     ]
     return [name for name, flag in zip(tensors, distributed.largest(flags, device)) if flag]
-
-
-def group_norms(
-    optimizers: Iterable[torch.optim.Optimizer], weights: Mapping[str, Tensor]
-) -> dict[str, dict[str, float]]:
-    """Per role, the norms of the named weights and of their gradients."""
-    return {
-        group["role"]: {
-            "weights": float(norm(weights[name] for name in group["names"])),
-            "gradients": float(norm(weights[name].grad for name in group["names"])),
-        }
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-    }
-
-
-def crash_report(
-    verdict: Verdict,
-    loss: Tensor,
-    model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    world: distributed.World,
-) -> dict[str, Any]:
-    """What there is to know of a step that was refused, before its gradients are gone."""
-    weights, buffers = named_state(model, optimizers)
-    grads = {name: p.grad for name, p in weights.items()}
-    of_state = verdict.amiss == "state"
-    losses = torch.zeros(world.size, device=world.device)
-    losses[world.rank] = loss
-    return {
-        "amiss": verdict.amiss,
-        "rank": verdict.rank,
-        "ranks": world.size,
-        "not_finite": not_finite(weights | buffers if of_state else grads, world.device),
-        "loss_by_rank": [repr(x) for x in distributed.total(losses).tolist()],
-        "groups": group_norms(optimizers, weights),
-    }
-
-
-def explain(
-    report: Mapping[str, Any], weights: Iterable[str], per_rank: int, saved: int, run: Path
-) -> str:
-    """A crash report as one line, with what to do. weights: their names; saved: the step of the
-    last checkpoint."""
-    step, bad = report["step"], report["not_finite"]
-    of_state = report["amiss"] == "state"
-    what = f"the {report['amiss']} of step {step}"
-    if of_state:
-        kind = "weight" if bad and bad[0] in set(weights) else "buffer"
-        what = f"a {kind} before step {step}"
-    where = f"first in {bad[0]} of {len(bad)} tensors" if bad else "in no gradient"
-    first = per_rank * report["rank"]
-    advice = (
-        f"go on from the last checkpoint ({saved})"
-        if of_state
-        else "repeat just this step with: normuon-train run --resume --out "
-        f"{shlex.quote(str(run))} train.stop_at={step + 1}; go past it with train.skip_spikes, or "
-        "start anew with a lower optim.lr and auxiliary rates, or optim.grad_clip"
-    )
-    return (
-        f"not finite: {what} (rank {report['rank']}, sequences {first} to {first + per_rank - 1} "
-        f"of the batch), {where}. No update was made; see crash-{step:06d}.json; {advice}"
-    )
 
 
 def check_state(tensors: Mapping[str, Tensor], step: int, world: distributed.World) -> None:
@@ -198,3 +168,65 @@ class Spikes:
             self.seen, self.row = self.seen + 1, 0
             self.mean += (grad_norm - self.mean) / min(self.seen, SPIKE_MEMORY)
         return False
+
+
+# ------------------------------------------------------------------------------------------------
+# What a logged row says of the hidden matrices
+
+
+class WeightStats:
+    """How long each neuron's weights are, and how far the last update went.
+
+    Sums over ranks: with shards the whole, with replicas a multiple of it, of which only ratios are
+    used; so the numbers are equal on every layout.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], device: torch.device):
+        self.optimizers, self.device = optimizers, device
+        self.moved = torch.zeros(2, device=device)
+
+    def matrices(self) -> list[Tensor]:
+        """What this rank holds of the hidden matrices."""
+        groups = (g for optimizer in self.optimizers for g in optimizer.param_groups)
+        return [local(p.detach()) for g in groups if g["role"] == "matrix" for p in g["params"]]
+
+    @contextmanager
+    def around(self, measured: bool) -> Iterator[None]:
+        """Measure the update made in this block, decay included, if a row will report it."""
+        before = [p.clone() for p in self.matrices()] if measured else None
+        yield
+        if before is not None:  # nothing here waits for the device
+            size = squares(before)
+            torch._foreach_sub_(before, self.matrices())
+            self.moved = torch.stack([squares(before), size])
+
+    def row(self) -> dict[str, float]:
+        """The numbers for a row, of all hidden matrices together; every rank must call this.
+
+        neuron_rms_min, _mean, _max: root mean square of a neuron's weights. update_ratio: the norm
+        of the last update over the norm of the weights before it, the "update to data ratio" of
+        Karpathy's makemore lectures; unlike the update's own size, which Muon and NorMuon all but
+        fix, it says whether the rate fits the weights. 0 for an update that was left out.
+        """
+        matrices, moved = self.matrices(), self.moved
+        self.moved = torch.zeros_like(moved)
+        norms = torch.cat(
+            [torch.linalg.vector_norm(p, dim=-1).flatten() / p.size(-1) ** 0.5 for p in matrices]
+        )
+        low, high = (
+            (float(norms.min()), float(norms.max())) if len(norms) else (math.inf, -math.inf)
+        )
+        low, high = distributed.largest([-low, high], self.device)
+        count = norms.new_tensor(float(len(norms)))
+        sums = distributed.total(torch.stack([norms.sum(), count, *moved]))
+        total, n, update, weights = sums.tolist()
+        return {
+            "neuron_rms_min": -low,
+            "neuron_rms_mean": total / n,
+            "neuron_rms_max": high,
+            "update_ratio": math.sqrt(update / weights) if weights else 0.0,
+        }
+
+
+def squares(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(t) for t in tensors]).square().sum()

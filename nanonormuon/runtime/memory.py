@@ -1,7 +1,7 @@
 """How many sequences go through the model at a time: as many as fit, and fewer once they do not.
 
-`micro_batch` decides before the first step; `together` tells all ranks of one that ran out in mid
-step, so that all of them can repeat it with less.
+`choose` decides before the first step. In the run a `MicroBatch` repeats a step that ran out of
+memory with fewer; `together` lets every rank learn that one of them did.
 """
 
 import json
@@ -18,6 +18,7 @@ import torch
 from nanonormuon.errors import OutOfMemory, out_of_memory
 from nanonormuon.model import GPT
 from nanonormuon.runtime import activations, distributed
+from nanonormuon.runtime.faults import Watch
 from nanonormuon.storage import files
 from nanonormuon.storage.files import replace_file
 from nanonormuon.storage.tensors import local
@@ -33,7 +34,12 @@ class Shortage(MemoryError):
     """Some rank has run out of memory, and every rank knows."""
 
 
-def micro_batch(
+def divisors(n: int) -> list[int]:
+    """The numbers that divide n, rising."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def choose(
     model: GPT,
     optimizers: Sequence[torch.optim.Optimizer],
     seq_len: int,
@@ -50,7 +56,7 @@ def micro_batch(
     of a layer, so it is an estimate there: what the layers keep for their backward pass, with 40 %
     to spare. On a CPU it is what 8,192 tokens are.
     """
-    candidates = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+    candidates = divisors(per_rank)
     if world.device.type != "cuda":
         return max((n for n in candidates if n * seq_len <= CPU_TOKENS), default=1)
     if parallel == "fsdp" and world.size > 1:
@@ -218,16 +224,80 @@ def write_cache(key: str, fitting: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# In mid run
+# During the run
 
 
-def together(work: Callable[[], Result], in_step: bool = False) -> Result:
-    """What `work` returns, if all ranks had memory for it; else Shortage on all of them.
+class MicroBatch:
+    """Sequences per device at a time, equal on all ranks and a divisor of `per_rank`.
 
-    Every rank must call this. in_step: inside of `work` ranks wait for each other, so that one that
-    fails can tell nobody: its error is raised as it is.
+    fixed: it may not shrink, since train.canonical adds up micro-batches of one size.
     """
-    if in_step:
+
+    def __init__(
+        self, size: int, per_rank: int, model: GPT, world: distributed.World, watch: Watch,
+        run: Path, fixed: bool = False,
+    ):  # fmt: skip
+        self.size, self.per_rank, self.model, self.world = size, per_rank, model, world
+        self.watch, self.run, self.fixed = watch, run, fixed
+
+    @property
+    def count(self) -> int:
+        """Micro-batches per rank and step."""
+        return self.per_rank // self.size
+
+    def retry(self, accumulate: Callable[[], Result]) -> Result:
+        """Accumulate a step's gradients, with smaller micro-batches each time that memory runs out:
+        the batch, and so the loss curve, stays what it is."""
+        while True:
+            try:
+                return accumulate()
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                everywhere = self.world.size == 1 or isinstance(error, Shortage)
+                cause = str(error)
+            self.shrink(everywhere, cause)  # outside the handler, whose traceback keeps tensors
+
+    def shrink(self, everywhere: bool, cause: str) -> None:
+        """Halve the size, or raise OutOfMemory; its attribute `everywhere` says whether all ranks
+        raise it, and so can still save together."""
+        self.model.zero_grad(set_to_none=True)
+        free_cache(self.world.device)
+        fewer = smaller(self.size, self.per_rank)
+        if not everywhere or self.fixed or fewer == self.size:
+            error = OutOfMemory(f"out of memory{cause and ': '}{cause}; {self.advice(fewer)}")
+            error.everywhere = everywhere  # type: ignore[attr-defined]
+            raise error
+        if self.world.first:
+            log.warning(
+                f"step {self.watch.step}: out of memory with {self.size} sequences at a time; "
+                f"repeated, and from here on, with {fewer}; the batch stays as it is"
+            )
+        self.size = fewer
+
+    def advice(self, fewer: int) -> str:
+        again = f"normuon-train run --resume --out {shlex.quote(str(self.run))}"
+        if fewer < self.size:
+            return f"go on from the last checkpoint with: {again} train.micro_batch={fewer}"
+        return (
+            "less than one sequence at a time is impossible; go on from the last checkpoint with "
+            f"{again} train.activation_checkpointing=true, on more GPUs with train.parallel=fsdp, "
+            "or where there is more memory"
+        )
+
+
+def smaller(size: int, per_rank: int) -> int:
+    """The largest divisor of per_rank that is at most half as large; 1 for 1."""
+    return max(n for n in divisors(per_rank) if n <= max(1, size // 2))
+
+
+def together(work: Callable[[], Result], alone: bool = False) -> Result:
+    """Return what `work` returns if all ranks had memory for it; else raise Shortage on all.
+
+    Every rank must call this. alone: nobody could be told of a failure, since there is one rank or
+    the ranks wait for each other inside `work`; an error is raised as it is.
+    """
+    if alone:
         return work()
     result, short = None, False
     try:
@@ -237,24 +307,5 @@ def together(work: Callable[[], Result], in_step: bool = False) -> Result:
             raise
         short = True
     if distributed.any_rank(short):
-        raise Shortage  # outside of the handler, whose traceback keeps tensors alive
+        raise Shortage  # outside the handler, whose traceback keeps tensors alive
     return result  # type: ignore[return-value]
-
-
-def exhausted(cause: str, run: Path, micro_batch: int, fewer: int) -> OutOfMemory:
-    """The end of a run for want of memory, and how to go on."""
-    again = f"normuon-train run --resume --out {shlex.quote(str(run))}"
-    if fewer < micro_batch:
-        advice = f"go on from the last checkpoint with: {again} train.micro_batch={fewer}"
-    else:
-        advice = (
-            "less than one sequence at a time is impossible; go on from the last checkpoint with "
-            f"{again} train.activation_checkpointing=true, on more GPUs with train.parallel=fsdp, "
-            "or where there is more memory"
-        )
-    return OutOfMemory(f"out of memory{cause and ': '}{cause}; {advice}")
-
-
-def smaller(micro_batch: int, per_rank: int) -> int:
-    """The largest divisor of per_rank that is at most half as many; 1 for 1."""
-    return max(n for n in range(1, max(1, micro_batch // 2) + 1) if per_rank % n == 0)

@@ -7,8 +7,9 @@
         state.json             step, tokens, configuration, fingerprints of data and tokenizer
         manifest.json          size and sha256 of all of these; written last
 
-Here a file is bytes with a name; snapshot.py makes a model and its optimizers into the first two
-and back. Nothing about the data order or randomness is stored: both are functions of (seed, step).
+Here a file is bytes with a name; the package's checkpoint.py turns a model and its optimizers into
+the first two and back. Nothing about data order or randomness is stored: both are functions of
+(seed, step).
 """
 
 import errno
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nanonormuon.errors import CheckpointError
-from nanonormuon.storage.files import naming, settle, sync_directory, write_durably
+from nanonormuon.storage.files import naming, publish, settle, sync_directory, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +38,21 @@ def step_of(path: Path) -> int | None:
 
 
 def all_steps(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, by rising step; other entries are none of ours."""
+    """The checkpoints in a folder, by rising step; other entries are ignored."""
     entries = folder.iterdir() if folder.is_dir() else ()
     found = [p for p in entries if step_of(p) is not None and p.is_dir()]
     return sorted(found, key=lambda p: step_of(p) or 0)
 
 
 def write(folder: Path, step: int, files: Mapping[str, bytes | Iterable]) -> Path:
-    """Publish `files`, each given whole or piece by piece, as folder/step-NNNNNN. Digests are of
-    what is in memory, not of what was read back. The order (data, manifest, rename, each waited
-    for) leaves no moment in which a crash could publish a part. Raises OSError, with every older
-    checkpoint intact."""
-    target = folder / f"step-{step:06d}"
-    partial = folder / f".partial-{target.name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        entries = {}
+    """Publish `files`, each given whole or piece by piece, as folder/step-NNNNNN.
+
+    Digests are of what is in memory, not of what was read back. The order (data, manifest, rename,
+    each waited for) leaves no moment in which a crash could publish a part. Raises OSError, with
+    every older checkpoint intact.
+    """
+    target, entries = folder / f"step-{step:06d}", {}
+    with publish(target) as partial:
         for name, content in files.items():
             size, digest = 0, hashlib.sha256()
             with open(partial / name, "wb") as file, naming(partial / name):
@@ -67,15 +65,9 @@ def write(folder: Path, step: int, files: Mapping[str, bytes | Iterable]) -> Pat
         sync_directory(partial)
         manifest = {"format": FORMAT, "step": step, "files": entries}
         write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
-        sync_directory(partial)
-    except BaseException:  # a full disk should not stay full for half a checkpoint
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if target.exists():  # this step was saved before and found damaged, or it would not be repeated
-        os.replace(target, aside := folder / f".damaged-{target.name}-{os.getpid()}")
-        log.warning("%s existed and was moved to %s", target, aside)
-    os.replace(partial, target)
-    sync_directory(folder)
+        if target.exists():  # found damaged before, or this step would not be repeated
+            os.replace(target, aside := folder / f".damaged-{target.name}-{os.getpid()}")
+            log.warning("%s existed and was moved to %s", target, aside)
     return target
 
 
@@ -129,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that verifies, and its state; each damaged one it passes is reported.
+    """The newest checkpoint that verifies, and its state; logs each damaged one that it passes.
 
     Raises CheckpointError, naming what was found, if there is none.
     """
@@ -145,7 +137,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half written or half deleted; for the run's only writer."""
+    """Remove what a killed process left half written or half deleted. Only the run's writer may."""
     for path in [*folder.glob(".partial-step-*"), *folder.glob(".deleting-step-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -153,10 +145,12 @@ def sweep(folder: Path) -> None:
 def retain(
     folder: Path, keep_last: int, step: int, keep_every: int = 0, best: int | None = None
 ) -> None:
-    """Delete all but the last checkpoints up to `step`, just written, each keep_every steps' one
-    and the best. keep_last = 0 keeps all. Later ones, left by a run that fell back behind them, do
-    not count. Nothing is deleted before the newest has been read back and found whole; first goes
-    the name, then the content."""
+    """Delete all checkpoints up to `step`, which was just written, but the last `keep_last` (0:
+    all), those of every keep_every steps, and the best.
+
+    Later checkpoints, left by a run that fell back behind them, do not count. Nothing is deleted
+    before the newest has been read back and found whole; the name goes first, then the content.
+    """
     ours = [p for p in all_steps(folder) if (step_of(p) or 0) <= step]
     doomed = [
         path
@@ -172,8 +166,8 @@ def retain(
 
 
 def check_space(folder: Path, size: int, keep_last: int) -> None:
-    """Raise OSError unless the disk has room for the checkpoints that will be kept, and for the one
-    that is written before the oldest goes; those already there have theirs."""
+    """Raise OSError unless the disk has room for the checkpoints still to be made: those that will
+    be kept, and one more, which is written before the oldest goes."""
     copies = max(1, (keep_last or 1) + 1 - len(all_steps(folder)))
     place = next(p for p in (folder, *folder.parents) if p.exists())
     if (free := shutil.disk_usage(place).free) < copies * size:

@@ -1,4 +1,4 @@
-"""What a run leaves behind and what it says: run directory, metrics.jsonl, console.
+"""A run's directory and its log: metrics.jsonl, console, environment.
 
 RUN/config.toml  environment.json  metrics.jsonl  samples.jsonl  train.log  groups.txt  checkpoints/
     summary.json
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from tqdm import tqdm
 
 from nanonormuon.errors import RunError, exit_code
-from nanonormuon.storage import checkpoints as checkpoint
-from nanonormuon.storage.files import read_jsonl, replace_file
+from nanonormuon.storage import checkpoints
+from nanonormuon.storage.files import lock, read_jsonl, replace_file
 
 if TYPE_CHECKING:
     import torch  # a help text must not wait for it
@@ -65,7 +65,7 @@ class RunDirectory:
         self.path, self.first = path, first
         self.metrics: TextIO | None = None
         self.handler: logging.Handler | None = None
-        self.lock: TextIO | None = None
+        self.lock: int | None = None
         self.sink: Sink | None = None
 
     def acquire(self, resume: bool) -> None:
@@ -82,27 +82,20 @@ class RunDirectory:
                 f"{self.path} already holds a run: continue it with --resume, "
                 "or choose another --out"
             )
-        checkpoint.sweep(self.checkpoints)
+        checkpoints.sweep(self.checkpoints)
 
     def _lock(self) -> None:
-        """Held by the open file and so dropped by the system when this process dies, however."""
+        """Become the only writer; the lock drops when this process dies, however it dies."""
+        file = self.path / ".lock"
         try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock = lock(file)
         except BlockingIOError:
-            self.lock.seek(0)
-            owner = self.lock.read().strip() or "unknown"
-            self.lock.close()
+            owner = file.read_text().strip() or "unknown"
             raise RunError(
                 f"{self.path} is being written by process {owner}: wait, or choose another --out"
             ) from None
-        self.lock.truncate(0)
-        self.lock.write(f"{os.getpid()}\n")
-        self.lock.flush()
+        if self.lock is not None:
+            file.write_text(f"{os.getpid()}\n")
 
     @property
     def checkpoints(self) -> Path:
@@ -161,14 +154,15 @@ class RunDirectory:
         if self.handler is not None:
             log.removeHandler(self.handler)
             self.handler.close()
-        for file in (self.metrics, self.lock):
-            if file is not None:
-                file.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.lock is not None:
+            os.close(self.lock)
         self.metrics = self.handler = self.lock = self.sink = None
 
 
-def announce(row: dict[str, Any], steps: int, bar: tqdm, terminal: bool) -> None:
-    """A logged step for people: a line, or on a terminal the bar and a line per evaluation."""
+def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
+    """Show a logged step: as a line, or on a terminal in the bar, with a line per evaluation."""
     line = (
         f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
         f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"
@@ -180,7 +174,7 @@ def announce(row: dict[str, Any], steps: int, bar: tqdm, terminal: bool) -> None
     if row.get("skipped"):
         line += f"  skipped {row['skipped']}"
     bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
-    log.log(logging.DEBUG if terminal and "val_loss" not in row else logging.INFO, line)
+    log.log(logging.INFO if bar.disable or "val_loss" in row else logging.DEBUG, line)
 
 
 def aligned(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:

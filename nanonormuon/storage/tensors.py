@@ -3,7 +3,7 @@ whole tensors made of shards and cut into them again."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,44 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
         mesh = like.device_mesh
         return distribute_tensor(value.to(mesh.device_type), mesh, like.placements)
     return value.to(like.device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Trees of dicts, lists, tuples and numbers whose leaves are tensors, as a state_dict is
+
+
+def flatten_tree(value: Any) -> tuple[Any, list[Tensor]]:
+    """A tree as JSON can hold it, and its tensors, which it refers to by number.
+
+    Raises TypeError naming the type of a leaf that only pickle could keep.
+    """
+    tensors: list[Tensor] = []
+
+    def flat(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dtype in DTYPES:
+            tensors.append(value)
+            return {"tensor": len(tensors) - 1}
+        if isinstance(value, dict):
+            return {"dict": [[key, flat(part)] for key, part in value.items()]}
+        if isinstance(value, list | tuple):
+            return {type(value).__name__: [flat(part) for part in value]}
+        if value is None or isinstance(value, int | float | str):
+            return value
+        raise TypeError(f"a {type(value).__name__}")
+
+    return flat(value), tensors
+
+
+def unflatten_tree(tree: Any, read: Callable[[int], Tensor]) -> Any:
+    """The tree that flatten_tree took apart; `read` gives a tensor by its number."""
+    if not isinstance(tree, dict):
+        return tree
+    (kind, content), *_ = tree.items()
+    if kind == "tensor":
+        return read(content)
+    if kind == "dict":
+        return {key: unflatten_tree(part, read) for key, part in content}
+    return {"list": list, "tuple": tuple}[kind](unflatten_tree(part, read) for part in content)
 
 
 # ------------------------------------------------------------------------------------------------

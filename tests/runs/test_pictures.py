@@ -15,7 +15,7 @@ from nanonormuon.config import load
 from nanonormuon.errors import RunError
 from nanonormuon.runs import compare, report
 from nanonormuon.runs import spectra as diagnose
-from nanonormuon.runtime import measures
+from nanonormuon.runtime import health
 from nanonormuon.storage.checkpoints import all_steps, read_json, write
 from nanonormuon.storage.run import read_metrics
 from nanonormuon.storage.tensors import read_tensors, serialise
@@ -143,12 +143,12 @@ def test_what_a_row_says_of_the_weights(name, tiny, tmp_path):
 
 
 def test_only_logged_steps_are_measured(tiny, tmp_path, monkeypatch):
-    measured, copies = [], measures.copies
-    monkeypatch.setattr(measures, "copies", lambda o: measured.append(1) or copies(o))
+    measured, squares = [], health.squares
+    monkeypatch.setattr(health, "squares", lambda t: measured.append(1) or squares(t))
     more = ["train.log_every=3", "train.eval_every=4", "train.save_every=5", "train.sample_every=7"]
     train(load([*tiny, *more, "train.steps=11"])[0], tmp_path / "run")
     steps = [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert steps == [3, 4, 5, 6, 7, 8, 9, 10, 11] and len(measured) == len(steps)
+    assert steps == [3, 4, 5, 6, 7, 8, 9, 10, 11] and len(measured) == 2 * len(steps)
 
 
 # ------------------------------------------------------------------------------------------ report

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nanonormuon import errors, optim
+from nanonormuon.engine import checkpoint_activations
 from nanonormuon.model import GPT, GPTConfig
-from nanonormuon.runtime import activations, distributed, memory
+from nanonormuon.runtime import activations, memory
 from nanonormuon.runtime.distributed import World
 from nanonormuon.storage.run import read_metrics
 
@@ -64,9 +65,9 @@ def test_under_fsdp_it_is_what_the_layers_keep_in_60_percent_of_the_memory(monke
     for spare, fits in ((16, 4), (-16, 2)):
         free = own + int(room) + spare, 0
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: free)
-        assert memory.micro_batch(model, [], 8, 8, world, "fsdp", recompute) == fits
+        assert memory.choose(model, [], 8, 8, world, "fsdp", recompute) == fits
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (own, 0))
-    assert memory.micro_batch(model, [], 8, 8, world, "fsdp", recompute) == 1
+    assert memory.choose(model, [], 8, 8, world, "fsdp", recompute) == 1
 
 
 def test_what_was_found_is_remembered_and_all_ranks_take_the_smallest(tmp_path, monkeypatch):
@@ -75,10 +76,10 @@ def test_what_was_found_is_remembered_and_all_ranks_take_the_smallest(tmp_path, 
     monkeypatch.setattr(memory.distributed, "largest", lambda values, _: [max(values[0], -3)])
     world, found = World(0, 1, torch.device("cuda")), iter([6])
     monkeypatch.setattr(memory, "probe", lambda *_: next(found))
-    assert [memory.micro_batch(*small(), 8, 12, world) for _ in range(2)] == [3, 3]
+    assert [memory.choose(*small(), 8, 12, world) for _ in range(2)] == [3, 3]
     memory.cache_file().write_text("[")  # damaged: probed anew
     found = iter([2])
-    assert memory.micro_batch(*small(), 8, 12, world) == 2
+    assert memory.choose(*small(), 8, 12, world) == 2
 
 
 def test_smaller_divides():
@@ -88,8 +89,8 @@ def test_smaller_divides():
 
 def test_on_a_cpu_it_is_arithmetic():
     world = World(0, 1, torch.device("cpu"))
-    assert memory.micro_batch(*small(), 1024, 12, world) == 6
-    assert memory.micro_batch(*small(), 16384, 12, world) == 1
+    assert memory.choose(*small(), 1024, 12, world) == 6
+    assert memory.choose(*small(), 16384, 12, world) == 1
 
 
 def test_activation_checkpointing_keeps_a_fraction_and_the_same_bits():
@@ -102,7 +103,7 @@ def test_activation_checkpointing_keeps_a_fraction_and_the_same_bits():
         for p in model.parameters():  # also the projections that begin at zero
             torch.nn.init.normal_(p, std=0.1)
         if again:
-            distributed.checkpoint_activations(model)
+            checkpoint_activations(model)
         seen = {}
 
         def pack(t, seen=seen):
@@ -144,7 +145,7 @@ def test_activation_checkpointing_is_no_break_in_a_compiled_graph():
     model = GPT(GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=16)).init_weights(3)
     tokens = torch.arange(24).view(2, 12)
     wanted = model(tokens, tokens)
-    distributed.checkpoint_activations(model)
+    checkpoint_activations(model)
     loss = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, tokens)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), abs=1e-6)

@@ -18,7 +18,6 @@ import pytest
 import torch
 from conftest import TINY
 
-from nanonormuon import build as plan
 from nanonormuon import checkpoint as snapshot
 from nanonormuon import config, optim
 from nanonormuon.cli import app as cli
@@ -135,7 +134,7 @@ def fuzz_checkpoint(trials, dice, trained, folder):
             sign(path)
         try:
             state = checkpoint.verify(path)
-            plan.check_state(path / "state.json", state)
+            snapshot.check_state(path / "state.json", state)
             snapshot.load_weights(model, path)
             snapshot.load_optimizers(optimizers, path)
         except Exception as error:
