@@ -9,11 +9,10 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanonormuon import checkpoint, evaluate, optim
@@ -168,39 +167,58 @@ def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None)
     return evaluate.count_bytes(data.val, tokenizer.token_lengths(), limit)
 
 
-def make_engine(config: Config, data: Data, tokenizer: Tokenizer | None, world: World) -> Engine:
-    """The initialised model and its optimizers, laid out over the ranks. Raises ConfigError."""
-    train = config.train
-    dtype = distributed.compute_dtype(train.dtype, world.device)
-    model = GPT(config.model, dtype).init_weights(train.seed).to(world.device)
-    model.separator = separator(config, data, tokenizer)
-    if train.activation_checkpointing:
-        checkpoint_activations(model)
-    make = partial(optim.make_optimizers_, settings=config.optim, ns_dtype=dtype)
-    kind = Bitwise if train.canonical else Engine
-    try:
+class Maker:
+    """Makes a run's model and optimizers, and lays them out over the ranks."""
+
+    def __init__(self, config: Config, data: Data, tokenizer: Tokenizer | None, world: World):
+        self.config, self.world = config, world
+        self.dtype = distributed.compute_dtype(config.train.dtype, world.device)
+        self.separator = separator(config, data, tokenizer)
+
+    def model(self) -> GPT:
+        model = GPT(self.config.model, self.dtype)
+        model.separator = self.separator
+        if self.config.train.activation_checkpointing:
+            checkpoint_activations(model)
+        return model
+
+    def optimizers(self, model: nn.Module) -> list[Optimizer]:
+        """Raises ConfigError for settings that an optimizer does not take."""
+        try:
+            return optim.make_optimizers_(model, self.config.optim, self.dtype)
+        except ValueError as error:
+            raise ConfigError(f"optim: {error}") from None
+
+    def engine(self) -> Engine:
+        """The initialised model, its optimizers and their layout."""
+        train, kind = self.config.train, Bitwise if self.config.train.canonical else Engine
+        model = self.model().init_weights(train.seed).to(self.world.device)
         return kind(
-            model, make, world,
-            parallel="ddp" if train.parallel == "auto" else train.parallel,
-            dtype=dtype, reshard=train.reshard, grad_clip=config.optim.grad_clip,
+            model, self.optimizers, self.world,
+            parallel=train.parallel, dtype=self.dtype, reshard=train.reshard,
+            grad_clip=self.config.optim.grad_clip,
         )  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(f"optim: {error}") from None
 
+    def micro_batch(self, per_rank: int, state: dict[str, Any] | None) -> int:
+        """Sequences per device at a time: equal on every rank, and a divisor of per_rank.
 
-def choose_micro_batch(
-    config: Config, engine: Engine, per_rank: int, state: dict[str, Any] | None
-) -> int:
-    """Sequences per device at a time: equal on every rank, and a divisor of per_rank. state: of
-    the checkpoint to resume from."""
-    if config.train.micro_batch != "auto":
-        return config.train.micro_batch
-    if state and state["ranks"] == engine.world.size:
-        return state["micro_batch"]  # for equal roundings, also on a device with less room
-    return memory.choose(
-        engine.model, engine.optimizers, config.data.seq_len, per_rank, engine.world,
-        "fsdp" if engine.sharded else "ddp", config.train.activation_checkpointing,
-    )  # fmt: skip
+        state: of the checkpoint to resume from. Called before `engine`, since a probe on a GPU
+        needs the memory.
+        """
+        train, world = self.config.train, self.world
+        if train.micro_batch != "auto":
+            return train.micro_batch
+        if state and state["ranks"] == world.size:
+            return state["micro_batch"]  # for equal roundings, also on a device with less room
+
+        def make() -> tuple[GPT, list[Optimizer]]:
+            with world.device:
+                model = self.model()
+            return model, self.optimizers(model)
+
+        sharded = train.parallel == "fsdp" and world.size > 1
+        recompute = train.activation_checkpointing
+        return memory.choose(make, self.config.data.seq_len, per_rank, world, sharded, recompute)
 
 
 # ------------------------------------------------------------------------------------------------

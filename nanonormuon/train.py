@@ -56,8 +56,8 @@ def train(
             with watch.section("start"):
                 distributed.first_does(lambda: run.acquire(resume), world.device)
                 watch.folder = run.path / "errors"
-                trainer = Trainer(config, run, world, watch)
-                trainer.begin(resume)
+                trainer = Trainer(config, run, world, watch, resume)
+                trainer.begin()
             try:
                 summary = trainer.loop()
             except BadStep as bad:
@@ -84,9 +84,12 @@ class Due(NamedTuple):
 class Trainer:
     """A run in memory: its parts, how far it is, and what it does."""
 
-    def __init__(self, config: Config, run: RunDirectory, world: distributed.World, watch: Watch):
+    def __init__(
+        self, config: Config, run: RunDirectory, world: distributed.World, watch: Watch,
+        resume: bool = False,
+    ):  # fmt: skip
         self.began = time.perf_counter()
-        self.run, self.world, self.watch = run, world, watch
+        self.run, self.world, self.watch, self.resume = run, world, watch, resume
         self.data, self.tokenizer = build.open_corpus(config, world)
         self.config = config = build.complete(config, self.data)
         self.text_bytes = build.bytes_of_validation(config, self.data, self.tokenizer)
@@ -95,7 +98,15 @@ class Trainer:
             self.data.train, config.data.seq_len, self.per_rank * world.size, config.train.seed,
             config.data.order, self.data.mix,
         )  # fmt: skip
-        self.engine = build.make_engine(config, self.data, self.tokenizer, world)
+        self.found = checkpoint.newest(run.checkpoints, world) if resume else None
+        if resume and not self.found:
+            build.refuse_other_settings(run.path / "config.toml", config)
+        maker = build.Maker(config, self.data, self.tokenizer, world)
+        size = maker.micro_batch(self.per_rank, self.found and self.found[1])
+        self.engine = maker.engine()
+        self.memory = MicroBatch(
+            size, self.per_rank, self.engine.model, world, watch, run.path, self.engine.dealt
+        )
         self.loader = Loader(self.batches, self.per_rank, world, self.engine.dealt)
         self.schedule = schedule_(config.train.steps, config.optim)
         self.guard = Guard(Spikes(config.train.skip_spikes), watch.stopping)
@@ -104,35 +115,27 @@ class Trainer:
 
         self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint
         self.seconds = self.earlier_seconds = 0.0  # of training; of earlier processes in all
-        self.compile_seconds = 0.0
 
-    def begin(self, resume: bool) -> None:
+    def begin(self) -> None:
         """Take up where an interrupted run left off, open the logs, compile."""
         config, engine, run = self.config, self.engine, self.run
-        found = checkpoint.newest(run.checkpoints, self.world) if resume else None
-        state = found[1] if found else None
-        if resume and not found:
-            build.refuse_other_settings(run.path / "config.toml", config)
-        size = build.choose_micro_batch(config, engine, self.per_rank, state)
-        self.memory = MicroBatch(
-            size, self.per_rank, engine.model, self.world, self.watch, run.path, engine.dealt
-        )
-        if found:
-            build.load_checkpoint(*found, config, self.data, self.tokenizer, engine)
-            self.take_up(found[1])
+        if self.found:
+            build.load_checkpoint(*self.found, config, self.data, self.tokenizer, engine)
+            self.take_up(self.found[1])
         elif config.train.init_from:
             build.begin_with(config, engine, self.tokenizer)
         described = environment(self.world.device, self.world.size)
         rows = distributed.first_does(lambda: self.open_logs(described), self.world.device)
         self.validations.take_up(rows)
-        groups = build.groups(engine.optimizers)
-        run.write("groups.txt", groups + "\n")
+        run.write("groups.txt", build.groups(engine.optimizers) + "\n")
         if self.world.first:
+            size = self.memory.size
             for line in build.introduction(config, self.data, self.batches, engine, size):
                 log.info(line)
             log.info(f"writing to {run.path}")
-            if resume:
-                log.info(f"resumed from {found[0] if found else 'the start: nothing was saved'}")
+            if self.resume:
+                where = self.found[0] if self.found else "the start: nothing was saved"
+                log.info(f"resumed from {where}")
         with self.watch.section("compilation"):
             self.compile_seconds = build.compile_engine(
                 config, engine, lambda: next(self.loader.micro_batches(self.step, self.memory.size))

@@ -80,7 +80,7 @@ def measure(arguments: list[str], steps: int) -> dict:
     with tempfile.TemporaryDirectory() as folder, RunDirectory(Path(folder), world.first) as run:
         trainer = Trainer(config, run, world, Watch(0, Stopping()))
         begin = time.perf_counter()
-        trainer.begin(resume=False)
+        trainer.begin()
         compile_seconds = time.perf_counter() - begin
         for _ in range(3):
             trainer.take_step()

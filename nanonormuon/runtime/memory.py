@@ -4,24 +4,19 @@
 memory with fewer; `together` lets every rank learn that one of them did.
 """
 
-import json
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from torch.optim import Optimizer
 
 from nanonormuon.errors import OutOfMemory, out_of_memory
 from nanonormuon.model import GPT
 from nanonormuon.runtime import activations, distributed
 from nanonormuon.runtime.faults import Watch
-from nanonormuon.storage import files
-from nanonormuon.storage.files import replace_file
-from nanonormuon.storage.tensors import local
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -31,7 +26,7 @@ SPARE = 0.05  # of the free memory, kept free in a probe: fragments, and what li
 
 
 class Shortage(MemoryError):
-    """Some rank has run out of memory, and every rank knows."""
+    """A rank has run out of memory, and every rank knows."""
 
 
 def divisors(n: int) -> list[int]:
@@ -40,36 +35,31 @@ def divisors(n: int) -> list[int]:
 
 
 def choose(
-    model: GPT,
-    optimizers: Sequence[torch.optim.Optimizer],
+    make: Callable[[], tuple[GPT, Sequence[Optimizer]]],
     seq_len: int,
     per_rank: int,
     world: distributed.World,
-    parallel: str = "ddp",
+    sharded: bool = False,
     recompute: bool = False,
 ) -> int:
     """The largest divisor of per_rank, in sequences, that fits on every rank.
 
-    On one GPU and under DDP it is found by a probe of training steps, evaluation and optimizer on
-    this model, remembered in the cache directory; the model and its optimizers must be new, and are
-    so again afterwards. Under FSDP2 a rank that fails would leave the others waiting in the middle
-    of a layer, so it is an estimate there: what the layers keep for their backward pass, with 40 %
-    to spare. On a CPU it is what 8,192 tokens are.
+    On one GPU and under DDP a probe finds it: training steps, an evaluation and an update of a
+    model that `make` makes for the purpose, with its optimizers. Under FSDP2 a rank that fails
+    would leave the others waiting in the middle of a layer, so there it is an estimate: what the
+    layers keep for their backward pass, with 40 % to spare. On a CPU it is 8,192 tokens' worth.
     """
     candidates = divisors(per_rank)
     if world.device.type != "cuda":
         return max((n for n in candidates if n * seq_len <= CPU_TOKENS), default=1)
-    if parallel == "fsdp" and world.size > 1:
+    if sharded:
+        with torch.device("meta"):
+            model, _ = make()
         fitting = estimate(model, seq_len, candidates, world, recompute)
-        return -int(distributed.largest([-fitting], world.device)[0])
-    key = key_of(model, optimizers, seq_len, per_rank, world, recompute)
-    known = distributed.first_does(lambda: read_cache().get(key), world.device)
-    if known in candidates:
-        return known
-    fitting = probe(model, optimizers, seq_len, candidates)
-    fitting = -int(distributed.largest([-fitting], world.device)[0])
-    distributed.first_does(lambda: write_cache(key, fitting), world.device)
-    return fitting
+    else:
+        fitting = probe(*make(), seq_len, candidates)
+    free_cache(world.device)
+    return -int(distributed.largest([-fitting], world.device)[0])
 
 
 def estimate(
@@ -94,14 +84,14 @@ def estimate(
 
 def probe(
     model: GPT,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[Optimizer],
     seq_len: int,
     candidates: Sequence[int],
 ) -> int:
-    """The largest of the rising `candidates` that a step and an evaluation have memory for.
+    """The largest of the rising `candidates` for which a step and an evaluation have memory.
 
-    Without torch.compile, whose own memory is no more. Raises OutOfMemory if not even the first
-    has; an optimizer step is part of that.
+    Without torch.compile, which needs no more. Raises OutOfMemory if there is too little for the
+    first and an update. Model and optimizers are of no use afterwards.
     """
     device = model.embed_tokens.weight.device
 
@@ -127,100 +117,31 @@ def probe(
             free_cache(device)
         return True
 
-    with new_again(model, optimizers):
-        spare = None
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-            spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
-        low, high = 0, len(candidates)
-        if not fits(first):
-            raise OutOfMemory(
-                f"out of memory: {candidates[0]} sequence of {seq_len} tokens and an update do not "
-                "fit: set train.activation_checkpointing=true, take more GPUs and "
-                "train.parallel=fsdp, or a smaller model or data.seq_len"
-            )
-        while low + 1 < high:
-            middle = (low + high) // 2
-            if fits(lambda: trial(candidates[middle])):  # noqa: B023, called at once
-                low = middle
-            else:
-                high = middle
-        del spare
-    free_cache(device)
+    spare = None
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
+    low, high = 0, len(candidates)
+    if not fits(first):
+        raise OutOfMemory(
+            f"out of memory: {candidates[0]} sequence of {seq_len} tokens and an update do not "
+            "fit: set train.activation_checkpointing=true, take more GPUs and "
+            "train.parallel=fsdp, or a smaller model or data.seq_len"
+        )
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if fits(lambda: trial(candidates[middle])):  # noqa: B023, called at once
+            low = middle
+        else:
+            high = middle
+    del spare
     return candidates[low]
-
-
-@contextmanager
-def new_again(model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
-    """Within this a new model and its optimizers may step; then they are as new. After an error
-    they are not, since nothing goes on with them."""
-    weights = [local(p).detach().to("cpu", copy=True) for p in model.parameters()]
-    unborn = [optimizer for optimizer in optimizers if not optimizer.state]
-    yield
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), weights):
-            local(p).copy_(value)
-            p.grad = None
-        for optimizer in optimizers:
-            if optimizer in unborn:
-                optimizer.state.clear()
-            for buffers in optimizer.state.values():
-                for buffer in buffers.values():
-                    buffer.zero_()
 
 
 def free_cache(device: torch.device) -> None:
     """Return freed blocks, whose sizes may suit nothing any more, to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def key_of(
-    model: GPT,
-    optimizers: Sequence[torch.optim.Optimizer],
-    seq_len: int,
-    per_rank: int,
-    world: distributed.World,
-    recompute: bool,
-) -> str:
-    """All that the result of a probe depends on, but for other processes on the device."""
-    properties = torch.cuda.get_device_properties(world.device)
-    return json.dumps(
-        {
-            "model": asdict(model.config),
-            "document_mask": model.separator is not None,
-            "optimizers": [type(optimizer).__name__ for optimizer in optimizers],
-            "activation_checkpointing": recompute,
-            "seq_len": seq_len,
-            "per_rank": per_rank,
-            "ranks": world.size,
-            "dtype": str(model.compute_dtype),
-            "device": [properties.name, properties.total_memory],
-            "torch": torch.__version__,
-        },
-        sort_keys=True,
-    )
-
-
-def cache_file() -> Path:
-    return files.cache_directory() / "micro-batch.json"
-
-
-def read_cache() -> dict[str, Any]:
-    try:
-        found = json.loads(cache_file().read_bytes())
-    except (OSError, ValueError):  # a cache: whatever is wrong with it, probing is right
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_cache(key: str, fitting: int) -> None:
-    try:
-        cache_file().parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(read_cache() | {key: fitting}, indent=1)
-        replace_file(cache_file(), content.encode())
-    except OSError as error:
-        log.warning("the micro-batch that fits is not remembered: %s", error)
 
 
 # ------------------------------------------------------------------------------------------------
