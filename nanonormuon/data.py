@@ -159,7 +159,11 @@ class Loader:
         following = [*wanted[1:], (step + 1, begins[0], begins[0] + n)]
         for now, then in zip(wanted, following):
             guess, self._next = self._next, None
-            found = guess[1].result() if guess and guess[0] == now else self._read(*now)
+            try:
+                found = guess[1].result() if guess and guess[0] == now else self._read(*now)
+            except Exception as error:
+                error.section = "data"  # type: ignore[attr-defined]  # for the message's place
+                raise
             self._next = then, self._pool.submit(self._read, *then)
             tokens, targets = (t.to(self.world.device, non_blocking=True) for t in found)
             yield tokens, targets

@@ -1,4 +1,4 @@
-"""What may end a run, and how it is told: signals, lost ranks, time limits, exit codes.
+"""What may end a run from outside: signals, lost ranks, time limits.
 
 Imports no torch, so that a signal is answered while torch is still being imported.
 """
@@ -23,9 +23,12 @@ GRACE = 5.0  # seconds in which torchrun should have seen the rank that failed f
 
 
 class Stopping:
-    """SIGINT and SIGTERM. Until `finishing` is set, the first one ends the run where it stands;
-    from then on it only leaves its `number`, so that the step is finished and saved. A second one
-    ends the process at once."""
+    """SIGINT and SIGTERM.
+
+    Until `finishing` is set, the first signal ends the run where it stands; from then on it only
+    leaves its `number`, so that the step is finished and saved. A second signal ends the process at
+    once.
+    """
 
     def __init__(self) -> None:
         self.number, self.finishing = 0, False
@@ -47,19 +50,19 @@ class Stopping:
         say(f"signal {number}: finishing the step, then saving; once more ends at once")
 
     def finish_steps(self, finishing: bool = True) -> None:
-        """From now on a signal waits for the end of a step; one that came before does not."""
+        """Have signals wait for the end of a step from now on; an earlier one does not wait."""
         self.finishing = finishing
         if self.number:
             raise Interrupted(self.number, "before its first step; checkpoints are as they were")
 
 
 class Watch:
-    """What this rank is doing, for errors to name, and a thread that ends the process with exit
-    code 7 when a section takes too long, or has it stop as by SIGTERM when the process that started
-    it (torchrun, or a race: NANONORMUON_FOLLOW) is gone.
+    """Knows what this rank is doing, so that errors can name it.
 
-    Leaving the `with` block with an error writes it down: in RUN/errors/rank-N.txt (from the moment
-    `folder` is set) and where torchrun looks for what to report.
+    A thread ends the process with exit code 7 when a section takes too long, and stops it as SIGTERM
+    would when the process that started it (torchrun, or a race: NANONORMUON_FOLLOW) is gone.
+    Leaving the `with` block with an error writes the error to RUN/errors/rank-N.txt (once `folder`
+    is set) and to the file that torchrun reports from.
     """
 
     def __init__(self, time_limit: float, stopping: Stopping):
@@ -91,6 +94,11 @@ class Watch:
         rank = f"rank {self.rank}, " if self.ranks > 1 else ""
         return f"{rank}step {self.step}, {self.name}"
 
+    def place_of(self, error: BaseException) -> str:
+        """Where an error occurred; its own `section` tells more than the current one."""
+        self.name = getattr(error, "section", self.name)
+        return self.place
+
     def __enter__(self) -> "Watch":
         threading.Thread(target=self._observe, name="watch", daemon=True).start()
         return self
@@ -100,7 +108,7 @@ class Watch:
         if error is None or isinstance(error, GeneratorExit):
             return
         if self.ranks > 1 and not isinstance(error, Interrupted):
-            error.place = self.place  # type: ignore[attr-defined]
+            error.place = self.place_of(error)  # type: ignore[attr-defined]
         if follows(error) and self.parent is not None:
             self._await_launcher()  # its report should be about the rank that failed first
         else:
@@ -141,7 +149,7 @@ class Watch:
                 self._expire()
 
     def _expire(self) -> None:
-        """Every rank comes here at about the same time, so that the stacks of all are on disk."""
+        """End the process. All ranks expire at about the same time, so that all stacks are on disk."""
         limit = self.time_limit * LONGER.get(self.name, 1)
         message = (
             f"{self.place}: took more than {limit:g} s (train.time_limit = {self.time_limit:g}"
@@ -159,6 +167,6 @@ class Watch:
 
 
 def say(line: str) -> None:
-    """To stderr, past buffers and locks, which the interrupted code may hold."""
+    """Write to stderr, past buffers and locks, which the interrupted code may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())
