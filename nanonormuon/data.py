@@ -13,9 +13,7 @@ import torch
 
 from nanonormuon.errors import DataError
 from nanonormuon.runtime.distributed import World
-from nanonormuon.storage.shards import Split, check_ids
-
-SHARES = 1_000_000  # the shares of a mixture are whole numbers of millionths
+from nanonormuon.storage.shards import SHARES, Split, check_ids
 
 # ------------------------------------------------------------------------------ the training order
 

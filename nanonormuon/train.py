@@ -29,6 +29,7 @@ from nanonormuon.runtime.health import BadStep, Guard, Spikes, Verdict, WeightSt
 from nanonormuon.runtime.memory import MicroBatch
 from nanonormuon.storage import checkpoints, huggingface
 from nanonormuon.storage.run import RunDirectory, announce, environment
+from nanonormuon.text.corpus import open_corpus
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Trainer:
     ):  # fmt: skip
         self.began = time.perf_counter()
         self.run, self.world, self.watch, self.resume = run, world, watch, resume
-        self.data, self.tokenizer = build.open_corpus(config, world)
+        self.data, self.tokenizer = open_corpus(config, world)
         self.config = config = build.complete(config, self.data)
         self.text_bytes = build.bytes_of_validation(config, self.data, self.tokenizer)
         self.per_rank = build.split_batch(config, world.size)

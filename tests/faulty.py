@@ -63,13 +63,13 @@ def inject(kind, place, step="0", rank="0"):
         return
     import torch
 
-    from nanonormuon import build, checkpoint, data, evaluate, model, sample
+    from nanonormuon import build, checkpoint, data, evaluate, model, sample, train
     from nanonormuon.runtime import health
     from nanonormuon.storage import checkpoints
     from nanonormuon.train import Trainer
 
     places = {
-        "open": (build, "open_corpus"),
+        "open": (train, "open_corpus"),
         "compile": (build, "compile_engine"),
         "data": (data.Batches, "batch"),
         "forward": (model.GPT, "forward"),

@@ -59,8 +59,8 @@ class Stopping:
 class Watch:
     """Knows what this rank is doing, so that errors can name it.
 
-    A thread ends the process with exit code 7 when a section takes too long, and stops it as SIGTERM
-    would when the process that started it (torchrun, or a race: NANONORMUON_FOLLOW) is gone.
+    A thread ends the process with exit code 7 when a section takes too long, and stops it as if by
+    SIGTERM when the process that started it (torchrun, or a race: NANONORMUON_FOLLOW) is gone.
     Leaving the `with` block with an error writes the error to RUN/errors/rank-N.txt (once `folder`
     is set) and to the file that torchrun reports from.
     """
@@ -149,7 +149,7 @@ class Watch:
                 self._expire()
 
     def _expire(self) -> None:
-        """End the process. All ranks expire at about the same time, so that all stacks are on disk."""
+        """End the process. All ranks expire at about one time, so that all stacks are on disk."""
         limit = self.time_limit * LONGER.get(self.name, 1)
         message = (
             f"{self.place}: took more than {limit:g} s (train.time_limit = {self.time_limit:g}"

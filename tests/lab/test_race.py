@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command
 
-from nanonormuon import build as plan
 from nanonormuon import errors
 from nanonormuon.config import load
 from nanonormuon.errors import ConfigError, RunError
@@ -32,6 +31,7 @@ from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage.run import read_metrics
 from nanonormuon.storage.shards import open_data
+from nanonormuon.text import corpus
 from nanonormuon.train import train
 
 SMALL = GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=64)
@@ -347,7 +347,7 @@ def test_the_choice_never_sees_the_validation_split(tiny, shards):
     assert b"".join(bytes(s) for s in joined) == b"".join(bytes(s) for s in whole.train.shards)
     for share, tokens in ((0.0, whole.val.tokens), (0.25, rest.tokens)):
         config = load([*tiny, f"data.tuning={share}"])[0]
-        data, _ = plan.open_corpus(config, distributed.start("cpu"))
+        data, _ = corpus.open_corpus(config, distributed.start("cpu"))
         assert data.val.tokens == tokens
 
 
