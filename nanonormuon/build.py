@@ -34,7 +34,7 @@ COMPILE_FROM = {"cpu": 4e14, "cuda": 3e16}
 def complete(config: Config, data: Data) -> Config:
     """The configuration with the vocabulary that the data decide, or the model to begin with."""
     if (source := config.train.init_from) and not config.model.vocab_size:
-        from nanonormuon.pretrained import models  # loading finished models is not, either
+        from nanonormuon.pretrained import models  # loading finished models is not part of a run
 
         model = models.model_config(models.find_checkpoint(Path(source)))
         if (data.vocab_size or 0) > model.vocab_size:
@@ -171,6 +171,33 @@ def begin_with(config: Config, engine: Engine, tokenizer: Tokenizer | None) -> N
         log.info(f"weights of {found}")
 
 
+def refuse_other_settings(file: Path, config: Config) -> None:
+    """Raise ConfigError if a run that ended before its first checkpoint was another one, by its
+    config.toml."""
+    if file.is_file():
+        refuse(differences(load([str(file)])[0], config), f" than {file} says")
+
+
+def refuse_other_run(
+    config: Config, state: dict[str, Any], data: Data, tokenizer: Tokenizer | None
+) -> None:
+    """Raise ConfigError with every difference from the run whose state.json this is."""
+    lines = differences(from_dict(state["config"]), config)
+    if state["data"] != data.fingerprint:
+        lines.append(f"data: fingerprint {state['data'][:12]} -> {data.fingerprint[:12]}")
+    if tokenizer is not None and state["tokenizer"] not in (None, tokenizer.hash):
+        lines.append(f"tokenizer: hash {state['tokenizer'][:12]} -> {tokenizer.hash[:12]}")
+    refuse(lines)
+
+
+def refuse(lines: Sequence[str], than: str = "") -> None:
+    if lines:
+        raise ConfigError(
+            f"--resume: this would be another run{than}: {'; '.join(lines)}. "
+            "Undo that, or start a new --out"
+        )
+
+
 # ------------------------------------------------------------------------------------------------
 # Compilation, and what is said
 
@@ -224,28 +251,3 @@ def introduction(
             f"warning: {epochs:.1f} epochs: beyond 4, repetition teaches little (arXiv 2305.16264)"
         )
     return [*lines, groups(engine.optimizers, fold=True)]
-
-
-def refuse_other_settings(file: Path, config: Config) -> None:
-    """The same for a run that was stopped before its first checkpoint, from its config.toml."""
-    if file.is_file() and (lines := differences(load([str(file)])[0], config)):
-        raise ConfigError(
-            f"--resume: this would be another run than {file} says: {'; '.join(lines)}. "
-            "Undo that, or start a new --out"
-        )
-
-
-def refuse_other_run(
-    config: Config, state: dict[str, Any], data: Data, tokenizer: Tokenizer | None
-) -> None:
-    """Raise ConfigError with every difference that would make this another run."""
-    lines = differences(from_dict(state["config"]), config)
-    if state["data"] != data.fingerprint:
-        lines.append(f"data: fingerprint {state['data'][:12]} -> {data.fingerprint[:12]}")
-    if tokenizer is not None and state["tokenizer"] not in (None, tokenizer.hash):
-        lines.append(f"tokenizer: hash {state['tokenizer'][:12]} -> {tokenizer.hash[:12]}")
-    if lines:
-        raise ConfigError(
-            f"--resume: this would be another run: {'; '.join(lines)}. "
-            "Undo that, or start a new --out"
-        )

@@ -91,8 +91,11 @@ def keep_freed_memory() -> None:
 
 
 def finish() -> None:
-    """Wait for all ranks at the end of a run. The group is left standing: gloo's threads have been
-    seen to abort a process that takes them down, and the process ends now anyway (cli.entry)."""
+    """Wait for all ranks at the end of a run.
+
+    The group is left standing: taking gloo's threads down has been seen to abort a process, and the
+    process ends now anyway (cli.app.entry).
+    """
     if size() > 1:
         dist.barrier()
 
@@ -119,7 +122,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def largest(values: Sequence[float] | Tensor, device: torch.device) -> list[float]:
-    """Element-wise maximum over ranks, so that all of them reach the same verdict."""
+    """Element-wise maximum over ranks, so that all reach one verdict."""
     x = torch.as_tensor(values, dtype=torch.float32, device=device)
     if size() > 1 and len(x):
         dist.all_reduce(x, dist.ReduceOp.MAX)
@@ -144,8 +147,8 @@ def gather(x: Tensor) -> Tensor:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes that the rank with most has held at once, since its process began: tensors on a GPU,
-    else the whole process. None where the system does not tell. Every rank must call this."""
+    """The most bytes that any rank has held at once since its process began: tensors on a GPU, else
+    the whole process. None where the system does not tell. Every rank must call this."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
