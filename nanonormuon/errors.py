@@ -121,11 +121,15 @@ def out_of_memory(error: BaseException) -> bool:
     return on_cpu or of_torch or isinstance(error, MemoryError | OutOfMemory)
 
 
+def explained(error: BaseException) -> bool:
+    """Whether the message was written for people, so that a traceback adds nothing."""
+    return isinstance(error, tuple(kind for kind in EXIT_CODES if kind is not OSError))
+
+
 def lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone."""
     torch = sys.modules.get("torch")
-    expected = tuple(kind for kind in EXIT_CODES if kind is not OSError)
-    if torch is None or isinstance(error, expected):
+    if torch is None or explained(error):
         return False
     failed = getattr(torch.distributed, "DistError", ())
     gone = "Connection closed by peer", "Connection reset by peer"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import Interrupted, describe, exit_code, follows
+from nanonormuon.errors import Interrupted, describe, explained, follows
 from nanonormuon.storage.files import replace_file
 
 LONGER = {"start": 4, "compilation": 4, "evaluation": 4}  # sections that get more than time_limit
@@ -115,7 +115,7 @@ class Watch:
             if isinstance(error, Interrupted):  # that is no error, but torchrun asks for a reason
                 self.folder = None
             detail = "".join(traceback.format_exception(error))
-            self.write_down(describe(error), detail if exit_code(error) is None else "")
+            self.write_down(describe(error), "" if explained(error) else detail)
 
     def _await_launcher(self) -> None:
         until = time.monotonic() + GRACE

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tqdm import tqdm
 
-from nanonormuon.errors import RunError, exit_code
+from nanonormuon.errors import RunError, explained
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage.files import lock, read_jsonl, replace_file
 
@@ -104,8 +104,10 @@ class RunDirectory:
     def open(
         self, config_toml: str, environment: dict[str, Any], step: int
     ) -> list[dict[str, Any]]:
-        """Write what describes the run and open its logs for the steps after `step`. Returns the
-        metrics of the steps up to it; later ones, of work that was lost, are dropped."""
+        """Write what describes the run, and open its logs for the steps after `step`.
+
+        Returns the rows of metrics.jsonl up to `step`; later ones, of lost work, are dropped.
+        """
         replace_file(self.path / "config.toml", config_toml.encode())
         replace_file(
             self.path / "environment.json", (json.dumps(environment, indent=1) + "\n").encode()
@@ -117,7 +119,7 @@ class RunDirectory:
         self.handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self.handler)
-        log.setLevel(logging.DEBUG)  # train.log has all; what the console shows is its own matter
+        log.setLevel(logging.DEBUG)  # for train.log; the console's handler has its own level
         return kept
 
     def record(self, row: dict[str, Any]) -> None:
@@ -141,7 +143,7 @@ class RunDirectory:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is not None and exit_code(error) is None:  # the console shows one line
+        if error is not None and not explained(error):  # the console shows one line
             log.debug("the run failed", exc_info=error)
         self.close()
         if self.first and self.path.is_dir() and os.listdir(self.path) == [".lock"]:
