@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads o
 """
 
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,7 @@ class GPTConfig:
     n_kv_head: int = 0  # key and value heads; 0: n_head
     n_embd: int = 768  # width of the residual stream
     head_dim: int = 0  # 0: n_embd / n_head
-    n_hidden: int = (
-        0  # width of the MLP; 0: 8/3 n_embd up to a multiple of 64 (swiglu), 4 n_embd (relu2)
-    )
+    n_hidden: int = 0  # width of the MLP; 0: 8/3 n_embd up to a multiple of 64; relu2: 4 n_embd
     tied: bool = False  # head = embedding
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6  # 0: torch's default for the dtype
@@ -52,36 +51,33 @@ class GPTConfig:
     embed_dtype: str = "fp32"  # fp32 | bf16: how the embedding rests, and AdamW's averages for it
 
     def __post_init__(self) -> None:
+        def refuse(name: str, expected: str) -> NoReturn:
+            raise ValueError(f"{name} = {getattr(self, name)}: expected {expected}")
+
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+                refuse(name, "at least 1")
         for name in ("vocab_size", "n_kv_head", "head_dim", "n_hidden", "norm_eps", "embed_std"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected 0 or more")
+                refuse(name, "0 or more")
+        for name, choices in (("mlp", ("swiglu", "relu2")), ("rope", ("full", "half"))):
+            if getattr(self, name) not in choices:
+                refuse(name, " or ".join(choices))
+        head_dim = self.head_dim or self.n_embd // self.n_head
         if self.head_dim == 0 and self.n_embd % self.n_head:
-            near = max(
-                d for d in range(1, min(self.n_head, self.n_embd) + 1) if self.n_embd % d == 0
+            near = max(n for n in range(1, self.n_head + 1) if self.n_embd % n == 0)
+            refuse(
+                "n_embd",
+                f"a multiple of n_head = {self.n_head}: take n_head = {near} or give head_dim",
             )
-            raise ValueError(
-                f"n_embd = {self.n_embd} does not divide by n_head = {self.n_head}: "
-                f"take n_head = {near} or give head_dim"
-            )
-        if (self.head_dim or self.n_embd // self.n_head) % 4:
-            raise ValueError(
-                f"head_dim = {self.head_dim or self.n_embd // self.n_head}: "
-                "expected a multiple of 4"
-            )
+        if head_dim % 4:
+            raise ValueError(f"head_dim = {head_dim}: expected a multiple of 4")
         if self.n_kv_head and self.n_head % self.n_kv_head:
-            raise ValueError(
-                f"n_head = {self.n_head} does not divide by n_kv_head = {self.n_kv_head}"
-            )
-        if self.mlp not in ("swiglu", "relu2"):
-            raise ValueError(f'mlp = "{self.mlp}": expected swiglu or relu2')
-        if self.rope not in ("full", "half"):
-            raise ValueError(f'rope = "{self.rope}": expected full or half')
+            refuse("n_head", f"a multiple of n_kv_head = {self.n_kv_head}")
         if self.embed_dtype not in REST or (self.tied and self.embed_dtype != "fp32"):
-            expected = "fp32, since the head is tied to it" if self.tied else "fp32 or bf16"
-            raise ValueError(f'embed_dtype = "{self.embed_dtype}": expected {expected}')
+            refuse(
+                "embed_dtype", "fp32, as the head is tied to it" if self.tied else "fp32 or bf16"
+            )
 
     def resolved(self) -> "GPTConfig":
         """The same config with every 0 that stands for a derived value replaced by that value."""
