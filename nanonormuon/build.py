@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from nanonormuon import checkpoint, evaluate, optim
 from nanonormuon.config import Config, differences, from_dict, load
 from nanonormuon.data import Batches
-from nanonormuon.engine import Bitwise, Engine, checkpoint_activations
+from nanonormuon.engine import Bitwise, Engine
 from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPT
 from nanonormuon.runtime import distributed, memory
+from nanonormuon.runtime.activations import checkpoint_activations
 from nanonormuon.runtime.distributed import World
 from nanonormuon.storage import huggingface
 from nanonormuon.storage.shards import Data

@@ -50,7 +50,7 @@ def named_state(
     }
     for optimizer in optimizers:
         if not isinstance(optimizer, OURS):
-            buffers |= state_of_other(optimizer)
+            buffers |= flatten_tree(optimizer.state_dict(), OTHER)
     return weights, buffers
 
 
@@ -141,7 +141,11 @@ def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], path: Path) -> 
     )
     for optimizer in optimizers:
         if not isinstance(optimizer, OURS):
-            load_other(optimizer, file)
+            try:
+                optimizer.load_state_dict(unflatten_tree(file.read, OTHER))
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                name = type(optimizer).__name__
+                raise CheckpointError(f"{file.path}: no state of {name}: {error}") from None
             continue
         content = optimizer.state_dict()
         names = [name for group in optimizer.param_groups for name in group["names"]]
@@ -154,32 +158,6 @@ def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], path: Path) -> 
                 state[key] = placed_like(value, like)
             content["state"][index] = state
         optimizer.load_state_dict(content)
-
-
-def state_of_other(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of another package's optimizer, as tensors by number and the tree that holds them.
-
-    What only pickle could keep is named there instead.
-    """
-    try:
-        tree, tensors = flatten_tree(optimizer.state_dict())
-    except TypeError as error:
-        tree, tensors = {"unsaved": f"{type(optimizer).__name__} keeps {error}"}, []
-    text = torch.tensor(list(json.dumps(tree).encode()), dtype=torch.uint8)
-    return {f"{OTHER}tree": text} | {f"{OTHER}{i}": t for i, t in enumerate(tensors)}
-
-
-def load_other(optimizer: torch.optim.Optimizer, file: TensorFile) -> None:
-    """Fill another package's optimizer from `state_of_other`. Raises CheckpointError."""
-    try:
-        tree = json.loads(bytes(file.read(f"{OTHER}tree").tolist()))
-        if "unsaved" in tree:
-            raise ValueError(f"{tree['unsaved']}, which is not saved; start anew with --init-from")
-        optimizer.load_state_dict(unflatten_tree(tree, lambda i: file.read(f"{OTHER}{i}")))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file.path}: no state of {type(optimizer).__name__}: {error}"
-        ) from None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
 from nanonormuon.model import GPT
 from nanonormuon.normuon import Alone, NorMuon
@@ -168,25 +167,6 @@ def shard(model: GPT, dtype: torch.dtype | None, reshard: bool) -> None:
     mixed = len({p.dtype for p in model.parameters()}) > 1
     for block in [*model.layers, *([model.embed_tokens] if mixed else []), model]:
         fully_shard(block, mp_policy=policy, reshard_after_forward=reshard)
-
-
-def checkpoint_activations(model: GPT) -> None:
-    """Have each block (`model.layers`) keep only its input, and run forward again in backward.
-
-    About a third more work, and equal bits, dropout included: the random generator's state is
-    restored for the second forward pass. Called before an Engine distributes the model.
-    """
-
-    def recomputed(forward: Callable) -> Callable:
-        def call(*args: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(*args)
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True)
-
-        return call
-
-    for layer in model.layers:
-        layer.forward = recomputed(layer.forward)
 
 
 class Bitwise(Engine):

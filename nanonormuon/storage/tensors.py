@@ -44,16 +44,16 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
 # Trees of dicts, lists, tuples and numbers whose leaves are tensors, as a state_dict is
 
 
-def flatten_tree(value: Any) -> tuple[Any, list[Tensor]]:
-    """A tree as JSON can hold it, and its tensors, which it refers to by number.
+def flatten_tree(tree: Any, prefix: str) -> dict[str, Tensor]:
+    """A tree as tensors: its leaves by number, and as PREFIXtree the JSON that refers to them.
 
-    Raises TypeError naming the type of a leaf that only pickle could keep.
+    A leaf that only pickle could keep is named in that JSON in place of the tree.
     """
-    tensors: list[Tensor] = []
+    tensors: dict[str, Tensor] = {}
 
     def flat(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dtype in DTYPES:
-            tensors.append(value)
+            tensors[f"{prefix}{len(tensors)}"] = value
             return {"tensor": len(tensors) - 1}
         if isinstance(value, dict):
             return {"dict": [[key, flat(part)] for key, part in value.items()]}
@@ -63,19 +63,33 @@ def flatten_tree(value: Any) -> tuple[Any, list[Tensor]]:
             return value
         raise TypeError(f"a {type(value).__name__}")
 
-    return flat(value), tensors
+    try:
+        content = flat(tree)
+    except TypeError as error:
+        content, tensors = {"unsaved": str(error)}, {}
+    text = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+    return {f"{prefix}tree": text} | tensors
 
 
-def unflatten_tree(tree: Any, read: Callable[[int], Tensor]) -> Any:
-    """The tree that flatten_tree took apart; `read` gives a tensor by its number."""
-    if not isinstance(tree, dict):
-        return tree
-    (kind, content), *_ = tree.items()
-    if kind == "tensor":
-        return read(content)
-    if kind == "dict":
-        return {key: unflatten_tree(part, read) for key, part in content}
-    return {"list": list, "tuple": tuple}[kind](unflatten_tree(part, read) for part in content)
+def unflatten_tree(read: Callable[[str], Tensor], prefix: str) -> Any:
+    """The tree that flatten_tree took apart; `read` gives a tensor by its name.
+
+    Raises KeyError, TypeError or ValueError for what flatten_tree did not make, or could not keep.
+    """
+
+    def value(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        (kind, content), *_ = tree.items()
+        if kind == "unsaved":
+            raise ValueError(f"keeps {content}, which is not saved; start anew with --init-from")
+        if kind == "tensor":
+            return read(f"{prefix}{content}")
+        if kind == "dict":
+            return {key: value(part) for key, part in content}
+        return {"list": list, "tuple": tuple}[kind](value(part) for part in content)
+
+    return value(json.loads(bytes(read(f"{prefix}tree").tolist())))
 
 
 # ------------------------------------------------------------------------------------------------

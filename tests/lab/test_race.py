@@ -440,7 +440,7 @@ def test_any_optimizer_trains_and_resumes_bitwise(name, tiny, tmp_path):
 def test_state_that_needs_pickle_is_not_resumed(tiny, tmp_path):
     arguments = [*tiny, "optim.name=test_race:Nested", "optim.options=thing=1, power=0.5"]
     run([*arguments, "train.stop_at=3"], tmp_path / "a")
-    with pytest.raises(errors.CheckpointError, match=r"Nested keeps a object.*init-from"):
+    with pytest.raises(errors.CheckpointError, match=r"Nested.*keeps a object.*init-from"):
         run([str(tmp_path / "a/config.toml"), "train.stop_at=0"], tmp_path / "a", True)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from nanonormuon import errors, optim
-from nanonormuon.engine import checkpoint_activations
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.runtime import activations, memory
 from nanonormuon.runtime.distributed import World
@@ -94,7 +93,7 @@ def test_activation_checkpointing_keeps_a_fraction_and_the_same_bits():
         for p in model.parameters():  # also the projections that begin at zero
             torch.nn.init.normal_(p, std=0.1)
         if again:
-            checkpoint_activations(model)
+            activations.checkpoint_activations(model)
         seen = {}
 
         def pack(t, seen=seen):
@@ -136,7 +135,7 @@ def test_activation_checkpointing_is_no_break_in_a_compiled_graph():
     model = GPT(GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=16)).init_weights(3)
     tokens = torch.arange(24).view(2, 12)
     wanted = model(tokens, tokens)
-    checkpoint_activations(model)
+    activations.checkpoint_activations(model)
     loss = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, tokens)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), abs=1e-6)
