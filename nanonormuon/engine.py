@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanonormuon.normuon import Alone, NorMuon
+from nanonormuon.normuon import NorMuon, OneProcess
 from nanonormuon.storage.tensors import placed_like, whole
 
 
@@ -79,10 +79,8 @@ def alone(optimizer: Optimizer) -> Optimizer:
     """Have every rank make the whole update: in a stack of fewer matrices a product could round
     otherwise."""
     if isinstance(optimizer, NorMuon):
-        optimizer.buckets = [
-            tuple(Alone() if isinstance(part, Alone) else part for part in bucket)
-            for bucket in optimizer.buckets
-        ]
+        for bucket in optimizer.buckets:
+            bucket.layout = OneProcess()
     return optimizer
 
 

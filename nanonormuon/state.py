@@ -23,7 +23,7 @@ from nanonormuon.runtime import distributed, health, memory, trackers
 from nanonormuon.runtime.faults import Watch
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage import huggingface as hf
-from nanonormuon.storage.run import RunDirectory, environment
+from nanonormuon.storage.run import RunDirectory, aligned, environment
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +61,13 @@ class RunState:
         if not (canonical and self.parallel == "ddp"):
             dtype = None if canonical else self.dtype
             self.model = distributed.wrap(self.gpt, self.parallel, dtype, config.train.reshard)
-        settings = asdict(config.optim)
-        settings.pop("grad_clip")  # the loop's own; all others belong to one of these two, or fail
-        shape = {k: settings.pop(k) for k in optim.Schedule.OWN}
-        shape["momentum"] = settings["momentum"]
-        make = partial(optim.make_optimizers, ns_dtype=self.dtype, **settings)
+        make = partial(optim.make_optimizers, settings=config.optim, ns_dtype=self.dtype)
         try:
             self.canonical = Canonical(self.gpt, make, world.size) if canonical else None
             self.optimizers = self.canonical.optimizers if self.canonical else make(self.gpt)
         except ValueError as error:
             raise ConfigError(f"optim: {error}") from None
-        self.schedule = optim.Schedule(config.train.steps, **shape)
+        self.schedule = optim.Schedule(config.train.steps, config.optim)
 
         self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint
         self.seconds = self.earlier_seconds = 0.0  # of training; of earlier processes in all
@@ -102,13 +98,13 @@ class RunState:
         for row in distributed.first_does(open_run, self.world.device):
             if "val_loss" in row:
                 self.validations[row["step"]] = {k: row[k] for k in ("val_loss", "val_bpb")}
-        self.run.write("groups.txt", optim.describe(self.optimizers) + "\n")
+        self.run.write("groups.txt", aligned(optim.group_rows(self.optimizers)) + "\n")
         if self.world.first:
             for line in plan.introduction(
                 self.config, self.data, self.batches, self.gpt, self.micro_batch, self.world
             ):
                 log.info(line)
-            log.info(optim.describe(self.optimizers, fold=True))
+            log.info(aligned(optim.group_rows(self.optimizers, fold=True)))
             log.info(f"writing to {self.run.path}")
             if resume:
                 log.info(f"resumed from {found[0] if found else 'the start: nothing was saved'}")

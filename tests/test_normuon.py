@@ -11,8 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from twin import Twin, orthogonalise
 
 from nanonormuon import NorMuon
-from nanonormuon.normuon import MUON, newton_schulz
-from nanonormuon.optim import POLAR_EXPRESS
+from nanonormuon.normuon import MUON, POLAR_EXPRESS, newton_schulz
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "normuon.safetensors")
 FP32 = {"ns_dtype": torch.float32}

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import namedtuple
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from nanonormuon import NorMuon, normuon
-from nanonormuon.config import load
+from nanonormuon.config import OptimConfig, load
 from nanonormuon.model import GPT
 from nanonormuon.optim import Schedule, make_optimizers
 
@@ -181,13 +181,12 @@ def shape_of(path):
 def read_back(path, model):
     """Whether a checkpoint read into this model and its optimizers comes out of them identical."""
     from nanonormuon import checkpoint as snapshot
-    from nanonormuon import optim
     from nanonormuon.storage import huggingface as hf
     from nanonormuon.storage.tensors import read_tensors
 
     stored = read_tensors(path / "model.safetensors")
     buffers = read_tensors(path / "optimizer.safetensors")
-    optimizers = optim.make_optimizers(model)
+    optimizers = make_optimizers(model, OptimConfig())
     snapshot.load_weights(model, path)
     snapshot.load_optimizers(optimizers, path)
     found, state = snapshot.named_state(model, optimizers)
@@ -272,19 +271,6 @@ def filled(model):
     return model
 
 
-def optimizer_settings(recipe):
-    """What a run passes to make_optimizers, as train.py does."""
-    settings = asdict(recipe.optim)
-    for key in ("grad_clip", *Schedule.OWN):
-        del settings[key]
-    return settings
-
-
-def schedule_of(recipe):
-    own = {key: getattr(recipe.optim, key) for key in Schedule.OWN}
-    return Schedule(recipe.train.steps, momentum=recipe.optim.momentum, **own)
-
-
 def track3(kind, embed_dtype, rank, world):
     """Three steps of a track 3 recipe on a small model, within its decay."""
     from nanonormuon.runtime import distributed
@@ -293,12 +279,12 @@ def track3(kind, embed_dtype, rank, world):
     sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, "embed_dtype": embed_dtype}
     model = filled(GPT(replace(recipe.model, **sizes)))
     outer = distributed.wrap(model, kind) if kind else model
-    optimizers = make_optimizers(model, ns_dtype=torch.float32, **optimizer_settings(recipe))
+    optimizers = make_optimizers(model, recipe.optim, torch.float32)
     random = torch.Generator().manual_seed(6)
     for step in (1000, 2000, 3000):
         tokens, targets = torch.randint(96, (2, 12, 24), generator=random)
         mine = slice(12 // world * rank, 12 // world * (rank + 1))
-        schedule_of(recipe).set(optimizers, step)
+        Schedule(recipe.train.steps, recipe.optim).set(optimizers, step)
         loss = outer(tokens[mine], targets[mine])
         distributed.sync_gradients(outer, True)
         loss.backward()
