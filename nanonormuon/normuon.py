@@ -46,21 +46,21 @@ POLAR_EXPRESS = (
 COEFFICIENTS = {"muon": MUON, "polar_express": POLAR_EXPRESS}
 
 
-def coefficients(setting: str | Sequence, steps: int) -> tuple[Sequence[float], ...]:
+def coefficients(setting: str | Sequence, steps: int) -> tuple[tuple[float, ...], ...]:
     """One triple (a, b, c) per Newton-Schulz iteration; the last one given is repeated.
 
-    setting: a key of COEFFICIENTS, the text "a, b, c", a triple, or a sequence of triples.
+    setting: a key of COEFFICIENTS, the text "a, b, c", a triple, or a sequence of triples. Raises
+    ValueError for anything else.
     """
-    if isinstance(setting, str) and setting not in COEFFICIENTS:
-        try:
-            a, b, c = map(float, setting.split(","))
-        except ValueError:
-            names, triple = ", ".join(COEFFICIENTS), 'three numbers: "a, b, c"'
-            message = f'ns_coefficients = "{setting}": expected {names} or {triple}'
-            raise ValueError(message) from None
-        setting = (a, b, c)
-    given = COEFFICIENTS[setting] if isinstance(setting, str) else setting
-    triples = given if isinstance(given[0], Sequence) else [given]
+    if isinstance(setting, str):
+        given = COEFFICIENTS.get(setting) or [setting.split(",")]
+    else:
+        given = setting if isinstance(setting[0], Sequence) else [setting]
+    try:
+        triples = [(float(a), float(b), float(c)) for a, b, c in given]
+    except ValueError:
+        expected = f'{", ".join(COEFFICIENTS)} or three numbers: "a, b, c"'
+        raise ValueError(f'ns_coefficients = "{setting}": expected {expected}') from None
     return (*triples, *[triples[-1]] * steps)[:steps]
 
 
@@ -163,7 +163,7 @@ class Bucket:
         self.arriving = self.layout.to_whole(X)
 
     def orthogonalise(self, triples: Sequence[Sequence[float]]) -> None:
-        """Iterate this rank's matrices, and send them to the ranks that hold their weights."""
+        """Iterate this rank's matrices, and send O to the ranks that hold the weights."""
         self.arriving = self.layout.to_parts(newton_schulz(self.arriving(), triples))
 
     def apply(self, group: dict) -> None:
@@ -283,8 +283,7 @@ class NorMuon(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params):
             if missing := kept[p].keys() - saved.get(i, {}).keys():
-                shape = tuple(p.shape)
-                raise ValueError(f"state_dict: no {missing} of parameter {i}, shape {shape}")
+                raise ValueError(f"state_dict: no {missing} of parameter {i}, shape {[*p.shape]}")
         super().load_state_dict(state_dict | {"state": {}})
         self.state = kept  # its buffers are views of the stacks, and keep their dtype
         for i, p in zip(ids, params):

@@ -110,6 +110,17 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(answers):
         assert few == (gathers if kind in ("ddp", "replicas") else exchange)
 
 
+def test_a_bucket_is_sent_before_the_buckets_ahead_of_it_compute(answers):
+    """Of three buckets, the second's matrices travel while the first iterates; the third's before
+    the first is done."""
+    send, back, norms = "all_to_all_single", "all_to_all_single", "all_reduce"
+    for kind, found in answers[2]["order"].items():
+        if kind in ("ddp", "replicas"):
+            assert found == ["all_gather"] * 3
+        else:
+            assert found == [send, send, back, send, norms, back, norms, back, norms]
+
+
 def test_missing_gradients_count_as_zero(answers):
     _, tensors, _ = answers
     torch.manual_seed(5)

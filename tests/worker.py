@@ -87,11 +87,11 @@ def train(layout, ns_dtype, **settings):
     return {name: whole(p) for name, p in params.items()}
 
 
-def count_collectives(layout, copies):
-    """Number of collectives in a step over `copies` equal matrices."""
-    params = [torch.nn.Parameter(place(torch.randn(8, 6), layout)) for _ in range(copies)]
-    for p in params:
-        p.grad = place(torch.randn(8, 6), layout)
+def collectives(layout, shapes):
+    """Names of the collectives in a step over matrices of these shapes, as they are issued."""
+    params = [torch.nn.Parameter(place(torch.randn(shape), layout)) for shape in shapes]
+    for p, shape in zip(params, shapes):
+        p.grad = place(torch.randn(shape), layout)
     optimizer, names = NorMuon(params), []
     originals = [
         (normuon, "all_gather"), (dist, "all_to_all_single"), (dist, "all_reduce"),
@@ -112,7 +112,7 @@ def count_collectives(layout, copies):
     finally:
         for module, name, original in originals:
             setattr(module, name, original)
-    return sorted(names)
+    return names
 
 
 def missing_gradients(layout):
@@ -303,14 +303,16 @@ def main(folder, shards, run):
     if world == 4:
         grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         layouts["hsdp"] = (grid, [Replicate(), Shard(0)])
-    tensors, facts = {}, {"collectives": {}}
+    tensors, facts = {}, {"collectives": {}, "order": {}}
     for kind, layout in layouts.items():
         for label, settings in SETTINGS.items():
             for name, value in train(layout, torch.float32, **settings).items():
                 tensors[f"fp32.{kind}.{label}.{name}"] = value
         for name, value in train(layout, torch.bfloat16).items():
             tensors[f"bf16.{kind}.rows-original.{name}"] = value
-        facts["collectives"][kind] = [count_collectives(layout, copies) for copies in (2, 9)]
+        equal = [sorted(collectives(layout, [(8, 6)] * copies)) for copies in (2, 9)]
+        facts["collectives"][kind] = equal
+        facts["order"][kind] = collectives(layout, [(8, 6), (6, 8), (8, 8)])
         for name, value in missing_gradients(layout).items():
             tensors[f"missing.{kind}.{name}"] = value
     facts["refusals"] = refusals(mesh)
