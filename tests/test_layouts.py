@@ -42,7 +42,7 @@ def answers(request, shards, tmp_path_factory):
         )
         for rank in range(request.param)
     ]  # fmt: skip
-    output = [rank.communicate(timeout=240)[0] for rank in ranks]
+    output = [rank.communicate(timeout=600)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * request.param, "\n".join(output)
     facts = json.loads((folder / "facts.json").read_text())
     return request.param, load_file(folder / "tensors.safetensors"), facts
