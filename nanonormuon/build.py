@@ -21,6 +21,7 @@ from nanonormuon.runtime import distributed, memory
 from nanonormuon.runtime.activations import checkpoint_activations
 from nanonormuon.runtime.distributed import World
 from nanonormuon.storage import huggingface
+from nanonormuon.storage.run import aligned
 from nanonormuon.storage.shards import Data
 from nanonormuon.text import corpus
 from nanonormuon.text.tokenizer import Tokenizer
@@ -100,7 +101,7 @@ class Maker:
     def optimizers(self, model: nn.Module) -> list[Optimizer]:
         """Raises ConfigError for settings that an optimizer does not take."""
         try:
-            return optim.make_optimizers_(model, self.config.optim, self.dtype)
+            return optim.make_optimizers(model, self.config.optim, self.dtype)
         except ValueError as error:
             raise ConfigError(f"optim: {error}") from None
 
@@ -225,11 +226,6 @@ def compile_engine(
     return seconds
 
 
-def groups(optimizers: Sequence[Optimizer], fold: bool = False) -> str:
-    """The table of parameters, roles, optimizers and rates; fold: a line for all layers' equals."""
-    return optim.describe(optimizers, fold)
-
-
 def introduction(
     config: Config, data: Data, batches: Batches, engine: Engine, micro_batch: int
 ) -> list[str]:
@@ -251,4 +247,4 @@ def introduction(
         lines.append(
             f"warning: {epochs:.1f} epochs: beyond 4, repetition teaches little (arXiv 2305.16264)"
         )
-    return [*lines, groups(engine.optimizers, fold=True)]
+    return [*lines, aligned(optim.group_rows(engine.optimizers, fold=True))]

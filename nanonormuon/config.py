@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPTConfig
+from nanonormuon.normuon import coefficients
 
 
 @dataclass(frozen=True)
@@ -332,13 +333,10 @@ def check(config: Config, origin: dict[str, str]) -> None:
     if tokens % T:
         near = " or ".join(str(n) for n in (tokens // T * T, (tokens // T + 1) * T) if n)
         refuse("train.batch_tokens", f"a multiple of data.seq_len = {T}; the nearest are {near}")
-    if config.optim.ns_coefficients not in ("muon", "polar_express"):
-        from nanonormuon.optim import parse_triple
-
-        try:
-            parse_triple(config.optim.ns_coefficients)
-        except ValueError as error:
-            raise ConfigError(f"{origin.get('optim.ns_coefficients')}: optim.{error}") from None
+    try:
+        coefficients(config.optim.ns_coefficients, config.optim.ns_steps)
+    except ValueError as error:
+        raise ConfigError(f"{origin.get('optim.ns_coefficients')}: optim.{error}") from None
 
 
 def from_dict(content: dict[str, dict[str, Any]]) -> Config:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from nanonormuon.model import GPT
-from nanonormuon.normuon import Alone, NorMuon
+from nanonormuon.normuon import NorMuon, OneProcess
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.distributed import World
 from nanonormuon.runtime.memory import together
@@ -247,10 +247,8 @@ def unshared(optimizer: Optimizer) -> Optimizer:
     """Have every rank make the whole update: in a stack of fewer matrices a product could round
     differently."""
     if isinstance(optimizer, NorMuon):
-        optimizer.buckets = [
-            tuple(Alone() if isinstance(part, Alone) else part for part in bucket)
-            for bucket in optimizer.buckets
-        ]
+        for bucket in optimizer.buckets:
+            bucket.layout = OneProcess()
     return optimizer
 
 

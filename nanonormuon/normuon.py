@@ -7,17 +7,20 @@ One step, for one matrix W of m rows (output neurons) and n columns, with gradie
     O  = newton_schulz(X)                    all singular values pushed towards 1: Muon's update
     v <- beta2 v + (1 - beta2) mean(O^2)     one number per neuron, the mean over its weights
     U  = O / sqrt(v)                         every neuron moves at the same rate ...
-    W <- (1 - lr weight_decay) W - lr s U    ... and s gives U back the length that O had
+    W <- (1 - lr weight_decay) W - lr s U    ... and s restores the norm that O had
 
 Only newton_schulz needs whole matrices. M, v and W keep to their rows, and s takes two sums of
-squares per matrix. So one step serves every layout; a layout answers two questions: how do whole
-matrices come together (`whole`, `back`), and how is a number summed over the ranks that share a
-matrix (`total`).
+squares per matrix. So one step serves every layout. A layout answers two questions: how do whole
+matrices come together (`to_whole`, `to_parts`), and how is a number summed over the ranks that
+share a matrix (`total`). K is a number of matrices of one shape, stacked.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise, zip_longest
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,27 +29,57 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 # torch 2.13 renamed it
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Keller Jordan's coefficients, the same each time
-# tiles multiply faster than memory feeds them: fewer products would not pay (dev/LOG.md)
+# AMX tiles multiply faster than memory feeds them: fewer products do not pay (dev/LOG.md)
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-AXES, SCALES = ("rows", "longest"), ("original", "match_rms_adamw")
+CHOICES = {"neuron_axis": ("rows", "longest"), "adjust_lr_fn": ("original", "match_rms_adamw")}
+
+MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Keller Jordan's
+# arXiv 2505.16932: each triple is the best for what the one before it leaves. The paper divides X
+# by 1.02 times its norm; the first triple here includes that factor.
+POLAR_EXPRESS = (
+    (8.156554524902461 / 1.02, -22.48329292557795 / 1.02**3, 15.878769915207462 / 1.02**5),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+COEFFICIENTS = {"muon": MUON, "polar_express": POLAR_EXPRESS}
+
+
+def coefficients(setting: str | Sequence, steps: int) -> tuple[tuple[float, ...], ...]:
+    """One triple (a, b, c) per Newton-Schulz iteration; the last one given is repeated.
+
+    setting: a key of COEFFICIENTS, the text "a, b, c", a triple, or a sequence of triples. Raises
+    ValueError for anything else.
+    """
+    if isinstance(setting, str):
+        given = COEFFICIENTS.get(setting) or [setting.split(",")]
+    else:
+        given = setting if isinstance(setting[0], Sequence) else [setting]
+    try:
+        triples = [(float(a), float(b), float(c)) for a, b, c in given]
+    except ValueError:
+        expected = f'{", ".join(COEFFICIENTS)} or three numbers: "a, b, c"'
+        raise ValueError(f'ns_coefficients = "{setting}": expected {expected}') from None
+    return (*triples, *[triples[-1]] * steps)[:steps]
+
 
 # ------------------------------------------------------------------------------------------------
-# The maths, on stacks of K matrices of one shape
+# The maths, on stacks of K matrices
 
 
-def newton_schulz(X: Tensor, coefficients: Sequence[tuple[float, float, float]] = MUON) -> Tensor:
+def newton_schulz(X: Tensor, triples: Sequence[Sequence[float]] = MUON) -> Tensor:
     """(K, m, n) -> (K, m, n): U V^T of each matrix's singular value decomposition, approximately.
 
-    One iteration per triple: X <- a X + (b A + c A^2) X with A = X X^T. On oblong matrices two at
-    a time, most of which is then work on the small A; more at a time would let bfloat16's rounding
-    of A grow. Runs in X's dtype. A matrix of zeros stays zero.
+    One iteration per triple: X <- a X + (b A + c A^2) X with A = X X^T. Oblong matrices take two
+    iterations at a time, mostly on the small A; with three, bfloat16's rounding of A would grow.
+    Runs in X's dtype. A matrix of zeros stays zero.
     """
-    # summed in float32, also for bfloat16; asked for that, torch would make a copy on a CPU
+    # torch sums in float32 anyway; dtype=torch.float32 would copy X on a CPU
     X = X / (torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True) + 1e-7)
     if tall := X.size(-2) > X.size(-1):  # X X^T is then the smaller square
         X = X.mT
-    left = list(coefficients)
+    left = list(triples)
     while left:
         A, (a, b, c) = symmetric(X, X), left.pop(0)
         P = symmetric(A, A, A, b, c)
@@ -54,7 +87,7 @@ def newton_schulz(X: Tensor, coefficients: Sequence[tuple[float, float, float]] 
             X = torch.baddbmm(X, P, X, beta=a)
             continue
         A = symmetric(P, A, A, a)
-        A = symmetric(P, A, A, a)  # of the next X, without that X
+        A = symmetric(P, A, A, a)  # X X^T of the next X, which is not formed
         P.diagonal(dim1=-2, dim2=-1).add_(a)
         a, b, c = left.pop(0)
         X = symmetric(symmetric(A, A, A, b, c), P, P, a) @ X
@@ -62,11 +95,11 @@ def newton_schulz(X: Tensor, coefficients: Sequence[tuple[float, float, float]] 
 
 
 def symmetric(X: Tensor, Y: Tensor, C: Tensor | None = None, b: float = 0, c: float = 1) -> Tensor:
-    """b C + c X Y^T (K, m, m), of stacks for which it is known to be symmetric: (K, m, m)."""
+    """b C + c X Y^T (K, m, m), for stacks whose product X Y^T is known to be symmetric."""
     m, fast = X.size(-2), X.device.type != "cpu" or (AMX and X.dtype == torch.bfloat16)
     if fast or m < 512:
         return X @ Y.mT if C is None else torch.baddbmm(C, X, Y.mT, beta=b, alpha=c)
-    # by bands of rows, each from its own columns on, the rest mirrored: 5/8 of the work
+    # four bands of rows, each from the diagonal on; the rest is mirrored: 5/8 of the work
     out = X.new_empty(len(X), m, m)
     for x, y, o, ground in zip(X, Y, out, C if b else out):
         for i, j in pairwise(m * band // 4 for band in range(5)):
@@ -75,32 +108,30 @@ def symmetric(X: Tensor, Y: Tensor, C: Tensor | None = None, b: float = 0, c: fl
     return out
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums over a matrix are kept in: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def neuron_factors(
-    O: Tensor, v: Tensor, beta2: float, adjust_lr_fn: str, shape: tuple[int, int], total: Callable
+    O: Tensor, v: Tensor | None, beta2: float, adjust_lr_fn: str, shape: Sequence, total: Callable
 ) -> Tensor:
-    """The second moment's step and what it makes of the update: s U = factors * O.
+    """Move the second moment v and return the factors in s U = factors * O.
 
-    O (K, rows here, n). v (K, rows here, 1) with one number per row, or (K, 1, n) with one per
-    column, is moved in place. shape = (m, n) of the whole matrices; `total` sums over the ranks
-    that share them. Returns v's shape. U is never formed: its norm follows from the neurons' own.
+    O (K, rows here, n). v (K, rows here, 1) with a number per row, or (K, 1, n) with a number per
+    column, is updated in place; the factors have its shape. shape = (m, n) of the whole matrices;
+    `total` sums over the ranks that share them. U is never formed: its norm follows from the
+    neurons' own. v = None is Muon: one factor (K, 1, 1) per matrix.
     """
-    (m, n), by_row = shape, v.size(-1) == 1
-    squares = (
-        torch.linalg.vector_norm(O, dim=-1 if by_row else -2, keepdim=True, dtype=v.dtype) ** 2
-    )
-    if not by_row:
-        squares = total(squares)  # a column's weights lie on all the ranks
+    m, n = shape
+    if v is None:
+        ratio = max(1, m / n) if adjust_lr_fn == "original" else 0.04 * max(m, n)
+        dtype = torch.promote_types(O.dtype, torch.float32)
+        return O.new_full((len(O), 1, 1), math.sqrt(ratio), dtype=dtype)
+    by_row = v.size(-1) == 1
+    norms = torch.linalg.vector_norm(O, dim=-1 if by_row else -2, keepdim=True, dtype=v.dtype)
+    squares = norms**2 if by_row else total(norms**2)  # a column's weights lie on several ranks
     v.lerp_(squares / (n if by_row else m), 1 - beta2)
     inverse = 1 / (v.sqrt() + 1e-10)
-    norms = torch.stack([squares, squares * inverse**2]).sum((-2, -1), keepdim=True)
+    sums = torch.stack([squares, squares * inverse**2]).sum((-2, -1), keepdim=True)
     if by_row:
-        norms = total(norms)  # exact on any number of ranks: the norm is the whole matrix's
-    O_norm, U_norm = norms.sqrt().clamp_min(1e-10)  # no gradient, no update; 1e-30 would overflow
+        sums = total(sums)  # the whole matrix's norms, exact on any number of ranks
+    O_norm, U_norm = sums.sqrt().clamp_min(1e-10)  # no gradient, no update; 1e-30 would overflow
     if adjust_lr_fn == "original":
         return inverse * (O_norm / U_norm * math.sqrt(max(1, m / n)))
     return inverse * (0.2 * math.sqrt(m * n) / U_norm)
@@ -110,6 +141,45 @@ def neuron_factors(
 # The step
 
 
+@dataclass(eq=False)
+class Bucket:
+    """Equal matrices of one parameter group, whose step has three stages."""
+
+    params: list[Tensor]
+    group: int  # index into the optimizer's param_groups
+    layout: "Layout"  # may be replaced between steps
+    M: Tensor  # momentum (K, rows here, n)
+    v: Tensor | None  # second moment, as neuron_factors takes it
+    arriving: "Arriving | None" = None  # what the next stage waits for
+
+    def send(self, group: dict, dtype: torch.dtype) -> None:
+        """Move the momentum, and send Newton-Schulz's input to the ranks that iterate it."""
+        W, momentum = [local(p) for p in self.params], group["momentum"]
+        X = torch.empty_like(self.M, dtype=dtype)
+        for p, w, M, x in zip(self.params, W, unstack(self.M, W), unstack(X, W)):  # while in cache
+            G = torch.zeros_like(w) if p.grad is None else local(p.grad)
+            M.lerp_(G.to(M.dtype), 1 - momentum)
+            x.copy_(G.to(M.dtype).lerp(M, momentum) if group["nesterov"] else M)
+        self.arriving = self.layout.to_whole(X)
+
+    def orthogonalise(self, triples: Sequence[Sequence[float]]) -> None:
+        """Iterate this rank's matrices, and send O to the ranks that hold the weights."""
+        self.arriving = self.layout.to_parts(newton_schulz(self.arriving(), triples))
+
+    def apply(self, group: dict) -> None:
+        """Move the second moment and the weights."""
+        O, self.arriving = self.arriving(), None
+        lr, shape = group["lr"], self.params[0].shape[-2:]
+        scale, total = group["adjust_lr_fn"], self.layout.total
+        factors = neuron_factors(O, self.v, group["beta2"], scale, shape, total)
+        W, decay = [local(p) for p in self.params], 1 - lr * group["weight_decay"]
+        O = unstack(O, W)
+        if group["cautious"]:
+            decay = [torch.where(w * o > 0, decay, 1) for w, o in zip(W, O)]
+        torch._foreach_mul_(W, decay)
+        torch._foreach_addcmul_(W, O, unstack(factors * lr, W), value=-1)
+
+
 class NorMuon(torch.optim.Optimizer):
     """For hidden weight matrices; embeddings, heads, norms and biases belong to AdamW.
 
@@ -117,21 +187,20 @@ class NorMuon(torch.optim.Optimizer):
         fused QKV so); plain tensors or FSDP2's DTensors. Under a process group of several ranks
         plain tensors are taken as replicated, with gradients already averaged, as DDP leaves them.
     lr, weight_decay: W <- (1 - lr weight_decay) W - lr update.
-    momentum, nesterov: as above. beta2: None leaves the neurons' step sizes out, which is Muon.
+    momentum, nesterov: as above. beta2: as above; None makes it Muon, without a second moment.
     neuron_axis: "rows" (the paper), or "longest": rows where m >= n, else columns (modded-nanogpt).
     adjust_lr_fn: "original" scales the update by sqrt(max(1, m / n)) (Keller Jordan, lr about
         0.02); "match_rms_adamw" gives it the root mean square 0.2, so that AdamW's lr carries over
         (the paper). Both names, and Muon's scales, are torch.optim.Muon's.
-    ns_coefficients, ns_steps: a triple for every step, or a sequence of triples, the last of which
-        is repeated. ns_dtype: of Newton-Schulz, and of what is sent for it.
+    ns_coefficients, ns_steps: see `coefficients`. ns_dtype: of Newton-Schulz and its transfers.
     cautious: decay only weights that the update moves towards zero (arXiv 2510.12402).
 
     lr, weight_decay, momentum and beta2 may be 0-d tensors on the parameters' device, so that a
-    schedule does not make a compiled step compile again. A parameter without a gradient counts as
-    one with gradient zero, on every layout: whether another rank has one cannot be known without
-    asking. To freeze a matrix, leave it out. State per parameter, from construction on, shaped and
-    sharded like it: `momentum`, in its dtype (no option for bfloat16, in which an average loses
-    small gradients), and `second_moment`, one number per neuron, in float32 at least.
+    schedule does not recompile a compiled step. A parameter without a gradient counts as one with
+    gradient zero, on every layout, since only communication could tell whether another rank has
+    one. To freeze a matrix, leave it out. State exists from construction on, shaped and sharded
+    like its parameter: `momentum`, in the parameter's dtype (a bfloat16 average would lose small
+    gradients), and `second_moment`, one number per neuron, in float32 at least.
 
     Raises ValueError for settings, parameters and placements it cannot update exactly.
     """
@@ -147,13 +216,12 @@ class NorMuon(torch.optim.Optimizer):
         nesterov: bool = True,
         neuron_axis: str = "rows",
         adjust_lr_fn: str = "original",
-        ns_coefficients: Sequence = MUON,
+        ns_coefficients: str | Sequence = MUON,
         ns_steps: int = 5,
         ns_dtype: torch.dtype = torch.bfloat16,
         cautious: bool = False,
     ):
-        triples = ns_coefficients if isinstance(ns_coefficients[0], Sequence) else [ns_coefficients]
-        self.ns_coefficients = (*triples, *[triples[-1]] * ns_steps)[:ns_steps]
+        self.ns_coefficients = coefficients(ns_coefficients, ns_steps)
         self.ns_dtype, self.buckets = ns_dtype, []
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2)  # noqa: C408
         defaults |= dict(nesterov=nesterov, neuron_axis=neuron_axis, cautious=cautious)  # noqa: C408
@@ -162,14 +230,12 @@ class NorMuon(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group, alike = self.param_groups[-1], {}
-        for key, good, expected in (
-            ("momentum", 0 <= group["momentum"] < 1, "at least 0, below 1"),
-            ("beta2", 0 <= (group["beta2"] or 0) < 1, "at least 0, below 1, or None"),
-            ("neuron_axis", group["neuron_axis"] in AXES, " or ".join(AXES)),
-            ("adjust_lr_fn", group["adjust_lr_fn"] in SCALES, " or ".join(SCALES)),
-        ):
-            if not good:
-                raise ValueError(f"{key} = {group[key]}: expected {expected}")
+        for key in ("momentum", "beta2"):
+            if not 0 <= (group[key] or 0) < 1:
+                raise ValueError(f"{key} = {group[key]}: expected at least 0, below 1")
+        for key, choices in CHOICES.items():
+            if group[key] not in choices:
+                raise ValueError(f"{key} = {group[key]}: expected {' or '.join(choices)}")
         for p in group["params"]:
             if p.ndim not in (2, 3) or min(p.shape[-2:]) < 2:
                 raise ValueError(
@@ -182,81 +248,47 @@ class NorMuon(torch.optim.Optimizer):
             self._add_bucket(group, params)
 
     def _add_bucket(self, group: dict, params: list[Tensor]) -> None:
-        """State for equal matrices: views of one stack, as the step moves it."""
+        """Make the state of equal matrices: stacks for the step, and views of them in `state`."""
         W, (m, n) = [local(p) for p in params], params[0].shape[-2:]
-        M, v = torch.zeros_like(stack(W)), None
-        by_row = group["neuron_axis"] == "rows" or m >= n
+        M, v = torch.zeros_like(torch.cat([w if w.ndim == 3 else w[None] for w in W])), None
         buffers = [("momentum", M, (m, n))]
         if group["beta2"] is not None:
-            v = M.new_zeros(
-                len(M), M.size(1) if by_row else 1, 1 if by_row else n, dtype=wide(M.dtype)
-            )
+            by_row = group["neuron_axis"] == "rows" or m >= n
+            shape = (len(M), M.size(1), 1) if by_row else (len(M), 1, n)
+            v = M.new_zeros(shape, dtype=torch.promote_types(M.dtype, torch.float32))
             buffers.append(("second_moment", v, (m, 1) if by_row else (1, n)))
         for key, buffer, shape in buffers:
             for p, part in zip(params, unstack(buffer, W)):
-                self.state[p][key] = placed_like(p, part, (*p.shape[:-2], *shape))
-        self.buckets.append((len(self.param_groups) - 1, params, make_layout(params), M, v))
+                self.state[p][key] = wrap_local(part, p, (*p.shape[:-2], *shape))
+        self.buckets.append(Bucket(params, len(self.param_groups) - 1, make_layout(params), M, v))
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """One update of every parameter, in buckets of equal matrices."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        under_way: list[Iterator] = []
-        for bucket in self.buckets:
-            update = self._update(*bucket)
-            next(update)  # sends its matrices off before the buckets ahead of it compute
-            under_way = [u for u in under_way if next(u, "done") is None] + [update]
-        while under_way:
-            under_way = [u for u in under_way if next(u, "done") is None]
+        """Update every parameter; while a bucket's matrices travel, those before it compute."""
+        loss = torch.enable_grad()(closure)() if closure else None
+        groups, first = self.param_groups, self.buckets
+        second, third = [None, *first], [None, None, *first]
+        for sending, computing, finishing in zip_longest(first, second, third):
+            if sending:
+                sending.send(groups[sending.group], self.ns_dtype)
+            if finishing:
+                finishing.apply(groups[finishing.group])
+            if computing:
+                computing.orthogonalise(self.ns_coefficients)
         return loss
 
-    def _update(
-        self, index: int, params: list[Tensor], layout: "Alone", M: Tensor, v: Tensor | None
-    ) -> Iterator[None]:
-        """One bucket's step; it pauses where its matrices are on their way."""
-        group, (m, n) = self.param_groups[index], params[0].shape[-2:]
-        lr, momentum = group["lr"], group["momentum"]
-        W = [local(p) for p in params]
-        X = torch.empty_like(M, dtype=self.ns_dtype)
-        for p, w, mean, x in zip(params, W, unstack(M, W), unstack(X, W)):  # while in the cache
-            G = torch.zeros_like(w) if p.grad is None else local(p.grad)
-            mean.lerp_(G.to(M.dtype), 1 - momentum)
-            x.copy_(G.to(M.dtype).lerp(mean, momentum) if group["nesterov"] else mean)
-        whole = layout.whole(X)
-        yield
-        back = layout.back(newton_schulz(whole(), self.ns_coefficients))
-        yield
-        O = back()
-        if v is None:  # Muon
-            ratio = max(1, m / n) if group["adjust_lr_fn"] == "original" else 0.04 * max(m, n)
-            factors = O.new_full((len(O), 1, 1), math.sqrt(ratio), dtype=wide(O.dtype))
-        else:
-            factors = neuron_factors(
-                O, v, group["beta2"], group["adjust_lr_fn"], (m, n), layout.total
-            )
-        decay, O = 1 - lr * group["weight_decay"], unstack(O, W)
-        if group["cautious"]:
-            decay = [torch.where(w * o > 0, decay, 1) for w, o in zip(W, O)]
-        torch._foreach_mul_(W, decay)
-        torch._foreach_addcmul_(W, O, unstack(factors * lr, W), value=-1)
-
     def load_state_dict(self, state_dict: dict) -> None:
-        buffers = {p: dict(state) for p, state in self.state.items()}
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        kept, saved = self.state, state_dict["state"]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, params):
-            if missing := buffers[p].keys() - state_dict["state"].get(i, {}).keys():
-                raise ValueError(
-                    f"state_dict: no {missing} of parameter {i}, shape {tuple(p.shape)}"
-                )
-        super().load_state_dict(state_dict)
-        for i, p in zip(saved, params):  # into the stacks, in their dtype
-            for key, buffer in buffers[p].items():
-                buffer.copy_(state_dict["state"][i][key])
-            self.state[p] = buffers[p]
+        for i, p in zip(ids, params):
+            if missing := kept[p].keys() - saved.get(i, {}).keys():
+                raise ValueError(f"state_dict: no {missing} of parameter {i}, shape {[*p.shape]}")
+        super().load_state_dict(state_dict | {"state": {}})
+        self.state = kept  # its buffers are views of the stacks, and keep their dtype
+        for i, p in zip(ids, params):
+            for key, buffer in kept[p].items():
+                buffer.copy_(saved[i][key])
 
 
 def local(p: Tensor) -> Tensor:
@@ -264,9 +296,9 @@ def local(p: Tensor) -> Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def placed_like(p: Tensor, part: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """This rank's part of a tensor of the given shape, placed as the parameter is. A column's
-    number belongs to all ranks that hold its weights."""
+def wrap_local(part: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `local`: the tensor of the given whole shape, placed as the parameter p is, of
+    which this rank holds `part`. A number per column is replicated on the ranks that share it."""
     if not isinstance(p, DTensor):
         return part
     columns = shape[-2] == 1
@@ -275,13 +307,8 @@ def placed_like(p: Tensor, part: Tensor, shape: tuple[int, ...]) -> Tensor:
     return DTensor.from_local(part, p.device_mesh, places, shape=torch.Size(shape), stride=stride)
 
 
-def stack(tensors: list[Tensor]) -> Tensor:
-    """Matrices and stacks of matrices of one shape -> (K, rows, columns), copied."""
-    return torch.cat([t if t.ndim == 3 else t[None] for t in tensors])
-
-
 def unstack(stacked: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Views of the stack, one per tensor it was made of and with as many dimensions."""
+    """Views of a stack, one per tensor in `like`, each with as many dimensions as that tensor."""
     parts = stacked.split([len(t) if t.ndim == 3 else 1 for t in like])
     return [part if t.ndim == 3 else part[0] for part, t in zip(parts, like)]
 
@@ -290,80 +317,96 @@ def unstack(stacked: Tensor, like: list[Tensor]) -> list[Tensor]:
 # The layouts: how whole matrices come together, and how a number is summed over their ranks
 
 
-class Alone:
-    """Whole matrices, and nobody to share the work with."""
+Arriving = Callable[[], Tensor]  # waits for matrices that are on their way
 
-    def whole(self, X: Tensor) -> Callable[[], Tensor]:
-        """(K, rows here, n) -> a function that waits for the matrices this rank iterates."""
+
+def wait(work: dist.Work, sent: Tensor, joined: Arriving) -> Tensor:
+    """Wait for a collective and return what it brought. `sent` is an argument of partial(wait, ...)
+    because the input of an asynchronous collective must live until it is waited on."""
+    work.wait()
+    return joined()
+
+
+class Layout(Protocol):
+    """How K equal matrices lie on the ranks, all of which make the same calls in the same order."""
+
+    def to_whole(self, X: Tensor) -> Arriving:
+        """(K, rows here, n) -> whole matrices (K here, m, n): those that this rank iterates."""
+
+    def to_parts(self, O: Tensor) -> Arriving:
+        """Iterated matrices (K here, m, n) -> (K, rows here, n)."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum x over the ranks that share each matrix, perhaps in place."""
+
+
+class OneProcess(Layout):
+    """Whole matrices, all of which this process iterates."""
+
+    def to_whole(self, X: Tensor) -> Arriving:
         return lambda: X
 
-    def back(self, O: Tensor) -> Callable[[], Tensor]:
-        """The iterated matrices -> a function that waits for (K, rows here, n)."""
+    def to_parts(self, O: Tensor) -> Arriving:
         return lambda: O
 
     def total(self, x: Tensor) -> Tensor:
-        """x summed over the ranks among which each matrix is divided."""
         return x
 
 
-class Replicated(Alone):
-    """Every rank holds all K matrices (DDP): each iterates a share, an all-gather joins them."""
+class Replicated(Layout):
+    """Every rank holds all K matrices (DDP) and iterates a share; an all-gather joins them."""
 
     def __init__(self, K: int, group: dist.ProcessGroup | None):
         self.K, self.group, ranks = K, group, dist.get_world_size(group)
         self.share = -(-K // ranks)  # the last ranks may have less, or nothing
         self.padded, self.start = self.share * ranks, self.share * dist.get_rank(group)
 
-    def whole(self, X: Tensor) -> Callable[[], Tensor]:
+    def to_whole(self, X: Tensor) -> Arriving:
         return lambda: X[self.start : self.start + self.share]
 
-    def back(self, O: Tensor) -> Callable[[], Tensor]:
+    def to_parts(self, O: Tensor) -> Arriving:
         joined, sent = O.new_empty(self.padded, *O.shape[1:]), O.new_zeros(self.share, *O.shape[1:])
         sent[: len(O)] = O
-        work = all_gather(as_bytes(joined), as_bytes(sent), self.group, async_op=True)
-        return lambda _until_then=sent: work.wait() and joined[: self.K]
+        work = all_gather(joined, sent, self.group, async_op=True)
+        return partial(wait, work, sent, lambda: joined[: self.K])
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
 
 
-class RowSharded(Alone):
-    """Every rank holds some rows of each of the K matrices (FSDP2): an all-to-all deals out whole
-    matrices, another returns their rows. Any number of rows per rank, also none."""
+class RowSharded(Layout):
+    """Every rank holds some rows of each of the K matrices (FSDP2), perhaps none: an all-to-all
+    gives each rank whole matrices, and another returns their rows."""
 
     def __init__(self, K: int, m: int, group: dist.ProcessGroup):
         self.group, self.rank, ranks = group, dist.get_rank(group), dist.get_world_size(group)
         self.rows = chunk_sizes(m, ranks)  # of each matrix, per rank: torch's own rule for shards
         self.owned = chunk_sizes(K, ranks)  # matrices iterated per rank
 
-    def whole(self, X: Tensor) -> Callable[[], Tensor]:
+    def to_whole(self, X: Tensor) -> Arriving:
         shapes = [(self.owned[self.rank], rows, X.size(2)) for rows in self.rows]
         return self.exchange(X.split(self.owned), shapes, dim=1)
 
-    def back(self, O: Tensor) -> Callable[[], Tensor]:
+    def to_parts(self, O: Tensor) -> Arriving:
         shapes = [(owned, self.rows[self.rank], O.size(2)) for owned in self.owned]
         return self.exchange(O.split(self.rows, dim=1), shapes, dim=0)
 
-    def exchange(self, parts: Sequence[Tensor], shapes: list, dim: int) -> Callable[[], Tensor]:
-        """Send parts[r] to rank r, receive shapes[r] from it; the function joins what has come."""
-        sent = as_bytes(torch.cat([part.flatten() for part in parts]))
-        sizes = [parts[0].element_size() * math.prod(shape) for shape in shapes]
+    def exchange(self, parts: Sequence[Tensor], shapes: list, dim: int) -> Arriving:
+        """Send parts[r] to rank r and receive shapes[r] from it, to be joined along `dim`."""
+        sent = torch.cat([part.flatten() for part in parts])
+        lengths, sizes = [part.numel() for part in parts], [math.prod(shape) for shape in shapes]
         received = sent.new_empty(sum(sizes))
-        lengths = [part.element_size() * part.numel() for part in parts]
         work = dist.all_to_all_single(received, sent, sizes, lengths, self.group, async_op=True)
 
-        def wait(_until_then=sent) -> Tensor:  # holds on to what is being sent
-            work.wait()
-            came = received.view(parts[0].dtype).split([math.prod(shape) for shape in shapes])
-            return torch.cat([part.view(shape) for part, shape in zip(came, shapes)], dim)
+        def joined() -> Tensor:
+            pieces = zip(received.split(sizes), shapes)
+            return torch.cat([piece.view(shape) for piece, shape in pieces], dim)
 
-        return wait
+        return partial(wait, work, sent, joined)
 
     def total(self, x: Tensor) -> Tensor:
         dist.all_reduce(x, group=self.group)
         return x
-
-
-def as_bytes(t: Tensor) -> Tensor:
-    """For collectives that only move data: every backend moves bytes, not all move bfloat16."""
-    return t.view(-1).view(torch.uint8)
 
 
 def chunk_sizes(total: int, parts: int) -> list[int]:
@@ -372,17 +415,17 @@ def chunk_sizes(total: int, parts: int) -> list[int]:
     return [max(0, min(size, total - size * i)) for i in range(parts)]
 
 
-def make_layout(params: list[Tensor]) -> Alone:
+def make_layout(params: list[Tensor]) -> Layout:
     """The layout of a bucket, read off its first parameter."""
     p = params[0]
     K = sum(len(q) if q.ndim == 3 else 1 for q in params)
     if not isinstance(p, DTensor):
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return Replicated(K, None) if several else Alone()
+        return Replicated(K, None) if several else OneProcess()
     mesh, places = p.device_mesh, p.placements
     shards = [(i, a) for i, a in enumerate(places) if not a.is_replicate() and mesh.size(i) > 1]
     if not shards:  # replicated over several dimensions: every rank does all of the work
-        return Replicated(K, mesh.get_group()) if mesh.ndim == 1 and mesh.size() > 1 else Alone()
+        return Replicated(K, mesh.get_group()) if mesh.ndim == 1 < mesh.size() else OneProcess()
     (i, a), whole_matrices = shards[0], p.ndim == 3 and shards[0][1].is_shard(0)
     if len(shards) > 1 or type(a) is not Shard or not (whole_matrices or a.dim == p.ndim - 2):
         raise ValueError(
@@ -390,4 +433,4 @@ def make_layout(params: list[Tensor]) -> Alone:
             "expected replicas, or shards along the rows on one dimension of the mesh (as FSDP2's)"
         )
     # a stack sharded between its matrices needs no exchange
-    return Alone() if whole_matrices else RowSharded(K, p.size(-2), mesh.get_group(i))
+    return OneProcess() if whole_matrices else RowSharded(K, p.size(-2), mesh.get_group(i))

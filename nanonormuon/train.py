@@ -22,13 +22,13 @@ from nanonormuon import build, checkpoint, evaluate, sample
 from nanonormuon.config import Config, to_toml
 from nanonormuon.data import Batches, Loader
 from nanonormuon.errors import ConfigError, Interrupted, NonFinite, OutOfMemory
-from nanonormuon.optim import schedule_
+from nanonormuon.optim import Schedule, group_rows
 from nanonormuon.runtime import crash, distributed, health, trackers
 from nanonormuon.runtime.faults import Stopping, Watch
 from nanonormuon.runtime.health import BadStep, Guard, Spikes, Verdict, WeightStats
 from nanonormuon.runtime.memory import MicroBatch
 from nanonormuon.storage import checkpoints, huggingface
-from nanonormuon.storage.run import RunDirectory, announce, environment
+from nanonormuon.storage.run import RunDirectory, aligned, announce, environment
 from nanonormuon.text.corpus import open_corpus
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Trainer:
             size, self.per_rank, self.engine.model, world, watch, run.path, self.engine.dealt
         )
         self.loader = Loader(self.batches, self.per_rank, world, self.engine.dealt)
-        self.schedule = schedule_(config.train.steps, config.optim)
+        self.schedule = Schedule(config.train.steps, config.optim)
         self.guard = Guard(Spikes(config.train.skip_spikes), watch.stopping)
         self.weight_stats = WeightStats(self.engine.optimizers, world.device)
         self.validations = evaluate.Validations()
@@ -128,7 +128,7 @@ class Trainer:
         described = environment(self.world.device, self.world.size)
         rows = distributed.first_does(lambda: self.open_logs(described), self.world.device)
         self.validations.take_up(rows)
-        run.write("groups.txt", build.groups(engine.optimizers) + "\n")
+        run.write("groups.txt", aligned(group_rows(engine.optimizers)) + "\n")
         if self.world.first:
             size = self.memory.size
             for line in build.introduction(config, self.data, self.batches, engine, size):

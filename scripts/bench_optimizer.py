@@ -111,7 +111,7 @@ def share_of_a_step(steps: int, device: str) -> dict:
         label = f"{recipe}, {batch_tokens:,} tokens a step"
         config = replace(settings.model, vocab_size=vocab_size)
         model = GPT(config, compute_dtype("auto", torch.device(device))).init_weights(0).to(device)
-        normuon = make_optimizers(model)[0]
+        normuon = make_optimizers(model, settings.optim)[0]
         tokens = torch.randint(config.vocab_size, (sequences, seq_len + 1), device=device)
         passes, updates = [], []
         for _ in range(steps // 2 + 2):
@@ -148,7 +148,7 @@ def several_processes(rank: int, ranks: int, port: int, steps: int, queue) -> No
         sent, original = [0], dist.all_to_all_single
 
         def counted(out, data, received, sizes, *args, _to=original, _sent=sent, **kwargs):
-            _sent[0] += sum(sizes) - sizes[rank]
+            _sent[0] += data.element_size() * (sum(sizes) - sizes[rank])
             return _to(out, data, received, sizes, *args, **kwargs)
 
         dist.all_to_all_single = counted

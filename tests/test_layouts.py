@@ -42,7 +42,7 @@ def answers(request, shards, tmp_path_factory):
         )
         for rank in range(request.param)
     ]  # fmt: skip
-    output = [rank.communicate(timeout=240)[0] for rank in ranks]
+    output = [rank.communicate(timeout=600)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * request.param, "\n".join(output)
     facts = json.loads((folder / "facts.json").read_text())
     return request.param, load_file(folder / "tensors.safetensors"), facts
@@ -108,6 +108,17 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(answers):
         gathers = ["all_gather"]
         exchange = ["all_reduce", "all_to_all_single", "all_to_all_single"]
         assert few == (gathers if kind in ("ddp", "replicas") else exchange)
+
+
+def test_a_bucket_is_sent_before_the_buckets_ahead_of_it_compute(answers):
+    """Of three buckets, the second's matrices travel while the first iterates; the third's before
+    the first is done."""
+    send, back, norms = "all_to_all_single", "all_to_all_single", "all_reduce"
+    for kind, found in answers[2]["order"].items():
+        if kind in ("ddp", "replicas"):
+            assert found == ["all_gather"] * 3
+        else:
+            assert found == [send, send, back, send, norms, back, norms, back, norms]
 
 
 def test_missing_gradients_count_as_zero(answers):

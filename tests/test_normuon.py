@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
 from twin import Twin, orthogonalise
 
-from nanonormuon import NorMuon
-from nanonormuon.normuon import MUON, newton_schulz
-from nanonormuon.optim import POLAR_EXPRESS
+from nanonormuon import NorMuon, normuon
+from nanonormuon.normuon import MUON, POLAR_EXPRESS, newton_schulz
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "normuon.safetensors")
 FP32 = {"ns_dtype": torch.float32}
@@ -287,3 +287,33 @@ def test_the_products_by_bands_read_no_memory_that_they_have_not_written(dtype):
         assert all(torch.equal(newton_schulz(x), want) for x, want in zip(X, wanted))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+class Late:
+    """A collective's handle that needs the input's memory as late as when it is waited on."""
+
+    def __init__(self, sent):
+        self.memory = StorageWeakRef(sent.untyped_storage())
+
+    def wait(self):  # None, as of some backends
+        assert not self.memory.expired(), "what is being sent was freed"
+
+
+@pytest.mark.parametrize("kind", ["Replicated", "RowSharded"])
+def test_the_input_of_a_collective_lives_until_it_is_waited_on(kind, monkeypatch):
+    started = []
+
+    def collective(received, sent, *more, async_op):
+        received.copy_(sent)
+        started.append(Late(sent))
+        return started[-1]
+
+    monkeypatch.setattr(normuon.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(normuon.dist, "get_world_size", lambda group: 1)
+    monkeypatch.setattr(normuon.dist, "all_to_all_single", collective)
+    monkeypatch.setattr(normuon, "all_gather", collective)
+    replicated = kind == "Replicated"
+    layout = normuon.Replicated(3, None) if replicated else normuon.RowSharded(3, 4, None)
+    X = torch.randn(3, 4, 5)
+    arriving = layout.to_parts(layout.to_whole(X)())
+    assert torch.equal(arriving(), X) and len(started) == (1 if replicated else 2)

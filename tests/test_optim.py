@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from nanonormuon import NorMuon, param_groups
+from nanonormuon.config import OptimConfig
 from nanonormuon.model import GPT, GPTConfig
-from nanonormuon.optim import Schedule, describe, make_optimizers
+from nanonormuon.optim import Schedule, group_rows, make_optimizers
 
 SMALL = GPTConfig(vocab_size=40, n_layer=2, n_head=2, n_embd=16)
 
@@ -76,8 +77,9 @@ def test_frozen_parameters_are_left_out():
 @pytest.mark.parametrize("name", ["normuon", "muon", "adamw"])
 def test_every_parameter_once_with_its_own_rate(name):
     model = GPT(SMALL)
-    optimizers = make_optimizers(model, name=name, lr=0.5, embed_lr=0.1, head_lr=0.2, vector_lr=0.3,
-                                 weight_decay=0.4, adam_weight_decay=0.05)  # fmt: skip
+    settings = OptimConfig(name=name, lr=0.5, embed_lr=0.1, head_lr=0.2, vector_lr=0.3,
+                           weight_decay=0.4, adam_weight_decay=0.05)  # fmt: skip
+    optimizers = make_optimizers(model, settings)
     held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
     rates = {g["role"]: (g["lr"], g["weight_decay"]) for o in optimizers for g in o.param_groups}
@@ -89,40 +91,43 @@ def test_every_parameter_once_with_its_own_rate(name):
     }
     kinds = {type(o) for o in optimizers}
     assert kinds == ({torch.optim.AdamW} if name == "adamw" else {NorMuon, torch.optim.AdamW})
-    table = describe(optimizers).splitlines()
-    assert len(table) == 1 + len(held)
-    assert {"normuon": "NorMuon", "muon": "Muon", "adamw": "AdamW"}[name] in [
-        line.split()[5] for line in table if "q_proj" in line
-    ]
-    folded = describe(optimizers, fold=True).splitlines()
-    counts = {line.split()[0]: int(line.split()[1]) for line in folded[1:]}
+    kind = {"normuon": "NorMuon", "muon": "Muon", "adamw": "AdamW"}[name]
+    head, *table = group_rows(optimizers)
+    assert head == ("parameter", "shape", "role", "optimizer", "lr", "weight_decay")
+    assert len(table) == len(held) and {len(row) for row in table} == {len(head)}
+    assert ("layers.1.self_attn.q_proj.weight", "16 x 16", "matrix", kind, "0.5", "0.4") in table
+    assert ("lm_head.weight", "40 x 16", "head", "AdamW", "0.2", "0.05") in table
+    head, *folded = group_rows(optimizers, fold=True)
+    assert head[:2] == ("parameter", "n")
+    counts = {row[0]: int(row[1]) for row in folded}
     assert counts["layers.*.mlp.up_proj.weight"] == 2 and sum(counts.values()) == len(held)
 
 
 def test_coefficients_by_name_and_number():
-    model = GPT(SMALL)
-    custom = make_optimizers(model, ns_coefficients="2, -1.5, 0.5", ns_steps=12)[0]
-    assert custom.ns_coefficients == ((2.0, -1.5, 0.5),) * 12
-    polar = make_optimizers(model, ns_coefficients="polar_express", ns_steps=7)[0].ns_coefficients
+    def made(**settings):
+        return make_optimizers(GPT(SMALL), OptimConfig(**settings))[0].ns_coefficients
+
+    assert made(ns_coefficients="2, -1.5, 0.5", ns_steps=12) == ((2.0, -1.5, 0.5),) * 12
+    polar = made(ns_coefficients="polar_express", ns_steps=7)
     assert len(polar) == 7 and polar[4] == polar[6] != polar[3]
-    with pytest.raises(ValueError, match="three numbers"):
-        make_optimizers(model, ns_coefficients="2, -1.5")
+    with pytest.raises(ValueError, match=r'"2, -1\.5".*three numbers'):
+        made(ns_coefficients="2, -1.5")
 
 
 def test_schedule_values():
-    s = Schedule(100, warmup=10, decay=0.5, final_lr=0.1, momentum_start=0.85, momentum_warmup=20)
+    s = Schedule(100, OptimConfig(warmup=10, decay=0.5, final_lr=0.1, momentum_warmup=20))
     assert [s.lr(0), s.lr(9), s.lr(30), s.lr(50)] == pytest.approx([0.1, 1.0, 1.0, 1.0])
     assert s.lr(75) == pytest.approx(0.55) and s.lr(100) == pytest.approx(0.1)
     assert [s.momentum_at(k) for k in (0, 10, 20, 90)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
-    plain = Schedule(10, decay=0.0, momentum_warmup=0)
+    plain = Schedule(10, OptimConfig(decay=0.0, momentum_warmup=0))
     assert {plain.lr(k) for k in range(10)} == {1.0} and plain.momentum_at(0) == 0.95
-    track3 = Schedule(3300)
+    track3 = Schedule(3300, OptimConfig())
     assert track3.lr(989) == 1 and track3.lr(3299) == pytest.approx(1 / (0.7 * 3300))
 
 
 def test_schedule_reaches_every_group_of_every_optimizer():
-    optimizers = make_optimizers(GPT(SMALL))
-    s = Schedule(100)
+    optimizers = make_optimizers(GPT(SMALL), OptimConfig())
+    s = Schedule(100, OptimConfig())
     s.set(optimizers, 80)
     for o in optimizers:
         for g in o.param_groups:

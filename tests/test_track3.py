@@ -21,7 +21,7 @@ from nanonormuon import config
 from nanonormuon.config import load
 from nanonormuon.data import Batches, validation_batches
 from nanonormuon.model import GPT, rope_tables, rotate
-from nanonormuon.optim import make_optimizers
+from nanonormuon.optim import Schedule, make_optimizers
 from nanonormuon.storage.shards import open_data, write_shard
 from nanonormuon.train import train
 
@@ -215,7 +215,7 @@ def plain_eta(step, steps):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_schedule_is_the_references(name):
     recipe = load([name])[0]
-    schedule = worker.schedule_of(recipe)
+    schedule = Schedule(recipe.train.steps, recipe.optim)
     (_, _, steps), _, _ = PUBLISHED[name]
     assert recipe.train.steps == steps
     assert (recipe.train.stop_at or steps) == (4950 if name == "track3-adamw" else 3250)
@@ -251,9 +251,8 @@ def test_three_steps_equal_the_plain_update(name):
     them the published update with the published numbers, given the sums over the batch."""
     recipe, ((lr, decay, steps), aux, aux_decay) = load([name])[0], PUBLISHED[name]
     model = worker.filled(GPT(small_model(name)))
-    settings = worker.optimizer_settings(recipe)
-    optimizers = make_optimizers(model, ns_dtype=torch.float32, **settings)
-    schedule, plain = worker.schedule_of(recipe), {}
+    optimizers = make_optimizers(model, recipe.optim, torch.float32)
+    schedule, plain = Schedule(recipe.train.steps, recipe.optim), {}
     for key, p in model.named_parameters():
         W, kind = p.detach().clone(), key.split(".")[0]
         if p.ndim == 2 and kind == "layers" and name == "track3-adamw":

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import namedtuple
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from nanonormuon import NorMuon, normuon
-from nanonormuon.config import load
+from nanonormuon.config import OptimConfig, load
 from nanonormuon.model import GPT
 from nanonormuon.optim import Schedule, make_optimizers
 
@@ -87,11 +87,11 @@ def train(layout, ns_dtype, **settings):
     return {name: whole(p) for name, p in params.items()}
 
 
-def count_collectives(layout, copies):
-    """Number of collectives in a step over `copies` equal matrices."""
-    params = [torch.nn.Parameter(place(torch.randn(8, 6), layout)) for _ in range(copies)]
-    for p in params:
-        p.grad = place(torch.randn(8, 6), layout)
+def collectives(layout, shapes):
+    """Names of the collectives in a step over matrices of these shapes, as they are issued."""
+    params = [torch.nn.Parameter(place(torch.randn(shape), layout)) for shape in shapes]
+    for p, shape in zip(params, shapes):
+        p.grad = place(torch.randn(shape), layout)
     optimizer, names = NorMuon(params), []
     originals = [
         (normuon, "all_gather"), (dist, "all_to_all_single"), (dist, "all_reduce"),
@@ -112,7 +112,7 @@ def count_collectives(layout, copies):
     finally:
         for module, name, original in originals:
             setattr(module, name, original)
-    return sorted(names)
+    return names
 
 
 def missing_gradients(layout):
@@ -181,13 +181,12 @@ def shape_of(path):
 def read_back(path, model):
     """Whether a checkpoint read into this model and its optimizers comes out of them identical."""
     from nanonormuon import checkpoint as snapshot
-    from nanonormuon import optim
     from nanonormuon.storage import huggingface as hf
     from nanonormuon.storage.tensors import read_tensors
 
     stored = read_tensors(path / "model.safetensors")
     buffers = read_tensors(path / "optimizer.safetensors")
-    optimizers = optim.make_optimizers(model)
+    optimizers = make_optimizers(model, OptimConfig())
     snapshot.load_weights(model, path)
     snapshot.load_optimizers(optimizers, path)
     found, state = snapshot.named_state(model, optimizers)
@@ -272,39 +271,27 @@ def filled(model):
     return model
 
 
-def optimizer_settings(recipe):
-    """What a run passes to make_optimizers, as train.py does."""
-    settings = asdict(recipe.optim)
-    for key in ("grad_clip", *Schedule.OWN):
-        del settings[key]
-    return settings
-
-
-def schedule_of(recipe):
-    own = {key: getattr(recipe.optim, key) for key in Schedule.OWN}
-    return Schedule(recipe.train.steps, momentum=recipe.optim.momentum, **own)
-
-
 def track3(kind, embed_dtype, rank, world):
     """Three steps of a track 3 recipe on a small model, within its decay."""
-    from nanonormuon.runtime import distributed
+    from nanonormuon.engine import Engine
+    from nanonormuon.runtime.distributed import World
 
     recipe = load(["track3-normuon"])[0]
     sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, "embed_dtype": embed_dtype}
     model = filled(GPT(replace(recipe.model, **sizes)))
-    outer = distributed.wrap(model, kind) if kind else model
-    optimizers = make_optimizers(model, ns_dtype=torch.float32, **optimizer_settings(recipe))
+
+    def make(model):
+        return make_optimizers(model, recipe.optim, torch.float32)
+
+    engine = Engine(model, make, World(rank, world, torch.device("cpu")), kind)
     random = torch.Generator().manual_seed(6)
     for step in (1000, 2000, 3000):
         tokens, targets = torch.randint(96, (2, 12, 24), generator=random)
         mine = slice(12 // world * rank, 12 // world * (rank + 1))
-        schedule_of(recipe).set(optimizers, step)
-        loss = outer(tokens[mine], targets[mine])
-        distributed.sync_gradients(outer, True)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        Schedule(recipe.train.steps, recipe.optim).set(engine.optimizers, step)
+        engine.accumulate(iter([(tokens[mine], targets[mine])]), 1)
+        engine.update()
+        engine.zero_grad()
     return {f"track3.{kind}.{embed_dtype}.{n}": whole(p) for n, p in model.named_parameters()}
 
 
@@ -317,14 +304,16 @@ def main(folder, shards, run):
     if world == 4:
         grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         layouts["hsdp"] = (grid, [Replicate(), Shard(0)])
-    tensors, facts = {}, {"collectives": {}}
+    tensors, facts = {}, {"collectives": {}, "order": {}}
     for kind, layout in layouts.items():
         for label, settings in SETTINGS.items():
             for name, value in train(layout, torch.float32, **settings).items():
                 tensors[f"fp32.{kind}.{label}.{name}"] = value
         for name, value in train(layout, torch.bfloat16).items():
             tensors[f"bf16.{kind}.rows-original.{name}"] = value
-        facts["collectives"][kind] = [count_collectives(layout, copies) for copies in (2, 9)]
+        equal = [sorted(collectives(layout, [(8, 6)] * copies)) for copies in (2, 9)]
+        facts["collectives"][kind] = equal
+        facts["order"][kind] = collectives(layout, [(8, 6), (6, 8), (8, 8)])
         for name, value in missing_gradients(layout).items():
             tensors[f"missing.{kind}.{name}"] = value
     facts["refusals"] = refusals(mesh)

@@ -16,6 +16,7 @@ import torch
 from nanonormuon import checkpoint as snapshot
 from nanonormuon import optim
 from nanonormuon.config import Config
+from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPT
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.activations import chunk_bytes, here, kept
@@ -62,7 +63,10 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = F
     dtype = distributed.compute_dtype(t.dtype, here())
     with torch.device("meta"):
         model = GPT(config.model, dtype)
-    optimizers = optim.make_optimizers(model, name=config.optim.name)
+    try:
+        optimizers = optim.make_optimizers(model, config.optim)
+    except ValueError as error:
+        raise ConfigError(f"optim: {error}") from None
     parameters = {g["role"]: sum(p.numel() for p in g["params"]) for g in optim.param_groups(model)}
     weights = 4 * sum(parameters.values())
     saved = snapshot.size_of(model, optimizers)
@@ -162,7 +166,7 @@ def timed(config: Config, layers: int, micro: int) -> tuple[float, float]:
         model = GPT(replace(config.model, n_layer=layers), dtype)
         tokens = torch.randint(config.model.vocab_size, (micro, config.data.seq_len))
     model.init_weights(0)  # a saturated softmax makes denormal numbers, which are slow
-    optimizers = optim.make_optimizers(model, name=config.optim.name, ns_dtype=dtype)
+    optimizers = optim.make_optimizers(model, config.optim, dtype)
 
     def passes() -> None:
         model(tokens, tokens).backward()

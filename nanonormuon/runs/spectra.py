@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nanonormuon import optim
 from nanonormuon.errors import CheckpointError, UsageError
-from nanonormuon.normuon import neuron_factors, newton_schulz
+from nanonormuon.normuon import coefficients, neuron_factors, newton_schulz
 from nanonormuon.pretrained import models as pretrained
 from nanonormuon.runs.pictures import picture
 from nanonormuon.storage.tensors import read_tensors
@@ -58,9 +58,7 @@ def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     settings: dict[str, Any] = state["config"]["optim"]
     model = pretrained.load_model(found, torch.float32, torch.device("cpu"))
     (matrices,) = (g["names"] for g in optim.param_groups(model) if g["role"] == "matrix")
-    wish, steps = settings["ns_coefficients"], settings["ns_steps"]
-    triples = optim.COEFFICIENTS.get(wish) or (optim.parse_triple(wish),)
-    triples = (*triples, *[triples[-1]] * steps)[:steps]
+    triples = coefficients(settings["ns_coefficients"], settings["ns_steps"])
     profiles = {}
     for name in tqdm(matrices, unit="matrix", leave=False, disable=not sys.stderr.isatty()):
         M = buffers.get(f"{name}.momentum", buffers.get(f"{name}.exp_avg"))

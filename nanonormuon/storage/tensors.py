@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanonormuon.errors import CheckpointError
+from nanonormuon.normuon import local as local
 from nanonormuon.storage.checkpoints import JSON_LIMIT
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -20,11 +21,6 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 # ------------------------------------------------------------------------------------------------
 # Layouts
-
-
-def local(t: Tensor) -> Tensor:
-    """The part that this rank holds."""
-    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def whole(t: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, TINY, command
 
 from nanonormuon import errors
-from nanonormuon.config import load
+from nanonormuon.config import OptimConfig, load
 from nanonormuon.errors import ConfigError, RunError
 from nanonormuon.lab import processes as batch
 from nanonormuon.lab import race, trials
@@ -459,7 +459,7 @@ def test_state_that_needs_pickle_is_not_resumed(tiny, tmp_path):
 )
 def test_what_is_no_optimizer_or_no_setting_of_it(settings, message):
     with pytest.raises(ValueError, match=message):
-        make_optimizers(GPT(SMALL), **settings)
+        make_optimizers(GPT(SMALL), OptimConfig(**settings))
 
 
 def test_names_in_the_configuration():
@@ -478,7 +478,7 @@ def test_a_second_moment_for_some_matrices_only():
         model = GPT(SMALL).init_weights(0)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
-        optimizer = make_optimizers(model, ns_dtype=torch.float32, **settings)[0]
+        optimizer = make_optimizers(model, OptimConfig(**settings), torch.float32)[0]
         assert isinstance(optimizer, NorMuon)
         optimizer.step()
         return dict(model.named_parameters())

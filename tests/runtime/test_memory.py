@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanonormuon import errors, optim
+from nanonormuon.config import OptimConfig
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.runtime import activations, memory
 from nanonormuon.runtime.distributed import World
@@ -29,7 +30,7 @@ class Small(GPT):
 def small():
     model = Small(GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=16)).init_weights(3)
     model.tried = []
-    return model, optim.make_optimizers(model)
+    return model, optim.make_optimizers(model, OptimConfig())
 
 
 def test_the_probe_finds_the_largest():

@@ -230,7 +230,7 @@ def test_every_buffer_is_stored_and_none_may_be_missing(trained):
     """For each item of state, dropping it from the file is noticed."""
     config, path = trained
     model = GPT(GPTConfig(**{**config.model.__dict__, "vocab_size": 320}))
-    optimizers = optim.make_optimizers(model)
+    optimizers = optim.make_optimizers(model, config.optim)
     snapshot.load_weights(model, path)
     snapshot.load_optimizers(optimizers, path)
     buffers = read_tensors(path / "optimizer.safetensors")

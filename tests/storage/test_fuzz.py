@@ -117,7 +117,7 @@ def fuzz_checkpoint(trials, dice, trained, folder):
     original = checkpoint.all_steps(trained / "checkpoints")[0]
     settings = config.load([str(trained / "config.toml")])[0]
     model = GPT(settings.model)
-    optimizers = optim.make_optimizers(model)
+    optimizers = optim.make_optimizers(model, settings.optim)
     refused = 0
     for trial in range(trials):
         path = folder / "step-000001"
