@@ -118,6 +118,24 @@ def test_activation_checkpointing_keeps_a_fraction_and_the_same_bits():
     assert kept[1] < kept[0] / 4
 
 
+def test_activation_checkpointing_repeats_what_is_random():
+    """A block to which somebody adds dropout gets the gradients of the loss that was computed."""
+    tokens, grads = torch.arange(48).view(2, 24), []
+    for again in (False, True):
+        model = GPT(GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=16)).init_weights(3)
+        torch.manual_seed(5)
+        for p in model.parameters():  # also the projections that begin at zero
+            torch.nn.init.normal_(p, std=0.1)
+        for layer in model.layers:
+            layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.5))
+        if again:
+            distributed.checkpoint_activations(model)
+        loss = model(tokens, tokens)
+        loss.backward()
+        grads.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "more"),
