@@ -20,7 +20,9 @@ REMOVED = (
 )  # fmt: skip
 scratch = tempfile.TemporaryDirectory(prefix="nanonormuon-tests-")
 SET = {
-    "OMP_NUM_THREADS": "1",  # the work is small; threads that wait for each other cost more
+    "OMP_NUM_THREADS": "1",  # the work is small; threads that wait for each other cost more,
+    "OMP_WAIT_POLICY": "passive",  # and a thread that spins takes a busy machine's time
+    "NO_PROXY": "127.0.0.1",
     "LC_ALL": "C.UTF-8",
     "LANG": "C.UTF-8",
     "PYTHONPATH": str(ROOT),  # processes import this checkout, whatever is installed
