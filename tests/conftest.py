@@ -118,4 +118,4 @@ def forks(tmp_path_factory):
     forks = Forks(tmp_path_factory.mktemp("said"))
     yield forks
     forks.server.stdin.close()
-    forks.server.wait(60)
+    forks.server.wait()

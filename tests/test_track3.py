@@ -334,7 +334,7 @@ def speedrun(*arguments, **env):
     script = ROOT / "scripts" / "speedrun_track3.sh"
     done = subprocess.run(
         ["bash", str(script), *arguments],
-        env={**os.environ, "DRY": "1", **env}, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "DRY": "1", **env}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     return done.returncode, [shlex.split(line) for line in done.stdout.splitlines()], done.stderr
 

@@ -384,6 +384,6 @@ def test_no_command_opens_a_connection_a_pickle_or_a_process(tiny, text, tmp_pat
         env={**os.environ, "NANONORMUON_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
