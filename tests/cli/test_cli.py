@@ -108,7 +108,11 @@ def test_a_setting_that_does_nothing_is_named(arguments, idle, tiny, capsys):
 def test_what_is_there_but_not_what_was_asked_for(shards, trained, tmp_path, capsys):
     for arguments, code, words in (
         (["evaluate", shards], 4, f"{shards}: prepared data, expected a run"),
-        (["run", "--init-from", shards, "--out", tmp_path / "out"], 4, "prepared data, expected"),
+        (
+            ["run", f"data.path={shards}", "--init-from", shards, "--out", tmp_path / "out"],
+            4,
+            "prepared data, expected",
+        ),
         (["sample", trained, "--file", tmp_path / "no"], 2, "no: No such file or directory, expec"),
         (["sample", trained, "--file", tmp_path], 2, "Is a directory, expected a text file"),
         (["evaluate", trained, "--text", tmp_path / "no"], 3, "expected a text file"),
