@@ -366,15 +366,15 @@ def test_a_run_whose_numbers_explode_loses_the_race(tiny, tmp_path, monkeypatch)
 def test_trials_survive_a_kill(tiny, tmp_path):
     """Killed with its first run under way, and repeated: the same losses as in one go."""
     out = tmp_path / "t"
-    arguments = [*tiny, "train.steps=60", "train.save_every=10", "train.eval_every=0"]
+    arguments = [*tiny, "train.steps=120", "train.save_every=10", "train.eval_every=0"]
     arguments = ["trials", *arguments, "--n", "2", "--target", "9", "--out", out]
     begun = subprocess.Popen([sys.executable, "-m", "nanonormuon", *map(str, arguments)])
-    until = time.monotonic() + 900
+    until = time.monotonic() + 120
     while not any(out.glob("trial-000/checkpoints/step-*")) and time.monotonic() < until:
         time.sleep(0.02)
     begun.send_signal(signal.SIGKILL)
     begun.wait()
-    code, said, _ = command(*arguments)
+    code, said, _ = command(*arguments, timeout=300)
     assert code == 0
     found = json.loads(said.splitlines()[-1])
     assert found["n"] == 2 and found["valid"] and found["target"] == 9
