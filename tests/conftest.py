@@ -7,7 +7,7 @@ from pathlib import Path
 
 import defects
 import pytest
-from support import ROOT, TINY, Forks, alive, command  # noqa: F401
+from support import ROOT, TINY, Forks
 
 # What a shell has set must not decide what a test finds. Variables with these names or prefixes are
 # removed, then those below are set, for this process and all that it starts. torch reads some when

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import typer
-from conftest import ROOT, command
+from support import ROOT, command
 
 from nanonormuon import config
 from nanonormuon.cli import app as cli

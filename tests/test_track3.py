@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import worker
-from conftest import ROOT
 from safetensors.torch import load_file
+from support import ROOT
 from twin import Twin
 
 from nanonormuon import build as plan

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command
+from support import command
 
 from nanonormuon import config
 from nanonormuon.cli import app as cli

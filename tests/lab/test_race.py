@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command
+from support import ROOT, TINY, command
 
 from nanonormuon import build as plan
 from nanonormuon import errors
