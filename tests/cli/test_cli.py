@@ -213,7 +213,7 @@ UNTIL_FLUSHED = os.environ | {"PYTHONUNBUFFERED": ""}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_output_that_cannot_be_written_is_an_error(late):
     with open("/dev/full", "w") as full:
         found = subprocess.run(
@@ -223,7 +223,7 @@ def test_output_that_cannot_be_written_is_an_error(late):
     assert "No space left on device" in found.stderr
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_reader_that_left_is_not_complained_of(late):
     read, write = os.pipe()
     os.close(read)
