@@ -1,41 +1,46 @@
-"""Shared by the tests: a small corpus of learnable text, prepared once, and a fast
-configuration."""
+"""The environment that the tests run in, and fixtures that many of them share: a small corpus of
+learnable text, prepared once, and a trained run. Helper functions are in support.py."""
 
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
+import tempfile
 from pathlib import Path
 
 import defects
 import pytest
-import torch
+from support import ROOT, TINY, Forks
+
+# What a shell has set must not decide what a test finds. Variables with these names or prefixes are
+# removed, then those below are set, for this process and all that it starts. torch reads some when
+# it is imported, so this comes before.
+REMOVED = (
+    "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "WANDB_", "NANONORMUON_", "PYTHON", "LC_", "LANGUAGE",
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_",
+    "TORCHELASTIC_", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", "XDG_CACHE_HOME",
+    "FORCE_COLOR", "NO_COLOR", "COLUMNS",
+)  # fmt: skip
+scratch = tempfile.TemporaryDirectory(prefix="nanonormuon-tests-")
+SET = {
+    "OMP_NUM_THREADS": "1",  # the work is small; threads that wait for each other cost more,
+    "OMP_WAIT_POLICY": "passive",  # and a thread that spins takes a busy machine's time
+    "NO_PROXY": "127.0.0.1",
+    "LC_ALL": "C.UTF-8",
+    "LANG": "C.UTF-8",
+    "PYTHONPATH": str(ROOT),  # processes import this checkout, whatever is installed
+    "XDG_CACHE_HOME": scratch.name,
+    "NANONORMUON_CACHE": f"{scratch.name}/nanonormuon",
+}
+if (cache := ROOT.parent / "shared" / "tiktoken_cache").is_dir():
+    SET["TIKTOKEN_CACHE_DIR"] = str(cache)
+if "CI" in os.environ:  # what .ci/run has prepared in its cache need not be prepared again
+    SET["NANONORMUON_CACHE"] = os.environ.get("NANONORMUON_CACHE", SET["NANONORMUON_CACHE"])
+if not Path("/dev/nvidiactl").exists():  # with GPUs it says which of them may be used
+    REMOVED += ("CUDA_VISIBLE_DEVICES",)
+for name in list(os.environ):
+    if name.startswith(REMOVED):
+        del os.environ[name]
+os.environ.update(SET)
 
 defects.apply()
-ROOT = Path(__file__).parents[1]
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-torch.set_num_threads(2)
-
-TINY = [
-    "demo",  # what the command line begins with too
-    "model.n_layer=2",
-    "model.n_head=2",
-    "model.n_kv_head=1",
-    "model.n_embd=32",
-    "data.seq_len=32",
-    "train.batch_tokens=384",
-    "train.steps=8",
-    "train.log_every=1",
-    "train.eval_every=4",
-    "train.save_every=3",
-    "train.sample_tokens=8",
-    "train.dtype=fp32",
-    "train.device=cpu",
-    "optim.momentum_warmup=4",
-]
 
 
 @pytest.fixture(scope="session")
@@ -106,88 +111,6 @@ def trained(bpe_data, tmp_path_factory):
     return out
 
 
-def command(*arguments, cwd=None, env=None, timeout=120):
-    """Run normuon-train as a user does: exit code, standard output, standard error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "nanonormuon", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-class Ranks:
-    """The processes of one training run, one per rank."""
-
-    def __init__(self, forks, pids, logs):
-        self.forks, self.pids, self.logs = forks, pids, logs
-
-    def wait(self, timeout=120):
-        """Exit codes, once all have ended; a process that does not is killed and gives -9."""
-        until = time.monotonic() + timeout
-        while any(alive(pid) for pid in self.pids) and time.monotonic() < until:
-            time.sleep(0.01)
-        for pid in self.pids:
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
-        return [self.forks.ask(-pid) for pid in self.pids]
-
-    @property
-    def said(self):
-        return [log.read_text(errors="replace") for log in self.logs]
-
-
-def alive(pid):
-    """Whether a process runs or is stopped; one that has ended but was not waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-class Forks:
-    """A process that has imported everything, and forks off the processes of runs (faulty.py): a
-    run of a few steps then takes a second, not the many that torch needs to be imported."""
-
-    def __init__(self, folder):
-        self.folder, self.count = folder, 0
-        self.server = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "faulty.py"), "serve"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        )  # fmt: skip
-        assert self.server.stdout.readline() == "ready\n"
-
-    def ask(self, wish):
-        self.server.stdin.write(json.dumps(wish) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def start(self, arguments, ranks=1, fault="", threads=1):
-        env = {"FAULT": fault, "OMP_NUM_THREADS": str(threads)}
-        if ranks > 1:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-            env["WORLD_SIZE"] = env["LOCAL_WORLD_SIZE"] = str(ranks)
-        pids, logs = [], []
-        for rank in range(ranks):
-            self.count += 1
-            logs.append(self.folder / f"{self.count}.txt")
-            more = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            wish = {"argv": ["faulty.py", *map(str, arguments)], "env": env | more}
-            pids.append(self.ask(wish | {"stderr": str(logs[-1])}))
-        return Ranks(self, pids, logs)
-
-    def run(self, arguments, ranks=1, fault="", timeout=120):
-        """(exit codes, what was said) of a run, per rank."""
-        started = self.start(arguments, ranks, fault)
-        return started.wait(timeout), started.said
-
-
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
     if not hasattr(os, "fork"):
@@ -195,4 +118,4 @@ def forks(tmp_path_factory):
     forks = Forks(tmp_path_factory.mktemp("said"))
     yield forks
     forks.server.stdin.close()
-    forks.server.wait(60)
+    forks.server.wait()

@@ -150,14 +150,20 @@ def on_disk(number, folder):
 
 
 def serve():
-    """Read {"argv", "env", "stderr"} per line, fork a process that trains like that, answer with
-    its id. A negative id in place of that waits for the process and answers with its exit code."""
+    """Read {"argv", "env", "stderr"} per line, fork a process that does what argv says, answer with
+    its id. A negative id in place of that waits for the process and answers with its exit code.
+
+    argv[0] is faulty.py for a training run, worker.py for one of test_layouts.py's processes."""
     import json
+    import traceback
 
     import defects
     import torch._dynamo  # noqa: F401, that is slow to import too
 
     defects.apply()
+    import worker
+
+    import nanonormuon.cli.app
     import nanonormuon.train  # noqa: F401, the reason for all this
 
     print("ready", flush=True)
@@ -177,9 +183,11 @@ def serve():
         sys.argv = wish["argv"]
         code = 70
         try:
-            main()
+            {"faulty.py": main, "worker.py": worker.main}[sys.argv[0]]()
         except SystemExit as error:
             code = error.code
+        except Exception:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)

@@ -3,7 +3,7 @@ optimizer step never waits for the device; a run resumes."""
 
 import pytest
 import torch
-from conftest import TINY
+from support import TINY, relative
 
 from nanonormuon import NorMuon
 from nanonormuon.config import load
@@ -15,10 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 SHAPES = [(96, 96), (96, 96), (64, 256), (256, 64), (3, 32, 48)]
-
-
-def relative(a, b):
-    return ((a.double().cpu() - b.double().cpu()).norm() / b.double().norm()).item()
 
 
 def stepped(device, compiled=False, **settings):

@@ -3,47 +3,35 @@ row) and HSDP, on 2, 3 and 4 processes, against the plain twin; and the twin who
 to the shards, which other implementations accept, fails the same comparison."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import worker
 from safetensors.torch import load_file
+from support import relative
 from twin import Twin
 
 from nanonormuon.model import GPT
 
-HERE = Path(__file__).parent
-WORLDS = (3, 2, 4)  # the first saves what the others read
+WORLDS = [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
 
 
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
+@pytest.fixture(scope="module")
+def saved_by_fsdp(tiny, forks, tmp_path_factory):
+    """A checkpoint of a short run under FSDP2, of three ranks, so that its shards are uneven."""
+    out = tmp_path_factory.mktemp("fsdp") / "run"
+    settings = ["train.steps=2", "train.sample_tokens=0", "train.parallel=fsdp"]
+    codes, said = forks.run([*tiny, *settings, "--out", out], ranks=3)
+    assert codes == [0, 0, 0], said
+    return max(out.glob("checkpoints/step-*"))
 
 
 @pytest.fixture(scope="module", params=WORLDS)
-def answers(request, shards, tmp_path_factory):
+def answers(request, saved_by_fsdp, forks, tmp_path_factory):
     """World size, tensors and facts, from one set of processes per world size."""
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    run = tmp_path_factory.getbasetemp() / "saved-by-fsdp"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), str(folder), str(shards), str(run)],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(request.param),
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(request.param)
-    ]  # fmt: skip
-    output = [rank.communicate(timeout=600)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * request.param, "\n".join(output)
+    codes, said = forks.run([folder, saved_by_fsdp], request.param, program="worker.py")
+    assert codes == [0] * request.param, said
     facts = json.loads((folder / "facts.json").read_text())
     return request.param, load_file(folder / "tensors.safetensors"), facts
 
@@ -145,13 +133,10 @@ def test_state_lies_like_its_parameter_and_survives_a_state_dict(answers):
     assert answers[2]["state"] is True
 
 
-def test_what_fsdp_saved_is_read_back_identical_on_every_layout(answers, tmp_path_factory):
-    """Saved by FSDP2 on three ranks; read by one process here, by DDP and FSDP2 on 3, 2 and 4."""
-    if answers[2]["checkpoint"] is None:
-        pytest.skip("three ranks have saved nothing: run all world sizes")
+def test_what_fsdp_saved_is_read_back_identical_on_every_layout(answers, saved_by_fsdp):
+    """Saved by FSDP2 on three ranks; read by one process here, by DDP and FSDP2 on 2, 3 and 4."""
     assert answers[2]["checkpoint"] == {"ddp": True, "fsdp": True}
-    (path,) = (tmp_path_factory.getbasetemp() / "saved-by-fsdp").glob("checkpoints/step-*")
-    assert worker.read_back(path, GPT(worker.shape_of(path)))
+    assert worker.read_back(saved_by_fsdp, GPT(worker.shape_of(saved_by_fsdp)))
 
 
 def test_the_readmes_loop_serves_ddp_and_fsdp_as_it_serves_one_process(answers):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import typer
-from conftest import ROOT, command
+from support import ROOT, command
 
 from nanonormuon import config
 from nanonormuon.cli import app as cli
@@ -79,22 +79,28 @@ def test_links_and_files_exist():
         assert any((place / name).is_file() for place in places), name
 
 
-GUARANTEES = (ROOT / "dev" / "GUARANTEES.md").read_text(encoding="utf-8").partition("|---|")[2]
-
-
+GUARANTEES = (ROOT / "dev" / "GUARANTEES.md").read_text(encoding="utf-8")
 COLLECT = """
 import shlex, sys, pytest
+
+class Report:
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            marks = {mark.name for mark in item.iter_markers()}
+            print("long" if marks & {"slow", "full"} else "quick", item.nodeid)
+
 for line in sys.stdin.read().splitlines():
-    print("#", line, flush=True)
-    plain = ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]
-    pytest.main([*shlex.split(line)[1:], "--collect-only", *plain])
+    print("#", line)
+    plain = ["-p", "no:cacheprovider", "-p", "no:unraisableexception", "--no-summary", "-qq"]
+    pytest.main([*shlex.split(line)[1:], "--collect-only", *plain], [Report()])
 """
 
 
 @pytest.mark.slow
 def test_every_command_of_the_guarantees_selects_tests():
-    """And so does each word of its -k."""
-    lines = re.findall(r"`(pytest [^`]+)`", GUARANTEES)
+    """So does each word of its -k; and of each guarantee something is tested by plain pytest."""
+    rows = [re.findall(r"`(pytest [^`]+)`", row) for row in GUARANTEES.splitlines()]
+    lines = [line for row in rows for line in row]
     assert len(lines) > 20
     done = subprocess.run(
         [sys.executable, "-c", COLLECT], input="\n".join(lines), cwd=ROOT, text=True,
@@ -104,10 +110,13 @@ def test_every_command_of_the_guarantees_selects_tests():
     found = dict(part.split("\n", 1) for part in done.stdout.removeprefix("# ").split("\n# "))
     assert list(found) == lines
     for line, tests in found.items():
-        assert re.search(r"^tests/\S+::", tests, re.M), line
+        assert re.search(r"^(quick|long) tests/\S+::", tests, re.M), line
         words = re.findall(r'-k "?([\w ]+)', line)
         for word in words[0].split(" or ") if words else ():
-            assert re.search(rf"^tests/\S+::\S*{word}", tests, re.M), (line, word)
+            assert re.search(rf"^\w+ tests/\S+::\S*{word}", tests, re.M), (line, word)
+    for text, row in zip(GUARANTEES.splitlines(), rows):
+        if re.match(r"\| \d", text) and "fifty_runs" not in text:
+            assert any(re.search(r"^quick ", found[line], re.M) for line in row), text
 
 
 def section(title):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import worker
-from conftest import ROOT
 from safetensors.torch import load_file
+from support import ROOT
 from twin import Twin
 
 from nanonormuon import build as plan
@@ -333,7 +333,7 @@ def speedrun(*arguments, **env):
     script = ROOT / "scripts" / "speedrun_track3.sh"
     done = subprocess.run(
         ["bash", str(script), *arguments],
-        env={**os.environ, "DRY": "1", **env}, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "DRY": "1", **env}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     return done.returncode, [shlex.split(line) for line in done.stdout.splitlines()], done.stderr
 

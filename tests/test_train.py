@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
+from support import ROOT, WAIT, final, losses, run
 
 from nanonormuon import build
 from nanonormuon import train as train_module
@@ -25,23 +25,12 @@ from nanonormuon.model import GPT
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage import shards as shard_files
 from nanonormuon.storage.run import RunDirectory, read_metrics
-from nanonormuon.train import train
-
-
-def final(out, step=8):
-    """The bytes of the last checkpoint's weights and optimizer."""
-    path = Path(out) / "checkpoints" / f"step-{step:06d}"
-    return [(path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
 
 
 def flip(path, offset):
     content = bytearray(path.read_bytes())
     content[offset] ^= 1
     path.write_bytes(content)
-
-
-def run(arguments, out, resume=False):
-    return train(load(arguments)[0], Path(out), resume)
 
 
 @pytest.fixture(scope="module")
@@ -389,32 +378,33 @@ def test_batches_that_do_not_divide_name_the_nearest_sizes():
     assert build.split_batch(load(["data.seq_len=64", "train.batch_tokens=4096"])[0], 2) == 32
 
 
-def torchrun(ranks, arguments, out, timeout=180):
-    done = subprocess.run(
+def torchrun(ranks, arguments, out):
+    """Train as the README starts several processes."""
+    return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
          str(ROOT / "train.py"), *arguments, "--out", str(out)],
-        capture_output=True, text=True, timeout=timeout,
+        capture_output=True, text=True, timeout=WAIT,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 FSDP = ["train.parallel=fsdp"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "more", "tolerance"),
     [
-        (3, [], 1e-5),
-        (3, FSDP, 1e-5),
+        (2, [], 1e-5),
         (2, [*FSDP, "train.reshard=false", "train.micro_batch=2"], 1e-5),
-        (2, [*FSDP, "train.dtype=bf16"], 0.05),
+        pytest.param(3, [], 1e-5, marks=pytest.mark.slow),
+        pytest.param(3, FSDP, 1e-5, marks=pytest.mark.slow),
+        pytest.param(2, [*FSDP, "train.dtype=bf16"], 0.05, marks=pytest.mark.slow),
     ],
 )
-def test_several_processes_follow_one(ranks, more, tolerance, tiny, tmp_path):
+def test_several_processes_follow_one(ranks, more, tolerance, tiny, forks, tmp_path):
     """The same stream of tokens, the same losses, and checkpoints that one process resumes."""
     longer = [*tiny, "train.steps=12"]
-    torchrun(ranks, [*longer, *more, "train.stop_at=10"], tmp_path / "run")
+    codes, said = forks.run([*longer, *more, "train.stop_at=10", "--out", tmp_path / "run"], ranks)
+    assert codes == [0] * ranks, said
     more = [m for m in more if "dtype" in m]
     summary = run([*longer, *more], tmp_path / "run", resume=True)
     wanted = run(longer, tmp_path / "one")
@@ -446,35 +436,46 @@ def test_any_engine_goes_on_for_fifty_steps_with_what_any_other_saved(
         ranks, layout = ENGINES[engine]
         codes, said = forks.run([*longer, *layout, *more, "--out", out], ranks)
         assert codes == [0] * ranks, said
-        return [row["loss"] for row in read_metrics(out / "metrics.jsonl")][10:]
+        return losses(out)[10:]
 
     run(tmp_path / "saved", engine, "train.stop_at=10")
     found = {}
     for other in ENGINES:
         shutil.copytree(tmp_path / "saved", tmp_path / other)
         found[other] = run(tmp_path / other, other, "--resume", "train.stop_at=0")
-    for other, losses in found.items():
-        assert len(losses) == 50
-        assert losses[0] == pytest.approx(found["one"][0], abs=1e-6), other
-        assert losses == pytest.approx(found["one"], abs=1e-3), other
+    for other, curve in found.items():
+        assert len(curve) == 50
+        assert curve[0] == pytest.approx(found["one"][0], abs=1e-6), other
+        assert curve == pytest.approx(found["one"], abs=1e-3), other
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny, forks, tmp_path_factory):
+    """The directory of an uninterrupted run of two ranks."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    codes, said = forks.run([*tiny, "--out", out], ranks=2)
+    assert codes == [0, 0], said
+    return out
+
+
+def test_several_processes_resume_bitwise(tiny, two_ranks, forks, tmp_path):
+    """Stopped where the step had been evaluated, which every rank must know."""
+    for more in (["train.stop_at=4"], ["--resume"]):
+        codes, said = forks.run([*tiny, *more, "--out", tmp_path / "parts"], ranks=2)
+        assert codes == [0, 0], said
+    assert final(two_ranks) == final(tmp_path / "parts")
 
 
 @pytest.mark.slow
-def test_several_processes_resume_bitwise(tiny, tmp_path):
-    """Stopped where the step had been evaluated, which every rank must know."""
-    torchrun(2, tiny, tmp_path / "whole")
-    torchrun(2, [*tiny, "train.stop_at=4"], tmp_path / "parts")
-    torchrun(2, [*tiny, "--resume"], tmp_path / "parts")
-    assert final(tmp_path / "whole") == final(tmp_path / "parts")
+def test_torchrun_starts_the_same_run(tiny, two_ranks, tmp_path):
+    done = torchrun(2, tiny, tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert final(two_ranks) == final(tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_a_mistake_that_only_the_first_rank_sees_ends_all(tiny, tmp_path, uninterrupted):
     before = final(uninterrupted[0])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(ROOT / "train.py"), *tiny, "--out", str(uninterrupted[0])],
-        capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
+    done = torchrun(2, tiny, uninterrupted[0])
     assert done.returncode != 0 and "already holds a run" in done.stderr
     assert final(uninterrupted[0]) == before

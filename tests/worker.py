@@ -1,7 +1,7 @@
-"""Run by test_layouts.py, one process per rank: every case that one world size can answer, in
-one go, since processes are slow to start. Rank 0 writes what it found; the parent compares.
+"""Run by test_layouts.py, one process per rank (support.Forks): every case that one world size can
+answer, in one go. Rank 0 writes what it found; the parent compares.
 
-usage: worker.py OUTPUT_FOLDER SHARDS RUN   with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
+arguments: OUTPUT_FOLDER CHECKPOINT   with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
 """
 
 import json
@@ -161,16 +161,6 @@ def state_round_trip(mesh):
     )
 
 
-def save_with_fsdp(shards, run):
-    """A short run of these ranks under FSDP2, which leaves a checkpoint."""
-    from conftest import TINY
-
-    from nanonormuon.train import train
-
-    wishes = ["train.steps=2", "train.sample_tokens=0", "train.parallel=fsdp"]
-    train(load([*TINY, f"data.path={shards}", *wishes])[0], run)
-
-
 def shape_of(path):
     from nanonormuon.storage import checkpoints as checkpoint
     from nanonormuon.storage import huggingface as hf
@@ -295,7 +285,8 @@ def track3(kind, embed_dtype, rank, world):
     return {f"track3.{kind}.{embed_dtype}.{n}": whole(p) for n, p in model.named_parameters()}
 
 
-def main(folder, shards, run):
+def main():
+    folder, saved = map(Path, sys.argv[1:])
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -318,10 +309,7 @@ def main(folder, shards, run):
             tensors[f"missing.{kind}.{name}"] = value
     facts["refusals"] = refusals(mesh)
     facts["state"] = state_round_trip(mesh)
-    if world == 3:
-        save_with_fsdp(shards, run)
-    saved = sorted(run.glob("checkpoints/step-*"))
-    facts["checkpoint"] = read_back_on_each(saved[-1], mesh) if saved else None
+    facts["checkpoint"] = read_back_on_each(saved, mesh)
     tensors |= readme_on_each(mesh)
     for kind in ("ddp", "fsdp"):
         for embed_dtype in ("fp32", "bf16"):
@@ -336,7 +324,3 @@ def main(folder, shards, run):
         (folder / "facts.json").write_text(json.dumps(facts))
     dist.barrier()
     os._exit(0)  # as cli.entry ends: taking gloo's threads down can abort
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

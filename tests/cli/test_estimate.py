@@ -11,7 +11,7 @@ from nanonormuon.cli import app as cli
 from nanonormuon.cli import dry_run as estimate
 from nanonormuon.config import load, recipes
 from nanonormuon.model import GPT, GPTConfig
-from nanonormuon.runtime import activations, distributed
+from nanonormuon.runtime import activations
 
 VOCABULARY = {"shakespeare-char": 320}  # of data (here bytes) that a recipe alone does not tell
 UNITS = {"M": 1e6, "G": 1e9, "B": 1e9}
@@ -44,7 +44,7 @@ def test_activations_are_what_autograd_keeps(dtype, again):
     m = GPTConfig(vocab_size=192, n_layer=5, n_head=4, n_kv_head=2, n_embd=64).resolved()
     model = GPT(m, dtype).init_weights(0)
     if again:
-        distributed.checkpoint_activations(model)
+        activations.checkpoint_activations(model)
     tokens, seen = torch.zeros(3, 40, dtype=torch.int64), {}
     own = {p.data_ptr() for p in model.parameters()}
 

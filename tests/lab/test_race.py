@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command
+from support import ROOT, TINY, command
 
 from nanonormuon import errors
 from nanonormuon.config import OptimConfig, load

@@ -172,6 +172,7 @@ def exported(trained, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_process_with_transformers_alone_generates_our_tokens(trained, exported, tmp_path):
     model, ours, _ = pretrained.load_run(trained, torch.float32, torch.device("cpu"))
     done = subprocess.run(

@@ -260,11 +260,11 @@ def test_a_browser_shows_the_curve_and_what_the_pointer_is_at(page, tmp_path):
     shot = tmp_path / "page.png"
     address = f"file://{tmp_path / 'hover.html'}"
     done = subprocess.run(
-        [BROWSER, *flags, f"--screenshot={shot}", address], capture_output=True, timeout=100
+        [BROWSER, *flags, f"--screenshot={shot}", address], capture_output=True, timeout=900
     )
     assert shot.is_file(), done.stderr[-500:]
     dom = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", address], capture_output=True, timeout=100, text=True
+        [BROWSER, *flags, "--dump-dom", address], capture_output=True, timeout=900, text=True
     ).stdout
     last = read_metrics(run / "metrics.jsonl")[-1]
     readout = re.search(r'<div class="readout">(step.*?)</div>', dom)[1]

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, alive
 from safetensors.torch import load_file
+from support import ROOT, WAIT, alive, final
 
 from nanonormuon.storage import checkpoints as checkpoint
 
@@ -39,18 +39,13 @@ def short(tiny):
     return [*tiny, f"train.steps={STEPS}", "train.save_every=2", "train.sample_tokens=0"]
 
 
-def final(out, step=STEPS):
-    path = Path(out) / "checkpoints" / f"step-{step:06d}"
-    return [(path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(short, forks, tmp_path_factory):
     """What the run ends in when nothing happens, and the seconds that it takes."""
     out, begin = tmp_path_factory.mktemp("whole") / "run", time.monotonic()
     codes, said = forks.run([*short, "--out", out])
     assert codes == [0], said
-    return final(out), time.monotonic() - begin
+    return final(out, STEPS), time.monotonic() - begin
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +57,7 @@ def ends_alike(forks, short, out, whole):
     """Resumed without a fault it ends as if nothing had happened."""
     codes, said = forks.run([*short, *(["--resume"] if saved(out) else []), "--out", out])
     assert codes == [0], said
-    assert final(out) == whole
+    assert final(out, STEPS) == whole
 
 
 def saved(out):
@@ -218,7 +213,7 @@ def test_every_system_call_of_a_save_that_fails(call, fault, tmp_path):
 # Signals
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("fault", "code", "step"),
     [
@@ -249,6 +244,12 @@ def test_a_signal_in_any_part_of_a_run(fault, code, step, ranks, forks, short, t
         ends_alike(forks, short, out, whole)
 
 
+def test_a_signal_to_one_rank_saves_on_both(forks, short, tmp_path):
+    codes, said = forks.run([*short, "--out", tmp_path / "run"], 2, "term@step:4:1")
+    assert codes == [143, 143] and "after step 5, which is saved" in said[0], said
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] == 5
+
+
 def test_a_second_signal_ends_at_once_with_the_old_checkpoint_intact(forks, short, tmp_path, whole):
     codes, said = forks.run([*short, "--out", tmp_path / "run"], fault="twice@write:4")
     assert codes == [143] and "is saved" not in said[0]
@@ -266,7 +267,7 @@ def test_a_signal_while_torch_is_being_imported(short, tmp_path):
 # Ranks that fail
 
 
-def torchrun(ranks, arguments, fault="", timeout=300):
+def torchrun(ranks, arguments, fault=""):
     """A run as users start it, with a fault in it; ranks = 0: without torchrun. It is over when the
     last of its processes is. `times`: when it was started, when the fault came, when it was over.
     """
@@ -275,8 +276,7 @@ def torchrun(ranks, arguments, fault="", timeout=300):
     done = subprocess.run(
         [sys.executable, *(launch if ranks else []), str(ROOT / "tests" / "faulty.py"),
          *map(str, arguments)],
-        capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=WAIT, env={**os.environ, "FAULT": fault},
     )  # fmt: skip
     came = [float(x) for x in re.findall(r"^fault at ([\d.]+)$", done.stderr, re.M)]
     done.times = (begin, *came[:1], time.monotonic())
@@ -370,7 +370,7 @@ def test_a_rank_that_leaves_does_not_leave_the_others_waiting(forks, short, tmp_
     """Without a launcher to report it too."""
     start = time.monotonic()
     codes, said = forks.run([*short, "--out", tmp_path / "run"], 2, "leave@step:4:1")
-    assert codes == [7, 0] and time.monotonic() - start < 60
+    assert codes == [7, 0] and time.monotonic() - start < 300  # not the time limit of 900
     assert "another rank failed or is gone" in said[0]
 
 
@@ -380,7 +380,7 @@ def test_ranks_end_with_their_launcher_after_saving(short, tmp_path):
     done = torchrun(2, [*short, "train.steps=100_000", "--out", out], "launcher@step:4:1")
     assert done.returncode == -9  # (communicate() returns when the last rank has closed stderr)
     assert "torchrun is gone" in done.stderr and "which is saved" in done.stderr
-    for _ in range(200):
+    for _ in range(6000):
         if not running(out):
             break
         time.sleep(0.05)
@@ -397,21 +397,22 @@ def test_a_signal_to_the_launcher_saves_on_all_ranks(short, tmp_path):
     assert running(out) == []
 
 
+@pytest.mark.slow
 def test_a_hang_ends_with_every_ranks_stack(forks, short, tmp_path):
-    limited = [*short, "train.time_limit=6", "--out", tmp_path / "run"]
+    limited = [*short, "train.time_limit=15", "--out", tmp_path / "run"]
     codes, said = forks.run(limited, 2, "hang@step:4:1")
     assert codes == [7, 7], said
     for rank in (0, 1):
         text = (tmp_path / "run" / "errors" / f"rank-{rank}.txt").read_text()
-        assert f"rank {rank}, step 4, step: took more than 6 s (train.time_limit = 6)" in text
+        assert f"rank {rank}, step 4, step: took more than 15 s (train.time_limit = 15)" in text
         assert "in take_step" in text and ("in <lambda>" in text) == (rank == 1)
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] == 4
 
 
 @pytest.mark.full
 def test_a_stopped_process_is_a_hang_too(short, tmp_path):
-    done = torchrun(2, [*short, "train.time_limit=6", "--out", tmp_path / "run"], "stop@step:4:1")
-    assert "rank 0, step 4, step: took more than 6 s" in first_failure(done.stderr)
+    done = torchrun(2, [*short, "train.time_limit=15", "--out", tmp_path / "run"], "stop@step:4:1")
+    assert "rank 0, step 4, step: took more than 15 s" in first_failure(done.stderr)
     assert running(tmp_path / "run") == []
 
 
@@ -434,21 +435,23 @@ def test_fifty_runs_of_two_ranks_end_cleanly(forks, short, tmp_path):
 
 
 DDP, FSDP2 = [], [FSDP]
-LAYOUTS = [(2, DDP), (4, FSDP2), (2, FSDP2), (4, DDP)]
+TWO, MORE = [(2, DDP), (2, FSDP2)], [(4, DDP), (4, FSDP2), (3, FSDP2)]
 
 
 @pytest.mark.parametrize(
     ("dtype", "axis", "layouts"),
     [
-        ("bf16", "longest", LAYOUTS[:2]),
-        pytest.param("bf16", "rows", LAYOUTS, marks=pytest.mark.full),
-        pytest.param("fp32", "longest", LAYOUTS, marks=pytest.mark.full),
+        ("bf16", "longest", TWO),
+        pytest.param("bf16", "longest", MORE, marks=pytest.mark.slow),
+        pytest.param("bf16", "rows", TWO + MORE, marks=pytest.mark.full),
+        pytest.param("fp32", "longest", TWO + MORE, marks=pytest.mark.full),
     ],
 )
 def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
     dtype, axis, layouts, forks, short, tmp_path
 ):
-    """As replicas and as shards; also when one process goes on with what uneven shards left."""
+    """As replicas and as shards; also when one process goes on with what shards left, of three
+    ranks uneven ones."""
     settings = ["train.canonical=true", "train.micro_batch=1", "train.eval_every=0"]
     settings += [f"train.dtype={dtype}", f"optim.neuron_axis={axis}", "optim.cautious=true"]
     settings += ["optim.grad_clip=0.5", "train.steps=3"]
@@ -462,12 +465,14 @@ def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
     for ranks, layout in layouts:
         run(out := tmp_path / f"{ranks}{layout}", ranks, *layout)
         assert final(out, 3) == final(one, 3), (ranks, layout)
-    run(parts, 3, FSDP, "train.stop_at=2")
+    run(parts, layouts[-1][0], FSDP, "train.stop_at=2")
     run(parts, 1, "--resume")
     assert final(parts, 3) == final(one, 3)
 
 
-@pytest.mark.parametrize(("ranks", "more"), [(1, []), (2, []), (2, [FSDP])])
+@pytest.mark.parametrize(
+    ("ranks", "more"), [(1, []), (2, [FSDP]), pytest.param(2, [], marks=pytest.mark.slow)]
+)
 def test_memory_is_written_before_it_is_read(ranks, more, forks, short, tmp_path):
     """A run whose fresh tensors are full of NaN never meets one."""
     often = ["train.sample_tokens=8", "train.sample_every=4", "train.dtype=bf16"]
@@ -475,7 +480,9 @@ def test_memory_is_written_before_it_is_read(ranks, more, forks, short, tmp_path
     assert codes == [0] * ranks, said
 
 
-@pytest.mark.parametrize("more", [[], [FSDP]])
+@pytest.mark.parametrize(
+    "more", [pytest.param([], id="ddp"), pytest.param([FSDP], id="fsdp", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("place", ["loss", "gradient", "weight", "buffer"])
 def test_a_nan_on_one_rank_stops_all_before_the_update(place, more, forks, short, tmp_path):
     out = tmp_path / "run"

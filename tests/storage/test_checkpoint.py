@@ -9,7 +9,7 @@ import stat
 
 import pytest
 import torch
-from conftest import TINY
+from support import TINY
 
 from nanonormuon import checkpoint as snapshot
 from nanonormuon import optim

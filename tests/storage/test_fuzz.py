@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from conftest import TINY
+from support import TINY
 
 from nanonormuon import checkpoint as snapshot
 from nanonormuon import config, optim

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from safetensors.torch import load_file
+from support import TINY
 
 from nanonormuon import config, errors
 from nanonormuon.cli import app as cli

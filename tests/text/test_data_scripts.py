@@ -14,11 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 from nanonormuon.storage import shards
-
-pytestmark = pytest.mark.slow
 
 
 def script(name, *arguments, **env):
@@ -27,7 +25,7 @@ def script(name, *arguments, **env):
         env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -105,6 +103,7 @@ def shard(tmp_path, n, largest=50_256):
     return (tmp_path / "x.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_fineweb(hub, tmp_path):
     base, out = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_", tmp_path / "out"
     hub.files[f"{base}val_000000.bin"] = shard(tmp_path, 5000)
@@ -135,6 +134,7 @@ def test_fineweb(hub, tmp_path):
     assert code == 3 and "id below 50257 expected" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_download_that_broke_off_goes_on(hub, tmp_path):
     base, out = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_", tmp_path / "out"
     for name, size in (("val_000000", 400_000), ("train_000001", 5000)):
@@ -180,6 +180,7 @@ def test_tinystories(hub, tmp_path):
     assert made[0].manifest["train"]["documents"] + made[0].manifest["val"]["documents"] == 2000
 
 
+@pytest.mark.slow
 def test_any_data_set(hub, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow

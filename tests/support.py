@@ -1,0 +1,141 @@
+"""Helper functions of several test files."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WAIT = 900  # seconds for what takes some: a limit for what hangs, on a busy machine too
+
+TINY = [
+    "demo",  # what the command line begins with too
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_kv_head=1",
+    "model.n_embd=32",
+    "data.seq_len=32",
+    "train.batch_tokens=384",
+    "train.steps=8",
+    "train.log_every=1",
+    "train.eval_every=4",
+    "train.save_every=3",
+    "train.sample_tokens=8",
+    "train.dtype=fp32",
+    "train.device=cpu",
+    "optim.momentum_warmup=4",
+]
+
+
+def command(*arguments, cwd=None, env=None, timeout=WAIT):
+    """Run normuon-train as a user does: exit code, standard output, standard error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nanonormuon", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+class Ranks:
+    """The processes of one training run, one per rank."""
+
+    def __init__(self, forks, pids, logs):
+        self.forks, self.pids, self.logs = forks, pids, logs
+
+    def wait(self, timeout=WAIT):
+        """Exit codes, once all have ended; a process that does not is killed and gives -9."""
+        until = time.monotonic() + timeout
+        while any(alive(pid) for pid in self.pids) and time.monotonic() < until:
+            time.sleep(0.01)
+        for pid in self.pids:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        return [self.forks.ask(-pid) for pid in self.pids]
+
+    @property
+    def said(self):
+        return [log.read_text(errors="replace") for log in self.logs]
+
+
+def alive(pid):
+    """Whether a process runs or is stopped; one that has ended but was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Forks:
+    """A process that has imported everything and forks off the processes of runs (faulty.py) or of
+    test_layouts.py (worker.py): a short run then takes a second instead of the several that it
+    takes to import torch."""
+
+    def __init__(self, folder):
+        self.folder, self.count = folder, 0
+        self.server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "faulty.py"), "serve"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        )  # fmt: skip
+        assert self.server.stdout.readline() == "ready\n"
+
+    def ask(self, wish):
+        self.server.stdin.write(json.dumps(wish) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def start(self, arguments, ranks=1, fault="", program="faulty.py"):
+        env = {"FAULT": fault, "OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+            env["WORLD_SIZE"] = env["LOCAL_WORLD_SIZE"] = str(ranks)
+        pids, logs = [], []
+        for rank in range(ranks):
+            self.count += 1
+            logs.append(self.folder / f"{self.count}.txt")
+            more = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            wish = {"argv": [program, *map(str, arguments)], "env": env | more}
+            pids.append(self.ask(wish | {"stderr": str(logs[-1])}))
+        return Ranks(self, pids, logs)
+
+    def run(self, arguments, ranks=1, fault="", program="faulty.py"):
+        """(exit codes, standard error) of a run, per rank."""
+        started = self.start(arguments, ranks, fault, program)
+        return started.wait(), started.said
+
+
+def run(arguments, out, resume=False):
+    """Train in this process; the summary."""
+    from nanonormuon.config import load  # imported late: conftest.py puts defects in first
+    from nanonormuon.train import train
+
+    return train(load(arguments)[0], Path(out), resume)
+
+
+def final(out, step=None):
+    """The bytes of weights and optimizer in a run's checkpoint of this step, or its newest."""
+    pattern = "step-*" if step is None else f"step-{step:06d}"
+    path = max((Path(out) / "checkpoints").glob(pattern))
+    return [(path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+
+
+def losses(out):
+    """The training losses that a run has logged."""
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def relative(a, b):
+    """How far a is from b, in units of b's norm."""
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return ((a - b).norm() / b.norm()).item()

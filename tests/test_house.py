@@ -1,0 +1,161 @@
+"""The package's own order: imports point one way, nothing is left out of an installation or of the
+hash of the source, and it stays small enough to be read."""
+
+import ast
+import graphlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from support import ROOT
+
+PACKAGE = ROOT / "nanonormuon"
+# A file or room may import what stands before it, and within a room anything without a circle.
+ORDER = """errors | model | normuon | config | optim | storage | runtime | text | data
+    | evaluate sample engine checkpoint | build | train | pretrained | runs | lab | cli"""
+LEVEL = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
+UPWARD = {("build", "pretrained.models")}  # imported in a function, and only for --init-from
+
+
+def modules():
+    """Syntax trees by name without the package's own: "train", "storage.files"."""
+    trees = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return trees
+
+
+def imported(tree):
+    """Dotted names that a tree imports at any depth; of "from a import b" both a and a.b."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.fixture(scope="module")
+def graph():
+    """Which module imports which of the package's own, functions' late imports among them."""
+    trees = {name: tree for name, tree in modules().items() if not name.startswith("__")}
+    found = {name: imported(tree) for name, tree in trees.items()}
+    return {a: {b for b in trees if f"nanonormuon.{b}" in found[a]} for a in trees}
+
+
+def test_imports_point_one_way(graph):
+    wrong = []
+    for name, others in graph.items():
+        room = name.partition(".")[0]
+        assert room in LEVEL, f"{name} has no place in ORDER"
+        for other in others:
+            upward = LEVEL[other.partition(".")[0]] > LEVEL[room]
+            if upward and (name, other) not in UPWARD:
+                wrong.append(f"{name} imports {other}")
+    assert not wrong
+
+
+def test_no_circle(graph):
+    downward = {a: {b for b in others if (a, b) not in UPWARD} for a, others in graph.items()}
+    graphlib.TopologicalSorter(downward).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("name", ["model", "normuon"])
+def test_model_and_optimizer_import_torch_alone(name):
+    """Each of these two files can be copied into another project."""
+    packages = {other.partition(".")[0] for other in imported(modules()[name])}
+    assert packages - sys.stdlib_module_names == {"torch"}
+
+
+def test_the_training_loop_loads_few_modules():
+    code = """if True:
+        import sys, nanonormuon.train
+        rooms = {m.rpartition(".")[0] for m in sys.modules}  # an __init__.py with more below it
+        print(*(m for m in sys.modules if m.startswith("nanonormuon.") and m not in rooms))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "nanonormuon.train" in loaded and len(loaded) <= 26, loaded
+
+
+# ------------------------------------------------------------------------------------------------
+# Nothing is left out
+
+
+def everything():
+    """Python files and recipes, by their path in the package."""
+    files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.toml")]
+    return sorted(path.relative_to(PACKAGE).as_posix() for path in files)
+
+
+HASHES = """
+import sys
+from nanonormuon.storage import run
+from pathlib import Path
+package, before = Path(sys.argv[1]) / "nanonormuon", run.source_hash()
+print(*run.source_files())
+for path in run.source_files().values():
+    assert path.is_relative_to(package), path
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"#")
+    assert run.source_hash() != before, path
+    path.write_bytes(content)
+assert run.source_hash() == before
+"""
+
+
+def test_the_hash_of_the_source_covers_every_file(tmp_path):
+    """A copy of the package, in which each file in turn has one byte changed."""
+    shutil.copytree(PACKAGE, tmp_path / "nanonormuon", ignore=shutil.ignore_patterns("*.pyc"))
+    done = subprocess.run(
+        [sys.executable, "-c", HASHES, str(tmp_path)], cwd=tmp_path, env={"PYTHONPATH": tmp_path},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == everything() and len(everything()) > 40
+
+
+def test_an_installation_contains_every_file(tmp_path):
+    """What setuptools would put into a wheel."""
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGE, source / "nanonormuon", ignore=shutil.ignore_patterns("*.pyc"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    done = subprocess.run(
+        [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_py",
+         "--build-lib", tmp_path / "built"],
+        cwd=source, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    built = {p.relative_to(tmp_path / "built" / "nanonormuon").as_posix() for p in
+             (tmp_path / "built").rglob("*.*")}  # fmt: skip
+    assert set(everything()) <= built
+
+
+# ------------------------------------------------------------------------------------------------
+# Small enough to be read
+
+MODELS = {"experts.py", "latent.py"}  # other architectures, a file each, come on top
+
+
+def test_the_package_stays_small():
+    top = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert len(top) <= 12, sorted(top)
+    counted = [p for p in PACKAGE.rglob("*.py") if p.parent.name != "zoo" and p.name not in MODELS]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in counted) <= 9000
+
+
+def test_functions_stay_short():
+    lengths = [
+        (node.end_lineno - node.lineno + 1, f"{name}.{node.name}")
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    assert not [entry for entry in lengths if entry[0] > 60]
+    (step,) = [length for length, name in lengths if name == "train.take_step"]
+    assert step <= 28
