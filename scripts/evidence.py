@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.lab import results as standings
+from nanonormuon.lab import results
 from nanonormuon.runs.pictures import picture
 
 ROOT = Path(__file__).parents[1]
@@ -49,9 +49,9 @@ def section(name: str, found: dict[str, Any]) -> str:
     ]
     if seeds:
         against_first = name == "ablations"
-        table = variants if against_first else partial(standings.markdown, times=False)
+        table = variants if against_first else partial(results.markdown, times=False)
         lines += [table(found), ""]
-        (draw_variants if against_first else standings.draw)(found, KEPT / f"{name}.png")
+        (draw_variants if against_first else results.draw)(found, KEPT / f"{name}.png")
         lines += [f"![{name}](results/{name}.png)", ""]
     return "\n".join(lines)
 
@@ -114,7 +114,7 @@ def family(kind: str, races: dict[int, dict[str, Any]]) -> str:
             best = min(tried, key=tried.__getitem__)
             axis.plot([best], [tried[best]], marker="o", color=color)
         axis.set(xlabel="learning rate of the matrices", ylabel="loss on the tuning split")
-        standings.by_rates(axis)
+        results.by_rates(axis)
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"### {kind}\n\nLoss on the tuning split.\n\n{table}\n\n![{kind}](results/{kind}.png)\n"
 
@@ -143,7 +143,7 @@ def main(folders: list[str]) -> None:
     parts += [family(kind, members) for kind, members in sorted(groups.items())]
     between(RESULTS, "\n" + "\n".join(parts) + "\n")
     if first := races.get("race-shakespeare"):
-        between(README, standings.markdown(first, times=False) + "\n")
+        between(README, results.markdown(first, times=False) + "\n")
     print(f"{RESULTS.relative_to(ROOT)}: {len(races)} races")
 
 
