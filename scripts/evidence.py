@@ -1,10 +1,10 @@
-"""The part of dev/RESULTS.md that comes from races, its plots, and the README's table.
+"""Write the part of dev/RESULTS.md that comes from races, its plots, and the README's table.
 
-    python scripts/evidence.py runs/race-shakespeare runs/width-*   # takes their results over
-    python scripts/evidence.py                                      # writes the texts anew
+    python scripts/evidence.py runs/race-shakespeare runs/width-*   # adds these races
+    python scripts/evidence.py                                      # from the races kept
 
-What a race directory's results.json says is kept as dev/results/NAME.json; all tables and plots
-are made from those files, between the marks `<!-- races -->` and `<!-- /races -->`.
+The results.json of a race is kept as dev/results/NAME.json. All tables and plots are made from
+those files; the texts go between the marks `<!-- races -->` and `<!-- /races -->`.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def section(name: str, found: dict[str, Any]) -> str:
 def variants(found: dict[str, Any]) -> str:
     """Every optimizer of a race against its first."""
     first = found["optimizers"][0]["optimizer"]
-    lines = [["optimizer", "lr", "val_loss", f"minus {first}", "95 % interval"], ["---"] * 5]
+    lines = [["optimizer", "lr", "val_loss", f"minus {first}", "95 % interval"]]
     for row in found["optimizers"]:
         cells = ["", ""]
         if versus := row["against"].get(first):
@@ -67,7 +67,7 @@ def variants(found: dict[str, Any]) -> str:
             cells = [f"{versus['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
         loss = f"{row['mean']:.4f} ± {row['sd']:.4f}"
         lines.append([row["optimizer"], f"{row['lr']:g}", loss, *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return results.as_markdown(lines)
 
 
 def draw_variants(found: dict[str, Any], file: Path) -> None:
@@ -95,8 +95,7 @@ def family(kind: str, races: dict[int, dict[str, Any]]) -> str:
         for entry in found["optimizers"] for label in [entry["optimizer"]]
     }  # fmt: skip
     rates = sorted({rate for tried in rows.values() for rate in tried})
-    head = ["optimizer", FAMILIES[kind], *(f"lr {rate:g}" for rate in rates)]
-    lines = [head, ["---"] * len(head)]
+    lines = [["optimizer", FAMILIES[kind], *(f"lr {rate:g}" for rate in rates)]]
     for (label, size), tried in sorted(rows.items()):
         best = min(tried, key=tried.__getitem__)
         cells = [f"{tried[r]:.4f}" if r in tried else "" for r in rates]
@@ -115,7 +114,7 @@ def family(kind: str, races: dict[int, dict[str, Any]]) -> str:
             axis.plot([best], [tried[best]], marker="o", color=color)
         axis.set(xlabel="learning rate of the matrices", ylabel="loss on the tuning split")
         results.by_rates(axis)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = results.as_markdown(lines)
     return f"### {kind}\n\nLoss on the tuning split.\n\n{table}\n\n![{kind}](results/{kind}.png)\n"
 
 
