@@ -84,18 +84,16 @@ class Runner:
         for job in jobs:
             config.load(job.arguments)
         missing = [job for job in dict.fromkeys(jobs) if job.result() is None]
-        bar = tqdm(total=len(missing), unit="run", disable=None if missing else True)
         error: BaseException | None = None
-        with bar, self.listening(), ThreadPoolExecutor(self.parallel) as pool:
-            started = {pool.submit(self.carry_out, job): job for job in missing}
-            for future in as_completed(started):
-                if failure := future.exception():
+        with self.listening(), ThreadPoolExecutor(self.parallel) as pool:
+            started = {pool.submit(self.carry_out, job): job.path.name for job in missing}
+            ended = as_completed(started)
+            for run in tqdm(ended, total=len(started), unit="run", leave=False, disable=None):
+                if failure := run.exception():
                     error = error or failure
                     self.stop(signal.SIGTERM)
-                    continue
-                bar.update()
-                name = started[future].path.name
-                log.info(f"{name}: val_loss {future.result()['val_loss']:.4f}")
+                else:
+                    log.info(f"{started[run]}: val_loss {run.result()['val_loss']:.4f}")
         if error is not None:
             raise error
         return [job.result() or {} for job in jobs]
@@ -174,7 +172,7 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:
     ConfigError for a seed among the arguments, RunError if the directory holds something else.
     """
     for argument in arguments:
-        if config.is_setting(argument) and argument.partition("=")[0].strip() == "train.seed":
+        if argument.partition("=")[0].strip() == "train.seed":
             raise ConfigError(f"{argument}: each run has a seed of its own, see {seeds}")
     shared, out = config.load(arguments)[0], file.parent
     content = {"arguments": arguments, "steps": shared.train.steps}

@@ -5,10 +5,12 @@ import concurrent.futures
 import importlib.util
 import json
 import math
+import os
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from nanonormuon.normuon import NorMuon
 from nanonormuon.optim import make_optimizers
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints as checkpoint
+from nanonormuon.storage.files import lock
 from nanonormuon.storage.run import read_metrics
 from nanonormuon.storage.shards import open_data
 from nanonormuon.train import train
@@ -168,8 +171,8 @@ def test_no_two_settings_share_a_run_directory(tmp_path):
     )
 
 
-def test_steps_are_those_taken(tiny, tmp_path, here):
-    arguments = [*tiny, "train.stop_at=4"]
+def test_steps_are_those_taken(smaller, tmp_path, here):
+    arguments = [*smaller, "train.steps=8", "train.stop_at=4"]
     found = trials.run(arguments, 2, 9.0, tmp_path / "t", Runner())
     assert found["steps"] == 4 and found["n"] == 2
     assert found["mean"] == statistics.fmean(found["losses"])
@@ -367,16 +370,17 @@ def test_a_run_whose_numbers_explode_loses_the_race(tiny, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_trials_survive_a_kill(tiny, tmp_path, capsys):
-    """Killed with its run under way, and repeated: the same loss as in one go."""
+    """Killed together with the run under way, and repeated: the same loss as in one go."""
     out = tmp_path / "t"
-    settings = [*tiny, "model.n_layer=1", "train.steps=120", "train.save_every=10"]
+    settings = [*tiny, "model.n_layer=1", "train.steps=40", "train.save_every=4"]
     settings += ["train.eval_every=0"]
     arguments = ["trials", *settings, "--n", "1", "--target", "9", "--out", str(out)]
     begun = subprocess.Popen([sys.executable, "-m", "nanonormuon", *arguments])
     until = time.monotonic() + 120
     while not any(out.glob("trial-000/checkpoints/step-*")) and time.monotonic() < until:
         time.sleep(0.01)
-    begun.send_signal(signal.SIGKILL)
+    for pid in (begun.pid, int((out / "trial-000" / ".lock").read_text())):
+        os.kill(pid, signal.SIGKILL)
     begun.wait()
     assert cli.main(arguments) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -385,10 +389,23 @@ def test_trials_survive_a_kill(tiny, tmp_path, capsys):
     text = (out / "trial-000.txt").read_text()
     for piece in ("def newton_schulz", "source_sha256", "train.seed=0", '"val_loss"', "[optim]"):
         assert piece in text
-    resumed = "resumed from" in (out / "trial-000" / "train.log").read_text()
+    assert "resumed from" in (out / "trial-000" / "train.log").read_text()
     whole = train(load([*settings, "train.sample_tokens=0"])[0], tmp_path / "whole")
-    if resumed:  # else the killed one was quicker than the kill
-        assert whole["val_loss"] == found["losses"][0]
+    assert whole["val_loss"] == found["losses"][0]
+
+
+def test_a_run_that_outlives_its_race_is_waited_for(smaller, tmp_path, here):
+    job = Job(tmp_path / "a", (*smaller,))
+    train(load(smaller)[0], job.path)
+    later = (job.path / "summary.json").rename(tmp_path / "later.json")
+    writer = lock(job.path / ".lock")
+
+    def end():
+        later.rename(job.path / "summary.json")
+        os.close(writer)
+
+    threading.Timer(0.2, end).start()
+    assert Runner().carry_out(job)["steps"] == 4 and not here
 
 
 @pytest.mark.parametrize(
@@ -430,11 +447,11 @@ def bytes_of(run_directory):
 
 
 @pytest.mark.parametrize("name", ["test_race:Nested", "torch.optim:Adagrad", "torch.optim:Muon"])
-def test_any_optimizer_trains_and_resumes_bitwise(name, tiny, tmp_path):
-    arguments = [*tiny, f"optim.name={name}", "optim.lr=0.01"]
+def test_any_optimizer_trains_and_resumes_bitwise(name, smaller, tmp_path):
+    arguments = [*smaller, f"optim.name={name}", "optim.lr=0.01"]
     whole = run(arguments, tmp_path / "a")
     assert whole["val_loss"] < 5.3  # from ln 256 = 5.5
-    run([*arguments, "train.stop_at=5"], tmp_path / "b")
+    run([*arguments, "train.stop_at=2"], tmp_path / "b")
     run([str(tmp_path / "b/config.toml"), "train.stop_at=0"], tmp_path / "b", True)
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
 
