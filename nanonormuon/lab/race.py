@@ -61,7 +61,7 @@ def entries(
     """
     axes = [f"optim.weight_decay={weight_decay}"] if weight_decay else []
     others = tuple(itertools.product(*map(axis, (*axes, *sweep))))
-    labels = [label.strip() for label in re.split(COMMA, optimizers) if label.strip()]
+    labels = [*filter(None, map(str.strip, re.split(COMMA, optimizers)))]
     if len(set(labels)) < len(labels) or not labels:
         raise ConfigError(f'--optimizers "{optimizers}": expected different ones')
     found = [entry_of(label, arguments, lr, others) for label in labels]
@@ -79,7 +79,7 @@ def entry_of(
     where = f'--optimizers "{label}"'
     name, *parts = label.split("+")
     own = [part if "." in part.partition("=")[0] else f"optim.{part}" for part in parts]
-    keys = [key_of(setting) for setting in own]
+    keys = [setting.partition("=")[0].strip() for setting in own]
     settings = (f"optim.name={name}", *own)
     refuse(where, own, SHARED)
     taken = {"optim.lr": "--lr has the rates"} | dict.fromkeys(keys, "set it in one of them")
@@ -103,15 +103,11 @@ def axis(text: str) -> list[str]:
     return list(dict.fromkeys(f"{key.strip()}={part.strip()}" for part in parts))
 
 
-def key_of(setting: str) -> str:
-    return setting.partition("=")[0].strip()
-
-
 def refuse(where: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
-    """Raise ConfigError for a setting that another part of the command decides, which would
-    overrule it or make the runs incomparable. taken: what to do, by key."""
-    for key in map(key_of, settings):
-        if key in taken:
+    """Raise ConfigError for a setting whose key another part of the command decides. taken: keys,
+    and what to do instead."""
+    for setting in settings:
+        if (key := setting.partition("=")[0].strip()) in taken:
             raise ConfigError(f"{where}: {key}: {taken[key]}")
 
 
