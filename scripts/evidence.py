@@ -1,10 +1,10 @@
-"""The part of dev/RESULTS.md that comes from races, its plots, and the README's table.
+"""Write the part of dev/RESULTS.md that comes from races, its plots, and the README's table.
 
-    python scripts/evidence.py runs/race-shakespeare runs/width-*   # takes their results over
-    python scripts/evidence.py                                      # writes the texts anew
+    python scripts/evidence.py runs/race-shakespeare runs/width-*   # adds these races
+    python scripts/evidence.py                                      # from the races kept
 
-What a race directory's results.json says is kept as dev/results/NAME.json; all tables and plots
-are made from those files, between the marks `<!-- races -->` and `<!-- /races -->`.
+The results.json of a race is kept as dev/results/NAME.json. All tables and plots are made from
+those files; the texts go between the marks `<!-- races -->` and `<!-- /races -->`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.lab import results as standings
+from nanonormuon.lab import results
 from nanonormuon.runs.pictures import picture
 
 ROOT = Path(__file__).parents[1]
@@ -49,9 +49,9 @@ def section(name: str, found: dict[str, Any]) -> str:
     ]
     if seeds:
         against_first = name == "ablations"
-        table = variants if against_first else partial(standings.markdown, times=False)
+        table = variants if against_first else partial(results.markdown, times=False)
         lines += [table(found), ""]
-        (draw_variants if against_first else standings.draw)(found, KEPT / f"{name}.png")
+        (draw_variants if against_first else results.draw)(found, KEPT / f"{name}.png")
         lines += [f"![{name}](results/{name}.png)", ""]
     return "\n".join(lines)
 
@@ -59,7 +59,7 @@ def section(name: str, found: dict[str, Any]) -> str:
 def variants(found: dict[str, Any]) -> str:
     """Every optimizer of a race against its first."""
     first = found["optimizers"][0]["optimizer"]
-    lines = [["optimizer", "lr", "val_loss", f"minus {first}", "95 % interval"], ["---"] * 5]
+    lines = [["optimizer", "lr", "val_loss", f"minus {first}", "95 % interval"]]
     for row in found["optimizers"]:
         cells = ["", ""]
         if versus := row["against"].get(first):
@@ -67,7 +67,7 @@ def variants(found: dict[str, Any]) -> str:
             cells = [f"{versus['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
         loss = f"{row['mean']:.4f} ± {row['sd']:.4f}"
         lines.append([row["optimizer"], f"{row['lr']:g}", loss, *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return results.as_markdown(lines)
 
 
 def draw_variants(found: dict[str, Any], file: Path) -> None:
@@ -95,8 +95,7 @@ def family(kind: str, races: dict[int, dict[str, Any]]) -> str:
         for entry in found["optimizers"] for label in [entry["optimizer"]]
     }  # fmt: skip
     rates = sorted({rate for tried in rows.values() for rate in tried})
-    head = ["optimizer", FAMILIES[kind], *(f"lr {rate:g}" for rate in rates)]
-    lines = [head, ["---"] * len(head)]
+    lines = [["optimizer", FAMILIES[kind], *(f"lr {rate:g}" for rate in rates)]]
     for (label, size), tried in sorted(rows.items()):
         best = min(tried, key=tried.__getitem__)
         cells = [f"{tried[r]:.4f}" if r in tried else "" for r in rates]
@@ -114,8 +113,8 @@ def family(kind: str, races: dict[int, dict[str, Any]]) -> str:
             best = min(tried, key=tried.__getitem__)
             axis.plot([best], [tried[best]], marker="o", color=color)
         axis.set(xlabel="learning rate of the matrices", ylabel="loss on the tuning split")
-        standings.by_rates(axis)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        results.by_rates(axis)
+    table = results.as_markdown(lines)
     return f"### {kind}\n\nLoss on the tuning split.\n\n{table}\n\n![{kind}](results/{kind}.png)\n"
 
 
@@ -143,7 +142,7 @@ def main(folders: list[str]) -> None:
     parts += [family(kind, members) for kind, members in sorted(groups.items())]
     between(RESULTS, "\n" + "\n".join(parts) + "\n")
     if first := races.get("race-shakespeare"):
-        between(README, standings.markdown(first, times=False) + "\n")
+        between(README, results.markdown(first, times=False) + "\n")
     print(f"{RESULTS.relative_to(ROOT)}: {len(races)} races")
 
 

@@ -1,4 +1,4 @@
-"""Rows of dev/RESULTS.md from run directories, so that no figure is typed by hand.
+"""Print rows of dev/RESULTS.md from run directories, so that no figure is typed by hand.
 
     python scripts/results.py runs/a runs/b >> dev/RESULTS.md
 
@@ -8,10 +8,13 @@ Runs that differ in their seed alone become one row with n, mean and standard de
 import argparse
 import json
 import statistics
-import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
+from nanonormuon import config as configuration
 from nanonormuon.config import MAY_CHANGE
+from nanonormuon.lab.results import as_markdown
+from nanonormuon.runs import compare
 
 COLUMNS = ("run", "changed", "n", "steps", "tokens", "val_loss", "val_bpb", "train s", "total s",
            "tokens/s", "device", "torch", "commit")  # fmt: skip
@@ -23,7 +26,8 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def changed(config: dict, recipe: dict) -> str:
-    """What a run set beside its recipe, but for the seed and what does not decide a result."""
+    """The settings in which a run differs from its recipe, except those without effect on the
+    result and the seed."""
     silent = {"train.seed", "data.path", "model.vocab_size", *MAY_CHANGE} - {"train.steps"}
     return ", ".join(
         f"{section}.{key}={value}"
@@ -34,13 +38,9 @@ def changed(config: dict, recipe: dict) -> str:
 
 
 def main(folders: list[str]) -> None:
-    from dataclasses import asdict
-
-    from nanonormuon import config as configuration
-
     groups: dict[tuple, list[tuple[dict, dict]]] = {}
     for folder in map(Path, folders):
-        config = tomllib.loads((folder / "config.toml").read_text())
+        config = compare.read(folder).config
         environment = json.loads((folder / "environment.json").read_text())
         summary = json.loads((folder / "summary.json").read_text())
         words = environment["command"].split()
@@ -49,8 +49,7 @@ def main(folders: list[str]) -> None:
         settings["model"] = config["model"]  # resolved from the data in the run's own file
         key = (recipe, changed(config, settings), summary["steps"], environment["git_commit"])
         groups.setdefault(key, []).append((summary, environment))
-    print("| " + " | ".join(COLUMNS) + " |")
-    print("|" + "---|" * len(COLUMNS))
+    rows = [COLUMNS]
     for (recipe, settings, steps, commit), runs in groups.items():
         s, e = [r[0] for r in runs], runs[0][1]
         cells = [
@@ -68,7 +67,8 @@ def main(folders: list[str]) -> None:
             e["torch"],
             commit[:8] if commit else f"source {e['source_sha256'][:8]}",
         ]
-        print("| " + " | ".join(map(str, cells)) + " |")
+        rows.append([*map(str, cells)])
+    print(as_markdown(rows))
 
 
 if __name__ == "__main__":

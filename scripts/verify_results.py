@@ -1,12 +1,11 @@
-"""Run a part of dev/RESULTS.md again and compare it with what stands there.
+"""Repeat some runs of dev/RESULTS.md and compare their losses with those kept there.
 
     python scripts/verify_results.py                     # one run of each race that is kept
     python scripts/verify_results.py race-shakespeare --seeds 2
 
-Of each race the first optimizer's runs are repeated, with its chosen settings and the same seeds.
-A loss agrees if it is within three standard deviations (of the kept runs) of the kept one with the
-same seed; on the machine and source it came from it is the same number. Exits with 1 if one
-does not.
+The first optimizer of each race runs again with its chosen settings and the seeds kept. A loss
+agrees if it is within three standard deviations (of the kept runs) of the kept loss with its seed;
+on the same machine and source the two are equal. Exits with 1 if a loss does not agree.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Many runs from one command: each a process and a run directory of its own, none done twice."""
+"""Many runs from one command: each a process with a run directory of its own, none done twice."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,19 @@ import torch
 from tqdm import tqdm
 
 from nanonormuon import config
-from nanonormuon.errors import Interrupted, RunError
+from nanonormuon.errors import ConfigError, Interrupted, RunError
 from nanonormuon.runs import compare
-from nanonormuon.storage.files import replace_file
+from nanonormuon.storage.files import lock, replace_file
 
 log = logging.getLogger(__name__)
+# settings of runs whose losses alone matter
+QUIET = ("train.sample_tokens=0", "train.keep_last=1", "train.keep_best=false")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: `arguments` are those of `normuon-train run`, `path` its run directory, in which
-    checkpoints stay only if `keep`."""
+    """One run: its directory and the arguments of `normuon-train run`. Its checkpoints are deleted
+    at its end unless `keep`."""
 
     path: Path
     arguments: tuple[str, ...]
@@ -40,8 +42,8 @@ class Job:
         return self.path.with_name(self.path.name + ".log")
 
     def result(self) -> dict[str, Any] | None:
-        """What the run ended with, None if it has not: summary.json, with the curve of val_loss as
-        [step, loss]. A run whose numbers ceased to be finite has the loss infinity."""
+        """summary.json and the curve of val_loss as [step, loss]; None before the run's end. A run
+        that diverged has the loss infinity."""
         try:
             summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -52,53 +54,46 @@ class Job:
 
 
 class Runner:
-    """Carries out jobs, several at once where there are several devices.
+    """Carries out jobs, several at once if there are several devices.
 
-    parallel: how many; 0: one per CUDA device, or per `ranks` of them, and one on a CPU, whose
-    cores are divided otherwise. ranks: processes of one run, started by torchrun.
+    parallel: jobs at once; 0: one per `ranks` CUDA devices, or one on a CPU. Jobs at once divide
+    the CPU's cores among them. ranks: processes of each run, started by torchrun.
     """
 
     def __init__(self, parallel: int = 0, ranks: int = 1):
         count = torch.cuda.device_count()
-        names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        devices = names.split(",")[:count] if names else [str(i) for i in range(count)]
+        names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        devices = names.split(",")[:count]
         self.parallel, self.ranks = parallel or max(1, count // ranks), ranks
-        self.places: queue.Queue[dict[str, str]] = queue.Queue()
+        threads = max(1, (os.cpu_count() or 1) // (self.parallel * ranks))
+        self.places: queue.Queue[dict[str, str]] = queue.Queue()  # environment variables
         for i in range(self.parallel):
             mine = {devices[(i * ranks + rank) % count] for rank in range(ranks) if count}
-            threads = max(1, (os.cpu_count() or 1) // (self.parallel * ranks))
-            self.places.put(
-                {"CUDA_VISIBLE_DEVICES": ",".join(sorted(mine))}
-                if mine
-                else {"OMP_NUM_THREADS": str(threads)}
-            )
+            on_gpu = {"CUDA_VISIBLE_DEVICES": ",".join(sorted(mine))}
+            self.places.put(on_gpu if mine else {"OMP_NUM_THREADS": str(threads)})
         self.children: set[subprocess.Popen] = set()
         self.stopped = 0
 
-    def run(
-        self, jobs: Sequence[Job], spell: Callable[[Job], str] = lambda job: job.path.name
-    ) -> list[dict[str, Any]]:
-        """Every job's result, in order; one that has a result is not run again.
+    def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Return every job's result, in order, after carrying out those that have none.
 
-        Raises ConfigError before the first run; RunError with the last line of a run that failed
-        and Interrupted after a signal, when the others have saved what they had. The same call
-        goes on from there.
+        Raises ConfigError before the first run; RunError with the last line of a run that failed,
+        and Interrupted after a signal, once the other runs have saved. A later call continues from
+        there.
         """
         for job in jobs:
             config.load(job.arguments)
         missing = [job for job in dict.fromkeys(jobs) if job.result() is None]
-        bar = tqdm(total=len(missing), unit="run", disable=not (missing and sys.stderr.isatty()))
         error: BaseException | None = None
-        with bar, self.listening(), ThreadPoolExecutor(self.parallel) as pool:
-            started = {pool.submit(self.carry_out, job): job for job in missing}
-            for future in as_completed(started):
-                if failure := future.exception():
+        with self.listening(), ThreadPoolExecutor(self.parallel) as pool:
+            started = {pool.submit(self.carry_out, job): job.path.name for job in missing}
+            ended = as_completed(started)
+            for run in tqdm(ended, total=len(started), unit="run", leave=False, disable=None):
+                if failure := run.exception():
                     error = error or failure
                     self.stop(signal.SIGTERM)
-                    continue
-                job, result = started[future], future.result()
-                bar.update()
-                log.info(f"{spell(job)}: val_loss {result['val_loss']:.4f}")
+                else:
+                    log.info(f"{started[run]}: val_loss {run.result()['val_loss']:.4f}")
         if error is not None:
             raise error
         return [job.result() or {} for job in jobs]
@@ -108,12 +103,16 @@ class Runner:
         place = self.places.get()
         try:
             job.path.parent.mkdir(parents=True, exist_ok=True)
-            wait_for_owner(job.path)
+            if job.path.is_dir():  # a run that outlives its killed race may still be saving
+                handle = lock(job.path / ".lock", wait=True)
+                if handle is not None:
+                    os.close(handle)
             if job.result() is None and (job.path / "config.toml").exists():
-                stop_at = config.load(job.arguments)[0].train.stop_at  # reached, it is forgotten
+                # once reached, --resume drops it
+                stop_at = config.load(job.arguments)[0].train.stop_at
                 self.start(job, ["--resume", f"train.stop_at={stop_at}"], place)
                 if job.result() is None:  # not every optimizer's state can be saved
-                    log.warning("%s: cannot be resumed, begins anew", job.path)
+                    log.warning(f"{job.path}: cannot be resumed, begins anew")
                     shutil.rmtree(job.path)
             if job.result() is None:
                 self.start(job, job.arguments, place)
@@ -121,18 +120,18 @@ class Runner:
             self.places.put(place)
         if (result := job.result()) is None:
             text = job.log_file.read_text(encoding="utf-8", errors="replace").strip()
-            last = (text.splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+            last = (text.splitlines() or ["no output"])[-1].removeprefix("error: ")
             raise RunError(f"{job.path.name}: {last} (see {job.log_file})")
         if not job.keep:
             shutil.rmtree(job.path / "checkpoints", ignore_errors=True)
         return result
 
     def start(self, job: Job, arguments: Sequence[str], place: dict[str, str]) -> None:
-        """Run `normuon-train run` to its end. Raises Interrupted if that was a signal's doing."""
+        """Run `normuon-train run` to its end. Raises Interrupted if a signal ended it."""
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}", "-m"]
         command = [sys.executable, "-m", *(torchrun if self.ranks > 1 else [])]
         command += ["nanonormuon", "run", *arguments, "--out", str(job.path)]
-        following = {"NANONORMUON_FOLLOW": "1"}  # should this process be killed, the run stops
+        following = {"NANONORMUON_FOLLOW": "1"}  # the run stops if this process is killed
         with open(job.log_file, "ab") as output:
             if self.stopped:
                 raise Interrupted(self.stopped, f"before {job.path.name}")
@@ -146,11 +145,11 @@ class Runner:
         if any(job.path.glob("crash-*.json")):
             replace_file(job.path / "summary.json", b'{"diverged": true}\n')
         elif code and self.stopped:
-            raise Interrupted(self.stopped, f"in {job.path.name}; the same command goes on")
+            raise Interrupted(self.stopped, f"in {job.path.name}; the same command continues it")
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are passed on to the runs, which save and end; a second one, too."""
+        """Pass SIGINT and SIGTERM on to the runs, which save and end; a second one as well."""
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {n: signal.signal(n, lambda number, _: self.stop(number)) for n in numbers}
         try:
@@ -166,10 +165,27 @@ class Runner:
                 child.send_signal(signal.SIGTERM)
 
 
-def wait_for_owner(path: Path) -> None:
-    """Return when no process writes the run: one whose race was killed may still be saving."""
-    with contextlib.suppress(ImportError, FileNotFoundError):
-        import fcntl
+def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:
+    """Write what a directory's runs share to its plan `file`, or find it unchanged there.
 
-        with open(path / ".lock", "r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    seeds: the option that gives the runs their seeds. Returns the shared configuration. Raises
+    ConfigError for a seed among the arguments, RunError if the directory holds something else.
+    """
+    for argument in arguments:
+        if argument.partition("=")[0].strip() == "train.seed":
+            raise ConfigError(f"{argument}: each run has a seed of its own, see {seeds}")
+    shared, out = config.load(arguments)[0], file.parent
+    content = {"arguments": arguments, "steps": shared.train.steps}
+    text = json.dumps(content, indent=1) + "\n"
+    found = file.read_text(encoding="utf-8") if file.exists() else text
+    if found != text:
+        raise RunError(
+            f"{file}: {json.dumps(json.loads(found))}, expected {json.dumps(content)}: "
+            "another comparison is there; choose another --out"
+        )
+    if not file.exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise RunError(f"{out}: not empty, and no {file.name} there; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(file, text.encode())
+    return shared

@@ -1,9 +1,9 @@
-"""A fair comparison of optimizers: each one's settings tuned, then judged by fresh seeds.
+"""A fair comparison of optimizers: each one's settings are tuned, then judged with fresh seeds.
 
 Every optimizer has the same budget, schedule, data order and, seed by seed, initialisation. Its
-settings are chosen on a part of the training text that is kept back (data.tuning); what they are
-worth is measured on the validation split, at the end of fully decayed runs, since curves cross
-before (arXiv 2509.02046). A best rate at the end of its grid makes the grid longer.
+settings are chosen on a part of the training text that is held out (data.tuning) and judged on the
+validation split, at the end of fully decayed runs, since curves cross before (arXiv 2509.02046). A
+grid whose best rate is its first or last grows.
 
     OUT/race.json     what is being compared
     OUT/tuning/NAME/  a run directory per setting; OUT/seeds/NAME/ per optimizer and seed
@@ -17,7 +17,6 @@ import logging
 import math
 import re
 import shlex
-import statistics
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,20 +25,24 @@ from typing import Any
 
 from nanonormuon import config
 from nanonormuon.config import parse_number
-from nanonormuon.errors import ConfigError, MissingPackage, RunError
-from nanonormuon.lab.processes import Job, Runner
-from nanonormuon.lab.results import Entry, Standing, draw, judge, markdown
+from nanonormuon.errors import ConfigError, MissingPackage
+from nanonormuon.lab.processes import QUIET, Job, Runner, claim
+from nanonormuon.lab.results import Entry, draw, judge, markdown
 from nanonormuon.storage.files import replace_file
 
 log = logging.getLogger(__name__)
-ADAMW_LR = 0.003  # about which the search begins for what is not a Muon
-FACTORS = (0.5, 1.0, 2.0)
-LONGER = 4  # rates that may be added to a grid whose best one lies at its end
-TUNING_SEED = 1_000_000  # and the next: none that a result is reported with
-TUNING_SHARE = 0.05  # of the training tokens, kept back for the choice
-# no axis and no optimizer's own setting: the race gives it to every run, or promises it to be equal
-SHARED = ("train.seed", "train.steps", "train.stop_at", "train.batch_tokens", "train.sample_tokens",
-          "train.keep_last", "train.keep_best", "data.tuning", "optim.name")  # fmt: skip
+COMMA = r",(?! )"  # between parts; a comma before a blank belongs to a value
+ADAMW_LR = 0.003  # the middle of the grid for optimizers that are not a Muon
+GRID = "0.5x,1x,2x"
+LONGER = 4  # rates that a grid may grow by
+TUNING_SEED = 1_000_000  # the first seed of tuning runs; no reported result uses these
+TUNING_SHARE = 0.05  # of the training tokens, held out for the choice
+# decided by the race, or equal in all its runs: no axis and no optimizer's own setting
+SHARED = {"train.seed": "--seeds gives them"} | dict.fromkeys(
+    ("train.steps", "train.stop_at", "train.batch_tokens", "train.sample_tokens",
+     "train.keep_last", "train.keep_best", "data.tuning", "optim.name"),
+    "all runs of a race share it",
+)  # fmt: skip
 
 
 def entries(
@@ -49,43 +52,19 @@ def entries(
     weight_decay: str = "",
     sweep: Sequence[str] = (),
 ) -> list[Entry]:
-    """What the command line asks for.
+    """Parse the command line. Raises ConfigError.
 
-    optimizers: "normuon,adamw,module:Class,normuon+beta2=0.9": the part behind a + is a setting,
-        of [optim] if no section is named; a comma before a blank belongs to its value.
-    lr: "0.01,0.02" rates of all, "adamw=0.001,0.003" of one, "0.5x,1x,2x" multiples of each one's
-        own usual rate. weight_decay: "0,0.1". sweep: "SECTION.KEY=A,B" as further axes.
-    Raises ConfigError.
+    optimizers: "normuon,adamw,module:Class,normuon+beta2=0.9"; a + adds a setting, of [optim]
+        unless it names a section. A comma before a blank belongs to the setting's value.
+    lr: "0.01,0.02" for all, "adamw=0.001,0.003" for one, "0.5x,1x,2x" as multiples of the usual
+        rate. weight_decay: "0,0.1". sweep: "SECTION.KEY=A,B" for further axes.
     """
-    for argument in arguments:
-        if config.is_setting(argument) and keys_of([argument]) == ["train.seed"]:
-            raise ConfigError(f"{argument}: a race gives its runs their seeds, see --seeds")
     axes = [f"optim.weight_decay={weight_decay}"] if weight_decay else []
     others = tuple(itertools.product(*map(axis, (*axes, *sweep))))
-    found = []
-    for label in filter(None, map(str.strip, re.split(r",(?! )", optimizers))):
-        name, *extra = label.split("+")
-        settings = [f"optim.name={name}"]
-        settings += [e if "." in e.partition("=")[0] else f"optim.{e}" for e in extra]
-        refuse_shared(f'--optimizers "{label}"', settings[1:], SHARED)
-        fixed = tuple(keys_of(settings[1:]))
-        for combination in others:  # a mistake in the last of them should not wait for its turn
-            refuse_shared(f'--sweep or --wd, and --optimizers "{label}"', combination, fixed)
-            config.load([*arguments, *settings, *combination])
-        resolved = config.load([*arguments, *settings])[0].optim
-        usual = resolved.lr if name in ("normuon", "muon") else ADAMW_LR
-        if any(s.startswith("optim.lr=") for s in settings):
-            usual = resolved.lr
-            text = chosen(label, lr)
-            if text and not all(rate.endswith("x") for rate in rate_texts(text)):
-                raise ConfigError(
-                    f'--lr "{text}" and --optimizers "{label}" both say its rate: expected one of '
-                    "them, or multiples of its own, as 0.5x,1x,2x"
-                )
-        found.append(Entry(label, tuple(settings), rates(label, lr, usual), others))
-    labels = [entry.label for entry in found]
+    labels = [*filter(None, map(str.strip, re.split(COMMA, optimizers)))]
     if len(set(labels)) < len(labels) or not labels:
         raise ConfigError(f'--optimizers "{optimizers}": expected different ones')
+    found = [entry_of(label, arguments, lr, others) for label in labels]
     for text in lr:
         if "=" in text and text.rpartition("=")[0] not in labels:
             hint = config.nearest(text.rpartition("=")[0], labels)
@@ -93,142 +72,130 @@ def entries(
     return found
 
 
+def entry_of(
+    label: str, arguments: Sequence[str], lr: Sequence[str], others: tuple[tuple[str, ...], ...]
+) -> Entry:
+    """One optimizer, NAME+KEY=VALUE+..., checked with every combination of the other axes."""
+    where = f'--optimizers "{label}"'
+    name, *parts = label.split("+")
+    own = [part if "." in part.partition("=")[0] else f"optim.{part}" for part in parts]
+    keys = [setting.partition("=")[0].strip() for setting in own]
+    settings = (f"optim.name={name}", *own)
+    refuse(where, own, SHARED)
+    taken = {"optim.lr": "--lr has the rates"} | dict.fromkeys(keys, "set it in one of them")
+    for combination in others:
+        refuse(f"--sweep or --wd, and {where}", combination, SHARED | taken)
+        config.load([*arguments, *settings, *combination])
+    usual = config.load([*arguments, *settings])[0].optim.lr
+    if "optim.lr" not in keys and name not in ("normuon", "muon"):
+        usual = ADAMW_LR
+    return Entry(label, settings, rates(label, lr, usual, "optim.lr" in keys), others)
+
+
 def axis(text: str) -> list[str]:
-    """ "SECTION.KEY=A,B" -> KEY=VALUE for each; in a setting that is text, a comma before a blank
-    belongs to its value. Raises ConfigError."""
+    """Split "SECTION.KEY=A,B" into KEY=VALUE settings. Raises ConfigError."""
     key, equals, values = text.partition("=")
     if not equals:
         raise ConfigError(f'--sweep "{text}": expected SECTION.KEY=A,B')
-    refuse_shared(f'--sweep "{text}"', [text], (*SHARED, "optim.lr"))
     section, _, name = key.strip().partition(".")
-    kinds = typing.get_type_hints(config.SECTIONS[section]) if section in config.SECTIONS else {}
-    parts = re.split(r",(?! )" if kinds.get(name) is str else ",", values)
+    kinds = typing.get_type_hints(config.SECTIONS.get(section, object))
+    parts = re.split(COMMA if kinds.get(name) is str else ",", values)
     return list(dict.fromkeys(f"{key.strip()}={part.strip()}" for part in parts))
 
 
-def keys_of(settings: Sequence[str]) -> list[str]:
-    return [setting.partition("=")[0].strip() for setting in settings]
+def refuse(where: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
+    """Raise ConfigError for a setting whose key another part of the command decides. taken: keys,
+    and what to do instead."""
+    for setting in settings:
+        if (key := setting.partition("=")[0].strip()) in taken:
+            raise ConfigError(f"{where}: {key}: {taken[key]}")
 
 
-def refuse_shared(where: str, settings: Sequence[str], taken: Sequence[str]) -> None:
-    """Raise ConfigError if one of KEY=VALUE is decided elsewhere and would be overruled, or make
-    the runs of a race incomparable."""
-    for key in set(keys_of(settings)) & set(taken):
-        hint = {"optim.lr": "--lr has the rates", "train.seed": "--seeds gives them"}.get(key)
-        hint = hint or ("all runs of a race share it" if key in SHARED else "set it in one of them")
-        raise ConfigError(f"{where}: {key}: {hint}")
-
-
-def chosen(label: str, given: Sequence[str]) -> str:
-    """The --lr that an optimizer's rates come from; one that names it counts before the others."""
-    mine = [text for text in given if text.rpartition("=")[0] == label]
-    return (mine or [text for text in given if "=" not in text] or [""])[-1]
-
-
-def rate_texts(text: str) -> list[str]:
-    return [part.strip() for part in text.rpartition("=")[2].split(",")]
-
-
-def rates(label: str, given: Sequence[str], usual: float) -> tuple[float, ...]:
-    """The grid of one optimizer, from all --lr."""
-    text = chosen(label, given)
-    grid = [usual * factor for factor in FACTORS]
-    if text:
-        parts = rate_texts(text)
-        values = [parse_number(part.removesuffix("x")) for part in parts]
-        if any(value is None or not 0 < value < math.inf for value in values):
+def rates(label: str, lr: Sequence[str], usual: float, has_rate: bool) -> tuple[float, ...]:
+    """The grid of one optimizer, from the last --lr that names it, else the last that names none.
+    With a rate of its own only multiples are left to choose."""
+    named = [text for text in lr if text.rpartition("=")[0] == label]
+    text = [GRID, *(text for text in lr if text and "=" not in text), *named][-1]
+    grid = set()
+    for part in map(str.strip, text.rpartition("=")[2].split(",")):
+        number, multiple = parse_number(part.removesuffix("x")), part.endswith("x")
+        if number is None or not 0 < number < math.inf:
+            raise ConfigError(f'--lr "{text}": expected numbers above 0, as 0.01,0.02 or {GRID}')
+        if has_rate and not multiple:
             raise ConfigError(
-                f'--lr "{text}": expected numbers above 0, as 0.01,0.02 or 0.5x,1x,2x'
+                f'--lr "{text}" and --optimizers "{label}" both set its rate: expected one of '
+                f"them, or multiples of its own, as {GRID}"
             )
-        grid = [v * usual if part.endswith("x") else v for v, part in zip(values, parts)]  # type: ignore
-    return tuple(sorted({float(f"{rate:.6g}") for rate in grid}))
+        grid.add(float(f"{number * usual if multiple else number:.6g}"))
+    return tuple(sorted(grid))
 
 
 class Race:
-    """The state of a comparison; `run` brings it to its end, however often it was interrupted."""
+    """A comparison in the directory `out`; `run` completes it, however often it was interrupted."""
 
     def __init__(self, arguments: Sequence[str], field: Sequence[Entry], seeds: int, out: Path,
                  tuning_seeds: int = 1):  # fmt: skip
-        self.arguments, self.seeds, self.out = tuple(arguments), seeds, out
-        self.tuning_seeds = tuning_seeds
-        self.standings = [Standing(entry) for entry in field]
-        self.config = config.load(arguments)[0]
-        self.steps = self.config.train.last_step
+        self.arguments, self.field, self.out = tuple(arguments), field, out
+        self.seeds = range(seeds)
+        self.tuning_seeds = range(TUNING_SEED, TUNING_SEED + tuning_seeds)
+        settings = config.load(arguments)[0].train
+        self.steps, self.batch_tokens = settings.last_step, settings.batch_tokens
 
-    def job(
-        self, kind: str, entry: Entry, setting: tuple[float, tuple[str, ...]], seed: int
-    ) -> Job:
-        """A run. Its directory's name says all that tells it from the other runs of its kind."""
-        rate, others = setting
-        tuning = kind == "tuning"
-        own = [*entry.settings, f"optim.lr={rate:g}", *others, f"train.seed={seed}"]
-        label = "+".join([entry.label, f"lr={rate:g}", *others])
+    def job(self, kind: str, entry: Entry, trial: Mapping[str, Any], seed: int) -> Job:
+        """A run of the kind "tuning" or "seeds", in a directory named after its settings."""
+        rate = f"lr={trial['lr']:g}"
+        label = "+".join([entry.label, rate, *trial["settings"]])
         name = re.sub(r"[^\w.=+-]", "-", label)[:150]  # file names end at 255 bytes
-        if name != label.replace(":", "-"):  # others could come to the same
+        if name != label.replace(":", "-"):  # another label may give the same name
             name += f"-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-        quiet = ["train.sample_tokens=0", "train.keep_last=1", "train.keep_best=false"]
-        common = [f"train.eval_every={max(1, self.steps // 10)}", *self.arguments, *quiet]
-        if tuning:
+        common = [f"train.eval_every={max(1, self.steps // 10)}", *self.arguments, *QUIET]
+        if kind == "tuning":
             common += [f"data.tuning={TUNING_SHARE}", "train.eval_every=0"]
+        own = [*entry.settings, f"optim.{rate}", *trial["settings"], f"train.seed={seed}"]
         path = self.out / kind / f"{name}+seed={seed}"
-        return Job(path, (*common, *own), keep=not tuning)
+        return Job(path, (*common, *own), keep=kind == "seeds")
 
     def run(self, runner: Runner) -> dict[str, Any]:
-        """Tune, run the seeds, write the results; returns what results.json says."""
-        self.claim()
-        pending = []
-        for s in self.standings:
-            settings = [*itertools.product(s.entry.rates, s.entry.others)]
-            if len(settings) == 1 and self.seeds:  # nothing to choose
-                s.tuning[settings[0]] = []
-            else:
-                pending += [(s, *setting) for setting in settings]
+        """Tune, run the seeds, write the results. Returns the content of results.json. Raises what
+        claim and Runner.run raise."""
+        claim(self.out / "race.json", self.arguments, "--seeds")
+        for entry in self.field:
+            grid = itertools.product(entry.rates, entry.others)
+            entry.tuning = [{"lr": r, "settings": o, "val_loss": []} for r, o in grid]
+        pending = [(e, trial) for e in self.field for trial in e.tuning
+                   if len(e.tuning) > 1 or not self.seeds]  # fmt: skip
         while pending:
-            self.tune(runner, pending)
-            pending = [extension for s in self.standings for extension in beyond(s)]
-        jobs = [
-            self.job("seeds", s.entry, s.best, seed)
-            for seed in range(self.seeds) for s in self.standings
-        ]  # fmt: skip
+            jobs = [self.job("tuning", *p, seed) for p in pending for seed in self.tuning_seeds]
+            log.info(f"{len(jobs)} runs to choose settings by")
+            losses = iter([result["val_loss"] for result in runner.run(jobs)])
+            for _, trial in pending:
+                trial["val_loss"] = [next(losses) for _ in self.tuning_seeds]
+            pending = [(e, trial) for e in self.field for trial in beyond(e)]
+            for entry, trial in pending:
+                entry.tuning.append(trial)
+        jobs = [self.job("seeds", e, e.best, seed) for seed in self.seeds for e in self.field]
         if jobs:
             log.info(f"{len(jobs)} runs with the settings chosen")
-        results = dict(zip(jobs, runner.run(jobs)))
-        for s in self.standings:
-            mine = [self.job("seeds", s.entry, s.best, seed) for seed in range(self.seeds)]
-            s.runs = [results[job] for job in mine]
+        results = runner.run(jobs)
+        for i, entry in enumerate(self.field):
+            entry.runs = results[i :: len(self.field)]
         return self.report()
 
-    def claim(self) -> None:
-        """Raise RunError if the directory is another comparison's."""
-        claim(
-            self.out, "race.json", {"arguments": self.arguments, "steps": self.config.train.steps}
-        )
-
-    def tune(self, runner: Runner, pending: Sequence[tuple[Standing, float, tuple]]) -> None:
-        seeds = range(TUNING_SEED, TUNING_SEED + self.tuning_seeds)
-        log.info(f"{len(pending) * len(seeds)} runs to choose settings by")
-        jobs = [self.job("tuning", s.entry, (r, o), seed) for s, r, o in pending for seed in seeds]
-        results = iter(runner.run(jobs))
-        for s, rate, others in pending:
-            s.tuning[rate, others] = [next(results)["val_loss"] for _ in seeds]
-
     def report(self) -> dict[str, Any]:
+        """Write results.json, results.md and race.png; returns the content of the first."""
         files = sorted(self.out.glob("*/*/environment.json"))
-        told = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        sources = sorted({environment["source_sha256"] for environment in told})
-        if len(sources) > 1:
-            log.warning(f"{self.out}: its runs are of {len(sources)} versions of the source")
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        several = ("source_sha256", "device", "torch")
         results = {
             "command": f"normuon-train {shlex.join(sys.argv[1:])}",
             "arguments": self.arguments,
             "steps": self.steps,
-            "tokens": self.steps * self.config.train.batch_tokens,
-            "source_sha256": sources,
-            "device": sorted({environment["device"] for environment in told}),
-            "torch": sorted({environment["torch"] for environment in told}),
-            "optimizers": judge(self.standings, self.steps),
+            "tokens": self.steps * self.batch_tokens,
+            **{key: sorted({environment[key] for environment in found}) for key in several},
+            "optimizers": judge(self.field, self.steps),
         }
-        self.out.mkdir(parents=True, exist_ok=True)
+        if (count := len(results["source_sha256"])) > 1:
+            log.warning(f"{self.out}: its runs are of {count} versions of the source")
         replace_file(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         replace_file(self.out / "results.md", (markdown(results) + "\n").encode())
         try:
@@ -238,33 +205,16 @@ class Race:
         return results
 
 
-def claim(out: Path, name: str, content: Mapping[str, Any]) -> None:
-    """Make OUT/name, or raise RunError if it is there with other content."""
-    file, text = out / name, json.dumps(content, indent=1) + "\n"
-    if file.exists():
-        if (found := file.read_text(encoding="utf-8")) != text:
-            raise RunError(
-                f"{file}: {json.dumps(json.loads(found))}, expected {json.dumps(content)}: "
-                "another comparison is there; choose another --out"
-            )
-        return
-    if out.is_dir() and any(out.iterdir()):
-        raise RunError(f"{out}: not empty, and no {name} there; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(file, text.encode())
-
-
-def beyond(standing: Standing) -> list[tuple[Standing, float, tuple[str, ...]]]:
-    """The next rate, if the best one so far is the smallest or largest tried, as (standing, rate,
-    other settings): an optimum at the end of a grid may lie outside it."""
-    tried = sorted({rate for rate, _ in standing.tuning})
-    rate, others = standing.best
-    longer = len(tried) - len(standing.entry.rates)
+def beyond(entry: Entry) -> list[dict[str, Any]]:
+    """The setting to try next if the best rate so far is the lowest or highest tried, since an
+    optimum at the end of a grid may lie outside it; else none."""
+    best, tried = entry.best, sorted({trial["lr"] for trial in entry.tuning})
+    rate, longer = best["lr"], len(tried) - len(entry.rates)
     if len(tried) < 2 or longer >= LONGER or rate not in (tried[0], tried[-1]):
         return []
-    if not math.isfinite(statistics.fmean(standing.tuning[rate, others])):
+    if not all(map(math.isfinite, best["val_loss"])):
         return []
     step = tried[1] / tried[0] if rate == tried[0] else tried[-1] / tried[-2]
     new = float(f"{rate / step if rate == tried[0] else rate * step:.6g}")
-    log.info(f"{standing.entry.label}: lr {rate:g} is best and last of the grid; {new:g} is added")
-    return [(standing, new, others)]
+    log.info(f"{entry.label}: lr {rate:g} is best and last of the grid; {new:g} is added")
+    return [best | {"lr": new}]

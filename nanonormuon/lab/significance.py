@@ -1,4 +1,4 @@
-"""What a few runs can tell: intervals, a one-sided test, Track 3's rule of validity."""
+"""What a few runs can show: intervals, a one-sided test, Track 3's rule of validity."""
 
 import math
 import statistics
@@ -8,7 +8,7 @@ LEVEL = 0.95  # of every interval
 
 
 def student_cdf(t: float, df: int) -> float:
-    """P(T < t) for Student's T with `df` degrees of freedom; the finite series 26.7.3 and 26.7.4 of
+    """P(T < t) for Student's T with `df` degrees of freedom: the finite series 26.7.3 and 26.7.4 of
     Abramowitz and Stegun, exact for whole df >= 1."""
     theta = math.atan2(abs(t), math.sqrt(df))
     sine, cosine = math.sin(theta), math.cos(theta)
@@ -35,31 +35,30 @@ def student_quantile(p: float, df: int) -> float:
     return high
 
 
-def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
-    """Student's interval for the mean of what is sampled; None for less than two values."""
-    n = len(values)
-    if n < 2 or not all(map(math.isfinite, values)):
-        return None
-    half = student_quantile((1 + level) / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
-    mean = statistics.fmean(values)
-    return mean - half, mean + half
-
-
 def spread(values: Sequence[float]) -> float | None:
-    """The standard deviation; None for less than two values, or infinite ones."""
+    """The standard deviation; None for fewer than two values, or infinite ones."""
     known = len(values) > 1 and all(map(math.isfinite, values))
     return statistics.stdev(values) if known else None
 
 
-def verdict(losses: Sequence[float], target: float) -> dict[str, float | bool | None]:
-    """Whether runs with these losses reach a target in the mean.
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's interval for the mean; None for fewer than two values, or infinite ones."""
+    n, sd = len(values), spread(values)
+    if sd is None:
+        return None
+    half = student_quantile((1 + LEVEL) / 2, n - 1) * sd / math.sqrt(n)
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
 
-    p_value: of Student's one-sided test against a mean at the target or above. margin: Track 3's
+
+def verdict(losses: Sequence[float], target: float) -> dict[str, float | bool | None]:
+    """Whether runs with these losses reach a target on average.
+
+    p_value: of Student's one-sided test against a mean at or above the target. margin: Track 3's
     (target - mean) sqrt(n), valid from 0.004 on (modded-nanogpt's optimization benchmark).
     """
     n, mean, sd = len(losses), statistics.fmean(losses), spread(losses)
-    margin, p_value = (target - mean) * math.sqrt(n), None
-    if sd:
-        p_value = student_cdf(-margin / sd, n - 1)
+    margin = (target - mean) * math.sqrt(n)
+    p_value = student_cdf(-margin / sd, n - 1) if sd else None
     return {"n": n, "mean": mean, "sd": sd, "target": target, "margin": margin,
             "valid": margin >= 0.004, "p_value": p_value}  # fmt: skip

@@ -1,71 +1,59 @@
-"""The same recipe with n seeds against a target, each trial with a log that needs nothing else."""
+"""One recipe with n seeds against a target loss. Each trial leaves a self-contained log."""
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanonormuon import config, errors
-from nanonormuon.lab.processes import Job, Runner
-from nanonormuon.lab.race import claim
+from nanonormuon.lab.processes import QUIET, Job, Runner, claim
 from nanonormuon.lab.significance import verdict
 from nanonormuon.storage.files import replace_file
 from nanonormuon.storage.run import read_metrics, source_files
-
-log = logging.getLogger(__name__)
 
 
 def run(
     arguments: Sequence[str], n: int, target: float, out: Path, runner: Runner
 ) -> dict[str, Any]:
-    """Runs with the seeds 0 to n - 1, and significance.verdict of their last losses.
+    """Carry out runs with the seeds 0 to n - 1; returns significance.verdict of their last losses.
 
     OUT/trial-000/ is a run directory, OUT/trial-000.txt its self-contained log, OUT/trials.json the
-    verdict. A larger n goes on from a smaller one. Raises as batch.Runner does.
+    verdict. A larger n adds to the runs of a smaller one. Raises what Runner.run raises.
     """
-    for argument in arguments:
-        if config.is_setting(argument) and argument.partition("=")[0].strip() == "train.seed":
-            raise errors.ConfigError(f"{argument}: the trials have the seeds 0 to {n - 1}, see --n")
-    settings = config.load(arguments)[0]
-    claim(out, "plan.json", {"arguments": arguments, "steps": settings.train.steps})
-    quiet = ("train.sample_tokens=0", "train.keep_last=1", "train.keep_best=false")
+    settings = claim(out / "plan.json", arguments, "--n").train
     jobs = [
-        Job(out / f"trial-{seed:03d}", (*quiet, *arguments, f"train.seed={seed}"))
+        Job(out / f"trial-{seed:03d}", (*QUIET, *arguments, f"train.seed={seed}"))
         for seed in range(n)
     ]
     results = runner.run(jobs)
     for job in jobs:
-        replace_file(job.path.with_suffix(".txt"), written_out(job).encode())
+        replace_file(job.path.with_suffix(".txt"), self_contained(job).encode())
     losses = [result["val_loss"] for result in results]
+    environment = json.loads((jobs[0].path / "environment.json").read_text(encoding="utf-8"))
     found = verdict(losses, target) | {
         "losses": losses,
-        "steps": settings.train.last_step,
+        "steps": settings.last_step,
         "seconds": [result.get("train_seconds") for result in results],
         "arguments": [*arguments],
-        "source_sha256": json.loads((jobs[0].path / "environment.json").read_text())[
-            "source_sha256"
-        ],
+        "source_sha256": environment["source_sha256"],
     }
     replace_file(out / "trials.json", (json.dumps(found, indent=1) + "\n").encode())
     return found
 
 
-def written_out(job: Job) -> str:
-    """A trial as one text: environment, configuration, metrics, and the source that made them."""
-    parts = [("command", " ".join(("normuon-train run", *job.arguments)))]
+def self_contained(job: Job) -> str:
+    """A trial as one text: command, environment, configuration, metrics, and the source code."""
+    parts = {"command": " ".join(("normuon-train run", *job.arguments))}
     for name in ("environment.json", "config.toml", "summary.json"):
-        parts.append((name, (job.path / name).read_text(encoding="utf-8")))
-    rows = read_metrics(job.path / "metrics.jsonl")
-    parts.append(("metrics.jsonl", "\n".join(map(json.dumps, rows))))
+        parts[name] = (job.path / name).read_text(encoding="utf-8")
+    parts["metrics.jsonl"] = "\n".join(map(json.dumps, read_metrics(job.path / "metrics.jsonl")))
     for name, file in source_files().items():
-        parts.append((f"nanonormuon/{name}", file.read_text(encoding="utf-8")))
+        parts[f"nanonormuon/{name}"] = file.read_text(encoding="utf-8")
     line = "=" * 100
-    return "\n".join(f"{line}\n{name}\n{line}\n{text.rstrip()}" for name, text in parts) + "\n"
+    return "".join(f"{line}\n{name}\n{line}\n{text.rstrip()}\n" for name, text in parts.items())
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The verdict for people."""
+    """The verdict in one line."""
     sd = "" if found["sd"] is None else f" ± {found['sd']:.4f}"
     test = "" if found["p_value"] is None else f"; p = {found['p_value']:.2g} (one-sided t-test)"
     word = "valid" if found["valid"] else "not valid"

@@ -1,4 +1,4 @@
-"""Runs side by side: a table for the terminal, curves as PNG or SVG, where a loss was reached."""
+"""Run directories side by side: a table for the terminal, curves, where a loss was reached."""
 
 import tomllib
 from collections import Counter
@@ -10,15 +10,15 @@ from typing import Any
 
 from nanonormuon.errors import RunError
 from nanonormuon.runs.pictures import picture
-from nanonormuon.storage.run import read_metrics
+from nanonormuon.storage.run import aligned, read_metrics
 
 BARS = "▁▂▃▄▅▆▇█"
-KNOWN = ("step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "lr", "tokens_per_second")
+KNOWN = {"step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "lr", "tokens_per_second"}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run directory tells: its configuration and its metrics."""
+    """The configuration and metrics of a run directory."""
 
     path: Path
     name: str
@@ -26,13 +26,13 @@ class RunRecord:
     rows: list[dict[str, Any]]
 
     def curve(self, key: str, over: str = "step") -> tuple[list[float], list[float]]:
-        """The values of `key` that were logged, and where."""
+        """Where values of `key` were logged, and the values."""
         rows = [r for r in self.rows if r.get(key) is not None and r.get(over) is not None]
         return [r[over] for r in rows], [r[key] for r in rows]
 
 
 def read(path: Path) -> RunRecord:
-    """Raises RunError for what is no run directory or has no metrics yet."""
+    """Read a run directory. Raises RunError if it is none, or has no metrics yet."""
     try:
         config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
@@ -44,24 +44,23 @@ def read(path: Path) -> RunRecord:
 
 
 def read_all(paths: Sequence[Path]) -> list[RunRecord]:
-    """Several runs; those that share a name go by their paths as given."""
+    """Read several runs. Those that share a name are named by their paths as given."""
     runs = [read(path) for path in paths]
     count = Counter(run.name for run in runs)
     return [replace(r, name=str(r.path)) if count[r.name] > 1 else r for r in runs]
 
 
 def row_of(run: RunRecord, target: float | None) -> dict[str, Any]:
-    """One run's line of the table. With a target: the first evaluation at or below it."""
-    last, (_, losses) = run.rows[-1], run.curve("val_loss")
-    _, bits = run.curve("val_bpb")
-    optim = run.config.get("optim", {})
+    """A run's row of the table; with a target, also the first evaluation at or below it."""
+    last, optim = run.rows[-1], run.config.get("optim", {})
+    losses, bits = run.curve("val_loss")[1], run.curve("val_bpb")[1]
     row = {
         "run": run.name,
         "optimizer": optim.get("name"),
         "lr": optim.get("lr"),
         "steps": last["step"],
         "tokens": last.get("tokens"),
-        "seconds": max((r.get("seconds", 0.0) for r in run.rows), default=None),
+        "seconds": max(r.get("seconds", 0.0) for r in run.rows),
         "loss": next((r["loss"] for r in reversed(run.rows) if "loss" in r), None),
         "val_loss": losses[-1] if losses else None,
         "best_val_loss": min(losses, default=None),
@@ -73,20 +72,14 @@ def row_of(run: RunRecord, target: float | None) -> dict[str, Any]:
     return row
 
 
-def table(runs: Sequence[RunRecord], target: float | None = None, width: int = 24) -> str:
-    """One line per run, its curve of val_loss (or loss) at the end."""
+def table(runs: Sequence[RunRecord], target: float | None = None) -> str:
+    """A line per run, which ends with its curve of val_loss, or of loss after few evaluations."""
     lines = [[*row_of(runs[0], target), "curve"]]
     for run in runs:
         cells = [spell(key, value) for key, value in row_of(run, target).items()]
         curve = run.curve("val_loss")[1]
-        lines.append([*cells, sparkline(curve if len(curve) > 2 else run.curve("loss")[1], width)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))
-        )
-        for line in lines
-    )
+        lines.append([*cells, sparkline(curve if len(curve) > 2 else run.curve("loss")[1])])
+    return aligned(lines, numbers=True)
 
 
 def spell(key: str, value: Any) -> str:
@@ -102,7 +95,7 @@ def spell(key: str, value: Any) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """A curve in one line of text, each character the mean of its share of the values."""
+    """A curve as `width` characters at most, each the mean of its share of the values."""
     if not values:
         return ""
     count = min(width, len(values))
@@ -114,12 +107,12 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 
 
 def plot(runs: Sequence[RunRecord], file: Path, target: float | None = None) -> None:
-    """Curves as PNG or SVG, by the file's name: the loss over steps, tokens and time, learning
-    rate, gradient norm, speed, and whatever other numbers were logged."""
+    """Draw the loss over steps, tokens and time, and every other number that was logged over steps,
+    as PNG, SVG or PDF by the file's name. Raises what `picture` raises."""
     others = {k for run in runs for r in run.rows for k in r if isinstance(r[k], int | float)}
-    panels = [("val_loss", "step"), ("val_loss", "tokens"), ("val_loss", "seconds")]
-    panels += [("loss", "step"), ("lr", "step"), ("tokens_per_second", "step")]
-    panels += [(key, "step") for key in sorted(others - set(KNOWN))]
+    over_steps = ["loss", "lr", "tokens_per_second", *sorted(others - KNOWN)]
+    panels = [("val_loss", over) for over in ("step", "tokens", "seconds")]
+    panels += [(key, "step") for key in over_steps]
     with picture(file, -(-len(panels) // 3), 3, 5, 4) as axes:
         for axis, (key, over) in zip(axes.flat, panels):
             for run in runs:

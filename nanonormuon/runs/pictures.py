@@ -1,4 +1,4 @@
-"""Packages that only some commands need: imported when used, named when they are not there."""
+"""Figures drawn with matplotlib, which is imported only for them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ from nanonormuon.errors import UsageError, need
 
 @contextmanager
 def picture(file: Path, rows: int, columns: int, width: float, height: float) -> Iterator[Any]:
-    """matplotlib's axes (rows, columns), each so many inches large, to draw on; saved as PNG, SVG
-    or PDF at the end. Raises UsageError for another file name, MissingPackage, OSError."""
+    """Give axes (rows, columns), each `width` by `height` inches, to draw on; then save the figure
+    as PNG, SVG or PDF. Raises UsageError for another file name, MissingPackage, OSError."""
     if file.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {file}: expected a name that ends in .png, .svg or .pdf")
     need("matplotlib", "--plot").use("Agg")

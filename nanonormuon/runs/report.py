@@ -1,9 +1,10 @@
-"""A run as one HTML page that needs nothing else: curves to hover, samples, configuration."""
+"""A run as one self-contained HTML page: curves to hover over, samples, configuration."""
 
 import html
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,10 @@ def write(run: Path, out: Path) -> None:
     """Write the page of a run directory. Raises RunError, CheckpointError, UsageError, OSError."""
     record = read(run)
     if out.is_dir():
-        raise UsageError(
-            f"--out {out}: a directory, expected the name of a page, as {out}/run.html"
-        )
+        raise UsageError(f"--out {out}: a directory, expected a page's name, as {out}/run.html")
     body = [key_values({k: spell(k, v) for k, v in row_of(record, None).items()})]
     for title, keys in CHARTS:
-        if any(len(record.curve(key)[0]) > 1 for key in keys):
-            body += [f"<h2>{title}</h2>", chart(record, keys)]
+        body += chart(record, title, keys)
     body += samples(run / "samples.jsonl")
     for name in (RESULTS, "summary.json", "environment.json"):
         if (run / name).exists():
@@ -101,61 +99,59 @@ def write(run: Path, out: Path) -> None:
 
 
 def key_values(content: dict[str, Any]) -> str:
-    cells = (
-        f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>"
-        for k, v in content.items()
-        if v is not None
-    )
+    known = {html.escape(str(k)): html.escape(str(v)) for k, v in content.items() if v is not None}
+    cells = (f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in known.items())
     return f"<table>{''.join(cells)}</table>"
 
 
 def samples(file: Path) -> list[str]:
-    """What the run wrote at which step; of work that was lost and done again, the last."""
+    """The samples by step; of a step that was repeated after an interruption, the last."""
     texts: dict[int, str] = {}
     for _, row in read_jsonl(file, cut=True) if file.is_file() else ():
-        try:
+        with suppress(LookupError, TypeError, ValueError):  # other entries are ignored
             texts[int(row["step"])] = str(row["prompt"]) + str(row["text"])
-        except (LookupError, TypeError, ValueError):
-            continue  # none of ours
     parts = [f"<p>step {s:,}</p><pre>{html.escape(t)}</pre>" for s, t in sorted(texts.items())]
     return ["<h2>Samples</h2>", *parts] if parts else []
 
 
-def chart(run: RunRecord, keys: Sequence[str]) -> str:
-    """Curves over steps as an inline SVG, with a line for what the pointer is at."""
-    curves = {key: run.curve(key) for key in keys if len(run.curve(key)[0]) > 1}
+def chart(run: RunRecord, title: str, keys: Sequence[str]) -> list[str]:
+    """Curves of at least two points over steps as an inline SVG, with a line for the step that the
+    pointer is at; nothing if there are none."""
+    curves = {key: curve for key in keys if len((curve := run.curve(key))[0]) > 1}
+    if not curves:
+        return []
     ys = [y for _, y in curves.values() for y in y if math.isfinite(y)]
-    low, high = run.rows[0]["step"], run.rows[-1]["step"]  # the same in all charts
     bottom, top = min(ys, default=0.0), max(ys, default=1.0)
     if top - bottom < 1e-12 * max(1.0, abs(top)):
         bottom, top = bottom - 0.5 * (abs(bottom) or 1), top + 0.5 * (abs(top) or 1)
+    first, last = run.rows[0]["step"], run.rows[-1]["step"]  # equal in all charts
+    right, floor = WIDTH - 10, HEIGHT - BOTTOM
 
     def x_at(x: float) -> float:
-        return LEFT + (x - low) / ((high - low) or 1) * (WIDTH - LEFT - 10)
+        return LEFT + (x - first) / ((last - first) or 1) * (right - LEFT)
 
     def y_at(y: float) -> float:
-        return TOP + (top - y) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
+        return TOP + (top - y) / (top - bottom) * (floor - TOP)
 
-    parts = []
+    def label(x: float, y: float, text: str, anchor: str = "end") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+
+    parts = [label(LEFT - 6, HEIGHT - 10, "step")]
+    parts += [label(x_at(x), HEIGHT - 10, f"{x:,.6g}", "middle") for x in ticks(first, last)]
     for y in ticks(bottom, top):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y_at(y):.1f}" '
-                     f'y2="{y_at(y):.1f}"/><text x="{LEFT - 6}" y="{y_at(y) + 4:.1f}" '
-                     f'text-anchor="end">{y:,.6g}</text>')  # fmt: skip
-    for x in ticks(low, high):
-        parts.append(f'<text x="{x_at(x):.1f}" y="{HEIGHT - 10}" text-anchor="middle">'
-                     f'{x:,.6g}</text>')  # fmt: skip
-    parts.append(f'<text x="{LEFT - 6}" y="{HEIGHT - 10}" text-anchor="end">step</text>')
+        grid = f'class="grid" x1="{LEFT}" x2="{right}" y1="{y_at(y):.1f}" y2="{y_at(y):.1f}"'
+        parts += [f"<line {grid}/>", label(LEFT - 6, y_at(y) + 4, f"{y:,.6g}")]
     for (x, y), colour in zip(curves.values(), COLOURS):
         points = " ".join(f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(x, y) if math.isfinite(b))
         parts.append(f'<polyline class="curve" stroke="{colour}" points="{points}"/>')
-    parts.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     names = [f'<span style="color:{c}">{key}</span>' for key, c in zip(curves, COLOURS)]
-    return (
-        (f'<div class="legend">{" ".join(names)}</div>' if len(names) > 1 else "")
-        + f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" data-keys="{" ".join(curves)}" '
-        f'data-range="{low} {high} {LEFT} {WIDTH - 10}">{"".join(parts)}</svg>'
-        '<div class="readout"></div>'
-    )
+    return [
+        f"<h2>{title}</h2>",
+        f'<div class="legend">{" ".join(names)}</div>' if len(names) > 1 else "",
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" data-keys="{" ".join(curves)}"',
+        f'data-range="{first} {last} {LEFT} {right}">{"".join(parts)}',
+        f'<line class="cursor" y1="{TOP}" y2="{floor}"/></svg><div class="readout"></div>',
+    ]
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:

@@ -1,12 +1,11 @@
-"""What NorMuon does, made visible (figure 1 of arXiv 2510.05491): the singular values and the row
-norms of each matrix's momentum, of Muon's update and of NorMuon's, from a checkpoint.
+"""The singular values and row norms of each matrix's momentum, of Muon's update and of NorMuon's,
+from a checkpoint (figure 1 of arXiv 2510.05491).
 
-Muon makes the singular values alike and leaves the neurons' norms apart; NorMuon makes these alike
-as well. Shown is what a step in the direction of the momentum would do: the checkpoint holds no
-gradient for Nesterov's look ahead.
+Muon makes the singular values alike and leaves the neurons' norms apart; NorMuon also makes the
+norms alike. The updates are those of a step along the momentum, since a checkpoint has no gradient
+for Nesterov's look-ahead.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,14 @@ from nanonormuon.errors import CheckpointError, UsageError
 from nanonormuon.normuon import coefficients, neuron_factors, newton_schulz
 from nanonormuon.pretrained import models as pretrained
 from nanonormuon.runs.pictures import picture
+from nanonormuon.storage.run import aligned
 from nanonormuon.storage.tensors import read_tensors
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One matrix's momentum or update: singular values (falling) and row norms, both divided by
-    their root mean square, so that 1 everywhere is a perfectly even update."""
+    """Singular values (falling) and row norms of a momentum or update, both divided by their root
+    mean square: 1 everywhere is a perfectly even update."""
 
     singular_values: Tensor
     row_norms: Tensor
@@ -38,8 +38,8 @@ class Profile:
         return cls(*(t / t.square().mean().sqrt().clamp_min(1e-30) for t in (s, r)))
 
     def numbers(self) -> dict[str, float]:
-        """stable_rank: sum of squares over the largest square, as a share of all singular values;
-        row_spread: standard deviation over mean of the row norms."""
+        """stable_rank: sum of the singular values' squares over the largest square and their count.
+        row_spread: standard deviation of the row norms over their mean."""
         s, r = self.singular_values, self.row_norms
         stable = float(s.square().sum() / s[0].square().clamp_min(1e-30)) / len(s)
         spread = float(r.std(correction=0) / r.mean().clamp_min(1e-30))
@@ -47,9 +47,8 @@ class Profile:
 
 
 def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
-    """For each hidden matrix of a run's newest checkpoint, by name: the profiles of "momentum",
-    "muon" and, where the run kept second moments, "normuon". Of a run with AdamW the momentum is
-    its first moment. Raises CheckpointError."""
+    """Profile each hidden matrix of a run's newest checkpoint: "momentum" (of AdamW, the first
+    moment), "muon" and, if the run kept second moments, "normuon". Raises CheckpointError."""
     found = pretrained.find_checkpoint(path)
     state = pretrained.state_of(found)
     if state is None or not (found / "optimizer.safetensors").is_file():
@@ -60,7 +59,7 @@ def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     (matrices,) = (g["names"] for g in optim.param_groups(model) if g["role"] == "matrix")
     triples = coefficients(settings["ns_coefficients"], settings["ns_steps"])
     profiles = {}
-    for name in tqdm(matrices, unit="matrix", leave=False, disable=not sys.stderr.isatty()):
+    for name in tqdm(matrices, unit="matrix", leave=False, disable=None):
         M = buffers.get(f"{name}.momentum", buffers.get(f"{name}.exp_avg"))
         if M is None:
             raise CheckpointError(f"{found}: no momentum of {name} in optimizer.safetensors")
@@ -81,24 +80,21 @@ def as_numbers(profiles: dict[str, dict[str, Profile]]) -> list[dict[str, Any]]:
 
 
 def table(profiles: dict[str, dict[str, Profile]]) -> str:
-    """One line per matrix: how even spectrum and rows are, before and after."""
+    """A line per matrix: how even its spectrum and its rows are, before and after."""
     kinds = list(next(iter(profiles.values())))
-    head = ["matrix", *(f"stable rank {k}" for k in kinds), *(f"row spread {k}" for k in kinds)]
-    lines = [head]
+    lines = [["matrix", *(f"stable rank {k}" for k in kinds), *(f"row spread {k}" for k in kinds)]]
     for row in as_numbers(profiles):
         ranks = [f"{row[k]['stable_rank']:.2f}" for k in kinds]
         lines.append([row["matrix"], *ranks, *(f"{row[k]['row_spread']:.3f}" for k in kinds)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)) for line in lines)
-    return (
-        text + "\nstable rank: 1 if all singular values are alike; row spread: 0 if all neurons "
-        "move alike"
+    note = (
+        "stable rank: 1 if all singular values are alike; row spread: 0 if all neurons move alike"
     )
+    return f"{aligned(lines)}\n{note}"
 
 
 def draw(profiles: dict[str, dict[str, Profile]], file: Path, layers: Sequence[int] = ()) -> None:
-    """Spectrum and sorted row norms of every matrix of some layers (first, middle and last unless
-    given), as PNG, SVG or PDF. Raises UsageError for another layer or file name."""
+    """Draw spectrum and sorted row norms of every matrix of some layers (first, middle and last if
+    none are given). Raises UsageError for a layer out of range, and what `picture` raises."""
     count = 1 + max(int(name.split(".")[1]) for name in profiles)
     layers = sorted(set(layers or (0, count // 2, count - 1)))
     if not 0 <= layers[0] <= layers[-1] < count:

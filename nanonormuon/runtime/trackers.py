@@ -1,80 +1,62 @@
-"""Metrics for TensorBoard and Weights & Biases, which can never stop a run, and delay its end by at
-most 10 s.
-
-A thread of its own hands them over; whatever goes wrong there is said once and ends the tracking,
-not the run. metrics.jsonl has everything in any case.
-"""
+"""Metrics for TensorBoard and Weights & Biases. A tracker that fails is left out with one warning
+and never stops the run; metrics.jsonl has every row in any case."""
 
 import logging
 import os
-import queue
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import need
+from nanonormuon.errors import Interrupted, need
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 10.0  # seconds that the end of a run waits for what is still to be handed over
-
 
 class Tracker:
-    """`open_sink` runs in the thread and returns a function for rows and one that closes."""
+    """Hands rows of metrics.jsonl to a generator, which ends at its first error."""
 
-    def __init__(self, name: str, open_sink: Callable[[], tuple[Callable, Callable]]):
-        self.name, self.open_sink = name, open_sink
-        self.rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self.work, name=name, daemon=True)
-        self.thread.start()
-
-    def work(self) -> None:
-        try:
-            send, close = self.open_sink()
-            while (row := self.rows.get()) is not None:
-                send(row)
-            close()
-        except BaseException as error:  # also SystemExit, which a package may raise
-            log.warning(f"{self.name}: {type(error).__name__}: {error}; the run goes on without it")
+    def __init__(self, name: str, outlet: Generator):
+        self.name, self.outlet = name, outlet
+        self.attempt(next, outlet)
 
     def __call__(self, row: dict[str, Any]) -> None:
-        """Hand over a row of metrics.jsonl; returns at once."""
-        self.rows.put(row)
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        self.attempt(self.outlet.send, (numbers, row["step"]))
 
     def close(self) -> None:
-        self.rows.put(None)
-        self.thread.join(PATIENCE)
-        if self.thread.is_alive():
-            log.warning(f"{self.name}: no answer in {PATIENCE:.0f} s; not all metrics reached it")
+        self.attempt(self.outlet.close)
+
+    def attempt(self, call: Callable, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except StopIteration:
+            pass  # the generator ended before, with a warning
+        except (KeyboardInterrupt, Interrupted):
+            raise
+        except BaseException as error:  # some packages raise SystemExit
+            log.warning(f"{self.name}: {type(error).__name__}: {error}; the run goes on without it")
 
 
 def start(name: str, run: Path, settings: dict[str, Any]) -> Tracker | None:
-    """A tracker by name, "" for none. settings: the run's configuration, as nested dicts."""
-    sinks = {"tensorboard": tensorboard, "wandb": wandb}
-    return Tracker(name, lambda: sinks[name](run, settings)) if name else None
+    """Open the tracker `name`, if any. settings: the run's configuration as nested dicts."""
+    outlets = {"tensorboard": tensorboard, "wandb": wandb}
+    return Tracker(name, outlets[name](run, settings)) if name else None
 
 
-def numbers(row: dict[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-
-
-def tensorboard(run: Path, settings: dict[str, Any]) -> tuple[Callable, Callable]:
-    """Event files in RUN/tensorboard; `tensorboard --logdir runs` shows them."""
+def tensorboard(run: Path, settings: dict[str, Any]) -> Generator:
+    """Write event files to RUN/tensorboard, which `tensorboard --logdir runs` shows."""
     need("tensorboard", "train.track = tensorboard")
-    writer = need("torch.utils.tensorboard", "train.track = tensorboard").SummaryWriter(
-        str(run / "tensorboard")
-    )
-
-    def send(row: dict[str, Any]) -> None:
-        for key, value in numbers(row).items():
-            writer.add_scalar(key, value, row["step"])
-
-    return send, writer.close
+    package = need("torch.utils.tensorboard", "train.track = tensorboard")
+    with closing(package.SummaryWriter(str(run / "tensorboard"))) as writer:
+        while True:
+            numbers, step = yield
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
 
 
-def wandb(run: Path, settings: dict[str, Any]) -> tuple[Callable, Callable]:
-    """Weights & Biases: online where WANDB_API_KEY is set, else files for `wandb sync`."""
+def wandb(run: Path, settings: dict[str, Any]) -> Generator:
+    """Log to Weights & Biases: online if WANDB_API_KEY is set, else to files for `wandb sync`."""
     online = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     session = need("wandb", "train.track = wandb").init(
         project=os.environ.get("WANDB_PROJECT", "nanonormuon"),
@@ -83,4 +65,9 @@ def wandb(run: Path, settings: dict[str, Any]) -> tuple[Callable, Callable]:
         config=settings,
         mode=os.environ.get("WANDB_MODE", online),
     )
-    return (lambda row: session.log(numbers(row), step=row["step"])), session.finish
+    try:
+        while True:
+            numbers, step = yield
+            session.log(numbers, step=step)
+    finally:
+        session.finish()

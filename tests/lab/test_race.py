@@ -5,10 +5,12 @@ import concurrent.futures
 import importlib.util
 import json
 import math
+import os
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,11 +19,10 @@ import torch
 from support import ROOT, TINY, command
 
 from nanonormuon import errors
+from nanonormuon.cli import app as cli
 from nanonormuon.config import OptimConfig, load
 from nanonormuon.errors import ConfigError, RunError
-from nanonormuon.lab import processes as batch
-from nanonormuon.lab import race, trials
-from nanonormuon.lab import results as standings
+from nanonormuon.lab import processes, race, results, trials
 from nanonormuon.lab.processes import Job, Runner
 from nanonormuon.lab.significance import interval, student_cdf, student_quantile, verdict
 from nanonormuon.model import GPT, GPTConfig
@@ -29,6 +30,7 @@ from nanonormuon.normuon import NorMuon
 from nanonormuon.optim import make_optimizers
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints as checkpoint
+from nanonormuon.storage.files import lock
 from nanonormuon.storage.run import read_metrics
 from nanonormuon.storage.shards import open_data
 from nanonormuon.text import corpus
@@ -138,15 +140,19 @@ def test_a_setting_that_would_be_overruled_is_refused(optimizers, sweep, message
 
 
 def test_a_rate_is_said_once():
-    with pytest.raises(ConfigError, match="both say its rate"):
+    with pytest.raises(ConfigError, match="both set its rate"):
         race.entries(["demo"], "normuon,normuon+lr=0.03", ["0.01,0.02"])
     (_, own) = race.entries(["demo"], "normuon,normuon+lr=0.03", ["0.5x,1x"])
     assert own.rates == (0.015, 0.03)
 
 
-def test_a_race_has_its_own_seeds():
-    with pytest.raises(ConfigError, match=r"train\.seed=3: a race gives its runs their seeds"):
-        race.entries(["demo", "train.seed=3"], "normuon")
+def test_runs_that_are_repeated_have_their_own_seeds(tmp_path):
+    arguments = ["demo", "train.seed=3"]
+    with pytest.raises(ConfigError, match=r"train\.seed=3: .*--seeds"):
+        race.Race(arguments, race.entries(arguments, "normuon"), 1, tmp_path / "a").run(Runner())
+    with pytest.raises(ConfigError, match=r"train\.seed=3: .*--n"):
+        trials.run(arguments, 1, 9.0, tmp_path / "b", Runner())
+    assert not any(tmp_path.iterdir())
 
 
 def test_no_two_settings_share_a_run_directory(tmp_path):
@@ -154,9 +160,10 @@ def test_no_two_settings_share_a_run_directory(tmp_path):
     sweep = [f"train.sample_prompt={','.join(values)}"]
     field = race.entries(["demo"], "normuon,torch.optim:Adagrad", ["0.1"], sweep=sweep)
     races = race.Race(["demo"], field, 1, tmp_path)
-    names = [races.job("seeds", e, (0.1, o), 0).path.name for e in field for o in e.others]
+    trial = lambda others: {"lr": 0.1, "settings": others}  # noqa: E731
+    names = [races.job("seeds", e, trial(o), 0).path.name for e in field for o in e.others]
     assert len(set(names)) == 8 and max(map(len, names)) < 200
-    plain = races.job("seeds", field[1], (0.1, ("optim.momentum=0.9",)), 0).path.name
+    plain = races.job("seeds", field[1], trial(["optim.momentum=0.9"]), 0).path.name
     assert plain == "torch.optim-Adagrad+lr=0.1+optim.momentum=0.9+seed=0"
     (triple,) = race.entries(["demo"], "normuon", sweep=["optim.ns_coefficients=muon,2, -1.5, .5"])
     assert triple.others == (
@@ -165,10 +172,11 @@ def test_no_two_settings_share_a_run_directory(tmp_path):
     )
 
 
-def test_steps_are_those_taken(tiny, tmp_path, here):
-    arguments = [*tiny, "train.stop_at=4"]
-    found = trials.run(arguments, 1, 9.0, tmp_path / "t", Runner())
-    assert found["steps"] == 4
+def test_steps_are_those_taken(smaller, tmp_path, here):
+    arguments = [*smaller, "train.steps=8", "train.stop_at=4"]
+    found = trials.run(arguments, 2, 9.0, tmp_path / "t", Runner())
+    assert found["steps"] == 4 and found["n"] == 2
+    assert found["mean"] == statistics.fmean(found["losses"])
     field = race.entries(arguments, "normuon", ["0.02"])
     found = race.Race(arguments, field, 1, tmp_path / "r").run(Runner())
     assert found["steps"] == 4 and found["tokens"] == 4 * 384
@@ -212,24 +220,24 @@ def test_a_grid_grows_until_its_best_rate_lies_inside(tmp_path):
     assert len(fast.jobs) == count + 2  # nothing to choose
     endless = race.Race(["demo"], field[:1], 0, tmp_path / "b")
     endless.run(Pretended(lambda s: -float(s["optim.lr"])))
-    assert len(endless.standings[0].tuning) == 3 + race.LONGER
+    assert len(field[0].tuning) == 3 + race.LONGER
 
 
 def test_the_judgement_by_hand():
-    def standing(label, curves):
-        entry = standings.Entry(label, (f"optim.name={label}",), (0.1,))
-        s = standings.Standing(entry, {(0.1, ()): [1.0]})
+    def entry(label, curves):
+        tuning = [{"lr": 0.1, "settings": (), "val_loss": [1.0]}]
+        found = results.Entry(label, (f"optim.name={label}",), (0.1,), ((),), tuning)
         for curve in curves:
             run = {"val_loss": curve[-1][1], "curve": curve, "train_seconds": 3.0}
-            s.runs.append(run | {"peak_memory": 7})
-        return s
+            found.runs.append(run | {"peak_memory": 7})
+        return found
 
     field = [
-        standing("a", [[[50, 3.0], [100, 1.0]], [[50, 2.5], [100, 1.5]]]),
-        standing("b", [[[50, 3.0], [100, 2.0]], [[50, 3.0], [100, 2.0]]]),
-        standing("c", [[[50, 3.0], [100, 2.5]], [[50, 3.0], [100, 2.9]]]),
+        entry("a", [[[50, 3.0], [100, 1.0]], [[50, 2.5], [100, 1.5]]]),
+        entry("b", [[[50, 3.0], [100, 2.0]], [[50, 3.0], [100, 2.0]]]),
+        entry("c", [[[50, 3.0], [100, 2.5]], [[50, 3.0], [100, 2.9]]]),
     ]
-    a, b, c = standings.judge(field, 100)
+    a, b, c = results.judge(field, 100)
     assert a["baseline"] == "b" and a["mean"] == 1.25 and a["sd"] == pytest.approx(0.353553, 1e-5)
     assert a["difference"] == pytest.approx(-0.75)
     assert a["steps_to_baseline"] == pytest.approx(
@@ -241,7 +249,7 @@ def test_the_judgement_by_hand():
     assert b["difference"] == 0 and b["percent_saved"] == 0 and b["reached"] == 2
     assert c["reached"] == 0 and "percent_saved" not in c
     assert a["ms_per_step"] == pytest.approx(30) and a["peak_memory"] == 7
-    table = standings.markdown({"optimizers": [a, b, c], "steps": 100})
+    table = results.markdown({"optimizers": [a, b, c], "steps": 100})
     assert "b (baseline)" in table and "not reached" in table and "1.2500 ± 0.3536" in table
 
 
@@ -268,34 +276,34 @@ def here(monkeypatch):
             return future
 
     monkeypatch.setattr(Runner, "start", start)
-    monkeypatch.setattr(batch, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(processes, "ThreadPoolExecutor", Inline)
     return begun
 
 
-def test_a_race_from_its_first_run_to_its_table(tiny, tmp_path, here):
-    arguments = [*tiny, "train.sample_tokens=0"]
-    field = race.entries(arguments, "normuon,adamw", ["0.5x,1x"])
-    found = race.Race(arguments, field, 2, tmp_path / "r").run(Runner())
+@pytest.fixture
+def smaller(tiny):
+    """Arguments of a run of four steps."""
+    return [*tiny, "model.n_layer=1", "train.steps=4", "train.eval_every=2"]
+
+
+def test_a_race_from_its_first_run_to_its_table(smaller, tmp_path, here):
+    field = race.entries(smaller, "normuon,adamw", ["1x", "normuon=0.04,0.02"])
+    found = race.Race(smaller, field, 2, tmp_path / "r").run(Runner())
     assert json.loads((tmp_path / "r/results.json").read_text()) == json.loads(json.dumps(found))
     assert (tmp_path / "r/race.png").stat().st_size > 1000 and len(found["source_sha256"]) == 1
     count = len(here)
-    first = [
-        read_metrics(p / "metrics.jsonl")[0] for p in sorted((tmp_path / "r/seeds").glob("*=0"))
-    ]
-    assert (
-        len(first) == 2 and first[0]["loss"] == first[1]["loss"]
-    )  # the same weights, the same text
+    paths = sorted((tmp_path / "r/seeds").glob("*=0"))
+    normuon, adamw = (read_metrics(path / "metrics.jsonl")[0] for path in paths)
+    assert normuon["loss"] == adamw["loss"]  # the same weights, the same text
     steps = [step for step, _ in found["optimizers"][0]["curves"][0]]
-    assert steps == [4, 8]  # the user's eval_every
+    assert steps == [2, 4]  # the user's eval_every
     for folder in (tmp_path / "r/tuning").iterdir():
         assert not (folder / "checkpoints").exists()
-    again = race.Race(arguments, field, 3, tmp_path / "r").run(Runner())
-    assert (
-        len(here) == count + 2
-        and again["optimizers"][0]["val_loss"][:2] == found["optimizers"][0]["val_loss"]
-    )
+    losses = found["optimizers"][0]["val_loss"]
+    found = race.Race(smaller, field, 3, tmp_path / "r").run(Runner())
+    assert len(here) == count + 2 and found["optimizers"][0]["val_loss"][:2] == losses
     with pytest.raises(RunError, match="another comparison"):
-        race.Race([*arguments, "train.seed=1"], field, 2, tmp_path / "r").run(Runner())
+        race.Race([*smaller, "optim.decay=1"], field, 2, tmp_path / "r").run(Runner())
 
 
 def script(name):
@@ -305,9 +313,9 @@ def script(name):
     return module
 
 
-def test_kept_results_become_tables_and_are_verified(tiny, tmp_path, here, monkeypatch, capsys):
+def test_kept_results_become_tables_and_are_verified(smaller, tmp_path, here, monkeypatch, capsys):
     """The way from a race to RESULTS.md and README.md, and back to a run that is compared."""
-    arguments = [*tiny, "train.sample_tokens=0"]
+    arguments = smaller
     field = race.entries(arguments, "normuon,adamw", ["1x", "adamw=0.003"])
     race.Race(arguments, field, 2, tmp_path / "race-shakespeare").run(Runner())
     for width in (32, 64):
@@ -329,7 +337,7 @@ def test_kept_results_become_tables_and_are_verified(tiny, tmp_path, here, monke
     assert "| adamw (baseline) |" in (tmp_path / "dev/README").read_text()
     kept = (tmp_path / "dev/KEPT/race-shakespeare.json").read_text()
     assert str(tmp_path) not in json.loads(kept)["arguments"] and "data.path" not in kept
-    data = next(a for a in tiny if a.startswith("data.path"))
+    data = next(a for a in arguments if a.startswith("data.path"))
     monkeypatch.setattr(verify, "KEPT", tmp_path / "dev/KEPT")
     monkeypatch.setattr(sys, "argv", ["verify", "race-shakespeare", "--set", data])
     assert verify.main() == 0 and "agrees" in capsys.readouterr().out
@@ -357,36 +365,48 @@ def test_a_run_whose_numbers_explode_loses_the_race(tiny, tmp_path, monkeypatch)
     (job.path / "crash-000003.json").write_text("{}")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert Runner().carry_out(job)["val_loss"] == math.inf
-    assert standings.judge(
-        [standings.Standing(standings.Entry("a", (), (0.1,)), {(0.1, ()): [math.inf]})], 8
-    )
+    tuning = [{"lr": 0.1, "settings": (), "val_loss": [math.inf]}]
+    assert results.judge([results.Entry("a", (), (0.1,), ((),), tuning)], 8)[0]["lr"] == 0.1
 
 
 @pytest.mark.slow
-def test_trials_survive_a_kill(tiny, tmp_path):
-    """Killed with its first run under way, and repeated: the same losses as in one go."""
+def test_trials_survive_a_kill(tiny, tmp_path, capsys):
+    """Killed together with the run under way, and repeated: the same loss as in one go."""
     out = tmp_path / "t"
-    arguments = [*tiny, "train.steps=120", "train.save_every=10", "train.eval_every=0"]
-    arguments = ["trials", *arguments, "--n", "2", "--target", "9", "--out", out]
-    begun = subprocess.Popen([sys.executable, "-m", "nanonormuon", *map(str, arguments)])
+    settings = [*tiny, "model.n_layer=1", "train.steps=40", "train.save_every=4"]
+    settings += ["train.eval_every=0"]
+    arguments = ["trials", *settings, "--n", "1", "--target", "9", "--out", str(out)]
+    begun = subprocess.Popen([sys.executable, "-m", "nanonormuon", *arguments])
     until = time.monotonic() + 120
     while not any(out.glob("trial-000/checkpoints/step-*")) and time.monotonic() < until:
-        time.sleep(0.02)
-    begun.send_signal(signal.SIGKILL)
+        time.sleep(0.01)
+    for pid in (begun.pid, int((out / "trial-000" / ".lock").read_text())):
+        os.kill(pid, signal.SIGKILL)
     begun.wait()
-    code, said, _ = command(*arguments, timeout=300)
-    assert code == 0
-    found = json.loads(said.splitlines()[-1])
-    assert found["n"] == 2 and found["valid"] and found["target"] == 9
-    assert found["mean"] == statistics.fmean(found["losses"])
-    text = (out / "trial-001.txt").read_text()
-    for piece in ("def newton_schulz", "source_sha256", "train.seed=1", '"val_loss"', "[optim]"):
+    assert cli.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found == json.loads((out / "trials.json").read_text())
+    assert found["n"] == 1 and found["valid"] and found["target"] == 9
+    text = (out / "trial-000.txt").read_text()
+    for piece in ("def newton_schulz", "source_sha256", "train.seed=0", '"val_loss"', "[optim]"):
         assert piece in text
-    resumed = "resumed from" in (out / "trial-000" / "train.log").read_text()
-    whole = Job(tmp_path / "whole", tuple(a for a in arguments[1:-6]))
-    train(load([*whole.arguments, "train.sample_tokens=0"])[0], whole.path)
-    if resumed:  # else the killed one was quicker than the kill
-        assert whole.result()["val_loss"] == found["losses"][0]
+    assert "resumed from" in (out / "trial-000" / "train.log").read_text()
+    whole = train(load([*settings, "train.sample_tokens=0"])[0], tmp_path / "whole")
+    assert whole["val_loss"] == found["losses"][0]
+
+
+def test_a_run_that_outlives_its_race_is_waited_for(smaller, tmp_path, here):
+    job = Job(tmp_path / "a", (*smaller,))
+    train(load(smaller)[0], job.path)
+    later = (job.path / "summary.json").rename(tmp_path / "later.json")
+    writer = lock(job.path / ".lock")
+
+    def end():
+        later.rename(job.path / "summary.json")
+        os.close(writer)
+
+    threading.Timer(0.2, end).start()
+    assert Runner().carry_out(job)["steps"] == 4 and not here
 
 
 @pytest.mark.parametrize(
@@ -409,7 +429,7 @@ def test_a_job_that_was_cut_off_ends_where_it_was_to_end(tiny, tmp_path, here):
 
 
 def test_a_failing_run_ends_the_batch_with_its_last_line(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "config", type("no", (), {"load": staticmethod(lambda a: None)}))
+    monkeypatch.setattr(processes, "config", type("no", (), {"load": staticmethod(lambda a: None)}))
     job = Job(tmp_path / "a", ("demo", "train.stepz=1"))
     with pytest.raises(RunError, match=r"did you mean .*train\.steps.*see .*a\.log"):
         Runner().run([job])
@@ -428,11 +448,11 @@ def bytes_of(run_directory):
 
 
 @pytest.mark.parametrize("name", ["test_race:Nested", "torch.optim:Adagrad", "torch.optim:Muon"])
-def test_any_optimizer_trains_and_resumes_bitwise(name, tiny, tmp_path):
-    arguments = [*tiny, f"optim.name={name}", "optim.lr=0.01"]
+def test_any_optimizer_trains_and_resumes_bitwise(name, smaller, tmp_path):
+    arguments = [*smaller, f"optim.name={name}", "optim.lr=0.01"]
     whole = run(arguments, tmp_path / "a")
     assert whole["val_loss"] < 5.3  # from ln 256 = 5.5
-    run([*arguments, "train.stop_at=5"], tmp_path / "b")
+    run([*arguments, "train.stop_at=2"], tmp_path / "b")
     run([str(tmp_path / "b/config.toml"), "train.stop_at=0"], tmp_path / "b", True)
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
 

@@ -13,8 +13,7 @@ import torch
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
 from nanonormuon.errors import RunError
-from nanonormuon.runs import compare, report
-from nanonormuon.runs import spectra as diagnose
+from nanonormuon.runs import compare, report, spectra
 from nanonormuon.runtime import health
 from nanonormuon.storage.checkpoints import all_steps, read_json, write
 from nanonormuon.storage.run import read_metrics
@@ -282,7 +281,7 @@ def test_a_browser_shows_the_curve_and_what_the_pointer_is_at(page, tmp_path):
 
 
 def test_profiles_are_those_of_the_updates(trained, capsys):
-    profiles = diagnose.diagnose(trained)
+    profiles = spectra.diagnose(trained)
     assert len(profiles) == 2 * 7
     found = all_steps(trained / "checkpoints")[-1]
     buffers = read_tensors(found / "optimizer.safetensors")
@@ -303,7 +302,7 @@ def test_profiles_are_those_of_the_updates(trained, capsys):
             rows = X.norm(dim=1)
             rows = rows / rows.square().mean().sqrt()
             assert torch.allclose(kinds[kind].row_norms.double(), rows, atol=2e-3), (name, kind)
-    numbers = diagnose.as_numbers(profiles)
+    numbers = spectra.as_numbers(profiles)
     wide = [row for row in numbers if "gate" in row["matrix"] or "up" in row["matrix"]]
     for row in wide:  # where Muon leaves neurons apart, NorMuon does not
         spread = [row[kind]["row_spread"] for kind in ("momentum", "muon", "normuon")]
