@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -26,16 +26,8 @@ OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "zs
 Outcome = tuple[str, str, str]
 
 
-@dataclass(frozen=True)
-class Finding:
-    check: str
-    status: str
-    found: str
-    fix: str
-
-
-def examine() -> list[Finding]:
-    """All checks, in the order in which a run would meet them."""
+def examine() -> list[dict[str, str]]:
+    """Make all checks, in the order in which a run would meet them."""
     checks = (python, packages, extras, device, precision, attention, compile_, disk,
               shared_memory, backends, handshake)  # fmt: skip
     findings = []
@@ -44,16 +36,18 @@ def examine() -> list[Finding]:
             outcome = check()
         except Exception as error:  # a check that breaks is a finding too
             outcome = "fail", f"{type(error).__name__}: {error}", ""
-        findings.append(Finding(check.__name__.replace("_", " ").strip(), *outcome))
+        name = check.__name__.replace("_", " ").strip()
+        findings.append(dict(zip(("check", "status", "found", "fix"), (name, *outcome))))
     return findings
 
 
-def describe(findings: list[Finding]) -> str:
+def describe(findings: list[dict[str, str]]) -> str:
+    """Findings for people, a line each and one more for a fix."""
     lines = []
-    for f in findings:
-        lines.append(f"{f.status:<5} {f.check:<14} {f.found}")
-        if f.fix:
-            lines.append(f"{'':<20} -> {f.fix}")
+    for finding in findings:
+        lines.append("{status:<5} {check:<14} {found}".format(**finding))
+        if finding["fix"]:
+            lines.append(f"{'':<20} -> {finding['fix']}")
     return "\n".join(lines)
 
 
@@ -89,8 +83,9 @@ def device() -> Outcome:
             gpus.append(f"{p.name}, capability {p.major}.{p.minor}, {p.total_memory / GB:.0f} GB")
         free = torch.cuda.mem_get_info()[0]
         found = f"cuda: {'; '.join(gpus)}; {free / GB:.1f} GB free on the first"
-        full = free < 2 * GB
-        return "warn" if full else "ok", found, "see nvidia-smi: another process" if full else ""
+        if free < 2 * GB:
+            return "warn", found, "another process fills the GPU: see nvidia-smi"
+        return "ok", found, ""
     if torch.backends.mps.is_available():
         return "ok", "mps (Apple GPU)", ""
     found = f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
@@ -101,30 +96,27 @@ def device() -> Outcome:
 
 
 def chosen() -> torch.device:
-    """The device that train.device = auto takes."""
+    """The device that train.device = auto takes, found without joining other ranks."""
     mps = torch.backends.mps.is_available()
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
 
 
 def precision() -> Outcome:
     dtype = str(distributed.compute_dtype("auto", chosen())).removeprefix("torch.")
-    native = "compute capability 8.0 or higher, AVX-512 bf16 and AMX"
-    return "ok", f"{dtype}: bfloat16 is faster only with {native}", ""
+    native = "compute capability 8.0 or higher, AVX-512 bf16 or AMX"
+    return "ok", f"{dtype}; bfloat16 is faster only with {native}", ""
 
 
 def attention() -> Outcome:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    usable = []
-    dtype = distributed.compute_dtype("auto", chosen())
-    q = torch.zeros(1, 2, 64, 64, dtype=dtype, device=chosen())
+    usable, where = [], chosen()
+    dtype = distributed.compute_dtype("auto", where)
+    q = torch.zeros(1, 2, 64, 64, dtype=dtype, device=where)
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        try:
-            with sdpa_kernel(getattr(SDPBackend, name)):
-                torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        with suppress(RuntimeError, AttributeError), sdpa_kernel(getattr(SDPBackend, name)):
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
             usable.append(name.removesuffix("_ATTENTION").lower())
-        except (RuntimeError, AttributeError):
-            continue
     if not usable:
         return "fail", "none", ""
     found = f"scaled_dot_product_attention through {', '.join(usable)}"

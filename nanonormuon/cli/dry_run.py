@@ -36,10 +36,6 @@ class Estimate:
     checkpoint: int
 
     @property
-    def total_parameters(self) -> int:
-        return sum(self.parameters.values())
-
-    @property
     def flops(self) -> float:
         return self.flops_per_token * self.tokens
 
@@ -111,7 +107,7 @@ def report(config: Config) -> list[str]:
     found = estimate(config, micro)
     roles = ", ".join(f"{role} {n:,}" for role, n in found.parameters.items())
     lines = [
-        f"parameters: {found.total_parameters:,} ({roles})",
+        f"parameters: {sum(found.parameters.values()):,} ({roles})",
         f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
         f"{found.flops_per_token / 1e6:.4g} MFLOP per token = {found.flops:.3g} FLOP",
     ]

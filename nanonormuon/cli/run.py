@@ -4,7 +4,6 @@ import logging
 import os
 import shlex
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -24,11 +23,13 @@ def run(
     context: typer.Context,
     settings: Settings = None,
     out: Annotated[Path | None, Option(help="Run directory; else runs/RECIPE-DATE-TIME.")] = None,
-    resume: Annotated[bool, Option("--resume", help="Continue the newest checkpoint.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
     init_from: Annotated[
         Path | None, Option(help="Start from a run, Qwen3 or Llama model.")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only print settings and costs.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print settings and costs, then stop.")
+    ] = False,
 ) -> None:
     """Train a model. The default recipe is demo, with --init-from finetune.
 
@@ -145,6 +146,6 @@ def doctor(as_json: options.AsJson = False) -> None:
     from nanonormuon.cli.doctor import describe, examine
 
     findings = examine()
-    options.show([asdict(finding) for finding in findings], describe(findings), as_json)
-    if any(finding.status == "fail" for finding in findings):
+    options.show(findings, describe(findings), as_json)
+    if any(finding["status"] == "fail" for finding in findings):
         raise typer.Exit(1)

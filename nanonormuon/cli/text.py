@@ -50,7 +50,9 @@ def prepare(
 def inspect(
     directory: Annotated[Path, Argument(metavar="DIR", help="Data directory.")],
     tokenizer: Annotated[str, Option(help="Tokenizer of shards that do not name it.")] = "",
-    data_format: Annotated[str, Option("--format", help="shards or nanogpt.")] = "shards",
+    data_format: Annotated[
+        str, Option("--format", help="shards, or nanogpt's train.bin.")
+    ] = "shards",
     as_json: options.AsJson = False,
 ) -> None:
     """Show what is in a data directory, and what is wrong with it.
