@@ -1,4 +1,4 @@
-"""Train a model; show recipes, configurations and what the machine offers before."""
+"""Train a model, and look before at recipes, settings and the machine."""
 
 import logging
 import os
@@ -25,11 +25,10 @@ def run(
     out: Annotated[Path | None, Option(help="Run directory; else runs/RECIPE-DATE-TIME.")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
     init_from: Annotated[
-        Path | None, Option(help="Start from a run, Qwen3 or Llama model.")
+        Path | None,
+        Option(help="Start from the weights of a run, or of a Qwen3 or Llama directory."),
     ] = None,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Print settings and costs, then stop.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only print settings and costs.")] = False,
 ) -> None:
     """Train a model. The default recipe is demo, with --init-from finetune.
 
