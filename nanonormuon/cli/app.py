@@ -1,7 +1,7 @@
-"""The application: the list of commands, the options of all, and how a mistake ends.
+"""The application: the list of commands, the options of all of them, exit codes.
 
-The files of the commands import torch, and all that needs it, inside their functions: a help text
-or a misspelt option then takes a tenth of a second.
+The commands import torch, and modules that need it, inside their functions, so that a help text or
+a misspelt option takes a tenth of a second.
 """
 
 import logging
@@ -35,6 +35,7 @@ for command in COMMANDS:
 
 
 def print_version(wanted: bool) -> None:
+    """Print the version and exit, before typer asks for a command."""
     if wanted:
         typer.echo(f"nanonormuon {__version__}")
         raise typer.Exit

@@ -40,7 +40,7 @@ def run(
     normuon-train run --init-from runs/a data.path=data/mine --out runs/b
     torchrun --standalone --nproc_per_node=8 train.py gpt2-124m
     """
-    stopping = context.with_resource(faults.Stopping())  # before torch, which takes seconds
+    stopping = context.with_resource(faults.Stopping())  # from here on, also while torch loads
     from nanonormuon import config
 
     arguments = list(settings or ())

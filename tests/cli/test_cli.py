@@ -1,5 +1,5 @@
-"""The command line: every mistake ends in its exit code and one line that names what to do, before
-any training and with nothing left behind; what the commands print is what they promise."""
+"""The command line: a mistake ends in its exit code and one line that names what to do, before any
+training, and leaves no files; commands print what their help texts promise."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a run will take is known before it starts: the headers of the recipes, and --dry-run."""
+"""The cost of a run is known before it starts: in the headers of the recipes and by --dry-run."""
 
 import re
 import tomllib
