@@ -1,6 +1,6 @@
-"""torchrun's entry: torchrun --standalone --nproc_per_node=8 train.py RECIPE SECTION.KEY=VALUE ...
+"""Train on several ranks: torchrun --standalone --nproc_per_node=8 train.py RECIPE KEY=VALUE ...
 
-The same arguments as `normuon-train run`. The loop itself is in nanonormuon/train.py.
+Takes the arguments of `normuon-train run`. The training loop is in nanonormuon/train.py.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""`python -m nanonormuon`: what `normuon-train` runs."""
+"""Run the command line: `python -m nanonormuon` is `normuon-train`."""
 
 from nanonormuon.cli.app import entry
 

@@ -99,11 +99,7 @@ class Maker:
         return model
 
     def optimizers(self, model: nn.Module) -> list[Optimizer]:
-        """Raises ConfigError for settings that an optimizer does not take."""
-        try:
-            return optim.make_optimizers(model, self.config.optim, self.dtype)
-        except ValueError as error:
-            raise ConfigError(f"optim: {error}") from None
+        return optim.make_optimizers(model, self.config.optim, self.dtype)
 
     def engine(self) -> Engine:
         """The initialised model, its optimizers and their layout."""

@@ -1,20 +1,22 @@
-"""Every knob on one screen, and a loader that takes nothing on trust.
+"""Every setting on one screen, and a strict loader.
 
-A run's configuration = the defaults below <- recipes and TOML files, merged left to right <-
-`section.key=value` from the command line. Unknown names, wrong types and impossible values raise
-ConfigError with the nearest valid name, before any device or file of data is touched.
+A run's configuration is the defaults below, then recipes and TOML files from left to right, then
+`section.key=value` from the command line. An unknown name, a wrong type or an impossible value
+raises ConfigError with the nearest valid name, before any device or data file is touched.
 """
 
 import difflib
 import json
+import math
 import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal, InvalidOperation
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,38 +27,36 @@ from nanonormuon.normuon import coefficients
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = "builtin:python"  # a directory of shards, or the interpreter's own Python sources
-    format: Literal["shards", "nanogpt"] = "shards"  # nanogpt: its train.bin, without a header
-    tokenizer: str = "bpe:4096"  # of builtin data; a prepared directory brings its own
-    mix: str = ""  # "DIR=0.2, DIR=0.1": these shares of the sequences from elsewhere
+    path: str = "builtin:python"  # a directory of shards; builtin: this interpreter's own sources
+    format: Literal["shards", "nanogpt"] = "shards"  # nanogpt: its train.bin, which has no header
+    tokenizer: str = "bpe:4096"  # for builtin data; a prepared directory brings its own
+    mix: str = ""  # "DIR=0.2, DIR=0.1": shares of the sequences that come from other directories
     document_mask: bool = False  # attention does not cross <|endoftext|>
     seq_len: int = 256  # tokens per window
-    order: Literal["shuffled", "sequential"] = "shuffled"  # sequential: as modded-nanogpt reads
-    verify: Literal["auto", "full"] = "auto"  # hash shards at the start: all of 256 MB, or always
-    val_tokens: int = 0  # evaluate on the first so many targets; 0: all
-    tuning: float = 0.0  # this share of the training tokens, their end, stands in for validation
+    order: Literal["shuffled", "sequential"] = "shuffled"  # sequential: modded-nanogpt's order
+    verify: Literal["auto", "full"] = "auto"  # hash shards at the start: up to 256 MB, or all
+    val_tokens: int = 0  # evaluate on the first val_tokens targets; 0: all
+    tuning: float = 0.0  # use this share of the training tokens, at their end, for validation
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     name: str = "normuon"  # for the hidden matrices: normuon | muon | adamw | module:Class
-    options: str = ""  # of module:Class, beside lr and weight_decay: "betas=(0.9, 0.95), rho=0.1"
-    lr: float = 0.02  # of the hidden matrices, and so the next two
-    weight_decay: float = 0.1
-    momentum: float = 0.95
+    options: str = ""  # arguments of module:Class but lr, weight_decay: "betas=(0.9, 0.95), rho=1"
+    lr: float = 0.02  # for the hidden matrices
+    weight_decay: float = 0.1  # for the hidden matrices
+    momentum: float = 0.95  # for the hidden matrices
     momentum_start: float = 0.85  # rises linearly to momentum ...
-    momentum_warmup: int = 300  # ... over so many steps
+    momentum_warmup: int = 300  # ... in this many steps
     nesterov: bool = True
     beta2: float = 0.95  # of NorMuon's second moment, one number per neuron
-    beta2_on: str = "*"  # names of the matrices that have one; Muon for the others: "*.mlp.*"
+    beta2_on: str = "*"  # matrices with a second moment, by name: "*.mlp.*"; the others get Muon
     neuron_axis: Literal["rows", "longest"] = "rows"  # longest: columns where they outnumber rows
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] = (
-        "original"  # latter: AdamW's lr carries over
-    )
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"  # second: lr as for AdamW
     ns_coefficients: str = "muon"  # Newton-Schulz: muon | polar_express | "a, b, c"
     ns_steps: int = 5
-    cautious: bool = False  # decay only weights that the update moves towards zero
-    embed_lr: float = 0.3  # AdamW's rates for the rest
+    cautious: bool = False  # decay only the weights that the update moves towards zero
+    embed_lr: float = 0.3  # AdamW's rates for all other parameters
     head_lr: float = 0.003
     vector_lr: float = 0.01
     adam_beta1: float = 0.8
@@ -65,40 +65,38 @@ class OptimConfig:
     adam_weight_decay: float = 0.0
     warmup: int = 0  # steps of linear warm-up, for every rate
     decay: float = 0.7  # share of the run, at its end, in which every rate falls linearly ...
-    final_lr: float = 0.0  # ... to this share of its height
+    final_lr: float = 0.0  # ... to this share of its peak
     grad_clip: float = 0.0  # largest norm of the raw gradient; 0: no clipping
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    init_from: str = ""  # model directory to begin with; "": a new model, as [model] says
+    init_from: str = ""  # model directory to start from; "": a new model, as in [model]
     steps: int = 1000  # optimizer steps
-    stop_at: int = 0  # end here, saved, on the schedule of `steps`; --resume goes on. 0: no
+    stop_at: int = 0  # save and stop at this step of the schedule; --resume continues. 0: never
     batch_tokens: int = 8192  # per optimizer step, over all ranks and micro-batches
     micro_batch: int | Literal["auto"] = "auto"  # sequences per device at a time
     seed: int = 0
     log_every: int = 10
     eval_every: int = 250  # steps; the last step is always evaluated. 0: only the last
-    patience: int = 0  # evaluations without a lower val_loss that end the run; 0: none do
+    patience: int = 0  # stop after this many evaluations without a lower val_loss; 0: never
     save_every: int = 250  # steps; the last step is always saved. 0: only the last
-    keep_last: int = 2  # checkpoints kept; 0: all
-    keep_every: int = 0  # also those of every so many steps; 0: none
-    keep_best: bool = True  # also the one with the lowest validation loss
-    sample_every: int = 0  # steps; 0: before and after the run only
+    keep_last: int = 2  # newest checkpoints to keep; 0: all
+    keep_every: int = 0  # also keep every checkpoint at a multiple of this step; 0: none
+    keep_best: bool = True  # also keep the checkpoint with the lowest validation loss
+    sample_every: int = 0  # steps; 0: only before and after the run
     sample_tokens: int = 128  # per sample; 0: no samples
     sample_prompt: str = ""  # "": samples begin a new document
-    track: Literal["", "tensorboard", "wandb"] = ""  # metrics.jsonl's rows go there as well
+    track: Literal["", "tensorboard", "wandb"] = ""  # also send the rows of metrics.jsonl there
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # of compute; weights and optimizer stay float32
-    )
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute; weights and state stay float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: in long runs
-    activation_checkpointing: bool = False  # blocks run forward again in backward: less memory
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several ranks; auto: ddp
-    skip_spikes: float = 0.0  # leave out updates with so many times the usual gradient; 0: none
-    time_limit: float = 900.0  # seconds for a step or a save, 4 times for longer work; 0: none
+    skip_spikes: float = 0.0  # skip updates with this many times the usual gradient; 0: none
+    time_limit: float = 900.0  # seconds for a step or a save, 4 times that for longer work; 0: none
     canonical: bool = False  # the same bits on any number of ranks; slow
-    reshard: bool = True  # fsdp: weights too are sharded between uses; false: only their gradients
+    reshard: bool = True  # fsdp: also shard the weights between uses; false: only their gradients
 
     @property
     def last_step(self) -> int:
@@ -114,66 +112,63 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {f.name: f.type for f in fields(Config)}  # type: ignore[misc]
+KINDS: dict[str, Any] = {  # "section.key" of every setting -> its type
+    f"{section}.{key}": kind
+    for section, table in SECTIONS.items()
+    for key, kind in typing.get_type_hints(table).items()
+}
 OPTIMIZERS = ("normuon", "muon", "adamw")
 OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings that other optimizers do not have
 OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
            "ns_coefficients", "ns_steps", "cautious")  # fmt: skip
-POSITIVE = (
-    "data.seq_len",
-    "train.steps",
-    "train.batch_tokens",
-    "train.log_every",
-    "optim.ns_steps",
-)
-UNIT = (
-    "optim.momentum",
-    "optim.momentum_start",
-    "optim.beta2",
-    "optim.adam_beta1",
-    "optim.adam_beta2",
-)
-MAY_CHANGE = (  # on resume; anything else would make it another run (data are compared by content)
-    "train.steps",
-    "train.stop_at",
-    "train.micro_batch",
-    "train.log_every",
-    "train.eval_every",
-    "train.patience",
-    "train.save_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.keep_best",
-    "train.skip_spikes",
-    "train.time_limit",
-    "train.sample_every",
-    "train.sample_tokens",
-    "train.sample_prompt",
-    "train.track",
-    "train.device",
-    "train.compile",
-    "train.activation_checkpointing",
-    "train.parallel",
-    "train.reshard",
-    "data.verify",
-    "data.path",
-)
+# What may change on resume; anything else would make another run. Data are compared by content.
+MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
+    "steps", "stop_at", "micro_batch", "log_every", "eval_every", "patience", "save_every",
+    "keep_last", "keep_every", "keep_best", "skip_spikes", "time_limit", "sample_every",
+    "sample_tokens", "sample_prompt", "track", "device", "compile", "activation_checkpointing",
+    "parallel", "reshard",
+)))  # fmt: skip
+
+AT_LEAST_0 = (lambda value: isinstance(value, str) or value >= 0, "0 or more")
+AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
+BELOW_1 = (lambda value: 0 <= value < 1, "0 <= value < 1")
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {  # all others: AT_LEAST_0
+    "data.seq_len": AT_LEAST_1,
+    "data.tuning": (BELOW_1[0], "a share of the training tokens, 0 <= value < 1"),
+    "optim.momentum": BELOW_1,
+    "optim.momentum_start": BELOW_1,
+    "optim.beta2": BELOW_1,
+    "optim.adam_beta1": BELOW_1,
+    "optim.adam_beta2": BELOW_1,
+    "optim.ns_steps": AT_LEAST_1,
+    "optim.decay": (lambda value: 0 <= value <= 1, "a share of the run, 0 to 1"),
+    "train.steps": AT_LEAST_1,
+    "train.batch_tokens": AT_LEAST_1,
+    "train.micro_batch": (lambda value: value == "auto" or value >= 1, "at least 1, or auto"),
+    "train.seed": (lambda value: 0 <= value < 1 << 63, "0 or more and below 2^63"),
+    "train.log_every": AT_LEAST_1,
+}
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """ "; did you mean X?" for a misspelt name, else the whole list."""
-    valid = list(valid)
+def nearest(name: str, valid: Collection[str]) -> str:
+    """Return 'did you mean "X"?' for a misspelt name, else the list of valid names."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f'did you mean "{close[0]}"?' if close else f"expected one of {', '.join(valid)}"
 
 
+def divisors(n: int) -> list[int]:
+    """All divisors of n >= 1, rising."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
 def recipes() -> dict[str, Path]:
-    """Name -> file of every recipe that comes with the package."""
+    """Name -> file of every recipe in the package."""
     folder = Path(str(resources.files("nanonormuon") / "recipes"))
     return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 
 def is_setting(argument: str) -> bool:
-    """key=value, as against the name of a recipe or a file, in which = may occur too."""
+    """Whether an argument is key=value, not a recipe or a file (whose path may contain = too)."""
     return re.match(r"\s*[\w.]+\s*=", argument) is not None
 
 
@@ -185,162 +180,134 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for source in [a for a in arguments if not is_setting(a)]:
-        path = recipes().get(source) or Path(source)
-        for section, table in read_toml(path, source).items():
+        for section, table in read_toml(source).items():
             if section not in SECTIONS or not isinstance(table, dict):
-                raise ConfigError(
-                    f"{source}: unknown section [{section}]: {nearest(section, SECTIONS)}"
-                )
-            for key, value in table.items():
-                values[f"{section}.{key}"], origin[f"{section}.{key}"] = value, source
-    for argument in arguments:
-        if is_setting(argument):
-            name, _, text = argument.partition("=")
-            values[name.strip()], origin[name.strip()] = text.strip(), "command line"
-    config = Config()
+                hint = nearest(section, SECTIONS)
+                raise ConfigError(f"{source}: unknown section [{section}]: {hint}")
+            values |= {f"{section}.{key}": value for key, value in table.items()}
+            origin |= {f"{section}.{key}": source for key in table}
+    for argument in filter(is_setting, arguments):
+        name, _, text = argument.partition("=")
+        values[name.strip()], origin[name.strip()] = text.strip(), "command line"
     changed: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, value in values.items():
         section, _, key = name.partition(".")
-        annotations = typing.get_type_hints(SECTIONS[section]) if section in SECTIONS else {}
-        if key not in annotations:
-            everything = [f"{s}.{f.name}" for s in SECTIONS for f in fields(SECTIONS[s])]
-            same_key = [n for n in everything if n.partition(".")[2] == name.rpartition(".")[2]]
-            hint = (
-                nearest(name, same_key or everything)
-                if not same_key
-                else f'did you mean "{same_key[0]}"?'
-            )
+        if name not in KINDS:
+            elsewhere = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
+            hint = f'did you mean "{elsewhere[0]}"?' if elsewhere else nearest(name, KINDS)
             raise ConfigError(f'{origin[name]}: unknown key "{name}": {hint}')
-        changed[section][key] = coerce(value, annotations[key], f"{origin[name]}: {name}")
+        changed[section][key] = coerce(value, KINDS[name], f"{origin[name]}: {name}")
     try:
-        config = replace(
-            config, **{s: replace(getattr(config, s), **c) for s, c in changed.items()}
-        )
-    except ValueError as error:  # the model's own checks
+        config = Config(**{section: kind(**changed[section]) for section, kind in SECTIONS.items()})
+    except ValueError as error:  # GPTConfig checks itself
         raise ConfigError(f"model: {error}") from None
     check(config, origin)
     return config, origin
 
 
-def read_toml(path: Path, source: str) -> dict[str, Any]:
+def read_toml(source: str) -> dict[str, Any]:
+    """The content of a recipe or TOML file. Raises ConfigError."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads((recipes().get(source) or Path(source)).read_text(encoding="utf-8"))
     except FileNotFoundError:
         hint = f'no file "{source}"' if source.endswith(".toml") else nearest(source, recipes())
         raise ConfigError(f'unknown recipe "{source}": {hint}') from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, not TOML, a number of 5,000 digits
         raise ConfigError(f"{source}: not a readable TOML file: {error}") from None
 
 
 def coerce(value: Any, kind: Any, where: str) -> Any:
-    """A TOML value or a command line's text -> the annotated type, or ConfigError. 0.5M and 524_288
-    are numbers; nothing is rounded."""
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
+    """Convert a TOML value or a command line's text to the annotated type, without rounding.
+
+    Raises ConfigError, whose message begins with `where`.
+    """
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) in (
+        typing.Union,
+        types.UnionType,
+    ):  # a number, or one of a few words
+        number, words = choices
+        return value if value in typing.get_args(words) else coerce(value, number, where)
+    if choices:
         if value in choices:
             return value
         raise ConfigError(f'{where} = "{value}": {nearest(str(value), choices)}')
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        number, words = typing.get_args(kind)
-        return value if value in typing.get_args(words) else coerce(value, number, where)
     if kind is str and isinstance(value, str):
-        if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise ConfigError(f"{where} = {value!r}: expected UTF-8 (is the locale, LANG, that?)")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG)")
         return value
-    if kind is bool:
-        words = {"true": True, "false": False}
-        if isinstance(value, bool) or str(value).lower() in words:
-            return value if isinstance(value, bool) else words[value.lower()]
-    elif kind in (int, float) and not isinstance(value, bool):
-        number = parse_number(value) if isinstance(value, str) else value
-        if isinstance(number, int | float) and number == number and abs(number) != float("inf"):
-            if kind is float:
-                return float(number)
-            if number == int(number):
-                return int(number)
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in (int, float):
+        found = parse_number(str(value))
+        if found is not None and math.isfinite(found) and (kind is float or found == int(found)):
+            return kind(found)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     raise ConfigError(f"{where} = {value!r}: expected {names[kind]}")
 
 
 def parse_number(text: str) -> int | float | None:
-    """ "524_288", "0.5M", "1e-3" -> a number; None if it is none."""
+    """Parse "524_288", "0.5M" or "1e-3"; None if the text is no number."""
     scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
     try:
         number = Decimal(text if scale == 1 else text[:-1]) * scale  # in decimals 1.005M is whole
     except InvalidOperation:
         return None
     whole = number.is_finite() and number == number.to_integral_value()
-    return int(number) if whole and abs(number) < 10**18 else float(number)
+    return int(number) if whole and abs(number) < 10**19 else float(number)  # 2^63 is exact
 
 
 def without_effect(config: Config, origin: dict[str, str]) -> list[str]:
-    """What of the command line this run has no use for, and why. A recipe may say more than its
-    run needs, since another optimizer may take its place."""
+    """List the settings of the command line that this run ignores, and why.
+
+    Settings of a recipe are left out: another optimizer may have taken the place of the recipe's.
+    """
     name = config.optim.name
     others = {"normuon": (), "muon": OF_NORMUON}.get(name, OF_NORMUON + OF_MUON)
     reasons = {f"optim.{key}": f"{name} has no such setting here" for key in others}
     if not config.train.eval_every:
         reasons["train.patience"] = "with train.eval_every = 0 only the end is evaluated"
-    return [
-        f"{key}: {reason}" for key, reason in reasons.items() if origin.get(key) == "command line"
-    ]
+    return [f"{k}: {reason}" for k, reason in reasons.items() if origin.get(k) == "command line"]
 
 
 def check(config: Config, origin: dict[str, str]) -> None:
-    """Values that no run could have, whatever the device and the data."""
+    """Raise ConfigError for values that no run can have, whatever its device and data."""
 
     def refuse(name: str, expected: str) -> None:
-        section, _, key = name.partition(".")
-        value = getattr(getattr(config, section), key)
+        value = attrgetter(name)(config)
         raise ConfigError(f"{origin.get(name, 'default')}: {name} = {value}: expected {expected}")
 
-    for name in POSITIVE + UNIT:
-        section, _, key = name.partition(".")
-        value = getattr(getattr(config, section), key)
-        if name in POSITIVE and value < 1:
-            refuse(name, "at least 1")
-        if name in UNIT and not 0 <= value < 1:
-            refuse(name, "0 <= value < 1")
-    for section in ("data", "optim", "train"):
-        for f in fields(SECTIONS[section]):
-            value = getattr(getattr(config, section), f.name)
-            if isinstance(value, int | float) and value < 0:
-                refuse(f"{section}.{f.name}", "0 or more")
-    if config.train.seed >= 1 << 63:
-        refuse("train.seed", "below 2^63")
-    if config.train.canonical and config.train.micro_batch == "auto":
+    for name in KINDS:
+        possible, expected = LIMITS.get(name, AT_LEAST_0)
+        if not name.startswith("model.") and not possible(attrgetter(name)(config)):
+            refuse(name, expected)
+    o, t, T = config.optim, config.train, config.data.seq_len
+    if t.canonical and t.micro_batch == "auto":
         refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")
-    if config.train.micro_batch == 0:
-        refuse("train.micro_batch", "at least 1, or auto")
+    if o.name not in OPTIMIZERS and ":" not in o.name:
+        hint = nearest(o.name, OPTIMIZERS)
+        refuse("optim.name", f"{', '.join(OPTIMIZERS)} or module:Class; {hint}")
+    if ":" in o.name and t.parallel == "fsdp":
+        refuse("train.parallel", f"ddp: {o.name} needs whole matrices on every rank")
+    if o.options and o.name in OPTIMIZERS:
+        refuse("optim.options", f"none: {o.name} has settings of its own here")
+    if rest := t.batch_tokens % T:
+        near = " or ".join(str(n) for n in (t.batch_tokens - rest, t.batch_tokens - rest + T) if n)
+        refuse("train.batch_tokens", f"a multiple of data.seq_len = {T}; the nearest are {near}")
     given = [f"{name} ({where})" for name, where in origin.items() if name.startswith("model.")]
-    if config.train.init_from and given and not config.model.vocab_size:
+    if t.init_from and given and not config.model.vocab_size:
         raise ConfigError(
-            f"train.init_from = {config.train.init_from}: the model is the one there: leave out "
+            f"train.init_from = {t.init_from}: that directory has the model: leave out "
             f"{', '.join(given)}; the recipe finetune has no [model]"
         )
-    if config.optim.decay > 1:
-        refuse("optim.decay", "a share of the run, 0 to 1")
-    if config.data.tuning >= 1:
-        refuse("data.tuning", "a share of the training tokens, below 1")
-    if config.optim.name not in OPTIMIZERS and ":" not in config.optim.name:
-        hint = nearest(config.optim.name, OPTIMIZERS)
-        refuse("optim.name", f"{', '.join(OPTIMIZERS)} or module:Class; {hint}")
-    if ":" in config.optim.name and config.train.parallel == "fsdp":
-        refuse("train.parallel", f"ddp: {config.optim.name} needs whole matrices on every rank")
-    if config.optim.options and config.optim.name in OPTIMIZERS:
-        refuse("optim.options", f"none: {config.optim.name} has settings of its own here")
-    tokens, T = config.train.batch_tokens, config.data.seq_len
-    if tokens % T:
-        near = " or ".join(str(n) for n in (tokens // T * T, (tokens // T + 1) * T) if n)
-        refuse("train.batch_tokens", f"a multiple of data.seq_len = {T}; the nearest are {near}")
     try:
-        coefficients(config.optim.ns_coefficients, config.optim.ns_steps)
+        coefficients(o.ns_coefficients, o.ns_steps)
     except ValueError as error:
         raise ConfigError(f"{origin.get('optim.ns_coefficients')}: optim.{error}") from None
 
 
 def from_dict(content: dict[str, dict[str, Any]]) -> Config:
-    """dataclasses.asdict(config), as a checkpoint's state.json has it -> the configuration."""
+    """Read dataclasses.asdict(config), as a checkpoint's state.json has it."""
     try:
         return Config(**{section: SECTIONS[section](**table) for section, table in content.items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -348,28 +315,24 @@ def from_dict(content: dict[str, dict[str, Any]]) -> Config:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """The keys in which a resumed run would be another one, as readable lines."""
+    """List the changes that would make a resumed run another run, one line each."""
     lines = []
-    for section, kind in SECTIONS.items():
-        for f in fields(kind):
-            a, b = (getattr(getattr(c, section), f.name) for c in (old, new))
-            if a != b and f"{section}.{f.name}" not in MAY_CHANGE:
-                lines.append(f"{section}.{f.name}: {a} -> {b}")
+    for name in (name for name in KINDS if name not in MAY_CHANGE):
+        before, after = map(attrgetter(name), (old, new))
+        if before != after:
+            lines.append(f"{name}: {before} -> {after}")
     return lines
 
 
 def to_toml(config: Config, origin: dict[str, str] | None = None) -> str:
-    """The whole configuration as TOML; with `origin`, each line says where its value comes from."""
-    lines = []
-    for section, kind in SECTIONS.items():
-        lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
-        for f in fields(kind):
-            value = getattr(getattr(config, section), f.name)
-            text = str(value).lower() if isinstance(value, bool) else repr(value)
-            if isinstance(value, str):
-                text = json.dumps(value, ensure_ascii=False)  # its escapes are TOML's
-            line = f"{f.name} = {text}"
+    """Write the whole configuration as TOML; with `origin`, each line shows its value's origin."""
+    sections = []
+    for section, table in asdict(config).items():
+        lines = [f"[{section}]"]
+        for key, value in table.items():
+            line = f"{key} = {json.dumps(value, ensure_ascii=False)}"  # JSON's values are TOML's
             if origin is not None:
-                line = f"{line:<36}  # {origin.get(f'{section}.{f.name}', 'default')}"
+                line = f"{line:<36}  # {origin.get(f'{section}.{key}', 'default')}"
             lines.append(line)
-    return "\n".join(lines) + "\n"
+        sections.append("\n".join(lines) + "\n")
+    return "\n".join(sections)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nanonormuon.config import OptimConfig
+from nanonormuon.errors import ConfigError
 from nanonormuon.normuon import NorMuon
 
 ROLES = ("matrix", "embedding", "head", "vector")
@@ -90,13 +91,24 @@ def make_optimizers(
 ) -> list[Optimizer]:
     """Optimizers that together hold every trainable parameter exactly once.
 
-    Each group carries `role`, `names` and `initial_lr` beside its optimizer's own settings.
-    Raises ValueError for settings that an optimizer does not have.
+    Each group carries `role`, `names` and `initial_lr` beside its optimizer's own settings. Raises
+    ConfigError for settings that an optimizer does not have or that do not fit the model.
     """
+    try:
+        optimizers = assign(param_groups(model), settings, ns_dtype)
+    except ValueError as error:
+        raise ConfigError(f"optim: {error}") from None
+    held = sorted(id(p) for o in optimizers for g in o.param_groups for p in g["params"])
+    assert held == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    return optimizers
+
+
+def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype) -> list[Optimizer]:
+    """Optimizers for the groups of param_groups. Raises ValueError."""
     s = settings
     lrs = {"matrix": s.lr, "embedding": s.embed_lr, "head": s.head_lr, "vector": s.vector_lr}
     matrices, others = [], []
-    for group in param_groups(model):
+    for group in groups:
         is_matrix = group["role"] == "matrix"
         group["lr"] = group["initial_lr"] = lrs[group["role"]]
         group["weight_decay"] = s.weight_decay if is_matrix else s.adam_weight_decay
@@ -123,8 +135,6 @@ def make_optimizers(
         fused = all(p.device.type in ("cpu", "cuda") for g in others for p in g["params"])
         betas = (s.adam_beta1, s.adam_beta2)
         optimizers.append(AdamW(others, betas=betas, eps=s.adam_eps, fused=fused))
-    held = sorted(id(p) for o in optimizers for g in o.param_groups for p in g["params"])
-    assert held == sorted(id(p) for p in model.parameters() if p.requires_grad)
     return optimizers
 
 

@@ -5,7 +5,7 @@
 Prints a table and, last, one JSON line. Utilisation is the model's FLOPs (6 per weight and token,
 and attention's products) over the rate of a large product measured in the same run. Memory is
 compared with what the process held before, weights, gradients, optimizer and what autograd keeps
-(estimate.py). --two: also two processes with half of the threads each, which need data.path to
+(cli/dry_run.py). --two: also two processes with half of the threads each, which need data.path to
 exist already.
 """
 

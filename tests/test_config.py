@@ -33,6 +33,22 @@ def test_values_are_parsed_by_type_and_their_origin_is_kept(tmp_path):
     assert load(["train.steps=1.005M"])[0].train.steps == 1_005_000
 
 
+def test_large_numbers_are_exact_or_refused(tmp_path):
+    largest = 2**63 - 1
+    file = tmp_path / "c.toml"
+    file.write_text(f"[train]\nseed = {largest}\n")
+    for argument in (str(file), f"train.seed={largest}"):
+        assert load([argument])[0].train.seed == largest
+    for value, words in (("1" * 400, "expected a number"), ("1" * 5000, "not a readable TOML")):
+        file.write_text(f"[optim]\nlr = {value}\n")
+        with pytest.raises(ConfigError, match=words):
+            load([str(file)])
+
+
+def test_divisors():
+    assert config.divisors(1) == [1] and config.divisors(12) == [1, 2, 3, 4, 6, 12]
+
+
 @pytest.mark.parametrize("name", config.recipes())
 def test_recipes_load_and_have_a_headline(name):
     load([name])
@@ -49,10 +65,7 @@ OWN = {
     "gpt2-124m": {"model.n_hidden", "optim.momentum_warmup"},
     "gpt2-350m": {"model.n_hidden", "optim.momentum_warmup"},
     "paper-1.1b": {"model.n_hidden", "model.n_kv_head", "optim.warmup"},
-    "track3-normuon": {
-        "train.stop_at",
-        "data.order",
-    },  # FineWeb's shards are mixed, a library is not
+    "track3-normuon": {"train.stop_at", "data.order"},  # FineWeb's shards are mixed
 }
 
 
@@ -175,6 +188,14 @@ def test_printed_configuration_reads_back(tmp_path):
         (["optim.ns_coefficients=1,2"], "three numbers"),
         (["train.micro_batch=all"], "expected a whole number"),
         (["train.micro_batch=0"], "expected at least 1, or auto"),
+        (["train.micro_batch=-1"], "expected at least 1, or auto"),
+        (["train.canonical=true"], "train.micro_batch = auto: expected a number"),
+        (["train.seed=-1"], "train.seed = -1: expected 0 or more"),
+        (["train.patience=-1"], "train.patience = -1: expected 0 or more"),
+        (["data.tuning=1"], "data.tuning = 1.0: expected a share"),
+        (["optim.options=rho=1"], "optim.options = rho=1: expected none"),
+        (["optim.name=torch.optim:SGD", "train.parallel=fsdp"], "train.parallel = fsdp: expected"),
+        (["demo", "train.init_from=x"], "leave out model.n_layer (demo)"),
         (["train.compile=yes"], "expected one of auto, on, off"),
         (["train.batch_tokens=1000"], "the nearest are 768 or 1024"),
         (["model.n_head=7"], "take n_head = 6"),
@@ -206,9 +227,8 @@ def test_mistakes_in_files_are_named_with_the_file(tmp_path, text, words):
 
 
 def test_what_may_change_on_resume_exists_and_the_rest_is_reported():
-    everything = {
-        f"{s}.{f.name}" for s, kind in config.SECTIONS.items() for f in dataclasses.fields(kind)
-    }
+    everything = set(config.KINDS)
+    assert everything == set(flat(Config()))
     assert set(config.MAY_CHANGE) <= everything
     old = Config()
     for name in everything:

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: a file for each kind of work. app.py lists the commands."""

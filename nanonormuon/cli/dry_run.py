@@ -1,48 +1,39 @@
-"""What a run will take, from its configuration alone: parameters, FLOPs, memory, disk, time.
+"""What a run takes, from its configuration alone: parameters, FLOPs, memory, disk, time.
 
-Nothing is approximated by a formula that the code could do itself: the model is built without
-storage, its parameters, FLOPs and buffers are counted, and what autograd keeps is recorded in a
-forward pass on tensors that have a shape and no content.
+Counts come from the code itself: the model is built without storage, and a forward pass on tensors
+without content records what autograd keeps. Times come from models of one and two blocks.
 """
 
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from nanonormuon import checkpoint as snapshot
-from nanonormuon import optim
-from nanonormuon.config import Config
-from nanonormuon.errors import ConfigError
+from nanonormuon import checkpoint, optim
+from nanonormuon.config import Config, divisors
 from nanonormuon.model import GPT
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.activations import chunk_bytes, here, kept
 
 TRIALS = 5  # timed steps at least, after two that are not
-TRIAL_SECONDS = 1.0  # that quick ones are timed for
-LONGEST_TRIAL = 2e11  # FLOP of a block and a micro-batch that a CPU is asked to try
+TRIAL_SECONDS = 1.0  # quick steps are timed for this long
+LONGEST_TRIAL = 2e11  # FLOP of a block and a micro-batch; a CPU is not asked to try more
+VOCABULARIES = {"byte": 257, "gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """parameters: by role. Memory and disk in bytes, per rank; FLOPs of forward and backward."""
+    """Cost of a run; memory and checkpoint in bytes."""
 
-    parameters: dict[str, int]
-    flops_per_token: float
-    tokens: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int  # what the blocks keep for the backward pass of one micro-batch
-    logits: int  # of one chunk, and the gradients that are taken with it
+    parameters: dict[str, int]  # by role
+    flops_per_token: float  # forward and backward
+    tokens: int  # of the whole run
+    parts: dict[str, int]  # of a rank's memory
     checkpoint: int
-
-    @property
-    def total_parameters(self) -> int:
-        return sum(self.parameters.values())
 
     @property
     def flops(self) -> float:
@@ -50,141 +41,135 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return sum(self.parts.values())
+
+
+def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.Optimizer]]:
+    """Make the model and its optimizers, in the dtype of this machine, on `device`."""
+    dtype = distributed.compute_dtype(config.train.dtype, here())
+    with device:
+        model = GPT(config.model, dtype)
+    return model, optim.make_optimizers(model, config.optim, dtype)
 
 
 def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = False) -> Estimate:
-    """For a model whose vocab_size is known. sharded: by FSDP2, else replicas.
+    """Count what a run costs whose vocab_size is known; sharded: with FSDP2, else with replicas.
 
-    Not counted: what libraries and the process itself take, NorMuon's work space (the activations
-    are gone by then), DDP's and FSDP2's buckets, fragments.
+    Left out: what libraries and the process itself take, NorMuon's workspace (by then the
+    activations are gone), buckets of DDP and FSDP2, fragmentation.
     """
     T, t = config.data.seq_len, config.train
-    dtype = distributed.compute_dtype(t.dtype, here())
-    with torch.device("meta"):
-        model = GPT(config.model, dtype)
-    try:
-        optimizers = optim.make_optimizers(model, config.optim)
-    except ValueError as error:
-        raise ConfigError(f"optim: {error}") from None
+    model, optimizers = build(config, torch.device("meta"))
+    dtype = model.compute_dtype
     parameters = {g["role"]: sum(p.numel() for p in g["params"]) for g in optim.param_groups(model)}
     weights = 4 * sum(parameters.values())
-    saved = snapshot.size_of(model, optimizers)
+    saved = checkpoint.size_of(model, optimizers)
     activations, head = kept(model.config, T, micro_batch, dtype, t.activation_checkpointing)
-    parts, gathered = (ranks, 0) if sharded else (1, 0)
-    if sharded:  # two blocks and what is outside of blocks are whole at a time, in compute's dtype
+    share, gathered = 1, 0
+    if sharded:  # two blocks, and all outside of blocks, are whole at a time, in compute's dtype
         block = sum(p.numel() for p in model.layers[0].parameters())
         outside = weights // 4 - block * config.model.n_layer
-        gathered = (2 * block + outside) * dtype.itemsize
-    return Estimate(
-        parameters=parameters,
-        flops_per_token=model.flops_per_token(T),
-        tokens=t.last_step * t.batch_tokens,
-        weights=weights // parts + gathered,
-        gradients=weights // parts,
-        optimizer=(saved - weights) // parts,
-        activations=activations,
-        logits=head + chunk_bytes(model.config, micro_batch * T, dtype),
-        checkpoint=saved,
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# For people
+        share, gathered = ranks, (2 * block + outside) * dtype.itemsize
+    parts = {
+        "weights": weights // share + gathered,
+        "gradients": weights // share,
+        "optimizer": (saved - weights) // share,
+        "activations": activations,  # which the blocks keep for the backward pass
+        "logits": head + chunk_bytes(model.config, micro_batch * T, dtype),  # and their gradients
+    }
+    tokens = t.last_step * t.batch_tokens
+    return Estimate(parameters, model.flops_per_token(T), tokens, parts, saved)
 
 
 def with_vocabulary(config: Config) -> tuple[Config, int | None]:
-    """The configuration with the vocabulary of its data, and their train tokens; without data at
-    hand, with that of the tokenizer's name, and None."""
+    """Fill in the vocabulary of the data; returns the number of training tokens too.
+
+    Without prepared data the vocabulary follows from the tokenizer's name, and the number is None.
+    """
     try:
         manifest = json.loads((Path(config.data.path) / "manifest.json").read_bytes())
         found, tokens = manifest["tokenizer"]["vocab_size"], manifest["train"]["tokens"]
     except (OSError, ValueError, KeyError, TypeError):
-        names = {"byte": 257, "gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
         name, _, size = config.data.tokenizer.partition(":")
-        found, tokens = names.get(name, int(size) if size.isdigit() else 50_257), None
+        found, tokens = VOCABULARIES.get(name, int(size) if size.isdigit() else 50_257), None
     vocab_size = config.model.vocab_size or -(-found // 64) * 64
     return replace(config, model=replace(config.model, vocab_size=vocab_size)), tokens
 
 
-def report(config: Config, ranks: int = 1) -> list[str]:
-    """What --dry-run says below the configuration, without data or a process group."""
+def report(config: Config) -> list[str]:
+    """The lines that --dry-run prints below the configuration; needs no data, starts no ranks."""
     config, data_tokens = with_vocabulary(config)
-    t, T = config.train, config.data.seq_len
+    t, T, ranks = config.train, config.data.seq_len, distributed.size()
     per_rank = max(1, t.batch_tokens // T // ranks)
-    room = max(memory.CPU_TOKENS, T)  # a GPU takes more; what fits there is found by a probe
-    fitting = max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n * T <= room)
+    room = max(memory.CPU_TOKENS, T)  # a GPU takes more, which only a probe can find
+    fitting = max(n for n in divisors(per_rank) if n * T <= room)
     micro = fitting if t.micro_batch == "auto" else t.micro_batch
     found = estimate(config, micro)
     roles = ", ".join(f"{role} {n:,}" for role, n in found.parameters.items())
     lines = [
-        f"parameters: {found.total_parameters:,} ({roles})",
+        f"parameters: {sum(found.parameters.values()):,} ({roles})",
         f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
         f"{found.flops_per_token / 1e6:.4g} MFLOP per token = {found.flops:.3g} FLOP",
     ]
     if data_tokens:
         lines.append(f"data: {data_tokens:,} train tokens, {found.tokens / data_tokens:.2f} epochs")
-    layouts = [(1, False)] + [(ranks, sharded) for sharded in (False, True) if ranks > 1]
-    for size, sharded in layouts:
-        e = estimate(config, micro, size, sharded)
-        kinds = ("weights", "gradients", "optimizer", "activations", "logits")
-        where = "1 rank" if size == 1 else f"each of {size} ranks, {'fsdp' if sharded else 'ddp'}"
-        lines.append(
-            f"memory, {where}, {micro} sequences at a time: {e.memory / 1e9:.3g} GB ("
-            + ", ".join(f"{kind} {getattr(e, kind) / 1e9:.3g}" for kind in kinds)
-            + ")"
-        )
+    layouts = {"1 rank": found}
+    if ranks > 1:
+        layouts[f"each of {ranks} ranks, ddp"] = found
+        layouts[f"each of {ranks} ranks, fsdp"] = estimate(config, micro, ranks, sharded=True)
+    for where, e in layouts.items():
+        parts = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in e.parts.items())
+        size = f"{e.memory / 1e9:.3g} GB ({parts})"
+        lines.append(f"memory, {where}, {micro} sequences at a time: {size}")
     lines.append(f"checkpoint: {found.checkpoint / 1e9:.3g} GB, train.keep_last = {t.keep_last}")
-    if config.train.device in ("auto", here().type):
+    if t.device in ("auto", here().type):
         lines.append(time_line(config, found, micro, per_rank))
     return lines
 
 
 def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str:
-    """From steps of a model of one block and of two, timed here; each block more takes as long."""
-    per_token = found.flops_per_token / config.model.n_layer  # not less than one block's
-    if here().type == "cpu" and per_token * micro * config.data.seq_len > LONGEST_TRIAL:
+    """Time models of one and of two blocks; every further block adds their difference."""
+    per_block = found.flops_per_token / config.model.n_layer  # at most: all outside counts too
+    if here().type == "cpu" and per_block * micro * config.data.seq_len > LONGEST_TRIAL:
         return "time: not tried, one micro-batch is too much for this device"
-    (one, update_1), (two, update_2) = (timed(config, layers, micro) for layers in (1, 2))
+    (passes, update), (passes_2, update_2) = (timed(config, layers, micro) for layers in (1, 2))
     more = config.model.n_layer - 1
-    passes = (one + more * (two - one)) * (per_rank // micro)
-    step = passes + update_1 + more * (update_2 - update_1)
-    minutes = step * config.train.last_step / 60
+    step = (passes + more * max(0.0, passes_2 - passes)) * (per_rank // micro)
+    step += update + more * max(0.0, update_2 - update)
     return (
-        f"time: about {minutes:.3g} minutes of training, {step:.3g} s per step "
-        f"on this {here().type} (timed just now, not compiled, without evaluations)"
+        f"time: about {step * config.train.last_step / 60:.3g} minutes of training, {step:.3g} s "
+        f"per step on this {here().type} (timed just now, not compiled, without evaluations)"
     )
 
 
-def timed(config: Config, layers: int, micro: int) -> tuple[float, float]:
-    """Seconds of a micro-batch's two passes and of an update, with so many blocks; medians."""
-    device = here()
-    if device.type == "cpu":
+def timed(config: Config, layers: int, micro: int) -> list[float]:
+    """Median seconds of a micro-batch's two passes, and of an update, with so many blocks."""
+    if here().type == "cpu":
         distributed.keep_freed_memory()
-    dtype = distributed.compute_dtype(config.train.dtype, device)
-    with torch.device(device):
-        model = GPT(replace(config.model, n_layer=layers), dtype)
-        tokens = torch.randint(config.model.vocab_size, (micro, config.data.seq_len))
+    model, optimizers = build(replace(config, model=replace(config.model, n_layer=layers)), here())
     model.init_weights(0)  # a saturated softmax makes denormal numbers, which are slow
-    optimizers = optim.make_optimizers(model, config.optim, dtype)
+    shape = (micro, config.data.seq_len)
+    tokens = torch.randint(config.model.vocab_size, shape, device=here())
 
     def passes() -> None:
+        model.zero_grad(set_to_none=True)
         model(tokens, tokens).backward()
 
     def update() -> None:
-        weights, buffers = snapshot.named_state(model, optimizers)
+        weights, buffers = checkpoint.named_state(model, optimizers)
         checked = (*weights.values(), *buffers.values(), *(p.grad for p in weights.values()))
         health.norm(t for t in checked if t.is_floating_point())  # before every update
         for optimizer in optimizers:
             optimizer.step()
 
-    times: list[list[float]] = [[], []]
-    while len(times[1]) < 2 + TRIALS or (sum(times[0]) < TRIAL_SECONDS and len(times[1]) < 50):
-        for work, its_times in zip((passes, update), times):
+    times: dict[Callable[[], None], list[float]] = {passes: [], update: []}
+    while len(times[update]) < 2 + TRIALS or (
+        sum(times[passes]) < TRIAL_SECONDS and len(times[update]) < 50
+    ):
+        for work, seconds in times.items():
             start = time.perf_counter()
             work()
-            if device.type == "cuda":
+            if here().type == "cuda":
                 torch.cuda.synchronize()
-            its_times.append(time.perf_counter() - start)
-        model.zero_grad(set_to_none=True)
-    return statistics.median(times[0][2:]), statistics.median(times[1][2:])
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds[2:]) for seconds in times.values()]

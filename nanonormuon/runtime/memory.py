@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch.optim import Optimizer
 
+from nanonormuon.config import divisors
 from nanonormuon.errors import OutOfMemory, out_of_memory
 from nanonormuon.model import GPT
 from nanonormuon.runtime import activations, distributed
@@ -27,11 +28,6 @@ SPARE = 0.05  # of the free memory, kept free in a probe: fragments, and what li
 
 class Shortage(MemoryError):
     """A rank has run out of memory, and every rank knows."""
-
-
-def divisors(n: int) -> list[int]:
-    """The numbers that divide n, rising."""
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def choose(

@@ -29,15 +29,14 @@ def test_this_machine_is_healthy(capsys):
 
 @pytest.fixture()
 def no_handshake(monkeypatch):
-    def agreed():
-        return doctor.Finding("handshake", "ok", "not tried")
+    def handshake():
+        return "ok", "not tried", ""
 
-    agreed.__name__ = "handshake"
-    monkeypatch.setattr(doctor, "handshake", agreed)
+    monkeypatch.setattr(doctor, "handshake", handshake)
 
 
 def test_what_is_wrong_is_named_with_its_remedy(no_handshake, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "version", lambda n: None if n == "tiktoken" else "1")
+    monkeypatch.setattr(doctor, "version", lambda n: "missing" if n == "tiktoken" else "1")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**8))
 
@@ -54,9 +53,9 @@ def test_what_is_wrong_is_named_with_its_remedy(no_handshake, monkeypatch, capsy
 
 @pytest.mark.slow
 def test_a_handshake_that_fails_says_why(monkeypatch):
-    fails = "import sys\nif sys.argv[2] == '1': sys.exit('connection refused')\nprint('agreed')"
+    fails = "import sys\nif sys.argv[3] == '1': sys.exit('connection refused')\nprint('agreed')"
     monkeypatch.setattr(doctor, "HANDSHAKE", fails)
-    found = doctor.handshake()
-    assert (found.status, found.found) == ("fail", "gloo: connection refused") and found.fix
+    status, found, fix = doctor.handshake()
+    assert (status, found) == ("fail", "gloo: connection refused") and fix
     monkeypatch.setattr(doctor, "HANDSHAKE", "import threading; threading.Event().wait()")
-    assert doctor.handshake(0.5).found == "gloo: no answer in 0 s"
+    assert doctor.handshake(0.5)[1] == "gloo: no answer in 0 s"

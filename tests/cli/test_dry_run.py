@@ -1,4 +1,4 @@
-"""What a run will take is known before it starts: the headers of the recipes, and --dry-run."""
+"""The cost of a run is known before it starts: in the headers of the recipes and by --dry-run."""
 
 import re
 import tomllib
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanonormuon.cli import app as cli
-from nanonormuon.cli import dry_run as estimate
+from nanonormuon.cli import dry_run
 from nanonormuon.config import load, recipes
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.runtime import activations
@@ -21,7 +21,7 @@ def sized(name):
     config, _ = load([name])
     if name in VOCABULARY:
         config = replace(config, model=replace(config.model, vocab_size=VOCABULARY[name]))
-    return estimate.with_vocabulary(config)[0]
+    return dry_run.with_vocabulary(config)[0]
 
 
 @pytest.mark.parametrize("name", sorted(set(recipes()) - {"finetune"}))
@@ -29,13 +29,13 @@ def test_headers_say_what_the_code_computes(name):
     header = " ".join(
         line.lstrip("# ") for line in recipes()[name].read_text().splitlines() if line[:1] == "#"
     )
-    found = estimate.estimate(sized(name), 1)
+    found = dry_run.estimate(sized(name), 1)
     work = re.search(r"([\d.]+) ([MG])FLOP per token = ([\d.]+e\d+) FLOP", header)
     per_token, unit, flops = work.groups()
     assert float(per_token) * UNITS[unit] == pytest.approx(found.flops_per_token, rel=0.02)
     assert float(flops) == pytest.approx(found.flops, rel=0.04)  # two digits
     sizes = [float(a) * UNITS[b] for a, b in re.findall(r"([\d.]+)([MB])\b", header)]
-    assert any(found.total_parameters == pytest.approx(n, rel=0.02) for n in sizes)
+    assert any(sum(found.parameters.values()) == pytest.approx(n, rel=0.02) for n in sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,7 +66,7 @@ def test_a_dry_run_says_it_and_stays_readable(capsys):
     assert cli.main(["run", "demo", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert tomllib.loads(said)["train"]["steps"] == 520
-    total = estimate.estimate(sized("demo"), 1).total_parameters
+    total = sum(dry_run.estimate(sized("demo"), 1).parameters.values())
     assert f"\n# parameters: {total:,} (" in said and f"{total:,}".startswith("1,3")
     for word in ("memory, 1 rank", "optimizer", "checkpoint: ", "minutes of training"):
         assert word in said

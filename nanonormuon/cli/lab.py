@@ -1,0 +1,77 @@
+"""Experiments of many runs: races between optimizers, trials against a target."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from nanonormuon.cli import options
+
+Recipe = Annotated[list[str], Argument(metavar=options.SETTINGS, help="Settings of all runs.")]
+Out = Annotated[Path, Option(help="Directory of the experiment; an interrupted one continues.")]
+Parallel = Annotated[int, Option(min=0, help="Runs at a time; 0: one per GPU, or one on a CPU.")]
+Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
+Strings = list[str] | None
+OPTIMIZERS = "normuon, muon, adamw or module:Class, each with +SETTING=VALUE; joined by commas."
+RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
+AXIS = "Values of another setting to try: SECTION.KEY=A,B,C; repeatable."
+
+
+def race(
+    recipe: Recipe,
+    out: Out,
+    optimizers: Annotated[str, Option(help=OPTIMIZERS)] = "normuon,muon,adamw",
+    lr: Annotated[Strings, Option(help=RATES)] = None,
+    wd: Annotated[str, Option(help='Weight decays to try, as "0,0.1".')] = "",
+    sweep: Annotated[Strings, Option(help=AXIS)] = None,
+    seeds: Annotated[int, Option(min=0, help="Seeds of the final runs; 0: only tune.")] = 5,
+    tuning_seeds: Annotated[int, Option(min=1, help="Seeds per setting in the tuning.")] = 1,
+    parallel: Parallel = 0,
+    ranks: Ranks = 1,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compare optimizers, each at its best settings.
+
+    Settings are tuned on a held-out part of the training text. The final runs have new seeds and
+    are judged on the validation split. Repeat an interrupted command to continue it.
+
+    \b
+    normuon-train race shakespeare-char train.steps=500 --seeds 5 --out runs/race
+    normuon-train race demo --optimizers normuon,adamw --lr adamw=0.001,0.003 --out runs/two
+    normuon-train race demo --optimizers normuon,normuon+beta2=0.9,torch.optim:Muon --out runs/b
+    """
+    from nanonormuon.lab import processes, race, results
+
+    runner = processes.Runner(parallel, ranks)
+    field = race.entries(recipe, optimizers, lr or (), wd, sweep or ())
+    found = race.Race(recipe, field, seeds, out, tuning_seeds).run(runner)
+    files = f"results: {out / 'results.json'}, {out / 'race.png'}"
+    options.show(found, f"{results.markdown(found)}\n{files}", as_json)
+
+
+def trials(
+    recipe: Recipe,
+    target: Annotated[float, Option(help="Mean validation loss to reach.")],
+    out: Out,
+    n: Annotated[int, Option("--n", min=1, help="Runs, with seeds 0 to N - 1.")] = 10,
+    parallel: Parallel = 0,
+    ranks: Ranks = 1,
+) -> None:
+    """Repeat a recipe and test its mean loss against a target.
+
+    Each trial leaves a log with source, configuration, environment and losses. The last line is
+    JSON: mean, standard deviation, Track 3's rule (target - mean) sqrt(n) >= 0.004, and p-value.
+
+    \b
+    normuon-train trials track3-normuon --n 20 --target 3.28 --ranks 8 --out runs/track3
+    normuon-train trials shakespeare-char train.steps=300 --n 5 --target 1.9 --out runs/five
+    """
+    if not math.isfinite(target):
+        raise typer.BadParameter(f"--target {target}: expected a finite number")
+    from nanonormuon.lab import processes, trials
+
+    found = trials.run(recipe, n, target, out, processes.Runner(parallel, ranks))
+    typer.echo(f"{trials.describe(found)}\n{json.dumps(found)}")

@@ -1,0 +1,128 @@
+"""Use a trained model: sample, evaluate, export."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from nanonormuon.cli import options
+
+
+def sample(
+    path: options.Run,
+    prompt: Annotated[str, Option(help="Text to continue; - reads it from stdin.")] = "",
+    file: Annotated[Path | None, Option(help="File with the prompt.")] = None,
+    interactive: Annotated[bool, Option("--interactive", "-i", help="Ask for prompts.")] = False,
+    max_tokens: Annotated[int, Option(min=1, help="Tokens per sample.")] = 256,
+    temperature: Annotated[float, Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, Option(min=0, help="Keep this many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, Option(min=0.01, max=1, help="Keep this much probability.")] = 0.95,
+    stop: Annotated[list[str] | None, Option(help="End before this text; repeatable.")] = None,
+    seed: Annotated[int, Option(help="Seed of the first sample; sample i has seed + i.")] = 0,
+    num: Annotated[int, Option(min=1, help="Samples, generated together.")] = 1,
+    device: options.Device = "auto",
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object per line.")] = False,
+) -> None:
+    """Continue a text with a trained model.
+
+    Needs nothing but the run directory. Equal seeds give equal text.
+
+    \b
+    normuon-train sample runs/demo-20260101-120000 --prompt "def main():" --num 3
+    normuon-train sample RUN --prompt "ROMEO:" --temperature 0.6 --max-tokens 400 --stop "JULIET:"
+    echo "Once upon a time" | normuon-train sample RUN --prompt - --json
+    normuon-train sample RUN --interactive
+    """
+    if sum(map(bool, (prompt, file, interactive))) > 1:
+        raise typer.BadParameter("--prompt, --file, --interactive: expected one of them")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise typer.BadParameter(f"--seed {seed}: expected -2^63 to 2^63 - 1")
+    from nanonormuon import sample as sampling
+    from nanonormuon.pretrained import models as pretrained
+    from nanonormuon.runtime import distributed
+
+    where = started(device).device
+    dtype = distributed.compute_dtype("auto", where)
+    model, tokenizer, found = pretrained.load_run(path, dtype, where)
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    settings["context"] = pretrained.context_of(found)
+    for text in sampling.prompts(prompt, file, interactive):
+        sampling.show(model, tokenizer, text, max_tokens, num, stop or (), as_json, **settings)
+
+
+Paths = list[Path] | None
+CHOICES = "Multiple-choice questions: JSONL of HellaSwag, ARC or PIQA as published; repeatable."
+STRIDE = "Tokens predicted per window; 0: all. A smaller stride gives each token more context."
+
+
+def evaluate(
+    path: options.Run,
+    data: Annotated[Paths, Option(help="Prepared directory (its val split); repeatable.")] = None,
+    text: Annotated[Paths, Option(help="Text file; repeatable.")] = None,
+    choices: Annotated[Paths, Option(help=CHOICES)] = None,
+    window: Annotated[int, Option(min=0, help="Tokens of context; 0: as in training.")] = 0,
+    stride: Annotated[int, Option(min=0, help=STRIDE)] = 0,
+    max_tokens: Annotated[int, Option(min=0, help="Tokens per data set; 0: all.")] = 0,
+    device: options.Device = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure loss on any text, accuracy on multiple choice.
+
+    Prints loss, perplexity and bits per byte, by default on the run's validation split, and keeps
+    them in RUN/evaluations.json.
+
+    \b
+    normuon-train evaluate RUN
+    normuon-train evaluate RUN --text book.txt --stride 64
+    normuon-train evaluate RUN --data data/mine --choices hellaswag_val.jsonl --json
+    """
+    from nanonormuon import evaluate as evaluation
+
+    started(device)
+    results = evaluation.evaluate(
+        path, data or (), text or (), choices or (), window, stride, max_tokens, device
+    )
+    options.show(results, "\n".join(map(evaluation.describe, results)), as_json)
+
+
+def export(
+    path: options.Run,
+    to: Annotated[Path, Option(help="Model directory to create.")],
+    dtype: Annotated[str, Option(help="fp32 or bf16, of the weights.")] = "fp32",
+    data: Annotated[Path | None, Option(help="Data to verify on; else the run's own.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write a verified Hugging Face directory.
+
+    The directory is kept only if transformers computes the run's logits from it.
+
+    \b
+    normuon-train export RUN --to models/mine
+    normuon-train export RUN/checkpoints/step-000500 --to models/mine --dtype bf16
+    """
+    from nanonormuon.pretrained import export as exporting
+
+    if dtype not in exporting.DTYPES:
+        raise typer.BadParameter(f"--dtype {dtype}: expected fp32 or bf16")
+    report = exporting.export(path, to, dtype, data)
+    size = f"{report['parameters'] / 1e6:.2f}M parameters, weights {report['dtype']}"
+    if cut := report["rows_cut"]:
+        size += f", {cut} rows that padded the vocabulary cut off"
+    text = (
+        f"{report['to']}: {report['architecture']}, {size}\n"
+        f"verified: transformers' logits on {report['tokens_compared']} tokens of validation text "
+        f"differ by at most {report['largest_difference']:.2g} (from the run's own weights: "
+        f"{report['largest_difference_to_run']:.2g}; largest logit {report['largest_logit']:.3g})"
+    )
+    options.show(report, text, as_json)
+
+
+def started(device: str) -> Any:
+    """Start the device that --device names; returns a distributed.World."""
+    from nanonormuon.runtime import distributed
+
+    try:
+        return distributed.start(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -1,0 +1,150 @@
+"""Train a model, and look before at recipes, settings and the machine."""
+
+import logging
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from nanonormuon import errors
+from nanonormuon.cli import options
+from nanonormuon.runtime import faults
+
+log = logging.getLogger("nanonormuon")
+HELP = "Recipes, TOML files and single settings, merged from left to right."
+Settings = Annotated[list[str] | None, Argument(metavar=f"[{options.SETTINGS}]...", help=HELP)]
+
+
+def run(
+    context: typer.Context,
+    settings: Settings = None,
+    out: Annotated[Path | None, Option(help="Run directory; else runs/RECIPE-DATE-TIME.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
+    init_from: Annotated[
+        Path | None,
+        Option(help="Start from the weights of a run, or of a Qwen3 or Llama directory."),
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only print settings and costs.")] = False,
+) -> None:
+    """Train a model. The default recipe is demo, with --init-from finetune.
+
+    \b
+    normuon-train run
+    normuon-train run demo train.steps=300 optim.lr=0.01
+    normuon-train run shakespeare-char my.toml --out runs/a
+    normuon-train run --resume --out runs/a
+    normuon-train run --init-from runs/a data.path=data/mine --out runs/b
+    torchrun --standalone --nproc_per_node=8 train.py gpt2-124m
+    """
+    stopping = context.with_resource(faults.Stopping())  # from here on, also while torch loads
+    from nanonormuon import config
+
+    arguments = list(settings or ())
+    if resume:
+        arguments = of_resumed(out, arguments)
+    elif all(map(config.is_setting, arguments)):
+        arguments.insert(0, "finetune" if init_from else "demo")
+    if init_from is not None:
+        arguments.append(f"train.init_from={init_from}")
+    loaded, origin = config.load(arguments)
+    first = os.environ.get("RANK", "0") == "0"
+    for line in config.without_effect(loaded, origin) if first else ():
+        log.warning(f"{line}; it does nothing")
+    if dry_run:
+        from nanonormuon.cli.dry_run import report
+
+        typer.echo(config.to_toml(loaded, origin))
+        typer.echo("\n".join(f"# {line}" for line in report(loaded)))
+        return
+    if out is None:
+        sources = [Path(a).stem for a in arguments if not config.is_setting(a)]
+        out = Path("runs") / f"{'-'.join(sources)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    from nanonormuon.train import train
+
+    summary = train(loaded, out, resume, stopping)
+    if first:
+        typer.echo(describe(summary, out, of_code=loaded.data.path == "builtin:python"))
+
+
+def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
+    """The arguments that continue the run in `out`: its configuration, then the settings among
+    `arguments`. Raises ConfigError if `out` holds no run."""
+    from nanonormuon import config
+    from nanonormuon.storage import checkpoints
+
+    if out is None or not (out / "config.toml").is_file():
+        known = sorted(str(p.parent) for p in Path("runs").glob("*/config.toml"))
+        raise errors.ConfigError(
+            f"--resume: {out or 'no --out given'}: expected a run directory; known here: "
+            + (", ".join(known[-5:]) or "none in runs/")
+        )
+    if files := [Path(a).stem for a in arguments if not config.is_setting(a)]:
+        names = ", ".join(files)
+        log.info(f"--resume: {out} has its own configuration; {names} is not read again")
+    saved = str(out.resolve() / "config.toml")  # absolute: a=b/config.toml would be a setting
+    steps = [checkpoints.step_of(path) or 0 for path in checkpoints.all_steps(out / "checkpoints")]
+    # a run that reached its stop_at goes on to its end; one that was cut off before stops there
+    reached = max(steps, default=0) >= config.load([saved])[0].train.stop_at
+    return [saved, *["train.stop_at=0"] * reached, *filter(config.is_setting, arguments)]
+
+
+def describe(summary: dict, out: Path, of_code: bool) -> str:
+    """A run's last words: its result, where the checkpoints are, and the next command."""
+    result = f"step {summary['steps']:,}, {summary['tokens']:,} tokens"
+    if summary.get("val_loss") is not None:
+        result += f": val_loss {summary['val_loss']:.4f}"
+    if summary.get("val_bpb") is not None:
+        result += f", {summary['val_bpb']:.4f} bits per byte"
+    times = "{train_seconds:.0f} s of training, {total_seconds:.0f} s in all".format(**summary)
+    kind = "  (a Hugging Face model directory)" if summary["hugging_face"] else ""
+    lines = [f"done: {result}; {times}", f"checkpoint: {out / summary['checkpoint']}{kind}"]
+    best = summary.get("best_checkpoint")
+    if best not in (None, summary["checkpoint"]):
+        lines.append(f"best: {out / best}: val_loss {summary['best_val_loss']:.4f}")
+    prompt = " --prompt 'def '" if of_code else ""
+    return "\n".join([*lines, f"next: normuon-train sample {shlex.quote(str(out))}{prompt}"])
+
+
+def recipes() -> None:
+    """List the recipes in the package."""
+    from nanonormuon import config
+    from nanonormuon.storage.run import aligned
+
+    rows = [
+        (name, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
+        for name, path in config.recipes().items()
+    ]
+    typer.echo(aligned(rows))
+
+
+def show(settings: Settings = None) -> None:
+    """Print a configuration and where its values come from.
+
+    \b
+    normuon-train show demo optim.lr=0.01
+    """
+    from nanonormuon import config
+
+    typer.echo(config.to_toml(*config.load(settings or ())), nl=False)
+
+
+def doctor(as_json: options.AsJson = False) -> None:
+    """Check this machine and name what to fix.
+
+    Reports versions, devices and what a run would choose, and lets two processes talk. Exits with 1
+    if something would keep a run from working.
+
+    \b
+    normuon-train doctor
+    normuon-train doctor --json
+    """
+    from nanonormuon.cli.doctor import describe, examine
+
+    findings = examine()
+    options.show(findings, describe(findings), as_json)
+    if any(finding["status"] == "fail" for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,78 @@
+"""Look at runs: tables, curves, pages, spectra."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from nanonormuon.cli import options
+
+
+def compare(
+    paths: Annotated[list[Path], Argument(metavar="RUN...", help="Run directories.")],
+    target: Annotated[float | None, Option(help="Show when val_loss first was so low.")] = None,
+    plot: options.Plot = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show runs side by side, as a table or as curves.
+
+    \b
+    normuon-train compare runs/a runs/b --target 3.28
+    normuon-train compare runs/* --plot curves.png
+    """
+    from nanonormuon.runs import compare as comparing
+
+    runs = comparing.read_all(paths)
+    if plot is not None:
+        comparing.plot(runs, plot, target)
+    text = comparing.table(runs, target) + (f"\ncurves: {plot}" if plot else "")
+    options.show([comparing.row_of(run, target) for run in runs], text, as_json)
+
+
+def report(
+    path: Annotated[Path, Argument(metavar="RUN", help="Run directory.")],
+    out: Annotated[Path, Option("--out", "-o", help="Page to write.")] = Path("report.html"),
+) -> None:
+    """Write a run as one HTML page.
+
+    The page shows curves, samples over time, configuration and environment, and loads nothing from
+    elsewhere.
+
+    \b
+    normuon-train report RUN -o report.html
+    """
+    from nanonormuon.runs.report import write
+
+    write(path, out)
+    typer.echo(f"{out}: open it in a browser")
+
+
+def diagnose(
+    path: options.Run,
+    plot: options.Plot = None,
+    layers: Annotated[str, Option(help='Layers to draw, as "0,5,11"; else three of them.')] = "",
+    as_json: options.AsJson = False,
+) -> None:
+    """Show how even the optimizer's updates are.
+
+    Prints singular values and the neurons' norms, for each matrix: of the momentum, of Muon's
+    update and of NorMuon's update.
+
+    \b
+    normuon-train diagnose RUN
+    normuon-train diagnose RUN/checkpoints/step-000500 --plot update.png --layers 0,11
+    """
+    from nanonormuon.runs import spectra
+
+    try:
+        wanted = [int(i) for i in layers.split(",") if i.strip()]
+    except ValueError:
+        raise typer.BadParameter(f'--layers "{layers}": expected numbers, as 0,5,11') from None
+    if wanted and plot is None:
+        raise typer.BadParameter(f'--layers "{layers}": expected with --plot only')
+    profiles = spectra.diagnose(path)
+    if plot is not None:
+        spectra.draw(profiles, plot, wanted)
+    text = spectra.table(profiles) + (f"\npicture: {plot}" if plot else "")
+    options.show(spectra.as_numbers(profiles), text, as_json)
