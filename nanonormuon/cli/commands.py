@@ -110,7 +110,7 @@ def evaluate(
     normuon-train evaluate RUN --text book.txt --stride 64
     normuon-train evaluate RUN --data data/mine --choices hellaswag_val.jsonl --json
     """
-    from nanonormuon import evaluate as evaluation
+    from nanonormuon.pretrained import judge as evaluation
 
     results = evaluation.evaluate(
         path, data or (), text or (), choices or (), window, stride, max_tokens,

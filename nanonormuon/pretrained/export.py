@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nanonormuon.data import validation_batches
 from nanonormuon.errors import UsageError, need
-from nanonormuon.evaluate import RESULTS, kept
 from nanonormuon.model import GPT
 from nanonormuon.pretrained import models as pretrained
+from nanonormuon.pretrained.judge import RESULTS, kept
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.files import sync_directory, write_durably
 from nanonormuon.storage.run import read_metrics
