@@ -69,7 +69,7 @@ def sample(
         raise typer.BadParameter(f"--seed {seed}: expected -2^63 to 2^63 - 1")
     import torch
 
-    from nanonormuon import sample as sampling
+    from nanonormuon.cli import sampling
     from nanonormuon.pretrained import models as pretrained
     from nanonormuon.runtime import distributed
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from nanonormuon.cli import app as cli
-from nanonormuon.errors import DataError
+from nanonormuon.errors import CheckpointError, DataError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import judge, models
 from nanonormuon.pretrained import multiple_choice as choices
@@ -82,6 +82,11 @@ def test_an_id_that_the_model_lacks_is_refused(tmp_path):
     text.shards[0][0] = 0
     with pytest.raises(DataError, match=r"token 9: id below 100 expected, 120 found"):
         judge.on_split(model, byte, world, 8, 8, 0, text)
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a run directory"):
+        models.find_checkpoint(tmp_path)
 
 
 def test_a_run_whose_data_are_gone_asks_for_others():
