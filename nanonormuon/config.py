@@ -12,7 +12,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Decimal, InvalidOperation
 from importlib import resources
 from pathlib import Path
@@ -360,18 +360,20 @@ def differences(old: Config, new: Config) -> list[str]:
     return lines
 
 
-def to_toml(config: Config, origin: dict[str, str] | None = None) -> str:
-    """The whole configuration as TOML; with `origin`, each line says where its value comes from."""
+def to_toml(
+    config: Config | dict[str, dict[str, Any]], origin: dict[str, str] | None = None
+) -> str:
+    """A configuration, or the dictionary that a checkpoint keeps of one, as TOML. With `origin`,
+    each line says where its value comes from."""
     lines = []
-    for section, kind in SECTIONS.items():
+    for section, table in (asdict(config) if isinstance(config, Config) else config).items():
         lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
-        for f in fields(kind):
-            value = getattr(getattr(config, section), f.name)
+        for name, value in table.items():
             text = str(value).lower() if isinstance(value, bool) else repr(value)
             if isinstance(value, str):
                 text = json.dumps(value, ensure_ascii=False)  # its escapes are TOML's
-            line = f"{f.name} = {text}"
+            line = f"{name} = {text}"
             if origin is not None:
-                line = f"{line:<36}  # {origin.get(f'{section}.{f.name}', 'default')}"
+                line = f"{line:<36}  # {origin.get(f'{section}.{name}', 'default')}"
             lines.append(line)
     return "\n".join(lines) + "\n"

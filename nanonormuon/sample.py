@@ -119,7 +119,7 @@ def write(
     model: GPT, rows: Sequence[Text], prompt: str, max_tokens: int, **settings: Any
 ) -> Iterator[list[str]]:
     """Continue `prompt` in every row at once until all texts have ended. Yields, token by token,
-    the new printable piece of each row. settings: those of `generate`; row i has seed `seed` + i."""
+    each row's new printable piece. settings: those of `generate`; row i has the seed `seed` + i."""
     tokenizer = rows[0].tokenizer
     ids = [tokenizer.eot, *tokenizer.encode(prompt)]  # as every document begins
     for choices in generate(model, torch.tensor([ids] * len(rows)), max_tokens, **settings):

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 
 def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
-    """Yield the prompts of one command: `prompt`, or standard input if it is "-"; the text of `file`;
-    or each line that a person types until the end of input. Raises UsageError."""
+    """Yield the prompts of one command: `prompt`, or standard input if it is "-"; the text of a
+    file; or each line that a person types until the end of input. Raises UsageError."""
     if interactive:
         while True:
             print("prompt> ", end="", file=sys.stderr, flush=True)
