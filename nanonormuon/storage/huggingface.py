@@ -1,8 +1,7 @@
 """A model as Hugging Face describes it: `config.json` and the names of parameters.
 
-The default model is transformers' Qwen3 exactly; without q and k norms it is Llama. Parameters have
-the names that they have there, less the prefix `model.` of everything but the head.
-"""
+The default model is transformers' Qwen3 exactly, and Llama without q and k norms. Names differ by
+the prefix `model.`, which theirs have on everything but the head."""
 
 import math
 from dataclasses import asdict, replace
