@@ -324,10 +324,15 @@ def differences(old: Config, new: Config) -> list[str]:
     return lines
 
 
-def to_toml(config: Config, origin: dict[str, str] | None = None) -> str:
-    """Write the whole configuration as TOML; with `origin`, each line shows its value's origin."""
+def to_toml(
+    config: Config | dict[str, dict[str, Any]], origin: dict[str, str] | None = None
+) -> str:
+    """Write a configuration, or the dictionary of one in a checkpoint's state.json, as TOML.
+
+    With `origin`, each line shows its value's origin.
+    """
     sections = []
-    for section, table in asdict(config).items():
+    for section, table in (asdict(config) if isinstance(config, Config) else config).items():
         lines = [f"[{section}]"]
         for key, value in table.items():
             line = f"{key} = {json.dumps(value, ensure_ascii=False)}"  # JSON's values are TOML's

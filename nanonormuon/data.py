@@ -227,31 +227,43 @@ def _gather(split: Split, windows: np.ndarray, seq_len: int) -> tuple[torch.Tens
 
 
 def validation_targets(split: Split, max_tokens: int = 0) -> int:
-    """How many tokens `validation_batches` predicts: all but each shard's first, or max_tokens."""
+    """Number of tokens that `validation_batches` predicts: all but the first of each shard, or
+    max_tokens of them."""
     total = split.tokens - len(split.shards)
     return min(total, max_tokens) if max_tokens else total
 
 
 def validation_batches(
-    split: Split, seq_len: int, batch: int, rank: int = 0, world: int = 1, max_tokens: int = 0
+    split: Split,
+    seq_len: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    max_tokens: int = 0,
+    stride: int = 0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's share of the validation split: (batch, seq_len) int64 tokens and targets.
 
-    Over all ranks every target of the split (or its first `max_tokens`) comes exactly once. What
-    pads the last window of a shard, and the rows that give every rank equally many batches of one
-    shape, has target -1, which the loss ignores.
+    Over all ranks every target of the split (or of its first `max_tokens`) comes exactly once. The
+    windows of a shard begin `stride` tokens apart (0: seq_len). Where they overlap, a target counts
+    in the first of them only, so that past a shard's first window at least seq_len - stride tokens
+    precede each. Everything else has target -1, which the loss ignores: targets that do not count,
+    padding, and whole rows that give every rank equally many batches of one shape.
     """
-    left = validation_targets(split, max_tokens)
+    left, stride = validation_targets(split, max_tokens), stride or seq_len
     if left < 1:
         raise DataError(f"{split.paths[0].parent}: the validation split has no token to predict")
-    rows = []  # shard, offset, targets that count
+    rows = []  # shard, offset, and the positions between which targets count
     for index, shard in enumerate(split.shards):
-        for offset in range(0, min(len(shard) - 1, left), seq_len):
-            rows.append((index, offset, min(seq_len, left - offset)))
-        left -= min(len(shard) - 1, left)
-    rows += [(-1, 0, 0)] * (-len(rows) % (batch * world))
+        targets = min(len(shard) - 1, left)
+        left -= targets
+        if targets:
+            for offset in range(0, max(targets - seq_len, 0) + stride, stride):
+                rows.append((index, offset, seq_len - stride if offset else 0, targets - offset))
+    rows += [(-1, 0, 0, 0)] * (-len(rows) % (batch * world))
+    position = np.arange(seq_len)
     for start in range(rank * batch, len(rows), batch * world):
         part = np.array(rows[start : start + batch], np.int64)
         tokens, targets = _gather(split, part[:, :2], seq_len)
-        targets[torch.arange(seq_len) >= torch.from_numpy(part[:, 2:])] = -1
-        yield tokens, targets
+        counts = (part[:, 2:3] <= position) & (position < part[:, 3:])
+        yield tokens, targets.masked_fill(~torch.from_numpy(counts), -1)

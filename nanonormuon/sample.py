@@ -1,22 +1,15 @@
 """Text from a model, token by token, with a KV cache."""
 
 import codecs
-import json
-import logging
-import sys
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanonormuon.errors import TokenizerError, UsageError
+from nanonormuon.errors import TokenizerError
 from nanonormuon.model import GPT, Cache
 from nanonormuon.text.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -30,13 +23,13 @@ def generate(
     seed: int = 0,
     context: int = 1 << 30,
 ) -> Iterator[Tensor]:
-    """prompt (B, T) int64, T >= 1 -> up to max_tokens times the next tokens (B,), on the CPU.
+    """Continue prompt (B, T) int64, T >= 1: yield max_tokens times the next tokens (B,) on the CPU.
 
-    temperature 0 takes the likeliest token. top_k > 0 keeps so many of the likeliest tokens, top_p
-    the fewest that together have that probability. The draw is made on the CPU, row i's from
-    seed + i: one seed, one text, on every device with the same logits and in any batch. context:
-    tokens that the model was trained to look back on; when they are full, the older half is
-    forgotten.
+    temperature 0 takes the likeliest token. top_k > 0 keeps only that many of the likeliest tokens,
+    top_p the fewest of them whose probabilities add up to it. Row i is drawn on the CPU from the
+    seed `seed` + i: its text depends neither on the batch nor, given equal logits, on the device.
+    context: the length of the windows that the model was trained on; when as many tokens are in
+    sight, the older half is dropped.
     """
     random = [torch.Generator().manual_seed(seed + i) for i in range(len(prompt))]
     device = model.embed_tokens.weight.device
@@ -60,7 +53,7 @@ def draw(
     top_p: float,
     random: Sequence[torch.Generator],
 ) -> Tensor:
-    """logits (B, vocab_size) -> (B,) token ids; each row has a generator of its own."""
+    """logits (B, vocab_size) -> (B,) token ids, each row drawn with its own generator."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -70,7 +63,7 @@ def draw(
     probabilities = logits.softmax(-1)
     if top_p < 1:
         ranked, order = probabilities.sort(descending=True)
-        before = ranked.cumsum(-1) - ranked  # a token stays if those ahead of it do not suffice
+        before = ranked.cumsum(-1) - ranked  # a token stays if the likelier ones do not reach top_p
         probabilities.scatter_(1, order, ranked.masked_fill(before >= top_p, 0))
     rows = zip(probabilities, random, strict=True)
     return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
@@ -125,8 +118,8 @@ class Text:
 def write(
     model: GPT, rows: Sequence[Text], prompt: str, max_tokens: int, **settings: Any
 ) -> Iterator[list[str]]:
-    """Continue `prompt` once per row, all at once, until every text has ended: the new printable
-    piece of each row, token by token. settings: as for `generate`; row i draws from seed + i."""
+    """Continue `prompt` in every row at once until all texts have ended. Yields, token by token,
+    each row's new printable piece. settings: those of `generate`; row i has the seed `seed` + i."""
     tokenizer = rows[0].tokenizer
     ids = [tokenizer.eot, *tokenizer.encode(prompt)]  # as every document begins
     for choices in generate(model, torch.tensor([ids] * len(rows)), max_tokens, **settings):
@@ -144,69 +137,8 @@ def stream(
     stops: Sequence[str] = (),
     **settings: Any,
 ) -> Iterator[str]:
-    """The continuation of `prompt` in printable pieces, up to the end of the document, a stop
-    string or max_tokens. settings: as for `generate`."""
+    """Yield the continuation of `prompt` in printable pieces, up to the end of the document, a stop
+    string or max_tokens. settings: those of `generate`."""
     for (piece,) in write(model, [Text(tokenizer, stops)], prompt, max_tokens, **settings):
         if piece:
             yield piece
-
-
-# ------------------------------------------------------------------------------------------------
-# For people at a terminal, and for programs
-
-
-def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
-    """The prompts of one call: the text itself, of standard input for "-", of a file, or line by
-    line from a person, until the end of the input. Raises UsageError for a file."""
-    if interactive:
-        while True:
-            print("prompt> ", end="", file=sys.stderr, flush=True)
-            if not (line := sys.stdin.readline()):
-                print(file=sys.stderr)
-                return
-            yield line.rstrip("\n")
-    elif file is not None:
-        try:
-            yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{file}: not UTF-8 at offset {error.start}") from None
-        except OSError as error:
-            raise UsageError(f"--file {file}: {error.strerror}, expected a text file") from None
-    else:
-        yield sys.stdin.read() if prompt == "-" else prompt
-
-
-def show(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_tokens: int,
-    num: int = 1,
-    stops: Sequence[str] = (),
-    as_json: bool = False,
-    **settings: Any,
-) -> None:
-    """Print `num` continuations of a prompt: one as it comes, several when all are complete, or
-    lines of JSON; then the speed, in the log. settings: as for `generate`."""
-    start, rows, texts = (
-        time.perf_counter(),
-        [Text(tokenizer, stops) for _ in range(num)],
-        [""] * num,
-    )
-    live = num == 1 and not as_json
-    if live:
-        sys.stdout.write(prompt)
-    for pieces in write(model, rows, prompt, max_tokens, **settings):
-        texts = [text + piece for text, piece in zip(texts, pieces)]
-        if live:
-            sys.stdout.write(pieces[0])
-            sys.stdout.flush()
-    if live:
-        sys.stdout.write("\n")
-    for i, text in enumerate(texts if not live else ()):
-        row = {"prompt": prompt, "text": text, "seed": settings.get("seed", 0) + i}
-        as_text = f"--- sample {i + 1}\n{prompt}{text}"
-        print(json.dumps(row, ensure_ascii=False) if as_json else as_text)
-    sys.stdout.flush()
-    seconds, tokens = time.perf_counter() - start, sum(row.tokens for row in rows)
-    log.info(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")

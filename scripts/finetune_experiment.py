@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 
 from nanonormuon.config import load
-from nanonormuon.evaluate import evaluate
+from nanonormuon.pretrained.judge import evaluate
 from nanonormuon.runs.compare import read
 from nanonormuon.text.prepare import prepare
 from nanonormuon.train import train

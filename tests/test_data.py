@@ -280,10 +280,12 @@ def test_batches_are_fast(tmp_path: Path) -> None:
     st.integers(1, 4),
     st.integers(1, 3),
     st.integers(0, 60),
+    st.integers(0, 9),
 )
 def test_validation_covers_each_target_once(
-    lengths: list[int], seq_len: int, batch: int, world: int, max_tokens: int
+    lengths: list[int], seq_len: int, batch: int, world: int, max_tokens: int, stride: int
 ) -> None:
+    stride = min(stride, seq_len)
     split = split_of(*lengths)
     expected = [(t - 1, t) for shard in split.shards for t in shard[1:].tolist()]
     expected = expected[: max_tokens or None]
@@ -293,7 +295,7 @@ def test_validation_covers_each_target_once(
             next(data.validation_batches(split, seq_len, batch))
         return
     ranks = [
-        list(data.validation_batches(split, seq_len, batch, rank, world, max_tokens))
+        list(data.validation_batches(split, seq_len, batch, rank, world, max_tokens, stride))
         for rank in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -303,5 +305,9 @@ def test_validation_covers_each_target_once(
         counts = targets >= 0
         pairs += list(zip(tokens[counts].tolist(), targets[counts].tolist(), strict=True))
         assert (targets[~counts] == -1).all()
-        assert (counts[:, 1:] <= counts[:, :-1]).all(), "padding stands at the end of a row"
+        if stride in (0, seq_len):
+            assert (counts[:, 1:] <= counts[:, :-1]).all(), "padding stands at the end of a row"
+        else:
+            later = tokens[:, 0] % 1000 > 0  # than the first window of its shard
+            assert not counts[later, : seq_len - stride].any()
     assert sorted(pairs) == expected

@@ -1,17 +1,12 @@
 """Sampling: greedy with a cache equals full recomputation, seeds decide, filters keep what they
 should, and characters come out whole."""
 
-import io
-import json
-
 import pytest
 import torch
 
 from nanonormuon import sample
-from nanonormuon.cli import app as cli
-from nanonormuon.errors import CheckpointError
 from nanonormuon.model import GPT, GPTConfig
-from nanonormuon.pretrained import models as pretrained
+from nanonormuon.pretrained import models
 from nanonormuon.text import tokenizer
 
 
@@ -99,11 +94,6 @@ def test_beyond_its_context_the_model_sees_the_younger_half(model):
     assert len(long) == 3
 
 
-def test_what_is_no_run_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="neither a run directory"):
-        pretrained.find_checkpoint(tmp_path)
-
-
 def spelt(text, stops, piece=1):
     """What comes out of a text given byte by byte, and whether it ended by itself."""
     rows = sample.Text(tokenizer.get("byte"), stops)
@@ -144,7 +134,7 @@ def test_the_first_of_several_stop_strings_in_one_token_counts(monkeypatch):
 
 
 def test_a_batch_gives_what_each_sample_gives_alone(trained):
-    model, byte, _ = pretrained.load_run(trained, torch.float32, torch.device("cpu"))
+    model, byte, _ = models.load_run(trained, torch.float32, torch.device("cpu"))
     rows = [sample.Text(byte, ["bird"]) for _ in range(4)]
     texts = [""] * 4
     for pieces in sample.write(model, rows, "the", 60, seed=7):
@@ -153,29 +143,3 @@ def test_a_batch_gives_what_each_sample_gives_alone(trained):
         alone = sample.stream(model, byte, "the", 60, ["bird"], seed=7 + i)
         assert text == "".join(alone) and "bird" not in text
     assert len(set(texts)) > 1
-
-
-def test_prompts_from_everywhere(trained, tmp_path, monkeypatch, capsys):
-    def said(*arguments, typed=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        settings = ["--max-tokens", "12", "--temperature", "0", "--device", "cpu"]
-        assert cli.main(["sample", str(trained), *settings, *arguments]) == 0
-        return capsys.readouterr()
-
-    found = said("--prompt", "the cat")
-    assert found.out.startswith("the cat") and "tokens/s" in found.err
-    (tmp_path / "prompt.txt").write_text("the cat")
-    assert said("--file", str(tmp_path / "prompt.txt")).out == found.out
-    assert said("--prompt", "-", typed="the cat").out == found.out
-    assert said("--interactive", typed="the cat\nthe cat").out == found.out * 2
-    assert said("--prompt", "the cat", "--quiet").err == ""
-    rows = said("--prompt", "the cat", "--num", "2", "--json").out.splitlines()
-    assert [json.loads(r)["prompt"] + json.loads(r)["text"] + "\n" for r in rows] == [found.out] * 2
-    stopped = said("--prompt", "the cat", "--stop", found.out[10:14])
-    assert stopped.out == found.out[: found.out.index(found.out[10:14], 7)] + "\n"
-    assert cli.main(["sample", str(trained), "--file", str(tmp_path / "no.txt")]) == 2
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
-    assert cli.main(["sample", str(trained), "--file", str(tmp_path / "bytes.txt")]) == 2
-    assert "not UTF-8" in capsys.readouterr().err
-    assert cli.main(["sample", str(trained), "--prompt", "a", "--interactive"]) == 2
-    assert "expected one of them" in capsys.readouterr().err

@@ -38,15 +38,15 @@ def sample(
         raise typer.BadParameter("--prompt, --file, --interactive: expected one of them")
     if not -(1 << 63) <= seed < 1 << 63:
         raise typer.BadParameter(f"--seed {seed}: expected -2^63 to 2^63 - 1")
-    from nanonormuon import sample as sampling
-    from nanonormuon.pretrained import models as pretrained
+    from nanonormuon.cli import sampling
+    from nanonormuon.pretrained import models
     from nanonormuon.runtime import distributed
 
     where = started(device).device
     dtype = distributed.compute_dtype("auto", where)
-    model, tokenizer, found = pretrained.load_run(path, dtype, where)
+    model, tokenizer, found = models.load_run(path, dtype, where)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    settings["context"] = pretrained.context_of(found)
+    settings["context"] = models.context_of(found)
     for text in sampling.prompts(prompt, file, interactive):
         sampling.show(model, tokenizer, text, max_tokens, num, stop or (), as_json, **settings)
 
@@ -77,13 +77,13 @@ def evaluate(
     normuon-train evaluate RUN --text book.txt --stride 64
     normuon-train evaluate RUN --data data/mine --choices hellaswag_val.jsonl --json
     """
-    from nanonormuon import evaluate as evaluation
+    from nanonormuon.pretrained import judge
 
     started(device)
-    results = evaluation.evaluate(
+    results = judge.evaluate(
         path, data or (), text or (), choices or (), window, stride, max_tokens, device
     )
-    options.show(results, "\n".join(map(evaluation.describe, results)), as_json)
+    options.show(results, "\n".join(map(judge.describe, results)), as_json)
 
 
 def export(

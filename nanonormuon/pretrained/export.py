@@ -1,10 +1,8 @@
-"""A clean Hugging Face directory from a run, published only when transformers computes with it what
-the run's model computes."""
+"""A run's model as a clean Hugging Face directory, published only if transformers loads it and
+computes the same logits."""
 
 import json
-import os
-import shutil
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,27 +10,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanonormuon.config import to_toml
 from nanonormuon.data import validation_batches
 from nanonormuon.errors import UsageError, need
-from nanonormuon.evaluate import RESULTS, kept
-from nanonormuon.model import GPT
-from nanonormuon.pretrained import models as pretrained
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.pretrained import judge, models
 from nanonormuon.storage import huggingface as hf
-from nanonormuon.storage.files import sync_directory, write_durably
+from nanonormuon.storage.files import publish, write_durably
 from nanonormuon.storage.run import read_metrics
 from nanonormuon.storage.shards import Data
 from nanonormuon.storage.tensors import serialise
 from nanonormuon.text.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TABLES = ("embed_tokens.weight", "lm_head.weight")  # one row per token id
 TOLERANCE = 1e-4  # between two float32 implementations, per unit of the largest logit (at least 1)
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nanonormuon, normuon]
+---
+
+# {name}
+
+A language model of {millions:.2f}M parameters ({config.n_layer} layers, width {config.n_embd}, \
+vocabulary {config.vocab_size}), trained with nanonormuon. Architecture {report[architecture]}, \
+weights {report[dtype]}. It continues text; it has no chat format.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("Once")["input_ids"]]])
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```
+
+Checked on {report[tokens_compared]} tokens of validation text: logits as transformers computes \
+them differ by at most {report[largest_difference]:.2g} from nanonormuon's with these weights, by \
+{report[largest_difference_to_run]:.2g} from the run's own.
+"""
+RECIPE = """
+## Recipe
+
+After step {step:,}, {tokens:,} tokens.
+
+```toml
+{toml}```
+
+Data fingerprint `{data}`,
+tokenizer hash `{tokenizer}`.
+"""
 
 
 def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) -> dict[str, Any]:
     """Write the model of a run or checkpoint to the new directory `to`; returns what was verified.
 
     `to` appears complete and verified, or not at all. Rows that pad the vocabulary are cut off.
-    Raises UsageError for a model that transformers has no architecture for or computes otherwise,
+    data: prepared directory whose validation text is compared (None: the run's own). Raises
+    UsageError for a model that transformers cannot express or computes differently,
     CheckpointError, DataError, OSError.
     """
     shown, to = to, to.resolve()
@@ -40,41 +77,34 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
         raise UsageError(f"{shown}: the current directory: name a new one, as --to models/mine")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(f"{shown}: exists already: choose another --to, or remove it")
-    model, tokenizer, found = pretrained.load_run(path, torch.float32, torch.device("cpu"))
+    model, tokenizer, found = models.load_run(path, torch.float32, torch.device("cpu"))
     if odd := hf.obstacles(model.config):
         raise UsageError(f"{found}: neither Qwen3 nor Llama can express {', '.join(odd)}")
     transformers = need("transformers", "export")
-    state = pretrained.state_of(found)
-    tokens = some_tokens(pretrained.data_of(state, tokenizer, data), pretrained.context_of(found))
-    exported = cut(model, tokenizer.vocab_size, DTYPES[dtype])
-    context, name = pretrained.context_of(found), str(DTYPES[dtype]).removeprefix("torch.")
-    special = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-    weights = {hf.to_hf(n): p.detach().to(DTYPES[dtype]) for n, p in exported.named_parameters()}
-    describes = hf.plain_config(exported.config, context, tokenizer.eot, name)
+    state, context = models.state_of(found), models.context_of(found)
+    tokens = some_tokens(models.data_of(state, tokenizer, data), context)
+    eot, rows = tokenizer.eot, min(tokenizer.vocab_size, model.config.vocab_size)
+    weights = {
+        hf.to_hf(name): (p[:rows] if name in TABLES else p).detach().to(DTYPES[dtype])
+        for name, p in model.named_parameters()
+    }
+    config = replace(model.config, vocab_size=rows)
+    described = hf.plain_config(config, context, eot, str(DTYPES[dtype]).removeprefix("torch."))
+    sampling = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "temperature": 0.8}
     files = {
-        "config.json": as_json(describes),
-        "generation_config.json": as_json({**special, "do_sample": True, "temperature": 0.8}),
+        "config.json": as_json(described),
+        "generation_config.json": as_json(sampling),
         "model.safetensors": serialise(weights),
         **tokenizer.files(),
     }
-    partial = to.with_name(f".{to.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with publish(to) as partial:
         for file, content in files.items():
             write_durably(partial / file, content)
-        report = verify(partial, transformers, model, exported, tokenizer, tokens)
+        report = verify(partial, transformers, model, tokenizer, tokens)
         report |= {"to": str(shown), "checkpoint": str(found), "dtype": dtype}
-        report["rows_cut"] = model.config.vocab_size - exported.config.vocab_size
-        card = model_card(exported, report, state, pretrained.run_of(path))
+        report["rows_cut"] = model.config.vocab_size - rows
+        card = model_card(config, report, state, models.run_of(path))
         write_durably(partial / "README.md", card.encode())
-        sync_directory(partial)
-        with suppress(FileNotFoundError):
-            to.rmdir()  # an empty one
-        os.replace(partial, to)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync_directory(to.parent)
     return report
 
 
@@ -90,23 +120,12 @@ def some_tokens(data: Data, context: int) -> Tensor:
     return tokens[full] if bool(full.any()) else tokens[:1]
 
 
-def cut(model: GPT, vocab_size: int, dtype: torch.dtype) -> GPT:
-    """A copy with `vocab_size` rows in embedding and head, its weights rounded to `dtype`."""
-    config = replace(model.config, vocab_size=min(vocab_size, model.config.vocab_size))
-    copy = GPT(config, torch.float32).eval()
-    values = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, p in copy.named_parameters():
-            p.copy_(values[name][: p.size(0)].to(dtype))
-    return copy
-
-
 @torch.no_grad()
 def verify(
-    folder: Path, transformers: Any, model: GPT, exported: GPT, tokenizer: Tokenizer, tokens: Tensor
+    folder: Path, transformers: Any, model: GPT, tokenizer: Tokenizer, tokens: Tensor
 ) -> dict[str, Any]:
-    """Load `folder` through transformers and compare, in float32, logits and token ids on real
-    text. Raises UsageError if they differ."""
+    """Load `folder` through transformers and with nanonormuon, and compare logits (in float32) and
+    token ids on real text. Raises UsageError if they differ."""
     transformers.utils.logging.disable_progress_bar()
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True
@@ -114,13 +133,15 @@ def verify(
     odd = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if odd:
         raise UsageError(f"transformers did not load {len(odd)} tensors, first {odd[0]}")
-    theirs = loaded.float().eval()(tokens).logits
-    ours, original = exported(tokens), model(tokens)[..., : exported.config.vocab_size]
+    exported = models.load_model(folder, torch.float32, torch.device("cpu"))
+    ours, theirs = exported(tokens), loaded.float().eval()(tokens).logits
+    original = model(tokens)[..., : ours.size(-1)]
     difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
-    if not difference <= TOLERANCE * max(1.0, largest):
+    allowed = TOLERANCE * max(1.0, largest)
+    if not difference <= allowed:
         raise UsageError(
             f"transformers computes other logits: largest difference {difference:.3g}, expected at "
-            f"most {TOLERANCE * max(1.0, largest):.3g}; nothing was exported"
+            f"most {allowed:.3g}; nothing was exported"
         )
     text = tokenizer.decode([t for t in tokens.flatten().tolist() if t != tokenizer.eot])
     other = transformers.AutoTokenizer.from_pretrained(folder)
@@ -137,61 +158,37 @@ def verify(
 
 
 def model_card(
-    model: GPT, report: dict[str, Any], state: dict[str, Any] | None, run: Path | None
+    config: GPTConfig, report: dict[str, Any], state: dict[str, Any] | None, run: Path | None
 ) -> str:
-    """The README.md of a model directory: what it is, how it came about, what it reaches."""
-    c = model.config
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [nanonormuon, normuon]",
-        "---",
-        "",
-        f"# {run.resolve().name if run else 'model'}",
-        "",
-        f"A language model of {report['parameters'] / 1e6:.2f}M parameters ({c.n_layer} layers, "
-        f"width {c.n_embd}, vocabulary {c.vocab_size}), trained with nanonormuon. Architecture "
-        f"{report['architecture']}, weights {report['dtype']}. It continues text; it has no chat "
-        "format.",
-        "",
-        "```python",
-        "import torch",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-        'ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("Once")["input_ids"]]])',
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))",
-        "```",
-        "",
-        f"Checked on {report['tokens_compared']} tokens of validation text: logits as transformers "
-        f"computes them differ by at most {report['largest_difference']:.2g} from nanonormuon's "
-        f"with these weights, by {report['largest_difference_to_run']:.2g} from the run's own.",
-    ]
-    rows = read_metrics(run / "metrics.jsonl") if run else []
-    curve = [r for r in rows if "val_loss" in r]
+    """The README.md of a model directory: what it is, what it reaches, how it was trained."""
+    name, millions = run.resolve().name if run else "model", report["parameters"] / 1e6
+    card = CARD.format(name=name, millions=millions, config=config, report=report)
+    curve = [r for r in read_metrics(run / "metrics.jsonl") if "val_loss" in r] if run else []
     if curve:
-        lines += ["", "## Validation", "", "| step | tokens | loss (nats) | bits per byte |"]
-        lines += ["|---|---|---|---|"]
         every = -(-len(curve) // 12)
-        for r in [r for i, r in enumerate(curve) if (len(curve) - 1 - i) % every == 0]:
-            bpb = "" if r.get("val_bpb") is None else f"{r['val_bpb']:.4f}"
-            lines.append(f"| {r['step']} | {r['tokens']:,} | {r['val_loss']:.4f} | {bpb} |")
-    if run and (results := kept(run / RESULTS)):
-        lines += ["", "## Evaluations", "", "| set | result |", "|---|---|"]
-        for r in results:
-            value = f"loss {r['loss']:.4f}" if "loss" in r else f"accuracy {r['accuracy']:.4f}"
-            lines.append(f"| {r['set']} | {value} |")
+        shown = [r for i, r in enumerate(reversed(curve)) if i % every == 0][::-1]  # with the last
+        forms = {"step": "", "tokens": ",", "val_loss": ".4f", "val_bpb": ".4f"}
+        rows = [[digits(r.get(name), form) for name, form in forms.items()] for r in shown]
+        card += table("Validation", ("step", "tokens", "loss (nats)", "bits per byte"), rows)
+    if results := judge.kept(run / judge.RESULTS) if run else []:
+        measures = ("loss" if "loss" in r else "accuracy" for r in results)
+        rows = ((r["set"], f"{m} {r[m]:.4f}") for r, m in zip(results, measures))
+        card += table("Evaluations", ("set", "result"), rows)
     if state:
-        lines += ["", "## Recipe", "", f"After step {state['step']:,}, {state['tokens']:,} tokens."]
-        lines += ["", "```toml"]
-        for section, table in state["config"].items():
-            lines.append(f"[{section}]")
-            for key, value in table.items():
-                if key in ("path", "init_from"):  # where it lay is nobody's business
-                    value = Path(value).name
-                lines.append(f"{key} = {json.dumps(value)}")
-        lines += ["```", "", f"Data fingerprint `{state['data']}`,"]
-        lines.append(f"tokenizer hash `{state['tokenizer']}`.")
-    return "\n".join(lines) + "\n"
+        private = ("path", "init_from")  # where files lay on the machine is nobody's business
+        recipe = {
+            section: {k: Path(v).name if k in private else v for k, v in values.items()}
+            for section, values in state["config"].items()
+        }
+        card += RECIPE.format(toml=to_toml(recipe), **state)
+    return card
+
+
+def digits(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table under a heading."""
+    lines = [header, ["---"] * len(header), *rows]
+    return f"\n## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)

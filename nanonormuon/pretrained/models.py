@@ -1,4 +1,4 @@
-"""A trained model on disk, ours or Hugging Face's: find it, check it, load it."""
+"""A trained model on disk, a run's or a Hugging Face directory: find it, check it, load it."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from nanonormuon.errors import CheckpointError, DataError
 from nanonormuon.model import GPT, GPTConfig
-from nanonormuon.storage import checkpoints as checkpoint
+from nanonormuon.storage import checkpoints
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.shards import Data, open_data
 from nanonormuon.storage.tensors import TensorFile, check_names, check_shape, placed_like
+from nanonormuon.text.builtin import builtin_python
 from nanonormuon.text.tokenizer import FILE as TOKENIZER_FILE
 from nanonormuon.text.tokenizer import Tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer
@@ -21,15 +22,15 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A run directory -> its newest verified checkpoint; a checkpoint -> itself, verified; a
+    """A run directory -> its newest checkpoint that verifies; a checkpoint -> itself, verified; a
     Hugging Face model directory -> itself."""
     if (path / "manifest.json").exists():
-        if isinstance(checkpoint.read_json(path / "manifest.json").get("train"), dict):
+        if isinstance(checkpoints.read_json(path / "manifest.json").get("train"), dict):
             raise CheckpointError(f"{path}: prepared data, expected a run or a model trained on it")
-        checkpoint.verify(path)
+        checkpoints.verify(path)
         return path
     if (path / "checkpoints").is_dir():
-        return checkpoint.newest(path / "checkpoints")[0]
+        return checkpoints.newest(path / "checkpoints")[0]
     if (path / "config.json").is_file() and any((path / n).is_file() for n in (WEIGHTS, INDEX)):
         return path
     raise CheckpointError(
@@ -39,22 +40,22 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def run_of(path: Path) -> Path | None:
-    """The run directory that a path is, or that a checkpoint lies in."""
-    homes = (path, path.parent.parent) if checkpoint.step_of(path) is not None else (path,)
+    """The run directory that `path` is, or the one around the checkpoint that it is, if any."""
+    homes = (path, path.parent.parent) if checkpoints.step_of(path) is not None else (path,)
     return next((p for p in homes if (p / "config.toml").is_file()), None)
 
 
 def state_of(path: Path) -> dict[str, Any] | None:
-    """A checkpoint's state.json; None for a model directory that no run of ours left."""
+    """A checkpoint's state.json; None for a model directory without one."""
     file = path / "state.json"
-    return checkpoint.read_json(file) if file.is_file() else None
+    return checkpoints.read_json(file) if file.is_file() else None
 
 
 def model_config(path: Path) -> GPTConfig:
-    """The model's config, in the sizes that the weights' headers have, so that nothing is allocated
-    on config.json's word alone. Raises CheckpointError naming what in it does not fit."""
+    """The model's config. Its sizes must be those in the weights' headers, so that no config.json
+    can cause a huge allocation by itself. Raises CheckpointError naming what does not fit."""
     file = path / "config.json"
-    content = checkpoint.read_json(file)
+    content = checkpoints.read_json(file)
     try:
         config = hf.gpt_config(content).resolved()
     except (ValueError, TypeError) as error:
@@ -72,15 +73,15 @@ def model_config(path: Path) -> GPTConfig:
 
 
 def context_of(path: Path) -> int:
-    """Tokens that a model was trained to look back on."""
-    return int(checkpoint.read_json(path / "config.json")["max_position_embeddings"])
+    """The context length, in tokens, that a model was trained with."""
+    return int(checkpoints.read_json(path / "config.json")["max_position_embeddings"])
 
 
 def tensor_files(path: Path) -> list[TensorFile]:
-    """A model directory's one file of weights, or the several that its index names."""
+    """A model directory's file of weights, or the files that its index names."""
     files = [WEIGHTS]
     if not (path / WEIGHTS).is_file() and (path / INDEX).is_file():
-        names = checkpoint.read_json(path / INDEX).get("weight_map")
+        names = checkpoints.read_json(path / INDEX).get("weight_map")
         files = sorted(set(map(str, names.values()))) if isinstance(names, dict) else [""]
         for name in files:
             if not name or Path(name).name != name:
@@ -89,9 +90,9 @@ def tensor_files(path: Path) -> list[TensorFile]:
 
 
 def read_weights(path: Path, tied: bool) -> dict[str, Tensor]:
-    """A model directory's tensors in float32."""
+    """A model directory's tensors in float32. tied: without a head that equals the embedding."""
     tensors = {name: file.read(name) for file in tensor_files(path) for name in file.entries}
-    # old Llama files hold a table that follows from rope_theta; some tied models their head twice
+    # some Llama files also hold a table that follows from rope_theta
     tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if tied and head is not None and table is not None and torch.equal(head, table):
@@ -103,7 +104,7 @@ def read_weights(path: Path, tied: bool) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a model of any layout; names and shapes must be its own. Raises CheckpointError."""
+    """Fill a model, sharded or not; names and shapes must match. Raises CheckpointError."""
     parameters = dict(model.named_parameters())
     values = read_weights(path, "lm_head.weight" not in parameters)
     check_names(path, set(values), {hf.to_hf(name) for name in parameters})
@@ -115,19 +116,19 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> GPT:
-    """The model of a checkpoint or model directory, computing in `dtype`."""
+    """The model of a checkpoint or model directory, in float32 and computing in `dtype`."""
     model = GPT(model_config(path), dtype)
     load_weights(model, path)
     return model.to(device).eval()
 
 
 def load_run(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
-    """Model, tokenizer and checkpoint of a run. Raises CheckpointError for what is damaged."""
+    """Model, tokenizer and checkpoint of anything that find_checkpoint accepts."""
     return load_found(find_checkpoint(path), dtype, device)
 
 
 def load_found(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
-    """The same for what find_checkpoint returned, and so verified."""
+    """Model, tokenizer and path of a directory that find_checkpoint returned."""
     if not (path / TOKENIZER_FILE).exists():
         raise CheckpointError(
             f"{path}: holds no tokenizer (it was trained on shards that came without one): set "
@@ -144,7 +145,7 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; copy the model's own {TOKENIZER_FILE} there")
     try:
-        content = checkpoint.read_json(file)
+        content = checkpoints.read_json(file)
         theirs = dict(content["model"]["vocab"])
         theirs |= {t["content"]: t["id"] for t in content["added_tokens"]}
     except (LookupError, TypeError, ValueError) as error:
@@ -161,8 +162,8 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
 
 
 def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | None = None) -> Data:
-    """The data directory at `path`, or else the one that a run was trained on, if it is in this
-    tokenizer's ids. Raises DataError."""
+    """The data directory at `path` (None: the one that the run of `state` was trained on), which
+    must be prepared with this tokenizer. Raises DataError."""
     headerless = False
     if path is None:
         settings = (state or {}).get("config", {}).get("data")
@@ -172,11 +173,9 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
             )
         path, headerless = Path(settings["path"]), settings.get("format") == "nanogpt"
         if settings["path"].startswith("builtin:"):
-            from nanonormuon.text.builtin import builtin_python
-
-            path = Path(builtin_python(settings["tokenizer"]))
+            path = builtin_python(settings["tokenizer"])
         elif not path.is_dir():
-            raise DataError(f"{path}: what the run was trained on is no longer there: give --data")
+            raise DataError(f"{path}: the run's data are no longer there: give --data")
     data = open_data(path, tokenizer.vocab_size, headerless=headerless)
     made_with = data.manifest["tokenizer"]["hash"] if data.manifest else tokenizer.hash
     if made_with != tokenizer.hash:

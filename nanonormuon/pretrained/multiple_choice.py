@@ -1,12 +1,11 @@
 """Multiple choice by log-likelihood: the answer to which the model gives the highest probability.
 
 Contexts, continuations and both accuracies follow EleutherAI's lm-evaluation-harness (tasks
-hellaswag, arc_easy, arc_challenge, piqa; zero-shot), so that figures can be compared.
+hellaswag, arc_easy, arc_challenge, piqa; zero-shot), so that results can be compared.
 """
 
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from nanonormuon.errors import DataError
@@ -32,20 +32,18 @@ class Question:
 
 
 def read(file: Path) -> list[Question]:
-    """The questions of a JSONL file: HellaSwag, ARC or PIQA as published (PIQA's answers are in a
-    file NAME-labels.lst beside NAME.jsonl), or {"context", "choices", "answer"}.
-
-    Raises DataError naming the line.
-    """
+    """Read questions from a JSONL file: HellaSwag, ARC or PIQA as published (with PIQA's answers in
+    NAME-labels.lst beside NAME.jsonl), or {"context", "choices", "answer"}. Raises DataError naming
+    the line."""
     labels = file.with_name(f"{file.stem}-labels.lst")
     answers = labels.read_text().split() if labels.is_file() else None
-    questions = []
     try:
         rows = list(read_jsonl(file))
     except ValueError as error:
         raise DataError(str(error)) from None
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}, expected a JSONL file of questions") from None
+    questions = []
     for number, row in rows:
         try:
             if answers is not None:
@@ -65,8 +63,8 @@ def read(file: Path) -> list[Question]:
 
 
 def parse(row: dict[str, Any]) -> Question:
-    """One published object -> a question. Raises KeyError or ValueError for another layout."""
-    if "endings" in row:  # HellaSwag; brackets are what WikiHow's markup left
+    """One published object -> a question. Raises KeyError or ValueError for an unknown layout."""
+    if "endings" in row:  # HellaSwag; its brackets are remains of WikiHow's markup
         ctx = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if "ctx_a" in row else row["ctx"]
         context = without_markup(f"{row['activity_label']}: {ctx}")
         return Question(context, [without_markup(e) for e in row["endings"]], int(row["label"]))
@@ -93,8 +91,8 @@ def without_markup(text: str) -> str:
 def accuracy(
     model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], window: int
 ) -> dict[str, Any]:
-    """Share of questions whose right choice has the highest log-likelihood, plain and divided by
-    the choice's length in characters; with standard errors."""
+    """The share of questions whose right choice has the highest log-likelihood, plain and divided
+    by the choice's length in characters, with standard errors."""
     rows = []
     for q in questions:
         before = len(tokenizer.encode(q.context))
@@ -111,26 +109,24 @@ def accuracy(
     n = len(questions)
     result: dict[str, Any] = {"questions": n}
     for name, right in (("accuracy", plain), ("accuracy_normalised", normalised)):
-        share = right / n
-        result[name] = share
+        result[name] = share = right / n
         result[f"{name}_stderr"] = math.sqrt(share * (1 - share) / max(n - 1, 1))
     return result
 
 
 @torch.no_grad()
 def log_likelihoods(model: GPT, rows: Sequence[tuple[list[int], int]], window: int) -> list[float]:
-    """Log-probability in nats of the last n tokens of each (ids, n), given those before them. Of a
-    sequence longer than the window the beginning is left out."""
+    """For each (ids, n), the log-probability in nats of the last n tokens given the ones before.
+    The beginning of a sequence that exceeds the window is left out."""
     device = model.embed_tokens.weight.device
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # equal lengths together
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # little padding per batch
     found = [0.0] * len(rows)
     bar = range(0, len(order), BATCH)
-    for start in tqdm(bar, unit="batch", leave=False, disable=not sys.stderr.isatty()):
+    for start in tqdm(bar, unit="batch", leave=False, disable=None):
         part = order[start : start + BATCH]
         cut = [rows[i][0][-(window + 1) :] for i in part]
-        tokens = torch.zeros(len(part), max(map(len, cut)) - 1, dtype=torch.int64)
-        for row, ids in zip(tokens, cut):
-            row[: len(ids) - 1] = torch.tensor(ids[:-1])  # padding follows: causal, so unseen
+        # padding follows the tokens, where causal attention does not see it
+        tokens = pad_sequence([torch.tensor(ids[:-1]) for ids in cut], batch_first=True)
         h = model.hidden(tokens.to(device))
         for i, ids, states in zip(part, cut, h):
             n = min(rows[i][1], len(ids) - 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanonormuon.errors import UsageError
-from nanonormuon.evaluate import RESULTS, kept
+from nanonormuon.pretrained.judge import RESULTS, kept
 from nanonormuon.runs.compare import RunRecord, read, row_of, spell
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import read_jsonl, replace_file

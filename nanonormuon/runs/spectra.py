@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nanonormuon import optim
 from nanonormuon.errors import CheckpointError, UsageError
 from nanonormuon.normuon import coefficients, neuron_factors, newton_schulz
-from nanonormuon.pretrained import models as pretrained
+from nanonormuon.pretrained import models
 from nanonormuon.runs.pictures import picture
 from nanonormuon.storage.run import aligned
 from nanonormuon.storage.tensors import read_tensors
@@ -49,13 +49,13 @@ class Profile:
 def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     """Profile each hidden matrix of a run's newest checkpoint: "momentum" (of AdamW, the first
     moment), "muon" and, if the run kept second moments, "normuon". Raises CheckpointError."""
-    found = pretrained.find_checkpoint(path)
-    state = pretrained.state_of(found)
+    found = models.find_checkpoint(path)
+    state = models.state_of(found)
     if state is None or not (found / "optimizer.safetensors").is_file():
         raise CheckpointError(f"{found}: no optimizer.safetensors: expected a run's checkpoint")
     buffers = read_tensors(found / "optimizer.safetensors")
     settings: dict[str, Any] = state["config"]["optim"]
-    model = pretrained.load_model(found, torch.float32, torch.device("cpu"))
+    model = models.load_model(found, torch.float32, torch.device("cpu"))
     (matrices,) = (g["names"] for g in optim.param_groups(model) if g["role"] == "matrix")
     triples = coefficients(settings["ns_coefficients"], settings["ns_steps"])
     profiles = {}

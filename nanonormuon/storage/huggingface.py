@@ -1,9 +1,7 @@
-"""Hugging Face's side of a model: `config.json` and parameter names.
+"""A model as Hugging Face describes it: `config.json` and the names of parameters.
 
-The default model is transformers' Qwen3 to the letter, without q and k norms it is Llama, and our
-modules carry their names already, so all that differs is the prefix `model.` on everything but the
-head.
-"""
+The default model is transformers' Qwen3 exactly, and Llama without q and k norms. Names differ by
+the prefix `model.`, which theirs have on everything but the head."""
 
 import math
 from dataclasses import asdict, replace
@@ -12,7 +10,16 @@ from typing import Any
 from nanonormuon.model import GPTConfig
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-# what a config.json of theirs may say, where our model has no choice
+SIZES = {  # our name -> theirs
+    "vocab_size": "vocab_size",
+    "n_embd": "hidden_size",
+    "n_hidden": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+}
+# values of Hugging Face's fields for which our model has no choice
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -24,8 +31,7 @@ FIXED = {
 
 
 def obstacles(config: GPTConfig) -> list[str]:
-    """The settings that neither Qwen3 nor Llama can express; empty when transformers can load the
-    model."""
+    """The settings that neither Qwen3 nor Llama, and so transformers, can express."""
     plain = GPTConfig()
     names = ("mlp", "bias", "qk_gain", "rope", "embed_norm", "logit_cap")
     odd = [f"{n} = {getattr(config, n)}" for n in names if getattr(config, n) != getattr(plain, n)]
@@ -43,7 +49,7 @@ def to_hf(name: str) -> str:
 
 
 def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, Any]:
-    """The content of config.json, of a resolved config; our own fields are under "nanonormuon"."""
+    """The content of config.json for a resolved config, with our fields under "nanonormuon"."""
     ours = {"nanonormuon": asdict(config)}
     if obstacles(config):
         return {"model_type": "nanonormuon", "max_position_embeddings": seq_len, **ours}
@@ -53,18 +59,12 @@ def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, A
 def plain_config(
     config: GPTConfig, seq_len: int, eot: int | None, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """config.json as transformers itself would write it, for a config without obstacles."""
+    """config.json as transformers itself writes it, for a resolved config without obstacles."""
     kind = "qwen3" if config.qk_norm else "llama"
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": config.n_hidden,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_dim,
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -83,10 +83,8 @@ def plain_config(
 
 
 def gpt_config(content: dict[str, Any]) -> GPTConfig:
-    """config.json, ours or of a Qwen3 or Llama model -> the model's config.
-
-    Raises ValueError that names everything in it which our model cannot do.
-    """
+    """config.json, ours or a Qwen3 or Llama model's -> the model's config. Raises ValueError naming
+    everything in it that our model cannot express."""
     if "nanonormuon" in content:
         try:
             return GPTConfig(**content["nanonormuon"])
@@ -104,15 +102,7 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
     if "sliding_attention" in (content.get("layer_types") or []):
         odd.append("layer_types: sliding_attention")
     sizes = {}
-    for ours, theirs in {
-        "vocab_size": "vocab_size",
-        "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads",
-        "n_kv_head": "num_key_value_heads",
-        "n_embd": "hidden_size",
-        "n_hidden": "intermediate_size",
-        "head_dim": "head_dim",
-    }.items():
+    for ours, theirs in SIZES.items():
         size = content.get(theirs)
         if size is None and theirs in ("num_key_value_heads", "head_dim"):
             size = 128 if (kind, theirs) == ("qwen3", "head_dim") else 0  # transformers' defaults

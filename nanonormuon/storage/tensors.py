@@ -121,42 +121,44 @@ def serialise(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 class TensorFile:
-    """A safetensors file, read tensor by tensor: read, not mapped, since a mapped file that shrinks
-    kills the process. What its header declares is compared with the file's size before anything is
-    allocated for it. Raises CheckpointError."""
+    """A safetensors file, read tensor by tensor. Nothing is allocated before the header accounts
+    for every byte of the file. Raises CheckpointError.
+
+    safetensors' own safe_open maps the file: if it shrinks meanwhile, SIGBUS kills the process.
+    """
 
     def __init__(self, path: Path):
-        self.path, self.entries = path, {}
-        size = path.stat().st_size
+        self.path, size = path, path.stat().st_size
+        self.entries: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}  # with the offset
         kinds = {text: dtype for dtype, text in DTYPES.items()}
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, JSON_LIMIT):
                 raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size}")
-            try:
-                header = json.loads(file.read(length))
-                header.pop("__metadata__", None)
-                self.start, end = 8 + length, 0
-                for name, entry in sorted(header.items(), key=lambda i: i[1]["data_offsets"]):
-                    dtype, shape = kinds[entry["dtype"]], entry["shape"]
-                    if not all(type(n) is int and n >= 0 for n in shape):
-                        raise ValueError(f"{name} has shape {shape}")
-                    begin, end = end, end + math.prod(shape) * dtype.itemsize
-                    if entry["data_offsets"] != [begin, end]:
-                        raise ValueError(f"{name} lies at {entry['data_offsets']}, {[begin, end]}")
-                    self.entries[name] = dtype, tuple(shape), begin
-                if self.start + end != size:
-                    raise ValueError(f"tensors of {end} bytes, {size - self.start} found")
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CheckpointError(
-                    f"{path}: not a readable safetensors file ({str(error)[:200]})"
-                ) from None
+            text = file.read(length)
+        try:
+            header = json.loads(text)
+            header.pop("__metadata__", None)
+            start = end = 8 + length
+            for name, entry in sorted(header.items(), key=lambda i: i[1]["data_offsets"]):
+                dtype, shape = kinds[entry["dtype"]], tuple(entry["shape"])
+                if not all(type(n) is int and n >= 0 for n in shape):
+                    raise ValueError(f"{name} has shape {shape}")
+                begin, end = end, end + math.prod(shape) * dtype.itemsize
+                if entry["data_offsets"] != (expected := [begin - start, end - start]):
+                    raise ValueError(f"{name} lies at {entry['data_offsets']}, expected {expected}")
+                self.entries[name] = dtype, shape, begin
+            if end != size:
+                raise ValueError(f"tensors end at byte {end}, the file has {size}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = str(error)[:200]
+            raise CheckpointError(f"{path}: not a readable safetensors file ({reason})") from None
 
     def read(self, name: str) -> Tensor:
         dtype, shape, begin = self.entries[name]
         value = torch.empty(shape, dtype=dtype)
         with open(self.path, "rb") as file:
-            file.seek(self.start + begin)
+            file.seek(begin)
             if file.readinto(value.view(-1).view(torch.uint8).numpy()) != value.nbytes:
                 raise CheckpointError(f"{self.path}: {name} is cut short")
         return value

@@ -16,8 +16,7 @@ from nanonormuon.cli import app as cli
 from nanonormuon.config import load
 from nanonormuon.errors import CheckpointError
 from nanonormuon.model import GPT, GPTConfig
-from nanonormuon.pretrained import export
-from nanonormuon.pretrained import models as pretrained
+from nanonormuon.pretrained import export, models
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.tensors import serialise
 from nanonormuon.text import tokenizer
@@ -70,7 +69,7 @@ def test_transformers_gives_the_same_logits_and_tokens(settings, tmp_path):
 
 def test_a_trained_checkpoint_loads_with_its_tokenizer(tiny, tmp_path):
     train(load([*tiny, "train.steps=3"])[0], tmp_path / "run")
-    model, ours, path = pretrained.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
+    model, ours, path = models.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
     other = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     theirs = transformers.AutoTokenizer.from_pretrained(path)
     text = "the cat sat; naïve 東京 🎉\r\n\t <|endoftext|>"
@@ -131,7 +130,7 @@ def with_noise(run, out, **settings):
 def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tmp_path):
     with_noise(trained, tmp_path / "run", **settings)
     report = export.export(tmp_path / "run", tmp_path / "hf", dtype)
-    model, _, _ = pretrained.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
+    model, _, _ = models.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float()
     expected = "LlamaForCausalLM" if "qk_norm" in settings else "Qwen3ForCausalLM"
     assert type(other).__name__ == report["architecture"] == expected
@@ -146,7 +145,7 @@ def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tm
     assert saved["torch_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     assert "nanonormuon" not in saved
     # an exported directory serves as a run does
-    again, _, _ = pretrained.load_run(tmp_path / "hf", torch.float32, torch.device("cpu"))
+    again, _, _ = models.load_run(tmp_path / "hf", torch.float32, torch.device("cpu"))
     with torch.no_grad():
         assert (again(tokens) - other(tokens).logits).abs().max() < 1e-4
 
@@ -174,7 +173,7 @@ def exported(trained, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_process_with_transformers_alone_generates_our_tokens(trained, exported, tmp_path):
-    model, ours, _ = pretrained.load_run(trained, torch.float32, torch.device("cpu"))
+    model, ours, _ = models.load_run(trained, torch.float32, torch.device("cpu"))
     done = subprocess.run(
         [sys.executable, "-I", "-c", ALONE, str(exported)],
         cwd=tmp_path,
@@ -289,7 +288,7 @@ def made_by_transformers(kind, out, bpe_data, **settings):
 )
 def test_their_models_are_ours(kind, settings, tmp_path, bpe_data):
     other = made_by_transformers(kind, tmp_path, bpe_data, **settings)
-    model, _, _ = pretrained.load_run(tmp_path, torch.float32, torch.device("cpu"))
+    model, _, _ = models.load_run(tmp_path, torch.float32, torch.device("cpu"))
     assert model.config.rope_theta == other.config.rope_parameters["rope_theta"]
     tokens = torch.randint(300, (2, 40))
     with torch.no_grad():
@@ -330,7 +329,7 @@ def test_a_run_begins_with_exactly_the_weights_given(trained, bpe_data, tmp_path
     small = ["train.batch_tokens=512", "train.device=cpu", "data.seq_len=32"]
     train(load(["finetune", f"train.init_from={trained}", f"data.path={bpe_data}", *small])[0],
           tmp_path / "run")  # fmt: skip
-    model, _, _ = pretrained.load_run(trained, torch.float32, torch.device("cpu"))
+    model, _, _ = models.load_run(trained, torch.float32, torch.device("cpu"))
     assert all(torch.equal(seen[name], p) for name, p in model.state_dict().items())
 
 
@@ -376,7 +375,7 @@ def test_weights_in_several_files_are_read_and_odd_indices_refused(bpe_data, tmp
     from safetensors.torch import load_file, save_file
 
     made_by_transformers("qwen3", tmp_path, bpe_data, head_dim=8)
-    expected = pretrained.read_weights(tmp_path, False)
+    expected = models.read_weights(tmp_path, False)
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -384,11 +383,11 @@ def test_weights_in_several_files_are_read_and_odd_indices_refused(bpe_data, tmp
     for file, part in parts.items():
         save_file({n: tensors[n].bfloat16() for n in part}, tmp_path / file)
     index = {"weight_map": {n: file for file, part in parts.items() for n in part}}
-    (tmp_path / pretrained.INDEX).write_text(json.dumps(index))
-    found = pretrained.read_weights(tmp_path, False)
+    (tmp_path / models.INDEX).write_text(json.dumps(index))
+    found = models.read_weights(tmp_path, False)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[n], expected[n].bfloat16().float()) for n in names)
     for odd in ({"weight_map": {"x": "../a.safetensors"}}, {"weight_map": ["a.safetensors"]}, {}):
-        (tmp_path / pretrained.INDEX).write_text(json.dumps(odd))
+        (tmp_path / models.INDEX).write_text(json.dumps(odd))
         with pytest.raises(CheckpointError, match="unsafe file name"):
-            pretrained.read_weights(tmp_path, False)
+            models.read_weights(tmp_path, False)

@@ -1,0 +1,71 @@
+"""Prompts from a command line, a file or a terminal, and samples printed there."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanonormuon.errors import UsageError
+from nanonormuon.model import GPT
+from nanonormuon.sample import Text, write
+from nanonormuon.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
+    """Yield the prompts of one command: `prompt`, or standard input if it is "-"; the text of a
+    file; or each line that a person types until the end of input. Raises UsageError."""
+    if interactive:
+        while True:
+            print("prompt> ", end="", file=sys.stderr, flush=True)
+            if not (line := sys.stdin.readline()):
+                print(file=sys.stderr)
+                return
+            yield line.rstrip("\n")
+    elif file is not None:
+        try:
+            yield file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file}: not UTF-8 at offset {error.start}") from None
+        except OSError as error:
+            raise UsageError(f"--file {file}: {error.strerror}, expected a text file") from None
+    else:
+        yield sys.stdin.read() if prompt == "-" else prompt
+
+
+def show(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_tokens: int,
+    num: int = 1,
+    stops: Sequence[str] = (),
+    as_json: bool = False,
+    **settings: Any,
+) -> None:
+    """Print `num` continuations of a prompt and log the speed. A single one appears piece by piece;
+    several, or lines of JSON, appear when all are complete. settings: those of sample.generate."""
+    start = time.perf_counter()
+    rows = [Text(tokenizer, stops) for _ in range(num)]
+    texts = [""] * num
+    live = num == 1 and not as_json
+    if live:
+        sys.stdout.write(prompt)
+    for pieces in write(model, rows, prompt, max_tokens, **settings):
+        texts = [text + piece for text, piece in zip(texts, pieces)]
+        if live:
+            sys.stdout.write(pieces[0])
+            sys.stdout.flush()
+    if live:
+        sys.stdout.write("\n")
+    for i, text in enumerate(texts if not live else ()):
+        row = {"prompt": prompt, "text": text, "seed": settings.get("seed", 0) + i}
+        as_text = f"--- sample {i + 1}\n{prompt}{text}"
+        print(json.dumps(row, ensure_ascii=False) if as_json else as_text)
+    sys.stdout.flush()
+    seconds, tokens = time.perf_counter() - start, sum(row.tokens for row in rows)
+    log.info(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")

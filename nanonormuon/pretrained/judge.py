@@ -1,0 +1,177 @@
+"""A trained model's loss on any text and its accuracy on multiple-choice questions."""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from nanonormuon.data import validation_targets
+from nanonormuon.errors import CheckpointError, DataError, UsageError
+from nanonormuon.evaluate import bits_per_byte, count_bytes, validation_loss
+from nanonormuon.model import GPT, IGNORE
+from nanonormuon.pretrained import models, multiple_choice
+from nanonormuon.runtime import distributed
+from nanonormuon.storage import checkpoints
+from nanonormuon.storage.files import replace_file
+from nanonormuon.storage.shards import Split
+from nanonormuon.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+RESULTS = "evaluations.json"
+
+
+def evaluate(
+    path: Path,
+    data: Sequence[Path] = (),
+    texts: Sequence[Path] = (),
+    questions: Sequence[Path] = (),
+    window: int = 0,
+    stride: int = 0,
+    max_tokens: int = 0,
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """One result per set: the validation splits of prepared directories, text files, files of
+    multiple-choice questions. Without any, the validation split of the run's own data (even if the
+    run validated on a part of its training text: data.tuning).
+
+    window: tokens that the model sees at most (0: as trained). stride: tokens that each window
+    predicts (0: window); evaluate.validation_loss has more. max_tokens: targets per set (0: all).
+    The results of a run are also kept in its evaluations.json; if that fails, a warning says so.
+    Raises DataError, CheckpointError, UsageError.
+    """
+    if run := models.run_of(path):
+        kept(run / RESULTS)  # refuse a damaged file before computing anything
+    world = distributed.start(device)
+    found = models.find_checkpoint(path)
+    state = models.state_of(found)
+    settings = (state or {}).get("config", {})
+    dtype = distributed.compute_dtype(settings.get("train", {}).get("dtype", "auto"), world.device)
+    model, tokenizer, _ = models.load_found(found, dtype, world.device)
+    if settings.get("data", {}).get("document_mask"):  # as in training
+        model.separator = tokenizer.eot
+    window = window or models.context_of(found)
+    stride = stride or window
+    if not 0 < stride <= window:
+        raise UsageError(f"--stride {stride}: expected 1 to --window {window}")
+    own = not (data or texts or questions)
+    limit = max_tokens or (settings.get("data", {}).get("val_tokens", 0) if own else 0)
+    measure = partial(on_split, model, tokenizer, world, window, stride, limit)
+    results = []
+    for source in [None] if own else data:
+        split = models.data_of(state, tokenizer, source).val
+        home = split.paths[0].parent
+        name = home.name if own else str(source)
+        results.append({"set": name, **measure(split), "path": home})
+    for file in map(Path, texts):
+        split = read_text(file, tokenizer)
+        results.append({"set": str(file), **measure(split), "path": file})
+    for file in map(Path, questions):
+        scores = multiple_choice.accuracy(model, tokenizer, multiple_choice.read(file), window)
+        results.append({"set": str(file), **scores, "window": window, "path": file})
+    for result in results:
+        result["path"] = str(result["path"].resolve())
+        result["step"] = state["step"] if state else None
+        result["dtype"] = str(dtype).removeprefix("torch.")
+    if run:
+        try:
+            keep(run / RESULTS, results)
+        except (OSError, CheckpointError) as error:  # what was computed is still returned
+            log.warning(f"warning: the results are not kept: {error}")
+    return results
+
+
+def on_split(
+    model: GPT,
+    tokenizer: Tokenizer,
+    world: distributed.World,
+    window: int,
+    stride: int,
+    limit: int,
+    split: Split,
+) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte on the first `limit` targets of a split (0: all)."""
+    ids = model.config.vocab_size
+    split.vocab_size = min(ids, split.vocab_size or ids)  # each batch is checked for larger ids
+    text_bytes = None if limit else split.bytes
+    if text_bytes is None:
+        text_bytes = count_bytes(split, tokenizer.token_lengths(), limit)
+    expected = validation_targets(split, limit)
+    batch = max(1, min(64, 8192 // window, expected // stride))
+    with tqdm(total=expected, unit="token", unit_scale=True, leave=False, disable=None) as bar:
+
+        def forward(tokens: Tensor, targets: Tensor, reduction: str) -> Tensor:
+            bar.update(int((targets != IGNORE).sum()))
+            return model(tokens, targets, reduction=reduction)
+
+        loss, targets = validation_loss(forward, split, window, batch, world, limit, stride)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": bits_per_byte(loss, targets, text_bytes),
+        "tokens": targets,
+        "bytes": text_bytes,
+        "window": window,
+        "stride": stride,
+    }
+
+
+def read_text(file: Path, tokenizer: Tokenizer) -> Split:
+    """A text file as a split of one shard, a single document. Raises DataError."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}, expected a text file") from None
+    if not content:
+        raise DataError(f"{file}: empty, expected text")
+    tokens = np.array([tokenizer.eot, *tokenizer.encode(content)])
+    return Split([file], [tokens], bytes=len(content))
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A result as one line."""
+    if "questions" in result:
+        plain, normalised = (
+            f"{result[name]:.4f} ± {result[f'{name}_stderr']:.4f}"
+            for name in ("accuracy", "accuracy_normalised")
+        )
+        return (
+            f"{result['set']}: accuracy {plain}, length-normalised {normalised} "
+            f"({result['questions']:,} questions)"
+        )
+    bpb = result["bits_per_byte"]
+    return (
+        f"{result['set']}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
+        + (f"{bpb:.4f} bits per byte " if bpb is not None else "")
+        + f"({result['tokens']:,} tokens, window {result['window']}, stride {result['stride']})"
+    )
+
+
+def kept(file: Path) -> list[dict[str, Any]]:
+    """The results in an evaluations.json; none if there is no such file. Raises CheckpointError."""
+    found = checkpoints.read_json(file).get("results") if file.exists() else []
+    if not isinstance(found, list) or not all(
+        isinstance(r, dict) and "set" in r and ("loss" in r or "accuracy" in r) for r in found
+    ):
+        raise CheckpointError(f"{file}: no list of results; move it away to go on")
+    return found
+
+
+def keep(file: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Add results to evaluations.json. A new one replaces an older one that was computed likewise:
+    on the same set, at the same step, in the same dtype and windows."""
+
+    def key(result: dict[str, Any]) -> tuple:
+        names = ("path", "step", "dtype", "window", "stride", "tokens")
+        return tuple(result.get(name) for name in names)
+
+    new = {key(r) for r in results}
+    merged = [r for r in kept(file) if key(r) not in new] + list(results)
+    replace_file(file, (json.dumps({"results": merged}, indent=1) + "\n").encode())

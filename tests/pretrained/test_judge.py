@@ -1,0 +1,209 @@
+"""Judging a trained model: it repeats the run's own validation loss, multiple choice picks what the
+probabilities say, and results are kept."""
+
+import errno
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanonormuon.cli import app as cli
+from nanonormuon.errors import CheckpointError, DataError
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.pretrained import judge, models
+from nanonormuon.pretrained import multiple_choice as choices
+from nanonormuon.runtime.distributed import World
+from nanonormuon.text import tokenizer
+
+
+def test_it_repeats_what_the_run_measured_and_keeps_results(trained, bpe_data, text, capsys):
+    summary = json.loads((trained / "summary.json").read_text())
+    for arguments in ([], ["--data", str(bpe_data)]):  # the second is another name for the same
+        assert cli.main(["evaluate", str(trained), *arguments, "--json"]) == 0
+        (result,) = json.loads(capsys.readouterr().out)
+        assert result["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
+        assert result["bits_per_byte"] == pytest.approx(summary["val_bpb"], rel=1e-6)
+        assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+        assert result["step"] == 60
+    assert cli.main(["evaluate", str(trained), "--max-tokens", "500"]) == 0
+    assert cli.main(["evaluate", str(trained)]) == 0  # again: replaced, not added
+    assert "perplexity" in capsys.readouterr().out
+    kept = judge.kept(trained / judge.RESULTS)
+    assert [(r["set"], r["tokens"] == 500) for r in kept] == [
+        (bpe_data.name, True), (bpe_data.name, False),
+    ]  # fmt: skip
+    assert {(r["path"], r["dtype"]) for r in kept} == {(str(bpe_data.resolve()), "float32")}
+
+
+def test_results_that_cannot_be_kept_are_not_lost(trained, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(judge, "replace_file", full)
+    assert cli.main(["evaluate", str(run), "--max-tokens", "99"]) == 0
+    found = capsys.readouterr()
+    assert "perplexity" in found.out and found.err.count("warning") == 1 and "No space" in found.err
+    monkeypatch.setattr(judge, "validation_loss", None)  # damage is found before computing
+    for damage in ('{"results": [', '{"results": {}}', '{"results": [{"set": "a"}]}'):
+        (run / judge.RESULTS).write_text(damage)
+        assert cli.main(["evaluate", str(run)]) == 4
+        assert str(run / judge.RESULTS) in capsys.readouterr().err
+
+
+def test_raw_text_is_tokenized_whole_and_counted_in_bytes(trained, tmp_path):
+    content = "the cat sat on a mat.\nnaïve 東京\n" * 9
+    (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+    (found,) = judge.evaluate(trained, texts=[tmp_path / "a.txt"], device="cpu")
+    model, own, _ = models.load_run(trained, torch.float32, torch.device("cpu"))
+    ids = torch.tensor([own.eot, *own.encode(content)])
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 32):
+        part = ids[start : start + 33]
+        with torch.no_grad():
+            nats += float(F.cross_entropy(model(part[None, :-1])[0], part[1:], reduction="sum"))
+    assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    size = len(content.encode())
+    assert (found["tokens"], found["bytes"]) == (len(ids) - 1, size)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_an_id_that_the_model_lacks_is_refused(tmp_path):
+    model = GPT(GPTConfig(vocab_size=100, n_layer=1, n_head=2, n_embd=16)).init_weights(0).eval()
+    (tmp_path / "a.txt").write_text("abc abc x abc")
+    byte, world = tokenizer.get("byte"), World(0, 1, torch.device("cpu"))
+    with pytest.raises(DataError, match=r"a\.txt: token 0: id below 100 expected, 256 found"):
+        judge.on_split(model, byte, world, 8, 8, 0, judge.read_text(tmp_path / "a.txt", byte))
+    text = judge.read_text(tmp_path / "a.txt", byte)
+    text.shards[0][0] = 0
+    with pytest.raises(DataError, match=r"token 9: id below 100 expected, 120 found"):
+        judge.on_split(model, byte, world, 8, 8, 0, text)
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a run directory"):
+        models.find_checkpoint(tmp_path)
+
+
+def test_a_run_whose_data_are_gone_asks_for_others():
+    state = {"config": {"data": {"path": "/nonexistent/data", "format": "shards"}}}
+    with pytest.raises(DataError, match="no longer there: give --data"):
+        models.data_of(state, tokenizer.get("byte"))
+    with pytest.raises(DataError, match="does not say what it was trained on: give --data"):
+        models.data_of(None, tokenizer.get("byte"))
+
+
+def test_what_evaluation_refuses(trained, shards, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"context": "a", "choices": ["b"], "answer": 0}\n{"x": 1}')
+    (tmp_path / "none.jsonl").write_text("\n")
+    (tmp_path / "cut.jsonl").write_bytes('\n{"context": "é'.encode()[:-1])
+    (tmp_path / "far.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 2}')
+    for arguments, code, words in (
+        (["--data", shards], 3, "made with tokenizer"),
+        (["--data", tmp_path / "no"], 3, "no such data directory"),
+        (["--text", tmp_path / "no.txt"], 3, "no.txt"),
+        (["--text", tmp_path / "empty.txt"], 3, "empty"),
+        (["--window", 8, "--stride", 9], 2, "--stride 9: expected 1 to --window 8"),
+        (["--choices", tmp_path / "bad.jsonl"], 3, "bad.jsonl: line 2: KeyError: 'context'"),
+        (["--choices", tmp_path / "cut.jsonl"], 3, "cut.jsonl: line 2: 'utf-8' codec"),
+        (["--choices", tmp_path / "none.jsonl"], 3, "no questions"),
+        (["--choices", tmp_path / "far.jsonl"], 3, "answer 2 of 2 choices"),
+        (["--device", "gpu"], 2, "expected one of auto"),
+        (["--windw", 8], 2, "--window"),
+    ):
+        assert cli.main(["evaluate", str(trained), *map(str, arguments)]) == code
+        error = capsys.readouterr().err
+        assert words in error and "Traceback" not in error
+
+
+class Bigram:
+    """A model whose next byte depends on the last alone, so that anybody can do its sums."""
+
+    def __init__(self):
+        self.table = torch.full((257, 257), 0.1)
+        for a, b, weight in ((" ", "c", 30), ("c", "a", 60), ("a", "t", 90), (" ", "d", 90),
+                             ("d", "o", 30), ("o", "g", 30), ("o", "o", 80)):  # fmt: skip
+            self.table[ord(a), ord(b)] = weight
+        self.table = (self.table / self.table.sum(1, keepdim=True)).log()
+        self.embed_tokens = torch.nn.Embedding(1, 1)
+
+    def hidden(self, tokens):
+        return tokens
+
+    def logits(self, h):
+        return self.table[h]
+
+    def score(self, context, choice):
+        text = (context + " " + choice).encode()
+        return sum(float(self.table[a, b]) for a, b in zip(text[len(context) - 1 :],
+                                                           text[len(context) :]))  # fmt: skip
+
+
+def test_accuracies_are_those_of_the_probabilities():
+    model, byte = Bigram(), tokenizer.get("byte")
+    questions = [
+        choices.Question("a pet", ["cat", "dog", "xyz"], 0),
+        choices.Question("another", ["xyz", "doog", "zz"], 1),
+        choices.Question("a long one", ["d", "caticatcat"], 1),  # plain prefers the short
+        choices.Question("wrong", ["q", "cat"], 0),
+    ]
+    plain = normalised = 0
+    for q in questions:
+        scores = [model.score(q.context, c) for c in q.choices]
+        plain += int(np.argmax(scores)) == q.answer
+        normalised += int(np.argmax([s / len(c) for s, c in zip(scores, q.choices)])) == q.answer
+    found = choices.accuracy(model, byte, questions, 64)
+    assert (found["accuracy"], found["accuracy_normalised"]) == (plain / 4, normalised / 4)
+    assert 0 < plain < normalised  # each rule decides something here
+    p = plain / 4
+    assert found["accuracy_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 3))
+    rows = [([256, *b"a pet cat"], 4), ([256, *b"x do"], 3)]
+    scores = choices.log_likelihoods(model, rows, 64)
+    assert scores == pytest.approx([model.score("a pet", "cat"), model.score("x", "do")], rel=1e-5)
+    cut = choices.log_likelihoods(model, rows, 2)  # the window holds the last two transitions
+    assert cut[0] == pytest.approx(float(model.table[ord("c"), ord("a")] +
+                                         model.table[ord("a"), ord("t")]), rel=1e-5)  # fmt: skip
+
+
+def test_published_layouts(tmp_path):
+    def parsed(name, *rows):
+        (tmp_path / name).write_text("\n".join(json.dumps(r) for r in rows))
+        return choices.read(tmp_path / name)
+
+    (q,) = parsed("hellaswag_val.jsonl", {
+        "ind": 24, "activity_label": "Roof repair", "ctx_a": "A man is on a roof.", "ctx_b": "he",
+        "ctx": "A man is on a roof. he", "split": "val", "split_type": "indomain", "label": 3,
+        "endings": ["sits.", "sings.", "runs [title] off  now [step] there.", "starts."],
+        "source_id": "x"})  # fmt: skip
+    assert q.context == "Roof repair: A man is on a roof. He" and q.answer == 3
+    assert q.choices[2] == "runs. off now there."
+    stem = {"stem": "Which is hot?", "choices": [{"text": "ice", "label": "A"},
+                                                 {"text": "fire", "label": "B"}]}  # fmt: skip
+    flat = {"question": "Which is hot?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}}
+    a, b = parsed("ARC-Easy-Test.jsonl", {"id": "x", "question": stem, "answerKey": "B"},
+                  {**flat, "answerKey": "2"})  # fmt: skip
+    expected = choices.Question("Question: Which is hot?\nAnswer:", ["ice", "fire"], 1)
+    assert a == b == expected
+    (tmp_path / "valid-labels.lst").write_text("1\n0\n")
+    piqa = [{"goal": f"open a jar {i}", "sol1": "hit it", "sol2": "turn it"} for i in (0, 1)]
+    found = parsed("valid.jsonl", *piqa)
+    assert [q.answer for q in found] == [1, 0]
+    assert found[0].context == "Question: open a jar 0\nAnswer:"
+    assert found[0].choices == ["hit it", "turn it"]
+    (q,) = parsed("hub.jsonl", {**piqa[0], "label": 0})
+    assert q.answer == 0
+    with pytest.raises(DataError, match="line 1"):
+        parsed("unlabelled.jsonl", piqa[0])
+
+
+def test_a_run_answers_questions(trained, tmp_path, capsys):
+    line = {"context": "the cat", "choices": ["sat", "q\u2028\u0085q"], "answer": 0}
+    lines = (json.dumps(line, ensure_ascii=False) + "\n") * 3
+    (tmp_path / "q.jsonl").write_text(lines, encoding="utf-8")
+    assert cli.main(["evaluate", str(trained), "--choices", str(tmp_path / "q.jsonl")]) == 0
+    assert "accuracy 1.0000 ± 0.0000, length-normalised 1.0000" in capsys.readouterr().out
