@@ -65,7 +65,8 @@ class GPTConfig:
                 refuse(name, " or ".join(choices))
         head_dim = self.head_dim or self.n_embd // self.n_head
         if self.head_dim == 0 and self.n_embd % self.n_head:
-            near = max(n for n in range(1, self.n_head + 1) if self.n_embd % n == 0)
+            least = min(self.n_head, self.n_embd)
+            near = max(n for n in range(1, least + 1) if self.n_embd % n == 0)
             refuse(
                 "n_embd",
                 f"a multiple of n_head = {self.n_head}: take n_head = {near} or give head_dim",
