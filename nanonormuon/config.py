@@ -301,7 +301,7 @@ def check(config: Config, origin: dict[str, str]) -> None:
             f"{', '.join(given)}; the recipe finetune has no [model]"
         )
     try:
-        coefficients(o.ns_coefficients, o.ns_steps)
+        coefficients(o.ns_coefficients, 1)
     except ValueError as error:
         raise ConfigError(f"{origin.get('optim.ns_coefficients')}: optim.{error}") from None
 
