@@ -62,8 +62,7 @@ def train(
             try:
                 summary = trainer.loop()
             except BadStep as bad:
-                trainer.refuse(bad)
-                raise  # not reached
+                raise trainer.report(bad) from None
             except OutOfMemory as error:
                 if getattr(error, "everywhere", False) and trainer.step:
                     trainer.save()
@@ -402,9 +401,11 @@ class Trainer:
         self.run.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
-    def refuse(self, bad: BadStep) -> None:
-        """Raise NonFinite on all ranks, after leaving a report on the step and, if it is sound, the
-        state before it: as a checkpoint, from which a resumed run repeats this very step."""
+    def report(self, bad: BadStep) -> NonFinite:
+        """Write crash-NNNNNN.json on a refused step; returns the error for all ranks to raise.
+
+        If the state before the step is sound it is saved, so that a resumed run repeats the step.
+        """
         engine, verdict = self.engine, bad.verdict
         weights, buffers = checkpoint.named_state(engine.model, engine.optimizers)
         found = crash.examine(verdict, bad.loss, weights, buffers, engine.optimizers, self.world)
@@ -415,4 +416,4 @@ class Trainer:
         if verdict.amiss != "state" and self.step:
             self.save(retain=False)
         message = crash.explain(report, weights, self.per_rank, self.saved, self.run.path)
-        raise NonFinite(message, follows=self.world.rank != verdict.rank)
+        return NonFinite(message, follows=self.world.rank != verdict.rank)
