@@ -19,7 +19,7 @@ from nanonormuon.runtime import distributed
 from nanonormuon.storage.files import cache_directory
 
 GB = 1 << 30
-OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "zstandard")
+OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "ijson")
 
 
 @dataclass(frozen=True)

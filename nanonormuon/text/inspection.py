@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from nanonormuon.errors import DataError, TokenizerError
 from nanonormuon.storage.shards import CHUNK, Split, open_data
-from nanonormuon.text.progress import Progress
 from nanonormuon.text.tokenizer import FILE, Tokenizer, get, load
 
 LONGEST, WINDOWS, WINDOW = 5, 3, 64  # documents, windows of each split, tokens in one
@@ -65,7 +65,7 @@ def describe(
     }  # fmt: skip
     digests, longest, number = array("Q"), [], 0
     if eot is not None:
-        with Progress("inspecting", split.tokens) as progress:
+        with tqdm(desc="inspecting", total=split.tokens, unit_scale=True, disable=None) as bar:
             for shard, start, stop in documents(split, eot):
                 tokens = split.shards[shard][start:stop]
                 digests.frombytes(hashlib.sha256(tokens.tobytes()).digest()[:8])
@@ -73,7 +73,7 @@ def describe(
                 if len(longest) > LONGEST:
                     heapq.heappop(longest)
                 number += 1
-                progress(stop - start + 1)
+                bar.update(stop - start + 1)
         found["documents"] = number
     if words is not None:
         text_bytes = split.bytes

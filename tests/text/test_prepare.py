@@ -28,6 +28,7 @@ import pytest
 from nanonormuon import errors
 from nanonormuon.errors import DataError
 from nanonormuon.storage import files, shards
+from nanonormuon.text import bpe as bpe_module
 from nanonormuon.text import builtin, encode, sources, tokenizer
 from nanonormuon.text import prepare as module
 from nanonormuon.text.prepare import prepare
@@ -121,7 +122,7 @@ def test_same_bytes_from_other_places_and_batches(
     moved = tmp_path / "elsewhere" / "corpus"
     shutil.copytree(corpus, moved)
     monkeypatch.setattr(encode, "JOB_BYTES", 100)
-    monkeypatch.setattr(tokenizer, "PIECE", 50)
+    monkeypatch.setattr(bpe_module, "PIECE", 50)
     prepare([moved], tmp_path / "b", tokenizer="bpe:400")
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
@@ -177,7 +178,7 @@ def test_large_vocabulary_uses_version_2(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     byte = tokenizer.get("byte")
-    words = tokenizer.Tokenizer("wide", byte.pattern, byte.ranks, {tokenizer.EOT: 70_000})
+    words = bpe_module.BPE("wide", byte.pattern, byte.ranks, {bpe_module.EOT: 70_000})
     words.save(tmp_path / "wide")
     manifest = prepare([corpus], tmp_path / "out", tokenizer=tmp_path / "wide")
     assert manifest["tokenizer"]["vocab_size"] == 70_001
@@ -216,7 +217,7 @@ def test_walk(
     (corpus / "out").mkdir()
     (corpus / "out" / "x.txt").write_text("own output")
     (corpus / "linked").symlink_to(corpus / "sub")
-    names = [d.name for d in documents([corpus], corpus / "out", report=lambda _: None)]
+    names = [d.name for d in documents([corpus], corpus / "out", log_passed=True)]
     assert names == sorted(names) and len(names) == 120 and str(corpus / "sub/001.txt") in names
     assert "passed over 3 names, no text or linked directories, the first is" in caplog.text
 
@@ -480,13 +481,13 @@ def test_finished_shards_are_kept_and_damaged_ones_made_anew(
     raw = bytearray(first.read_bytes())
     raw[1500] ^= 1
     first.write_bytes(raw)
-    encoded, original = [], tokenizer.Tokenizer.encode_job
+    encoded, original = [], bpe_module.BPE.encode_job
 
-    def counted(self: tokenizer.Tokenizer, job: list[Any]) -> np.ndarray:
+    def counted(self: bpe_module.BPE, job: list[Any]) -> np.ndarray:
         encoded.append(len(job))
         return original(self, job)
 
-    monkeypatch.setattr(tokenizer.Tokenizer, "encode_job", counted)
+    monkeypatch.setattr(bpe_module.BPE, "encode_job", counted)
     monkeypatch.setattr(module, "get_tokenizer", None)  # trained already
     prepare([corpus], out, **options)
     assert len(encoded) == 1, "the damaged shard alone"
@@ -496,7 +497,7 @@ def test_finished_shards_are_kept_and_damaged_ones_made_anew(
 
 def test_only_one_process_prepares_in_a_directory(corpus: Path, tmp_path: Path) -> None:
     with (
-        module._alone(tmp_path / "out"),
+        module.alone(tmp_path / "out"),
         pytest.raises(DataError, match="another process is preparing"),
     ):
         prepare([corpus], tmp_path / "out", tokenizer="byte")
