@@ -75,35 +75,43 @@ Piece = str | bytes | None  # text; bytes that are not UTF-8; the start of a doc
 
 
 class Tokenizer:
-    """What every tokenizer offers. A subclass sets these attributes and adds `hash`, `encode_job`
-    and `content`; one whose tokens have no bytes of their own overrides what uses `table`.
+    """What every tokenizer offers. A subclass sets these attributes and adds `encode_texts` and
+    `content`; one whose tokens have no bytes of their own overrides what uses `table`."""
 
-    name: for messages. end: the text of the token that stands before every document; `encode` never
-    produces it. eot: its id. vocab_size: one more than the largest id. table: the bytes of each id.
-    special_ids: the ids that are no text.
-    """
-
-    name: str
-    end: str
-    eot: int
-    vocab_size: int
-    table: dict[int, bytes]
-    special_ids: frozenset[int]
+    name: str  # for messages
+    hash: str  # sha256 (hex) of everything that decides the ids; the name is not part of it
+    end: str  # the token that stands before every document
+    eot: int  # its id
+    vocab_size: int  # one more than the largest id
+    table: dict[int, bytes]  # the bytes of each id
+    special_ids: frozenset[int]  # ids that are no text
     foreign = False  # whether the file came from elsewhere; a mark in tokenizer_config.json
 
-    @property
-    def hash(self) -> str:
-        """sha256 (hex) of everything that decides the ids; the name is not part of it."""
-        raise NotImplementedError
-
-    def encode_job(self, job: Sequence[Piece]) -> np.ndarray:
-        """Ids (n,) uint32 of pieces of text, one after the other; None stands for `eot`. Other
-        threads run meanwhile."""
+    def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
+        """The ids of each text; other threads run meanwhile."""
         raise NotImplementedError
 
     def content(self) -> dict[str, Any]:
         """The contents of tokenizer.json."""
         raise NotImplementedError
+
+    def encode_job(self, job: Sequence[Piece]) -> np.ndarray:
+        """Ids (n,) uint32 of pieces of text, one after the other; None stands for `eot`."""
+        found = iter(self.encode_texts([piece for piece in job if isinstance(piece, str)]))
+        parts = [np.zeros(0, np.uint32)]
+        for piece in job:
+            if piece is None:
+                ids = [self.eot]
+            elif isinstance(piece, bytes):
+                ids = [self._byte_ids[b] for b in piece]
+            else:
+                ids = next(found)
+            parts.append(np.asarray(ids, np.uint32))
+        return np.concatenate(parts)
+
+    @cached_property
+    def _byte_ids(self) -> dict[int, int]:
+        return {token[0]: i for i, token in self.table.items() if len(token) == 1}
 
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of a text. A lone surrogate in a `str` stands for its three bytes in Python's
@@ -261,17 +269,8 @@ class BPE(Tokenizer):
             self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special
         )
 
-    def encode_job(self, job: Sequence[Piece]) -> np.ndarray:
-        parts = [np.zeros(0, np.uint32)]
-        for piece in job:
-            if piece is None:
-                ids = [self.eot]
-            elif isinstance(piece, bytes):
-                ids = [self.ranks[bytes([b])] for b in piece]
-            else:
-                ids = self._encoding.encode_to_numpy(piece, disallowed_special=())
-            parts.append(np.asarray(ids, np.uint32))
-        return np.concatenate(parts)
+    def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
+        return [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
     def content(self) -> dict[str, Any]:
         def text(token: bytes) -> str:

@@ -14,10 +14,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nanonormuon.errors import TokenizerError, need
-from nanonormuon.text.bpe import BYTES, CHARS, Piece, Stream, Tokenizer
+from nanonormuon.text.bpe import BYTES, Stream, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +48,7 @@ class ByteLevel(Tokenizer):
             for token, i in self.vocabulary.items()
         }
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """sha256 (hex) of tokenizer.json's content and the id that ends a text."""
         parts = [self._content, self.eot]
@@ -59,19 +57,9 @@ class ByteLevel(Tokenizer):
     def content(self) -> dict[str, Any]:
         return self._content
 
-    def encode_job(self, job: Sequence[Piece]) -> np.ndarray:
-        texts = [piece for piece in job if isinstance(piece, str)]
-        found = iter(self._library.encode_batch_fast(texts, add_special_tokens=False))
-        parts = [np.zeros(0, np.uint32)]
-        for piece in job:
-            if piece is None:
-                ids = [self.eot]
-            elif isinstance(piece, bytes):
-                ids = [self.vocabulary[CHARS[b]] for b in piece]
-            else:
-                ids = next(found).ids
-            parts.append(np.array(ids, np.uint32))
-        return np.concatenate(parts)
+    def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
+        found = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in found]
 
 
 class OtherKind(ByteLevel):
@@ -183,12 +171,13 @@ def _is_byte_level(content: dict[str, Any], tokens: dict[str, int]) -> bool:
     """Whether all tokens that are not added stand for bytes, in the characters of CHARS."""
     model, splits = content["model"], content.get("pre_tokenizer") or {}
     last = splits.get("pretokenizers", [splits])[-1]
+    added = {t["content"] for t in content["added_tokens"]}
     return (
         last.get("type") == (content.get("decoder") or {}).get("type") == "ByteLevel"
         and not last.get("add_prefix_space")
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
-        and tokens.keys() >= BYTES.keys()
+        and tokens.keys() >= BYTES.keys() >= set("".join(tokens.keys() - added))
     )
 
 

@@ -79,8 +79,10 @@ def describe(
         text_bytes = split.bytes
         if text_bytes is None:
             lengths = words.token_lengths()
-            text_bytes = sum(int(lengths[c].sum()) for s in split.shards for c in chunks(s))
-        found["bytes_per_token"] = round(text_bytes / split.tokens, 3)
+            if lengths is not None:
+                text_bytes = sum(int(lengths[c].sum()) for s in split.shards for c in chunks(s))
+        if text_bytes is not None:
+            found["bytes_per_token"] = round(text_bytes / split.tokens, 3)
         found["longest"] = [
             {"tokens": n, "begins": words.decode(split.shards[shard][start : start + 24])}
             for n, _, shard, start in sorted(longest, reverse=True)

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -116,7 +116,7 @@ def _find(source: Source, skip: Path | None) -> tuple[bool, list[tuple[str, Path
     raise DataError(f"{path}: no such file or directory{hint}")
 
 
-def walk(root: Path, skip: Path | None = None, suffixes: Iterable[str] = ()) -> list[Path]:
+def walk(root: Path, skip: Path | None = None) -> list[Path]:
     """Visible, non-empty files of known formats below a directory, in name order on every
     system, and links to directories, which are not followed. Raises DataError."""
 
@@ -125,7 +125,7 @@ def walk(root: Path, skip: Path | None = None, suffixes: Iterable[str] = ()) -> 
             f"{error.filename}: cannot be read: {error.strerror}; allow it or name other sources"
         )
 
-    known, files = tuple(suffixes) or (*TEXT, *RECORDS), []
+    known, files = (*TEXT, *RECORDS), []
     known += tuple(suffix + packed for suffix in known for packed in PACKED)
     for folder, below, names in os.walk(root, onerror=fail):
         here = Path(folder)

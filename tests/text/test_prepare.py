@@ -24,12 +24,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_tokenizer import trained
 
-from nanonormuon import errors
+from nanonormuon import errors, evaluate
 from nanonormuon.errors import DataError
 from nanonormuon.storage import files, shards
 from nanonormuon.text import bpe as bpe_module
-from nanonormuon.text import builtin, encode, sources, tokenizer
+from nanonormuon.text import builtin, encode, inspection, sources, tokenizer
 from nanonormuon.text import prepare as module
 from nanonormuon.text.prepare import prepare
 from nanonormuon.text.sources import Document, documents
@@ -184,6 +185,24 @@ def test_large_vocabulary_uses_version_2(
     assert manifest["tokenizer"]["vocab_size"] == 70_001
     assert shards.open_data(tmp_path / "out").train.shards[0].dtype == np.uint32
     assert len(texts(tmp_path / "out", "train")) == manifest["train"]["documents"]
+
+
+def test_a_tokenizer_whose_tokens_are_no_bytes(corpus: Path, tmp_path: Path) -> None:
+    path, _ = trained("llama2", tmp_path)
+    (corpus / "latin.txt").unlink()
+    manifest = prepare([corpus], tmp_path / "out", tokenizer=path, val=0.2, shard_bytes=5000)
+    words = tokenizer.load(tmp_path / "out")
+    assert words.hash == manifest["tokenizer"]["hash"] == tokenizer.get(path).hash
+    files = {p.read_bytes() for p in corpus.rglob("*.txt") if p.stem.isdigit()}
+    assert {*texts(tmp_path / "out", "train"), *texts(tmp_path / "out", "val")} == files
+    data = shards.open_data(tmp_path / "out")
+    assert evaluate.count_bytes(data.val, words.token_lengths(), 100) is None
+    found = inspection.inspect(tmp_path / "out")
+    assert all("too few" in p for p in found["problems"]) and found["train"]["bytes_per_token"] > 0
+    (corpus / "sub" / "bad.txt").write_bytes(b"x" * 5000 + b"\xff and more")
+    with pytest.raises(DataError, match=r"sub/bad\.txt: offset 5000: byte 0xff is not UTF-8"):
+        prepare([corpus], tmp_path / "b", tokenizer=path)
+    assert list((tmp_path / "b").iterdir()) == []
 
 
 def test_named_files_and_bad_sources(corpus: Path, tmp_path: Path) -> None:
