@@ -175,7 +175,7 @@ class Tokenizer:
 
 
 class Stream:
-    """Text from tokens as they come; a character whose bytes are spread over several tokens comes
+    """Text from tokens one at a time; a character whose bytes are spread over several tokens comes
     with the last of them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -21,8 +21,8 @@ INSTALLED = {"site-packages", "dist-packages"}
 
 
 def python_sources(roots: list[Path] | None = None, installed: bool = False) -> Iterator[Document]:
-    """The Python files below directories, each a document; those of the running interpreter's
-    standard library if none is given: tens of MB of text that every machine has. `installed`: with
+    """The Python files below directories, each a document; by default those of the running
+    interpreter's standard library, tens of MB of text that every machine has. `installed`: include
     the packages installed there."""
     outside = {"__pycache__"} | (set() if installed else INSTALLED)
     for index, root in enumerate(roots or [Path(sysconfig.get_paths()["stdlib"])]):

@@ -1,8 +1,8 @@
 """Documents into shards: encoded by several threads, written in order, each shard read back.
 
-Which documents a shard holds depends on their text alone, and its tokens on those and the
-tokenizer. So neither the number of workers nor an interruption can change a byte, and a shard that
-is finished can be kept.
+Which documents a shard holds depends on their text alone, and its tokens on the documents and the
+tokenizer. So neither the number of workers nor an interruption can change a byte, and finished
+shards can be kept.
 """
 
 import contextlib
@@ -101,9 +101,9 @@ def encode(
 
 
 class Writer:
-    """Puts the documents of one split into its shards, each of `shard_bytes` of text or slightly
-    more. A shard gets its header when complete, and is then read back and compared. At most `ahead`
-    jobs wait to be written."""
+    """Writes the documents of one split into shards of `shard_bytes` of text or slightly more. A
+    shard gets its header when complete, and is then read back and compared. At most `ahead` jobs
+    wait to be written."""
 
     def __init__(
         self,

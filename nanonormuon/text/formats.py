@@ -1,8 +1,8 @@
 """The text in files of records: JSON lines and arrays, CSV, Parquet.
 
-Each reader takes an open binary file, its name for messages, and the field that holds the text, and
-gives one text after another with one record in memory. What is wrong is a DataError with the line.
-TSV knows no quoting: a quote is text, and a field holds neither tabs nor line ends.
+Each reader takes an open binary file, its name for messages, and the field that holds the text. It
+yields the texts one by one, with one record in memory, and raises DataError naming the line. TSV
+has no quoting: a quote is text, and a field holds neither tabs nor line ends.
 """
 
 import codecs
@@ -65,7 +65,7 @@ def _json_array(file: Any, name: str, text_field: str) -> Iterator[bytes]:
 
 
 def _field(record: Any, text_field: str, where: str) -> bytes:
-    """A record's text: the record itself, or its field; null is no text."""
+    """The UTF-8 text of a record, which is a string or has one in its field; null gives none."""
     if isinstance(record, dict):
         if text_field not in record:
             raise DataError(_missing(where, text_field, record))

@@ -97,11 +97,11 @@ class OtherKind(ByteLevel):
 
 
 class WindowStream(Stream):
-    """Text from tokens as they come, as what one more token adds to the text of those before."""
+    """Text from tokens one at a time: what each adds to the text of the tokens before it."""
 
     def __init__(self, tokenizer: OtherKind, before: Sequence[int]) -> None:
         self.tokenizer, ids = tokenizer, list(before)
-        # what stands behind the last end-of-text token is one text
+        # a text begins behind the last end-of-text token
         starts = [i + 1 for i, token in enumerate(ids) if token == tokenizer.eot]
         self.ids = ids[max(starts, default=0) :]
         self.first, self.shown = 0, len(self.ids)  # the window's start; tokens that are out

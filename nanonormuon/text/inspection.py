@@ -1,4 +1,4 @@
-"""What is in a data directory, and what is wrong with it."""
+"""The contents of a data directory, and what is wrong with them."""
 
 import hashlib
 import heapq
@@ -18,10 +18,10 @@ LONGEST, WINDOWS, WINDOW = 5, 3, 64  # documents, windows of each split, tokens 
 
 
 def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> dict[str, Any]:
-    """Read a data directory whole and describe it, as JSON can hold it.
+    """Read a data directory whole and describe it in values that JSON can hold.
 
-    `tokenizer` is needed only where the directory brings none. "problems" lists what is wrong; a
-    directory that cannot be opened has nothing but that.
+    `tokenizer` is needed only where the directory has none. "problems" lists what is wrong; a
+    directory that cannot be opened gives nothing else.
     """
     problems: list[str] = []
     words: Tokenizer | None = None
@@ -57,8 +57,8 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
 def describe(
     split: Split, eot: int | None, words: Tokenizer | None
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Counts, longest documents and first windows of a split; and eight bytes of each document's
-    hash, to compare documents by."""
+    """Counts, longest documents and first windows of a split; and the first eight bytes of each
+    document's hash, by which documents are compared."""
     found: dict[str, Any] = {
         "shards": len(split.shards), "tokens": split.tokens, "bytes": split.bytes,
         "largest_id": max(int(chunk.max()) for shard in split.shards for chunk in chunks(shard)),
@@ -98,8 +98,8 @@ def chunks(shard: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def documents(split: Split, eot: int) -> Iterator[tuple[int, int, int]]:
-    """Shard, start and end of each document without its separator. What a shard has before its
-    first separator is counted as a document."""
+    """Shard, start and end of each document without its separator. Tokens before a shard's first
+    separator count as a document."""
     for index, shard in enumerate(split.shards):
         start = -1 if int(shard[0]) == eot else 0
         for offset in range(0, len(shard), CHUNK):
@@ -115,7 +115,7 @@ def copies(digests: np.ndarray) -> int:
 
 
 def find_problems(result: dict[str, Any]) -> list[str]:
-    """What a person should know before training on this."""
+    """Warnings about copies and about too few tokens."""
     problems = []
     for name in ("train", "val"):
         part = result[name]
@@ -133,7 +133,7 @@ def find_problems(result: dict[str, Any]) -> list[str]:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """What `inspect` found, for people."""
+    """The result of `inspect` in lines for people."""
     lines = [f"{result['path']}"]
     if words := result.get("tokenizer"):
         lines.append(f"tokenizer: {words['name']}, {words['vocab_size']:,} ids")

@@ -3,12 +3,12 @@
     documents -> split by content hash -> token ids, in batches -> shards, read back -> manifest
 
 The text is read three times (survey, training the tokenizer, encoding) and never held as a whole:
-memory is for some documents, some batches and eight bytes per document.
+memory holds a few documents, a few batches and eight bytes per document.
 
 Everything is written into OUT/.partial; `plan.json` there says what is being made and which shards
-are finished, and the same command goes on behind them. Then all is moved into place,
-`manifest.json` last. OUT itself may hold other files, the text for instance, so it cannot be
-published as a directory.
+are finished, so that the same command continues after an interruption. Then the files are moved
+into place, `manifest.json` last. OUT may hold other files, such as the text itself, so it cannot
+appear by one renaming of a directory.
 """
 
 import contextlib
@@ -139,7 +139,7 @@ def prepare_documents(
 
 
 class Survey:
-    """One pass over the documents: what there is, and from that, what goes where."""
+    """One pass over the documents: how many there are, and to which split each belongs."""
 
     def __init__(self, names: list[str], val: float) -> None:
         self.names, self.val = names, val
@@ -228,7 +228,7 @@ class Survey:
 def _trained(
     spec: str, survey: Survey, read: Callable[[], Iterable[Document]], partial: Path, plan: Plan
 ) -> Tokenizer:
-    """The tokenizer trained on this text: an interrupted run's, if that came so far."""
+    """The tokenizer trained on this text, or the one that an interrupted run saved."""
     with contextlib.suppress(TokenizerError):
         if (there := load(partial)).hash == plan.tokenizer:
             return there
@@ -240,7 +240,7 @@ def _trained(
 
 
 def _sample(texts: Iterable[bytes], total: int) -> Iterator[str | bytes]:
-    """Evenly spread pieces of the texts (`total` bytes), about SAMPLE_BYTES or all there are."""
+    """Evenly spread pieces of texts of `total` bytes: about SAMPLE_BYTES, or all there are."""
     seen = taken = 0
     for text in texts:
         for piece in pieces(text):
@@ -273,7 +273,8 @@ def alone(directory: Path, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _spool(out: Path) -> Iterator[IO[bytes]]:
-    """Standard input as a file that can be read again: without a name, so it ends with us."""
+    """Standard input as a file that can be read again. It has no name, so it is gone when the
+    process ends."""
     here = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     with tempfile.TemporaryFile(dir=here) as file:  # beside the output there is room for it
         log.info("prepare: reading standard input; a copy is kept in %s meanwhile", here)
@@ -300,8 +301,8 @@ def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _begin(out: Path, asked: dict[str, Any]) -> tuple[Path, Plan]:
-    """Make OUT/.partial, or take up the one that an interrupted run of the same preparation left.
-    What another one left goes, and nothing else."""
+    """Make OUT/.partial, or continue with what an interrupted run of the same preparation left
+    there. Removes what a different preparation left there, and nothing else."""
     partial = out / PARTIAL
     if (partial / MANIFEST).exists():  # stopped while moving files: the listed ones are ours
         for name in _products(shards.read_manifest(partial)):

@@ -1,9 +1,9 @@
-"""Text out of files: what a source is, which format its files have, their documents one by one.
+"""Documents from files of any format, one by one.
 
     file, directory, pattern, open file -> decompressed -> text | JSON | CSV | Parquet -> documents
 
-The format is what the name says, and the content where it does not. Files are read as streams: a
-document of more than LARGE bytes is cut at paragraph ends, so memory is for a few times LARGE.
+A file's suffix gives its format; where it does not, the first bytes do. Files are read as streams:
+a document of more than LARGE bytes is cut at paragraph ends, so a few times LARGE fits in memory.
 """
 
 import codecs
@@ -26,7 +26,7 @@ from nanonormuon.text import formats
 
 log = logging.getLogger(__name__)
 
-# What a walk through a directory takes for text; a file that is named itself may end in anything.
+# Suffixes that a walk through a directory takes for text; a file named by the user may have any.
 TEXT = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".css", ".xml", ".toml", ".yaml"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts"),
@@ -37,10 +37,10 @@ RECORDS = {
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
 }  # fmt: skip
 PACKED = (".gz", ".zst")
-LARGE = 16 << 20  # bytes; a longer document is cut into several ...
-PART = 1 << 20  # ... of one to two times this
+LARGE = 16 << 20  # bytes; a longer document is cut into parts
+PART = 1 << 20  # bytes; a part has one to two times this
 PACKED_PARQUET_LIMIT = 256 << 20  # bytes
-BAD_SHARE = 0.001  # a file in which more bytes than this are not UTF-8 is not taken for text
+BAD_SHARE = 0.001  # of a text file's bytes may be invalid UTF-8
 _PARAGRAPH = re.compile(rb"\n[ \t\r]*\n+")
 
 Source = str | Path | IO[bytes]
@@ -48,7 +48,7 @@ Source = str | Path | IO[bytes]
 
 @dataclass(frozen=True)
 class Document:
-    """A text to be trained on; `source` counts the sources, `name` is for messages."""
+    """A text to be trained on; `source` is the index of its source, `name` is for messages."""
 
     name: str
     source: int
@@ -56,7 +56,7 @@ class Document:
 
 
 class NotText(DataError):
-    """A file that a walk passes over."""
+    """A file is not text; a walk skips it."""
 
 
 def documents(
@@ -95,7 +95,7 @@ def documents(
 
 
 def _find(source: Source, skip: Path | None) -> tuple[bool, list[tuple[str, Path | IO[bytes]]]]:
-    """Whether a source is a directory, and its files with the names that messages give them."""
+    """Whether a source is a directory, and its files with their names for messages."""
     if not isinstance(source, str | Path):
         return False, [("standard input", source)]
     path = Path(source)
@@ -227,8 +227,8 @@ def _kind(file: Any, name: str) -> str:
 
 
 def _checked(file: Any, name: str) -> Iterator[bytes]:
-    """Blocks of a file, as long as it is text: no NUL, and hardly a byte that is not UTF-8. A
-    byte order mark at the start is dropped."""
+    """Blocks of a file without its byte order mark. Raises NotText or, behind the first block,
+    DataError for a NUL or for too many bytes that are not UTF-8."""
     done = bad = 0
     first = None  # offset of the first byte that is not UTF-8
     while block := file.read(LARGE):
@@ -252,8 +252,8 @@ def _checked(file: Any, name: str) -> Iterator[bytes]:
 
 
 def _parts(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
-    """Documents of a stream: what is between separators, cut where it is longer than LARGE. What
-    comes out does not depend on the blocks."""
+    """Documents of a stream: the text between separators, cut where it is longer than LARGE. The
+    result does not depend on how the stream is divided into blocks."""
     buffer, long = b"", False
     for block in blocks:
         buffer += block
