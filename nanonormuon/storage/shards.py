@@ -60,11 +60,9 @@ def header(version: int, n_tokens: int) -> bytes:
 def read_shard(path: str | Path) -> np.memmap:
     """Map a shard read-only, after checking its size against its header; no token is read."""
     path, found = Path(path), _size(Path(path))
-    with path.open("rb") as file:
-        start = file.read(HEADER_BYTES)
-    if len(start) < HEADER_BYTES:
-        raise DataError(f"{path}: {len(start)} bytes, a shard's header alone has {HEADER_BYTES}")
-    magic, version, n_tokens = (int(x) for x in np.frombuffer(start, "<i4")[:3])
+    if found < HEADER_BYTES:
+        raise DataError(f"{path}: {found} bytes, a shard's header alone has {HEADER_BYTES}")
+    magic, version, n_tokens = np.fromfile(path, "<i4", 3).tolist()
     if magic != MAGIC:
         raise DataError(
             f"{path}: offset 0: {MAGIC} expected, {magic} found; this is no token shard"
@@ -85,7 +83,7 @@ def read_headerless(path: str | Path) -> np.memmap:
     path, found = Path(path), _size(Path(path))
     if found < 2 or found % 2:
         raise DataError(f"{path}: uint16 tokens expected, {found} bytes found; copy it again")
-    if np.fromfile(path, "<i4", min(1, found // 4)).tolist() == [MAGIC]:
+    if np.fromfile(path, "<i4", 1).tolist() == [MAGIC]:
         raise DataError(f"{path}: a shard with a header; leave data.format at shards")
     return np.memmap(path, DTYPES[1], "r", 0, (found // 2,))
 
@@ -135,8 +133,7 @@ class File:
         self.path, self.found = path, _state(path)
         self.listed: dict[str, Any] | None = None
         self._error: DataError | OSError | None = None
-        # a daemon: a run that fails does not wait for it
-        self._thread = threading.Thread(target=self._hash, daemon=True)
+        self._thread: threading.Thread | None = None
 
     def check(self) -> None:
         """Raise DataError if the file has changed, or is known by now not to be the listed one."""
@@ -147,12 +144,13 @@ class File:
             )
         if self._error:
             raise self._error
-        if self.listed and not self._thread.ident:
+        if self.listed and self._thread is None:  # a daemon: a run that fails does not wait for it
+            self._thread = threading.Thread(target=self._hash, daemon=True)
             self._thread.start()
 
     def settle(self) -> None:
         """Wait for the comparison of a file in use; DataError if its content is another."""
-        if self._thread.ident:
+        if self._thread is not None:
             self._thread.join()
             self.check()
 
@@ -220,8 +218,8 @@ class Split:
 
 @dataclass
 class Data:
-    """A data directory, opened and checked. `fingerprint` tells other data: by content with a
-    manifest, by names and sizes without one."""
+    """A data directory, opened and checked. `fingerprint` differs for other data: it is of the
+    content with a manifest, of names and sizes without one."""
 
     path: Path
     train: Split
@@ -362,6 +360,7 @@ def _compare(path: Path, listed: dict[str, Any], **found: Any) -> None:
 
 
 def _state(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns; zeros for a file that cannot be found."""
     try:
         status = path.stat()
     except OSError:
