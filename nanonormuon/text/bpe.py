@@ -12,7 +12,6 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -75,8 +74,8 @@ Piece = str | bytes | None  # text; bytes that are not UTF-8; the start of a doc
 
 
 class Tokenizer:
-    """What every tokenizer offers. A subclass sets these attributes and adds `encode_texts` and
-    `content`; one whose tokens have no bytes of their own overrides what uses `table`."""
+    """What every tokenizer offers. A subclass sets these attributes and adds `encode_texts`; one
+    whose tokens have no bytes of their own overrides what uses `table`."""
 
     name: str  # for messages
     hash: str  # sha256 (hex) of everything that decides the ids; the name is not part of it
@@ -84,15 +83,12 @@ class Tokenizer:
     eot: int  # its id
     vocab_size: int  # one more than the largest id
     table: dict[int, bytes]  # the bytes of each id
-    special_ids: frozenset[int]  # ids that are no text
+    special_ids: set[int]  # ids that are no text
+    content: dict[str, Any]  # of tokenizer.json
     foreign = False  # whether the file came from elsewhere; a mark in tokenizer_config.json
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
         """The ids of each text; other threads run meanwhile."""
-        raise NotImplementedError
-
-    def content(self) -> dict[str, Any]:
-        """The contents of tokenizer.json."""
         raise NotImplementedError
 
     def encode_job(self, job: Sequence[Piece]) -> np.ndarray:
@@ -162,7 +158,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,
         }
-        contents = {FILE: self.content(), CONFIG: config}
+        contents = {FILE: self.content, CONFIG: config}
         return {
             n: json.dumps(c, ensure_ascii=False, indent=1).encode() for n, c in contents.items()
         }
@@ -218,7 +214,6 @@ def pieces(text: str | bytes) -> Iterator[str | bytes]:
 # ----------------------------------------------------------------------------------- byte-level BPE
 
 
-@dataclass(frozen=True, eq=False)
 class BPE(Tokenizer):
     """A byte-level BPE vocabulary.
 
@@ -227,35 +222,21 @@ class BPE(Tokenizer):
     alone, which `encode` never produces: in a text it is thirteen ordinary characters.
     """
 
-    name: str
-    pattern: str
-    ranks: dict[bytes, int] = field(repr=False)
-    special: dict[str, int]
     end = EOT
 
-    def __post_init__(self) -> None:
-        if sorted(self.ranks.values()) != list(range(len(self.ranks))):
-            raise TokenizerError(f"tokenizer {self.name}: token ids are not 0..n-1, each once")
-        if {t for t, i in self.ranks.items() if i < 256} != {bytes([b]) for b in range(256)}:
-            raise TokenizerError(f"tokenizer {self.name}: ids 0..255 are not the 256 single bytes")
-        if set(self.special) != {EOT} or self.special[EOT] < len(self.ranks):
-            raise TokenizerError(f"tokenizer {self.name}: {EOT} is missing or has a token's id")
-
-    @property
-    def eot(self) -> int:
-        return self.special[EOT]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.eot + 1
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        return frozenset([self.eot])
-
-    @cached_property
-    def table(self) -> dict[int, bytes]:
-        return {i: token for token, i in self.ranks.items()} | {self.eot: EOT.encode()}
+    def __init__(
+        self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]
+    ) -> None:
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise TokenizerError(f"tokenizer {name}: token ids are not 0..n-1, each once")
+        if {t for t, i in ranks.items() if i < 256} != {bytes([b]) for b in range(256)}:
+            raise TokenizerError(f"tokenizer {name}: ids 0..255 are not the 256 single bytes")
+        if set(special) != {EOT} or special[EOT] < len(ranks):
+            raise TokenizerError(f"tokenizer {name}: {EOT} is missing or has a token's id")
+        self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
+        self.eot = special[EOT]
+        self.vocab_size, self.special_ids = self.eot + 1, {self.eot}
+        self.table = {i: token for token, i in ranks.items()} | {self.eot: EOT.encode()}
 
     @cached_property
     def hash(self) -> str:
@@ -272,6 +253,7 @@ class BPE(Tokenizer):
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
         return [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
+    @property
     def content(self) -> dict[str, Any]:
         def text(token: bytes) -> str:
             return "".join(CHARS[b] for b in token)
@@ -331,7 +313,7 @@ def read(content: dict[str, Any], name: str) -> BPE:
     vocab = content["model"]["vocab"]
     ranks = {bytes(BYTES[c] for c in t): i for t, i in vocab.items() if t != EOT}
     found = BPE(name, str(pattern), ranks, {EOT: eot})
-    if found.content() != content:
+    if found.content != content:
         raise TokenizerError("merges, ids or settings differ from what its vocabulary says")
     return found
 

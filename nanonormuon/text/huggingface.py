@@ -34,15 +34,15 @@ class ByteLevel(Tokenizer):
     foreign = True
 
     def __init__(self, name: str, content: dict[str, Any], end: str, library: Any) -> None:
-        self.name, self.end, self._content, self._library = name, end, content, library
+        self.name, self.end, self.content, self._library = name, end, content, library
         self.vocabulary = vocabulary(content)
         self.eot, self.vocab_size = self.vocabulary[end], max(self.vocabulary.values()) + 1
         added = content["added_tokens"]
-        self.special_ids = frozenset([self.eot, *(t["id"] for t in added if t["special"])])
+        self.special_ids = {self.eot, *(t["id"] for t in added if t["special"])}
 
     @cached_property
     def table(self) -> dict[int, bytes]:
-        added = {t["id"] for t in self._content["added_tokens"]}
+        added = {t["id"] for t in self.content["added_tokens"]}
         return {
             i: token.encode() if i in added else bytes(BYTES[c] for c in token)
             for token, i in self.vocabulary.items()
@@ -51,11 +51,8 @@ class ByteLevel(Tokenizer):
     @cached_property
     def hash(self) -> str:
         """sha256 (hex) of tokenizer.json's content and the id that ends a text."""
-        parts = [self._content, self.eot]
+        parts = [self.content, self.eot]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def content(self) -> dict[str, Any]:
-        return self._content
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
         found = self._library.encode_batch_fast(texts, add_special_tokens=False)

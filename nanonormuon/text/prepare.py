@@ -69,8 +69,8 @@ def prepare(
     If `out` holds this very preparation already, it is verified and kept.
     Raises DataError, TokenizerError, OSError.
     """
-    out, names = Path(out), ["standard input" if str(t) == "-" else _name(t) for t in texts]
-    readings = itertools.count()
+    out, readings = Path(out), itertools.count()
+    names = ["standard input" if str(t) == "-" else Path(t).resolve().name for t in texts]
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(_spool(out)) if str(t) == "-" else t for t in texts]
 
@@ -109,8 +109,8 @@ def prepare_documents(
         try:
             survey.log_split()
             vocabulary = vocabulary or _trained(str(spec), survey, read, partial, plan)
-            split, size = survey.split(read()), sum(survey.sizes)
-            splits = encode(split, size, vocabulary, partial, plan, shard_bytes, workers)
+            split = survey.split(read())
+            splits = encode(split, survey.bytes, vocabulary, partial, plan, shard_bytes, workers)
             vocabulary.save(partial)
         except DataError:
             shutil.rmtree(partial, ignore_errors=True)
@@ -143,7 +143,8 @@ class Survey:
 
     def __init__(self, names: list[str], val: float) -> None:
         self.names, self.val = names, val
-        self.documents, self.sizes = [0] * len(names), [0] * len(names)
+        self.documents = self.bytes = 0
+        self._rows = [{"name": n, "documents": 0, "bytes": 0} for n in names]
         self._hashes = [hashlib.sha256() for _ in names]
         self._digests = array("Q")  # the first eight bytes of each document's sha256
         self.longest, self.longest_bytes, self._longest_digest = "", 0, b""
@@ -163,8 +164,10 @@ class Survey:
     def add(self, document: Document) -> bytes:
         """Count a document; returns the sha256 of its content."""
         digest, size = hashlib.sha256(document.data).digest(), len(document.data)
-        self.documents[document.source] += 1
-        self.sizes[document.source] += size
+        self.documents += 1
+        self.bytes += size
+        self._rows[document.source]["documents"] += 1
+        self._rows[document.source]["bytes"] += size
         self._hashes[document.source].update(digest)
         self._digests.frombytes(digest[:8])
         self._sides.add(self._side(digest))
@@ -187,7 +190,7 @@ class Survey:
         if copies := self.copies:
             log.info(
                 "prepare: %d of %d documents are exact copies of another; all copies of a document"
-                " are on the same side of the split", copies, sum(self.documents),
+                " are on the same side of the split", copies, self.documents,
             )  # fmt: skip
         if self.tail:
             share, name = self.val, self.longest
@@ -198,10 +201,8 @@ class Survey:
 
     def sources(self) -> list[dict[str, Any]]:
         """One entry per source; `sha256` is over the documents' sha256 (binary, in order)."""
-        rows = zip(self.names, self.documents, self.sizes, self._hashes, strict=True)
-        return [
-            {"name": n, "documents": d, "bytes": b, "sha256": h.hexdigest()} for n, d, b, h in rows
-        ]
+        rows = zip(self._rows, self._hashes, strict=True)
+        return [row | {"sha256": digest.hexdigest()} for row, digest in rows]
 
     def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
         """Each document with its split, in order; DataError if they are not the surveyed ones."""
@@ -234,7 +235,7 @@ def _trained(
             return there
     log.info("prepare: training %s", spec)
     training = (document.data for side, document in survey.split(read()) if side == "train")
-    vocabulary = get_tokenizer(spec, _sample(training, sum(survey.sizes)))
+    vocabulary = get_tokenizer(spec, _sample(training, survey.bytes))
     vocabulary.save(partial)
     return vocabulary
 
@@ -335,7 +336,3 @@ def _publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
 def _products(manifest: dict[str, Any]) -> list[str]:
     listed = [shard["name"] for split in ("train", "val") for shard in manifest[split]["shards"]]
     return [*listed, FILE, CONFIG]
-
-
-def _name(text: str | Path) -> str:
-    return Path(text).resolve().name

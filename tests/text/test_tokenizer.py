@@ -432,7 +432,7 @@ def test_truncation_and_padding_of_a_file_are_not_for_training(tmp_path: Path) -
 def test_gpt2_through_the_library_is_tiktokens(gpt2: Tokenizer, tmp_path: Path) -> None:
     """In the form of GPT-2's published tokenizer.json, on a large sample of text."""
     pytest.importorskip("tokenizers")
-    content = gpt2.content()
+    content = gpt2.content
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     content["pre_tokenizer"] = content["decoder"] = byte_level
     (tmp_path / module.FILE).write_text(json.dumps(content))
@@ -451,7 +451,7 @@ def test_llama_3s_way_to_list_every_pair(gpt2: Tokenizer, tmp_path: Path) -> Non
     pytest.importorskip("tokenizers")
     small = {token: i for token, i in gpt2.ranks.items() if i < 2000}
     ours = BPE("t", CL100K, small, {EOT: 2000})
-    content = ours.content()
+    content = ours.content
     chars = {token: "".join(bpe_module.CHARS[b] for b in token) for token in small}
     content["model"]["merges"] = [
         f"{chars[token[:k]]} {chars[token[k:]]}"
