@@ -20,7 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanonormuon.errors import MissingPackage, TokenizerError, exit_code
+from nanonormuon.errors import CheckpointError, MissingPackage, TokenizerError, exit_code
+from nanonormuon.pretrained import models
 from nanonormuon.text import bpe as bpe_module
 from nanonormuon.text import builtin
 from nanonormuon.text import tokenizer as module
@@ -418,6 +419,30 @@ def test_a_copy_of_another_tokenizer(kind: str, tmp_path: Path) -> None:
     # the formula decides whether data prepared before can be opened
     parts = [json.loads((tmp_path / module.FILE).read_text()), ours.eot]
     assert ours.hash == hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "unigram", "wordpiece"])
+def test_the_data_and_a_model_must_have_the_same_ids(kind: str, tmp_path: Path) -> None:
+    path, theirs = trained(kind, tmp_path)
+    ours = module.get(path)
+    models.check_tokenizer(tmp_path, ours)
+    theirs.add_tokens(["one more"])
+    theirs.save(str(path))
+    models.check_tokenizer(tmp_path, ours)
+    content = json.loads(path.read_text())
+    if kind == "unigram":
+        vocab = content["model"]["vocab"]
+        vocab[500], vocab[501] = vocab[501], vocab[500]
+    else:
+        swapped = {500: 501, 501: 500}
+        vocab = content["model"]["vocab"].items()
+        content["model"]["vocab"] = {token: swapped.get(i, i) for token, i in vocab}
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: 2 of the data's .*: id 50[01] in"):
+        models.check_tokenizer(tmp_path, ours)
+    path.write_text('{"model": {"vocab": [1]}}')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer's vocabulary"):
+        models.check_tokenizer(tmp_path, ours)
 
 
 def test_truncation_and_padding_of_a_file_are_not_for_training(tmp_path: Path) -> None:
