@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nanonormuon.errors import DataError, TokenizerError
+from nanonormuon.errors import DataError
 from nanonormuon.storage.shards import CHUNK, Split, open_data
 from nanonormuon.text.tokenizer import FILE, Tokenizer, get, load
 
@@ -29,7 +29,7 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
         if tokenizer or (directory / FILE).exists():
             words = get(tokenizer) if tokenizer else load(directory)
         data = open_data(directory, words and words.vocab_size, "full", headerless)
-    except (DataError, TokenizerError) as error:
+    except DataError as error:
         return {"path": str(directory), "problems": [str(error)]}
     result: dict[str, Any] = {"path": str(directory), "fingerprint": data.fingerprint}
     if data.manifest:
@@ -61,40 +61,39 @@ def describe(
     document's hash, by which documents are compared."""
     found: dict[str, Any] = {
         "shards": len(split.shards), "tokens": split.tokens, "bytes": split.bytes,
-        "largest_id": max(int(chunk.max()) for shard in split.shards for chunk in chunks(shard)),
+        "largest_id": max(int(shard.max()) for shard in split.shards),
     }  # fmt: skip
-    digests, longest, number = array("Q"), [], 0
-    if eot is not None:
+    digests, longest = array("Q"), []
+
+    def read() -> Iterator[tuple[int, int, int, int]]:
+        """Length, negative number, shard and start of each document."""
         with tqdm(desc="inspecting", total=split.tokens, unit_scale=True, disable=None) as bar:
-            for shard, start, stop in documents(split, eot):
+            for number, (shard, start, stop) in enumerate(documents(split, eot)):
                 tokens = split.shards[shard][start:stop]
                 digests.frombytes(hashlib.sha256(tokens.tobytes()).digest()[:8])
-                heapq.heappush(longest, (stop - start, -number, shard, start))
-                if len(longest) > LONGEST:
-                    heapq.heappop(longest)
-                number += 1
                 bar.update(stop - start + 1)
-        found["documents"] = number
+                yield stop - start, -number, shard, start
+
+    if eot is not None:
+        longest = heapq.nlargest(LONGEST, read())
+        found["documents"] = len(digests)
     if words is not None:
-        text_bytes = split.bytes
-        if text_bytes is None:
-            lengths = words.token_lengths()
-            if lengths is not None:
-                text_bytes = sum(int(lengths[c].sum()) for s in split.shards for c in chunks(s))
+        if (text_bytes := split.bytes) is None and (lengths := words.token_lengths()) is not None:
+            text_bytes = sum(
+                int(lengths[shard[i : i + CHUNK]].sum())
+                for shard in split.shards
+                for i in range(0, len(shard), CHUNK)
+            )
         if text_bytes is not None:
             found["bytes_per_token"] = round(text_bytes / split.tokens, 3)
         found["longest"] = [
             {"tokens": n, "begins": words.decode(split.shards[shard][start : start + 24])}
-            for n, _, shard, start in sorted(longest, reverse=True)
+            for n, _, shard, start in longest
         ]
         found["windows"] = [
             words.decode(split.shards[0][i * WINDOW : (i + 1) * WINDOW]) for i in range(WINDOWS)
         ]
     return found, np.array(digests, np.uint64)
-
-
-def chunks(shard: np.ndarray) -> Iterator[np.ndarray]:
-    return (shard[i : i + CHUNK] for i in range(0, len(shard), CHUNK))
 
 
 def documents(split: Split, eot: int) -> Iterator[tuple[int, int, int]]:
