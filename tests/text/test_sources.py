@@ -217,6 +217,18 @@ def test_parquet_without_the_column_or_the_package(
         list(documents([path]))
 
 
+def test_formats_without_their_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_bytes(as_array(["x"]))
+    (tmp_path / "b.txt").write_bytes(as_zstd(b"text"))
+    for name, module, package in (
+        ("a.json", "ijson.backends.python", "ijson"),
+        ("b.txt", "pyarrow", "pyarrow"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingPackage, match=rf"{name}: .*: pip install {package}$"):
+            list(documents([tmp_path / name]))
+
+
 def test_limits_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "RECORD_LIMIT", 1 << 17)
     (tmp_path / "a.jsonl").write_bytes(as_lines(["x", "y" * (1 << 18)]))
