@@ -73,8 +73,11 @@ def bits_per_byte(loss: float, targets: int, text_bytes: int | None) -> float | 
     return loss * targets / (math.log(2) * text_bytes) if text_bytes else None
 
 
-def count_bytes(split: Split, token_lengths: np.ndarray, max_tokens: int = 0) -> int:
-    """UTF-8 bytes of the text behind a split's targets, from the length of each token."""
+def count_bytes(split: Split, token_lengths: np.ndarray | None, max_tokens: int = 0) -> int | None:
+    """UTF-8 bytes of the text behind a split's targets, from the length of each token; None where
+    tokens have no length of their own."""
+    if token_lengths is None:
+        return None
     total, left = 0, max_tokens or split.tokens
     for i, shard in enumerate(split.shards):
         for start in range(1, len(shard), 1 << 24):  # the first token of a shard is never a target

@@ -1,6 +1,5 @@
 """Text from a model, token by token, with a KV cache."""
 
-import codecs
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -79,7 +78,7 @@ class Text:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self.tokenizer, self.stops, self.ended = tokenizer, [s for s in stops if s], False
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.stream = tokenizer.stream()
         self.held, self.tokens = "", 0
 
     def add(self, token: int) -> str:
@@ -90,7 +89,7 @@ class Text:
         if token == self.tokenizer.eot:
             return self.finish()
         try:
-            return self._pass(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+            return self._pass(self.stream.add(token))
         except TokenizerError:
             return self.finish()
 
@@ -98,7 +97,7 @@ class Text:
         """The rest, when no token follows."""
         if self.ended:
             return ""
-        text = self._pass(self.decoder.decode(b"", final=True))
+        text = self._pass(self.stream.finish())
         if not self.ended:
             text, self.held, self.ended = text + self.held, "", True
         return text
@@ -122,6 +121,8 @@ def write(
     each row's new printable piece. settings: those of `generate`; row i has the seed `seed` + i."""
     tokenizer = rows[0].tokenizer
     ids = [tokenizer.eot, *tokenizer.encode(prompt)]  # as every document begins
+    for row in rows:
+        row.stream = tokenizer.stream(ids)
     for choices in generate(model, torch.tensor([ids] * len(rows)), max_tokens, **settings):
         yield [row.add(token) for row, token in zip(rows, choices.tolist())]
         if all(row.ended for row in rows):

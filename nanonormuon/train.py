@@ -23,7 +23,7 @@ from nanonormuon.config import Config, to_toml
 from nanonormuon.data import Batches, Loader
 from nanonormuon.errors import ConfigError, Interrupted, NonFinite, OutOfMemory
 from nanonormuon.optim import Schedule, group_rows
-from nanonormuon.runtime import crash, distributed, health, trackers
+from nanonormuon.runtime import distributed, health
 from nanonormuon.runtime.faults import Stopping, Watch
 from nanonormuon.runtime.health import BadStep, Guard, Spikes, Verdict, WeightStats
 from nanonormuon.runtime.memory import MicroBatch
@@ -153,7 +153,10 @@ class Trainer:
         size = checkpoint.size_of(self.engine.model, self.engine.optimizers)
         checkpoints.check_space(self.run.checkpoints, size, settings.keep_last)
         rows = self.run.open(to_toml(self.config), described, self.step)
-        self.run.sink = trackers.start(settings.track, self.run.path, asdict(self.config))
+        if settings.track:
+            from nanonormuon.runtime import trackers  # few runs have one
+
+            self.run.sink = trackers.start(settings.track, self.run.path, asdict(self.config))
         return rows
 
     # ---------------------------------------------------------------------------------------------
@@ -406,6 +409,8 @@ class Trainer:
 
         If the state before the step is sound it is saved, so that a resumed run repeats the step.
         """
+        from nanonormuon.runtime import crash  # hardly a run comes here
+
         engine, verdict = self.engine, bad.verdict
         weights, buffers = checkpoint.named_state(engine.model, engine.optimizers)
         found = crash.examine(verdict, bad.loss, weights, buffers, engine.optimizers, self.world)

@@ -14,6 +14,7 @@ from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.shards import Data, open_data
 from nanonormuon.storage.tensors import TensorFile, check_names, check_shape, placed_like
 from nanonormuon.text.builtin import builtin_python
+from nanonormuon.text.huggingface import vocabulary
 from nanonormuon.text.tokenizer import FILE as TOKENIZER_FILE
 from nanonormuon.text.tokenizer import Tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer
@@ -144,13 +145,11 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
         raise CheckpointError(f"{path}: whether the data fit it cannot be told: set data.tokenizer")
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; copy the model's own {TOKENIZER_FILE} there")
+    ours = vocabulary(json.loads(tokenizer.files()[TOKENIZER_FILE]))
     try:
-        content = checkpoints.read_json(file)
-        theirs = dict(content["model"]["vocab"])
-        theirs |= {t["content"]: t["id"] for t in content["added_tokens"]}
+        theirs = vocabulary(checkpoints.read_json(file))
     except (LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a byte-level BPE vocabulary ({error})") from None
-    ours = json.loads(tokenizer.files()[TOKENIZER_FILE])["model"]["vocab"]
+        raise CheckpointError(f"{file}: not a tokenizer's vocabulary ({error})") from None
     wrong = [(token, i) for token, i in ours.items() if theirs.get(token) != i]
     if wrong:
         token, i = wrong[0]

@@ -61,11 +61,9 @@ def header(version: int, n_tokens: int) -> bytes:
 def read_shard(path: str | Path) -> np.memmap:
     """Map a shard read-only, after checking its size against its header; no token is read."""
     path, found = Path(path), _size(Path(path))
-    with path.open("rb") as file:
-        start = file.read(HEADER_BYTES)
-    if len(start) < HEADER_BYTES:
-        raise DataError(f"{path}: {len(start)} bytes, a shard's header alone has {HEADER_BYTES}")
-    magic, version, n_tokens = (int(x) for x in np.frombuffer(start, "<i4")[:3])
+    if found < HEADER_BYTES:
+        raise DataError(f"{path}: {found} bytes, a shard's header alone has {HEADER_BYTES}")
+    magic, version, n_tokens = np.fromfile(path, "<i4", 3).tolist()
     if magic != MAGIC:
         raise DataError(
             f"{path}: offset 0: {MAGIC} expected, {magic} found; this is no token shard"
@@ -86,7 +84,7 @@ def read_headerless(path: str | Path) -> np.memmap:
     path, found = Path(path), _size(Path(path))
     if found < 2 or found % 2:
         raise DataError(f"{path}: uint16 tokens expected, {found} bytes found; copy it again")
-    if np.fromfile(path, "<i4", min(1, found // 4)).tolist() == [MAGIC]:
+    if np.fromfile(path, "<i4", 1).tolist() == [MAGIC]:
         raise DataError(f"{path}: a shard with a header; leave data.format at shards")
     return np.memmap(path, DTYPES[1], "r", 0, (found // 2,))
 
@@ -119,11 +117,8 @@ def check_ids(tokens: np.ndarray, vocab_size: int | None, path: Path, offset: in
 
 def sha256(path: str | Path) -> str:
     """Hash of a file's content, read in pieces."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------- directories
@@ -138,11 +133,11 @@ class File:
     def __init__(self, path: Path) -> None:
         self.path, self.found = path, _state(path)
         self.listed: dict[str, Any] | None = None
-        self._thread: threading.Thread | None = None
         self._error: DataError | OSError | None = None
+        self._thread: threading.Thread | None = None
 
     def check(self) -> None:
-        """DataError if the file changed since, or is known by now not to be the listed one."""
+        """Raise DataError if the file has changed, or is known by now not to be the listed one."""
         if (now := _state(self.path)) != self.found:
             raise DataError(
                 f"{self.path}: changed while in use, (bytes, time in ns)"
@@ -154,18 +149,18 @@ class File:
             self._thread = threading.Thread(target=self._hash, daemon=True)
             self._thread.start()
 
-    def _hash(self) -> None:
-        try:
-            with self.turn:
-                _compare(self.path, {"sha256": sha256(self.path)}, self.listed)
-        except (DataError, OSError) as error:
-            self._error = error
-
     def settle(self) -> None:
-        """Wait until the content of a file in use is compared; DataError if it is another."""
+        """Wait for the comparison of a file in use; DataError if its content is another."""
         if self._thread is not None:
             self._thread.join()
             self.check()
+
+    def _hash(self) -> None:
+        try:
+            with self.turn:
+                _compare(self.path, self.listed, sha256=sha256(self.path))
+        except (DataError, OSError) as error:
+            self._error = error
 
 
 @dataclass
@@ -194,13 +189,13 @@ class Split:
         """The shards of several splits in one list."""
         if len(splits) == 1:
             return splits[0]
-        whole = cls([p for s in splits for p in s.paths], [x for s in splits for x in s.shards])
-        whole.vocab_size = splits[-1].vocab_size
+        paths, shards = [p for s in splits for p in s.paths], [x for s in splits for x in s.shards]
+        whole = cls(paths, shards, splits[-1].vocab_size)
         whole.files = [file for s in splits for file in s.files]
         return whole
 
     def cut(self, tokens: int) -> tuple["Split", "Split"]:
-        """The first so many tokens, and the rest. Bytes of text are not known of a part."""
+        """The first `tokens` tokens, and the rest. A part's bytes of text are not known."""
         halves, left = (Split([], [], self.vocab_size), Split([], [], self.vocab_size)), tokens
         for path, shard, file in zip(self.paths, self.shards, self.files):
             for half, part in zip(halves, (shard[:left], shard[left:])):
@@ -212,20 +207,20 @@ class Split:
         return halves
 
     def check(self, shard: int) -> None:
-        """Before a shard is read: DataError if its file is not what was opened; costs a stat()."""
+        """To be called before a shard is read; costs a stat(). Raises DataError as File.check."""
         self.files[shard].check()
 
     def settle(self) -> None:
-        """Before anything that came of this split is kept: DataError if the content of a shard
-        read so far is not what the manifest lists."""
+        """To be called before anything computed from this split is kept. Raises DataError if the
+        content of a shard read so far is not what the manifest lists."""
         for file in self.files:
             file.settle()
 
 
 @dataclass
 class Data:
-    """A data directory, opened and checked. `fingerprint` tells other data: by content with a
-    manifest, by names and sizes without one."""
+    """A data directory, opened and checked. `fingerprint` differs for other data: it is of the
+    content with a manifest, of names and sizes without one."""
 
     path: Path
     train: Split
@@ -257,11 +252,9 @@ def open_data(
         raise DataError(
             f"{path}: no such data directory; run normuon-train prepare FILE... --out {path}"
         )
-    has_manifest = os.path.lexists(path / MANIFEST) and not headerless
-    manifest = read_manifest(path) if has_manifest else None
-    if not manifest and (path / PARTIAL).exists():
-        raise DataError(f"{path}: an unfinished preparation; run normuon-train prepare again")
-    if manifest:
+    manifest = None
+    if os.path.lexists(path / MANIFEST) and not headerless:
+        manifest = read_manifest(path)
         made_for = manifest["tokenizer"]["vocab_size"]
         if vocab_size is not None and made_for > vocab_size:
             raise DataError(
@@ -269,33 +262,33 @@ def open_data(
                 " set model.vocab_size, or prepare the data with the model's tokenizer"
             )
         vocab_size = made_for
-    splits = {
-        name: _open_split(path, name, manifest and manifest[name], vocab_size, headerless)
+    elif (path / PARTIAL).exists():
+        raise DataError(f"{path}: an unfinished preparation; run normuon-train prepare again")
+    train, val = (
+        _open_split(path, name, manifest and manifest[name], vocab_size, headerless)
         for name in ("train", "val")
-    }
-    shard_bytes = sum(shard.nbytes for split in splits.values() for shard in split.shards)
-    full = verify == "full" or shard_bytes <= FULL_CHECK_LIMIT
-    for name, split in splits.items():
-        for i, p in enumerate(split.paths):
-            if manifest and full:
-                _compare(p, {"sha256": sha256(p)}, manifest[name]["shards"][i])
-            elif manifest:
-                split.files[i].listed = manifest[name]["shards"][i]
-            elif full and vocab_size is not None:
-                check_ids(split.shards[i], vocab_size, p)
+    )
+    shards = [*train.shards, *val.shards]
+    full = verify == "full" or sum(shard.nbytes for shard in shards) <= FULL_CHECK_LIMIT
+    for shard, file in zip(shards, [*train.files, *val.files]):
+        if file.listed and full:
+            _compare(file.path, file.listed, sha256=sha256(file.path))
+            file.listed = None
+        elif full and vocab_size is not None and not manifest:
+            check_ids(shard, vocab_size, file.path)
     if manifest:  # what decides the tokens; not what the sources are called, nor the tool's version
         identity: Any = [manifest["tokenizer"]["hash"], manifest["train"], manifest["val"]]
     else:
-        identity = [(p.name, p.stat().st_size) for s in splits.values() for p in s.paths]
+        identity = [(p.name, p.stat().st_size) for p in (*train.paths, *val.paths)]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Data(path, splits["train"], splits["val"], manifest, vocab_size, fingerprint)
+    return Data(path, train, val, manifest, vocab_size, fingerprint)
 
 
 def _open_split(
     path: Path, name: str, entry: dict[str, Any] | None, vocab_size: int | None, headerless: bool
 ) -> Split:
     """A split's files, which must be those of its entry in the manifest, if there is one, in number
-    and size; their content is not read."""
+    and size; their content is still to be compared."""
     pattern = f"{name}.bin" if headerless else f"*{name}_*.bin"
     paths = sorted(p for p in path.glob(pattern) if not p.name.startswith("."))
     listed = {shard["name"]: shard for shard in entry["shards"]} if entry else {}
@@ -307,10 +300,11 @@ def _open_split(
         hint = "for nanoGPT's files set data.format=nanogpt" if plain else "prepare it again"
         raise DataError(f"{path}: no {name} split, {pattern} expected; {hint}")
     shards = [np.asarray((read_headerless if headerless else read_shard)(p)) for p in paths]
-    for p, shard in zip(paths, shards, strict=True):
-        if entry:
-            _compare(p, {"tokens": len(shard), "size": p.stat().st_size}, listed[p.name])
-    return Split(paths, shards, vocab_size, entry["bytes"] if entry else None)
+    split = Split(paths, shards, vocab_size, entry["bytes"] if entry else None)
+    for file, shard in zip(split.files if entry else (), shards):
+        file.listed = listed[file.path.name]
+        _compare(file.path, file.listed, tokens=len(shard), size=file.found[0])
+    return split
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -354,7 +348,7 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
         raise ValueError(f"{where}: {kind} expected, {str(value)[:80]!r} found")
 
 
-def _compare(path: Path, found: dict[str, Any], listed: dict[str, Any]) -> None:
+def _compare(path: Path, listed: dict[str, Any], **found: Any) -> None:
     """DataError unless what was found in a shard is what the manifest lists."""
     if path.is_symlink():
         raise DataError(f"{path}: a symbolic link, a file of this directory expected; copy it here")
@@ -367,6 +361,7 @@ def _compare(path: Path, found: dict[str, Any], listed: dict[str, Any]) -> None:
 
 
 def _state(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns; zeros for a file that cannot be found."""
     try:
         status = path.stat()
     except OSError:

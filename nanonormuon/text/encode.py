@@ -1,8 +1,8 @@
 """Documents into shards: encoded by several threads, written in order, each shard read back.
 
-Which documents a shard holds depends on their text alone, and its tokens on those and the
-tokenizer. So neither the number of workers nor an interruption can change a byte, and a shard that
-is finished can be kept.
+Which documents a shard holds depends on their text alone, and its tokens on the documents and the
+tokenizer. So neither the number of workers nor an interruption can change a byte, and finished
+shards can be kept.
 """
 
 import contextlib
@@ -13,16 +13,17 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tqdm import tqdm
 
-from nanonormuon.errors import DataError
+from nanonormuon.errors import DataError, TokenizerError
 from nanonormuon.storage import shards
 from nanonormuon.storage.files import naming, replace_file, settle
-from nanonormuon.text.progress import Progress
-from nanonormuon.text.tokenizer import Tokenizer, pieces
+from nanonormuon.text.bpe import Piece, Tokenizer
+from nanonormuon.text.sources import Document
 
 log = logging.getLogger(__name__)
 
@@ -37,35 +38,27 @@ class Plan:
         self.path, self.asked = path, asked
         self.tokenizer, self.shards = "", {}
 
-    def there(self) -> bool:
-        """Take over what an interrupted run of the same preparation has noted."""
+    def resume(self) -> bool:
+        """Read what an interrupted run noted; False unless it made what is asked for now."""
         try:
             content = json.loads(self.path.read_bytes())
             shards.check_shape(content, PLAN_SHAPE, "plan")
         except (OSError, ValueError, RecursionError):
             return False
+        if content["asked"] != self.asked:
+            return False
         self.tokenizer = content["tokenizer"]
         self.shards = {entry["name"]: entry for entry in content["shards"]}
-        return content["asked"] == self.asked
-
-    def for_tokenizer(self, tokenizer: str) -> None:
-        """Begin to write shards of this tokenizer, keeping those that were made with it."""
-        if self.tokenizer != tokenizer:
-            self.tokenizer, self.shards = tokenizer, {}
-        self.save()
+        return True
 
     def finished(self, path: Path) -> dict[str, Any] | None:
-        """The entry of a shard that is there as it was noted."""
+        """The entry of a shard whose file is what was noted."""
         entry = self.shards.get(path.name)
         with contextlib.suppress(OSError):
             if entry and shards.sha256(path) == entry["sha256"]:
                 log.info("prepare: keeping %s, finished before", path.name)
                 return entry
         return None
-
-    def note(self, entry: dict[str, Any]) -> None:
-        self.shards[entry["name"]] = entry
-        self.save()
 
     def save(self) -> None:
         content = {"asked": self.asked, "tokenizer": self.tokenizer}
@@ -74,7 +67,7 @@ class Plan:
 
 
 def encode(
-    texts: Iterable[tuple[str, bytes]],
+    documents: Iterable[tuple[str, Document]],
     total: int,
     vocabulary: Tokenizer,
     directory: Path,
@@ -82,47 +75,35 @@ def encode(
     shard_bytes: int,
     workers: int,
 ) -> dict[str, dict[str, Any]]:
-    """Write those shards of `texts` that are not finished yet; returns the manifest's entries.
+    """Write those shards that are not finished yet; returns the manifest's entries.
 
-    `texts` are (train or val, document) in order, `total` bytes in all. `workers` threads encode;
-    0: one per core.
+    `documents` come in order, each with "train" or "val", and have `total` bytes in all. `workers`
+    threads encode; 0: one per core.
     """
-    plan.for_tokenizer(vocabulary.hash)
+    if plan.tokenizer != vocabulary.hash:
+        plan.tokenizer, plan.shards = vocabulary.hash, {}
+    plan.save()
     workers = workers or os.cpu_count() or 1
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        Progress("encoding", total) as progress,
-    ):
-        queue = Queue(pool, 2 * workers + 2)
+    bar = tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=None)
+    with ThreadPoolExecutor(workers) as pool, bar:
+        submit = partial(pool.submit, vocabulary.encode_job)
         writers = {
-            s: Writer(directory, s, vocabulary, shard_bytes, plan, queue) for s in ("train", "val")
+            split: Writer(directory, split, vocabulary, shard_bytes, plan, submit, workers + 2)
+            for split in ("train", "val")
         }
-        for split, text in texts:
-            writers[split].add(text)
-            progress(len(text))
+        for split, document in documents:
+            try:
+                writers[split].add(document.data)
+            except TokenizerError as error:
+                raise TokenizerError(f"{document.name}: {error}") from None
+            bar.update(len(document.data))
         return {split: writer.finish() for split, writer in writers.items()}
 
 
-class Queue:
-    """Jobs in a pool, at most `limit` at a time, whose results are used in the order of jobs."""
-
-    def __init__(self, pool: ThreadPoolExecutor, limit: int) -> None:
-        self.pool, self.limit = pool, limit
-        self.waiting: deque[tuple[Callable[[np.ndarray], None], Future]] = deque()
-
-    def submit(self, use: Callable[[np.ndarray], None], call: Callable, *arguments: Any) -> None:
-        self.waiting.append((use, self.pool.submit(call, *arguments)))
-        self.drain(self.limit)
-
-    def drain(self, left: int = 0) -> None:
-        while len(self.waiting) > left:
-            use, job = self.waiting.popleft()
-            use(job.result())
-
-
 class Writer:
-    """Puts the documents of one split into its shards, each of `shard_bytes` of text or slightly
-    more. A shard gets its header when complete, and is then read back and compared."""
+    """Writes the documents of one split into shards of `shard_bytes` of text or slightly more. A
+    shard gets its header when complete, and is then read back and compared. At most `ahead` jobs
+    wait to be written."""
 
     def __init__(
         self,
@@ -131,16 +112,18 @@ class Writer:
         vocabulary: Tokenizer,
         shard_bytes: int,
         plan: Plan,
-        queue: Queue,
+        submit: Callable[[list[Piece]], Future],
+        ahead: int,
     ) -> None:
         self.directory, self.split, self.vocabulary = directory, split, vocabulary
-        self.shard_bytes, self.plan, self.queue = shard_bytes, plan, queue
+        self.shard_bytes, self.plan, self.submit, self.ahead = shard_bytes, plan, submit, ahead
         self.version = 1 if vocabulary.vocab_size <= 65_536 else 2
         self.documents = self.bytes = 0
         self.shards: list[dict[str, Any]] = []
         self.filled = 0  # bytes of text in the open shard
-        self.job: list[str | bytes | None] = []  # pieces of text; None: a document begins
+        self.job: list[Piece] = []
         self.job_bytes = 0
+        self.waiting: deque[Future] = deque()
 
     def add(self, text: bytes) -> None:
         """Append a document that is not empty."""
@@ -151,11 +134,12 @@ class Writer:
         self.filled += len(text)
         if not self.kept:
             self.job.append(None)
-            for piece in pieces(text):
+            for piece in self.vocabulary.pieces(text):
                 self.job.append(piece)
                 self.job_bytes += len(piece)
                 if self.job_bytes >= JOB_BYTES:
-                    self._submit()
+                    self._send_job()
+                    self._write(self.ahead)
         if self.filled >= self.shard_bytes:
             self._close()
 
@@ -167,16 +151,19 @@ class Writer:
         counts = {"documents": self.documents, "tokens": tokens, "bytes": self.bytes}
         return counts | {"shards": self.shards}
 
-    def _submit(self) -> None:
-        self.queue.submit(self._write, self.vocabulary.encode_job, self.job)
+    def _send_job(self) -> None:
+        self.waiting.append(self.submit(self.job))
         self.job, self.job_bytes = [], 0
 
-    def _write(self, ids: np.ndarray) -> None:
-        content = ids.astype(shards.DTYPES[self.version]).tobytes()
-        with naming(self.path):
-            self.file.write(content)
-        self.digest.update(content)
-        self.tokens += len(ids)
+    def _write(self, left: int) -> None:
+        """Write the ids of the oldest jobs, until `left` remain."""
+        while len(self.waiting) > left:
+            ids = self.waiting.popleft().result()
+            content = ids.astype(shards.DTYPES[self.version]).tobytes()
+            with naming(self.path):
+                self.file.write(content)
+            self.digest.update(content)
+            self.tokens += len(ids)
 
     def _open(self) -> None:
         self.path = self.directory / f"{self.split}_{len(self.shards):06d}.bin"
@@ -186,12 +173,12 @@ class Writer:
             self.file.write(bytes(shards.HEADER_BYTES))
 
     def _close(self) -> None:
-        self.filled = 0
+        full, self.filled = self.filled >= self.shard_bytes, 0
         if self.kept:
             self.shards.append(self.kept)
             return
-        self._submit()
-        self.queue.drain()
+        self._send_job()
+        self._write(0)
         with naming(self.path), self.file as file:
             file.seek(0)
             file.write(shards.header(self.version, self.tokens))
@@ -203,4 +190,7 @@ class Writer:
         entry = {"name": self.path.name, "tokens": self.tokens, "size": self.path.stat().st_size}
         entry |= {"sha256": shards.sha256(self.path), "max_token": largest}
         self.shards.append(entry)
-        self.plan.note(entry)
+        self.plan.shards[self.path.name] = entry
+        self.plan.save()
+        if full:  # a long preparation's sign of life, where no bar is shown
+            log.info("prepare: finished %s, %d tokens", self.path.name, self.tokens)

@@ -1,8 +1,8 @@
 """The text in files of records: JSON lines and arrays, CSV, Parquet.
 
-Each reader takes an open binary file, its name for messages, and the field that holds the text, and
-gives one text after another with one record in memory. What is wrong is a DataError with the line.
-TSV knows no quoting: a quote is text, and a field holds neither tabs nor line ends.
+Each reader takes an open binary file, its name for messages, and the field that holds the text. It
+yields the texts one by one, with one record in memory, and raises DataError naming the line. TSV
+has no quoting: a quote is text, and a field holds neither tabs nor line ends.
 """
 
 import codecs
@@ -10,6 +10,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from nanonormuon.errors import DataError, need
@@ -38,57 +39,33 @@ def _json_lines(file: Any, name: str, text_field: str) -> Iterator[bytes]:
 
 
 def _json_array(file: Any, name: str, text_field: str) -> Iterator[bytes]:
-    """The items of one array, decoded one at a time from a buffer that grows as they need it."""
-    decode, item = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
-    text, at, number, ended = "", 0, 0, False
+    # ijson's faster backend in C changes lone surrogates, and deep nesting takes all memory there
+    parser = need("ijson.backends.python", f"{name}: a JSON array")
+    errors = (need("ijson", name).JSONError, ValueError, RecursionError)
+    number, left = 0, RECORD_LIMIT
 
-    def more() -> None:
-        nonlocal text, at, ended
-        if ended or len(text) - at > RECORD_LIMIT:
-            problem = "the file ends" if ended else f"more than {RECORD_LIMIT >> 20} MB"
-            raise DataError(f"{name}: item {number}: no valid JSON, up to where {problem}")
-        block = file.read(max(1 << 16, len(text) - at))
+    def read(size: int) -> bytes:
+        nonlocal left
+        left -= size
+        return file.read(size) if left >= 0 else b""  # as if it ended: one item is too long
+
+    if file.peek(3).startswith(codecs.BOM_UTF8):
+        file.read(3)
+    items = parser.items(SimpleNamespace(read=read), "item")
+    while True:
         try:
-            text, at, ended = text[at:] + decode(block, not block), 0, not block
-        except UnicodeDecodeError as error:
-            raise DataError(f"{name}: after item {number}: not UTF-8: {error.reason}") from None
-
-    def sign() -> str:
-        """The next character that is no white space."""
-        nonlocal at
-        while True:
-            while at < len(text) and text[at] in " \t\r\n":
-                at += 1
-            if at < len(text):
-                return text[at]
-            more()
-
-    assert sign() == "["
-    at += 1
-    if (found := sign()) == "]":
-        at += 1
-    while found != "]":
-        number += 1
-        sign()
-        while True:
-            try:
-                record, end = item(text, at)
-                break
-            except json.JSONDecodeError:
-                more()
-            except RecursionError as error:
-                raise DataError(f"{name}: item {number}: {error}") from None
-        at = end
+            record = next(items)
+        except StopIteration:
+            return
+        except errors as error:
+            problem = "no valid JSON" if left >= 0 else f"more than {RECORD_LIMIT >> 20} MB"
+            raise DataError(f"{name}: after item {number}: {problem}: {error}") from None
+        number, left = number + 1, RECORD_LIMIT
         yield _field(record, text_field, f"{name}: item {number}")
-        if (found := sign()) not in ",]":
-            raise DataError(f"{name}: after item {number}: , or ] expected, {found!r} found")
-        at += 1
-    if (text[at:].encode() + file.read(1 << 16)).strip():
-        raise DataError(f"{name}: after item {number}: more text behind the array's end")
 
 
 def _field(record: Any, text_field: str, where: str) -> bytes:
-    """A record's text: the record itself, or its field; null is no text."""
+    """The UTF-8 text of a record, which is a string or has one in its field; null gives none."""
     if isinstance(record, dict):
         if text_field not in record:
             raise DataError(_missing(where, text_field, record))

@@ -1,160 +1,183 @@
-"""Byte-level BPE as other people's tokenizer.json files have it: GPT-2's, Llama 3's, Qwen's,
-SmolLM's and their kind.
+"""Other people's tokenizer.json: any kind that the `tokenizers` library loads.
 
-tiktoken does the encoding here too, so a file is accepted only where it provably gives the same ids
-as `tokenizers` would; what differs is named. Ids need not follow the order of merges.
+Byte-level BPE (GPT-2's, Llama 3's, Qwen's) encodes any bytes and gives them back. The other kinds
+(SentencePiece's BPE and Unigram, WordPiece) encode UTF-8 alone, and their tokens have no bytes of
+their own: a blank before a word belongs to the text or to the notation, depending on the place.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from nanonormuon.errors import TokenizerError  # fmt: skip
-from nanonormuon.text.tokenizer import BYTES, CHARS, CONFIG, EOT, FILE, GPT2, Tokenizer, merges
+from nanonormuon.errors import TokenizerError, need
+from nanonormuon.text.bpe import BYTES, Stream, Tokenizer
 
 log = logging.getLogger(__name__)
 
-# GPT-2's split after every digit has been taken out: white space before one is a piece as a whole
-DIGITS = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-ENDS = (EOT, "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>")
+ENDS = (
+    *("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>"),
+    *("[EOS]", "[SEP]"),
+)
+MAX_ID = (1 << 24) - 1
+# steps of a normalizer that are SentencePiece's way to write blanks, or no step at all
+REVERSIBLE = {"Sequence", "Prepend", "Replace"}
 
 
-@dataclass(frozen=True, eq=False)
-class ForeignTokenizer(Tokenizer):
-    """`ranks` and `special` are tiktoken's: the order of merges; `table` has the ids."""
+class ByteLevel(Tokenizer):
+    """Byte-level BPE, encoded by `tokenizers`; special tokens in a text are ordinary text."""
 
-    content: dict[str, Any] = field(repr=False)
-    table: dict[int, bytes] = field(repr=False)  # id -> bytes, special tokens too
-    ids: np.ndarray = field(repr=False)  # of each rank
-    end: int  # the id that stands before every document
+    foreign = True
 
-    @property
-    def eot(self) -> int:
-        return self.end
+    def __init__(self, name: str, content: dict[str, Any], end: str, library: Any) -> None:
+        self.name, self.end, self.content, self._library = name, end, content, library
+        self.vocabulary = vocabulary(content)
+        self.eot, self.vocab_size = self.vocabulary[end], max(self.vocabulary.values()) + 1
+        added = content["added_tokens"]
+        self.special_ids = {self.eot, *(t["id"] for t in added if t["special"])}
 
-    @property
-    def vocab_size(self) -> int:
-        return max(self.table) + 1
+    @cached_property
+    def table(self) -> dict[int, bytes]:
+        added = {t["id"] for t in self.content["added_tokens"]}
+        return {
+            i: token.encode() if i in added else bytes(BYTES[c] for c in token)
+            for token, i in self.vocabulary.items()
+        }
 
     @cached_property
     def hash(self) -> str:
-        parts = [self.content, self.end]
+        """sha256 (hex) of tokenizer.json's content and the id that ends a text."""
+        parts = [self.content, self.eot]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def encode_job(self, job: list[str | bytes | None]) -> np.ndarray:
-        return self.ids[super().encode_job(job)]
+    def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
+        found = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in found]
 
-    def _encode_piece(self, piece: str | bytes | None) -> np.ndarray:
-        return (
-            np.array([len(self.ranks)], np.uint32)
-            if piece is None
-            else super()._encode_piece(piece)
-        )
+
+class OtherKind(ByteLevel):
+    """A tokenizer whose tokens mean something only beside each other."""
+
+    def pieces(self, text: str | bytes) -> Iterator[str | bytes]:
+        """The whole text: a cut could put a blank where there is none."""
+        text = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+        try:
+            yield text.decode()
+        except UnicodeDecodeError as error:
+            raise TokenizerError(
+                f"offset {error.start}: byte 0x{text[error.start]:02x} is not UTF-8, and tokenizer"
+                f" {self.name} cannot represent it; convert the text or take a byte-level tokenizer"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size or self._library.id_to_token(i) is None:
+                raise TokenizerError(f"decode: {self.name} has no token {i}")
+        return self._library.decode(ids, skip_special_tokens=False)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        try:
-            return b"".join(self.table[int(i)] for i in ids)
-        except KeyError as error:
-            raise TokenizerError(f"decode: id {error} is none of {self.name}'s") from None
+        return self.decode(ids).encode()
 
-    def token_lengths(self) -> np.ndarray:
-        lengths = np.zeros(self.vocab_size, np.int64)
-        for token, rank in self.ranks.items():
-            lengths[self.ids[rank]] = len(token)
-        return lengths
+    def stream(self, before: Sequence[int] = ()) -> Stream:
+        return WindowStream(self, before)
 
-    def files(self) -> dict[str, bytes]:
-        end = self.table[self.end].decode()
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "nanonormuon_name": self.name,
-            "nanonormuon_foreign": True,
-            "bos_token": end,
-            "eos_token": end,
-            "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,
-        }
-        contents = {FILE: self.content, CONFIG: config}
-        return {
-            n: json.dumps(c, ensure_ascii=False, indent=1).encode() for n, c in contents.items()
-        }
+    def token_lengths(self) -> None:
+        warn_once(
+            f"tokenizer {self.name}: its tokens have no length in bytes, so there are no bits per"
+            " byte for a part of a split"
+        )
 
 
-def read(content: dict[str, Any], config: dict[str, Any], path: Path) -> ForeignTokenizer:
+class WindowStream(Stream):
+    """Text from tokens one at a time: what each adds to the text of the tokens before it."""
+
+    def __init__(self, tokenizer: OtherKind, before: Sequence[int]) -> None:
+        self.tokenizer, ids = tokenizer, list(before)
+        # a text begins behind the last end-of-text token
+        starts = [i + 1 for i, token in enumerate(ids) if token == tokenizer.eot]
+        self.ids = ids[max(starts, default=0) :]
+        self.first, self.shown = 0, len(self.ids)  # the window's start; tokens that are out
+
+    def add(self, token: int) -> str:
+        whole = self.tokenizer.decode([*self.ids[self.first :], token])
+        self.ids.append(token)
+        # U+FFFD at the end may be the first bytes of a character
+        return "" if whole.endswith("\ufffd") else self._advance(whole)
+
+    def finish(self) -> str:
+        return self._advance(self.tokenizer.decode(self.ids[self.first :]))
+
+    def _advance(self, whole: str) -> str:
+        before = self.tokenizer.decode(self.ids[self.first : self.shown])
+        self.first, self.shown = self.shown, len(self.ids)
+        return whole[len(before) :]
+
+
+def vocabulary(content: dict[str, Any]) -> dict[str, int]:
+    """Token -> id, added tokens included, in the content of any tokenizer.json. Raises LookupError,
+    TypeError or ValueError if it is damaged."""
+    tokens = content["model"]["vocab"]
+    if not isinstance(tokens, dict):  # Unigram: [token, score] in order of id
+        tokens = {token: i for i, (token, _) in enumerate(tokens)}
+    return tokens | {str(t["content"]): int(t["id"]) for t in content["added_tokens"]}
+
+
+def read(content: dict[str, Any], config: dict[str, Any], path: Path) -> Tokenizer:
     """A tokenizer from what a tokenizer.json and the tokenizer_config.json beside it hold. Raises
-    TokenizerError with the setting that cannot be followed, LookupError and such if damaged."""
-
-    def refuse(what: str) -> TokenizerError:
-        return TokenizerError(f"{path}: {what}; only byte-level BPE can be read exactly")
-
-    model = content["model"]
-    if model.get("type") != "BPE":
-        raise refuse(f'model type "{model.get("type")}"')
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(key):
-            raise refuse(f"{key} = {model[key]}")
-    pattern = _pattern(content["pre_tokenizer"], refuse)
-    if (normalizer := content.get("normalizer")) is not None:
-        if normalizer.get("type") != "NFC":
-            raise refuse(f"normalizer {normalizer.get('type')}")
-        log.warning("%s: its NFC normalisation is left out, so that text stays as it is", path)
-
-    added = {str(t["content"]): int(t["id"]) for t in content["added_tokens"]}
-    vocab = {str(t): int(i) for t, i in model["vocab"].items() if t not in added}
-    table = {i: bytes(BYTES[c] for c in t) for t, i in vocab.items()}
-    table |= {i: t.encode() for t, i in added.items()}
-    if len(table) != len(vocab) + len(added) or min(table) < 0 or max(table) >= 1 << 24:
-        raise refuse("ids that are not unique and small")
-    single = sorted((vocab[CHARS[b]], bytes([b])) for b in range(256))
-    ranks = {token: i for i, (_, token) in enumerate(single)}
-    listed: dict[bytes, set[tuple[bytes, bytes]]] = {}
-    last = 0
-    for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        pair = bytes(BYTES[c] for c in left), bytes(BYTES[c] for c in right)
-        token = pair[0] + pair[1]
-        if ranks.setdefault(token, len(ranks)) < last:
-            raise refuse(f"merges that come back to {left + right!r}")
-        last = ranks[token]
-        listed.setdefault(token, set()).add(pair)
-    for token, pair in zip(list(ranks)[256:], merges(ranks)):
-        pairs = {(token[:i], token[i:]) for i in range(1, len(token))}
-        every = {(a, b) for a, b in pairs if a in ranks and b in ranks}  # tiktoken's own rule
-        if listed[token] not in ({pair}, every):
-            raise refuse(f"a merge of {token!r} that BPE would not arrive at")
-    unreachable = len(vocab) - len(ranks)
-    if unreachable and model.get("ignore_merges"):
-        raise refuse(f"{unreachable} tokens that no merge makes")
+    TokenizerError, or LookupError, TypeError, ValueError, AttributeError if it is damaged."""
+    tokenizers = need("tokenizers", f"{path}: a tokenizer from elsewhere")
+    tokens, model = vocabulary(content), content["model"]
+    ids = sorted(tokens.values())
+    if len(set(ids)) < len(ids) or ids[0] < 0 or ids[-1] > MAX_ID:
+        raise TokenizerError("ids that are not unique and small")
+    if model.get("dropout"):
+        raise TokenizerError(f"dropout = {model['dropout']}: encoding would be random")
     named = config.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
-    end = next((added[t] for t in (named, *ENDS) if t in added), None)
+    end = next((t for t in (named, *ENDS) if t in tokens), None)
     if end is None:
-        raise refuse(f"no token that ends a text, like {EOT}, among {list(added)[:5]}")
-    ids = np.array([vocab["".join(CHARS[b] for b in token)] for token in ranks] + [end], np.uint32)
+        added = [t["content"] for t in content["added_tokens"]]
+        raise TokenizerError(
+            f"no token that ends a text (eos_token = {named!r} in tokenizer_config.json, or one of"
+            f" {', '.join(ENDS)}) among the added tokens {added[:20]}"
+        )
+    try:
+        library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f"tokenizers {tokenizers.__version__}: {error}") from None
+    library.no_truncation()
+    library.no_padding()
+    library.encode_special_tokens = True  # as the text that they are
+    kind = ByteLevel if _is_byte_level(content, tokens) else OtherKind
+    normalizer = json.dumps(content.get("normalizer"))
+    changes = sorted(set(re.findall(r'"type": "([A-Z]\w+)"', normalizer)) - REVERSIBLE)
+    if kind is OtherKind and not model.get("byte_fallback"):
+        changes.append("the loss of characters that it lacks")
+    if changes:
+        warn_once(f"{path}: changes text by {', '.join(changes)}")
     name = str(config.get("nanonormuon_name") or path.resolve().parent.name)
-    return ForeignTokenizer(name, pattern, ranks, {EOT: len(ranks)}, content, table, ids, end)
+    return kind(name, content, end, library)
 
 
-def _pattern(pre_tokenizer: dict[str, Any], refuse: Any) -> str:
-    """One regex for the split that a pre_tokenizer describes."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    *before, last = steps
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        raise refuse("a pre_tokenizer that does not end in ByteLevel without add_prefix_space")
-    own = last.get("use_regex", True)
-    if own and not before:
-        return GPT2
-    first = before[0] if len(before) == 1 else {}
-    if own and first.get("type") == "Digits" and first.get("individual_digits"):
-        return DIGITS
-    isolated = first.get("behavior") == "Isolated" and not first.get("invert")
-    if not own and first.get("type") == "Split" and isolated:
-        return str(first["pattern"]["Regex"])
-    raise refuse(f"a pre_tokenizer of {', '.join(str(s.get('type')) for s in steps)}")
+def _is_byte_level(content: dict[str, Any], tokens: dict[str, int]) -> bool:
+    """Whether all tokens that are not added stand for bytes, in the characters of CHARS."""
+    model, splits = content["model"], content.get("pre_tokenizer") or {}
+    last = splits.get("pretokenizers", [splits])[-1]
+    added = {t["content"] for t in content["added_tokens"]}
+    return (
+        last.get("type") == (content.get("decoder") or {}).get("type") == "ByteLevel"
+        and not last.get("add_prefix_space")
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and tokens.keys() >= BYTES.keys() >= set("".join(tokens.keys() - added))
+    )
+
+
+@cache
+def warn_once(message: str) -> None:
+    log.warning("%s", message)

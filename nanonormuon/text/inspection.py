@@ -1,4 +1,4 @@
-"""What is in a data directory, and what is wrong with it."""
+"""The contents of a data directory, and what is wrong with them."""
 
 import hashlib
 import heapq
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from nanonormuon.errors import DataError, TokenizerError
+from nanonormuon.errors import DataError
 from nanonormuon.storage.shards import CHUNK, Split, open_data
-from nanonormuon.text.progress import Progress
 from nanonormuon.text.tokenizer import FILE, Tokenizer, get, load
 
 LONGEST, WINDOWS, WINDOW = 5, 3, 64  # documents, windows of each split, tokens in one
 
 
 def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> dict[str, Any]:
-    """Read a data directory whole and describe it, as JSON can hold it.
+    """Read a data directory whole and describe it in values that JSON can hold.
 
-    `tokenizer` is needed only where the directory brings none. "problems" lists what is wrong; a
-    directory that cannot be opened has nothing but that.
+    `tokenizer` is needed only where the directory has none. "problems" lists what is wrong; a
+    directory that cannot be opened gives nothing else.
     """
     problems: list[str] = []
     words: Tokenizer | None = None
@@ -29,7 +29,7 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
         if tokenizer or (directory / FILE).exists():
             words = get(tokenizer) if tokenizer else load(directory)
         data = open_data(directory, words and words.vocab_size, "full", headerless)
-    except (DataError, TokenizerError) as error:
+    except DataError as error:
         return {"path": str(directory), "problems": [str(error)]}
     result: dict[str, Any] = {"path": str(directory), "fingerprint": data.fingerprint}
     if data.manifest:
@@ -57,33 +57,38 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
 def describe(
     split: Split, eot: int | None, words: Tokenizer | None
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Counts, longest documents and first windows of a split; and eight bytes of each document's
-    hash, to compare documents by."""
+    """Counts, longest documents and first windows of a split; and the first eight bytes of each
+    document's hash, by which documents are compared."""
     found: dict[str, Any] = {
         "shards": len(split.shards), "tokens": split.tokens, "bytes": split.bytes,
-        "largest_id": max(int(chunk.max()) for shard in split.shards for chunk in chunks(shard)),
+        "largest_id": max(int(shard.max()) for shard in split.shards),
     }  # fmt: skip
-    digests, longest, number = array("Q"), [], 0
-    if eot is not None:
-        with Progress("inspecting", split.tokens) as progress:
-            for shard, start, stop in documents(split, eot):
+    digests, longest = array("Q"), []
+
+    def read() -> Iterator[tuple[int, int, int, int]]:
+        """Length, negative number, shard and start of each document."""
+        with tqdm(desc="inspecting", total=split.tokens, unit_scale=True, disable=None) as bar:
+            for number, (shard, start, stop) in enumerate(documents(split, eot)):
                 tokens = split.shards[shard][start:stop]
                 digests.frombytes(hashlib.sha256(tokens.tobytes()).digest()[:8])
-                heapq.heappush(longest, (stop - start, -number, shard, start))
-                if len(longest) > LONGEST:
-                    heapq.heappop(longest)
-                number += 1
-                progress(stop - start + 1)
-        found["documents"] = number
+                bar.update(stop - start + 1)
+                yield stop - start, -number, shard, start
+
+    if eot is not None:
+        longest = heapq.nlargest(LONGEST, read())
+        found["documents"] = len(digests)
     if words is not None:
-        text_bytes = split.bytes
-        if text_bytes is None:
-            lengths = words.token_lengths()
-            text_bytes = sum(int(lengths[c].sum()) for s in split.shards for c in chunks(s))
-        found["bytes_per_token"] = round(text_bytes / split.tokens, 3)
+        if (text_bytes := split.bytes) is None and (lengths := words.token_lengths()) is not None:
+            text_bytes = sum(
+                int(lengths[shard[i : i + CHUNK]].sum())
+                for shard in split.shards
+                for i in range(0, len(shard), CHUNK)
+            )
+        if text_bytes is not None:
+            found["bytes_per_token"] = round(text_bytes / split.tokens, 3)
         found["longest"] = [
             {"tokens": n, "begins": words.decode(split.shards[shard][start : start + 24])}
-            for n, _, shard, start in sorted(longest, reverse=True)
+            for n, _, shard, start in longest
         ]
         found["windows"] = [
             words.decode(split.shards[0][i * WINDOW : (i + 1) * WINDOW]) for i in range(WINDOWS)
@@ -91,13 +96,9 @@ def describe(
     return found, np.array(digests, np.uint64)
 
 
-def chunks(shard: np.ndarray) -> Iterator[np.ndarray]:
-    return (shard[i : i + CHUNK] for i in range(0, len(shard), CHUNK))
-
-
 def documents(split: Split, eot: int) -> Iterator[tuple[int, int, int]]:
-    """Shard, start and end of each document without its separator. What a shard has before its
-    first separator is counted as a document."""
+    """Shard, start and end of each document without its separator. Tokens before a shard's first
+    separator count as a document."""
     for index, shard in enumerate(split.shards):
         start = -1 if int(shard[0]) == eot else 0
         for offset in range(0, len(shard), CHUNK):
@@ -113,7 +114,7 @@ def copies(digests: np.ndarray) -> int:
 
 
 def find_problems(result: dict[str, Any]) -> list[str]:
-    """What a person should know before training on this."""
+    """Warnings about copies and about too few tokens."""
     problems = []
     for name in ("train", "val"):
         part = result[name]
@@ -131,7 +132,7 @@ def find_problems(result: dict[str, Any]) -> list[str]:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """What `inspect` found, for people."""
+    """The result of `inspect` in lines for people."""
     lines = [f"{result['path']}"]
     if words := result.get("tokenizer"):
         lines.append(f"tokenizer: {words['name']}, {words['vocab_size']:,} ids")

@@ -3,15 +3,17 @@
     documents -> split by content hash -> token ids, in batches -> shards, read back -> manifest
 
 The text is read three times (survey, training the tokenizer, encoding) and never held as a whole:
-memory is for some documents, some batches and eight bytes per document.
+memory holds a few documents, a few batches and eight bytes per document.
 
 Everything is written into OUT/.partial; `plan.json` there says what is being made and which shards
-are finished, and the same command goes on behind them. Then all is moved into place,
-`manifest.json` last.
+are finished, so that the same command continues after an interruption. Then the files are moved
+into place, `manifest.json` last. OUT may hold other files, such as the text itself, so it cannot
+appear by one renaming of a directory.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -20,22 +22,24 @@ import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+from tqdm import tqdm
 
+from nanonormuon import __version__
 from nanonormuon.errors import DataError, TokenizerError
 from nanonormuon.storage import shards
-from nanonormuon.storage.files import replace_file, sync_directory
+from nanonormuon.storage.files import lock, replace_file, sync_directory
 from nanonormuon.storage.shards import MANIFEST, PARTIAL
 from nanonormuon.text import sources
+from nanonormuon.text.bpe import CONFIG, FILE, Tokenizer, pieces
 from nanonormuon.text.encode import Plan, encode
-from nanonormuon.text.progress import Progress
 from nanonormuon.text.sources import Document
-from nanonormuon.text.tokenizer import CONFIG, FILE, Tokenizer, load, pieces, trained_size
 from nanonormuon.text.tokenizer import get as get_tokenizer
+from nanonormuon.text.tokenizer import load, trained_size
 
 log = logging.getLogger(__name__)
 
@@ -56,40 +60,37 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Tokenise the documents of `texts` (see sources.documents; "-" is standard input, of which a
-    copy is kept in `out` meanwhile) into the data directory `out`.
+    nameless copy is kept on the disk meanwhile) into the data directory `out`.
 
     A document belongs to validation if the sha256 of its content, read as a number in [0, 1), is
     below `val`: it stays on its side when other files come or go, and so do its copies. If that
     leaves a split empty, validation is the tail of the longest document. `workers` is the number of
-    threads that encode (tiktoken lets go of Python's lock), 0 one per core. Returns the manifest.
+    threads that encode (they run without Python's lock), 0 one per core. Returns the manifest.
     If `out` holds this very preparation already, it is verified and kept.
     Raises DataError, TokenizerError, OSError.
     """
-    out, names = Path(out), [_name(text) for text in texts]
+    out, readings = Path(out), itertools.count()
+    names = ["standard input" if str(t) == "-" else Path(t).resolve().name for t in texts]
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(_spool(out)) if str(t) == "-" else t for t in texts]
 
-        def read(report: Callable[[int], None] | None = None) -> Iterator[Document]:
-            return sources.documents(opened, out, text_field, separator.encode(), report)
+        def read() -> Iterator[Document]:
+            first = next(readings) == 0
+            return sources.documents(opened, out, text_field, separator.encode(), first)
 
-        def total() -> int:
-            return sources.total_bytes(opened, out)
-
-        return prepare_documents(read, names, out, tokenizer, val, workers, shard_bytes, total)
+        return prepare_documents(read, names, out, tokenizer, val, workers, shard_bytes)
 
 
 def prepare_documents(
-    read: Callable[..., Iterable[Document]],
+    read: Callable[[], Iterable[Document]],
     names: list[str],
     out: Path,
     spec: str | Path,
     val: float,
     workers: int = 0,
     shard_bytes: int = SHARD_BYTES,
-    total: Callable[[], int] | None = None,
 ) -> dict[str, Any]:
-    """`prepare` for any documents that can be read repeatedly: each `read()` begins anew. With
-    `total`, the bytes that `read(report)` will report."""
+    """`prepare` for any documents that can be read repeatedly: each `read()` begins anew."""
     if not 0 < val < 1 or shard_bytes < 1 or workers < 0:
         raise DataError(
             "prepare: 0 < val < 1 <= shard_bytes, workers >= 0 expected,"
@@ -97,38 +98,31 @@ def prepare_documents(
         )
     # errors of the tokenizer come before any work
     vocabulary = None if trained_size(spec) else get_tokenizer(spec)
-    survey = _surveyed(read, names, val, total)
-    asked = {
-        "request": {
-            "tokenizer": str(spec) if vocabulary is None else vocabulary.hash,
-            "val": val,
-            "shard_bytes": shard_bytes,
-        },
-        "sources": survey.sources(),
-    }
-    with _alone(out):
+    survey = Survey(names, val).read(read())
+    request = {"tokenizer": vocabulary.hash if vocabulary else str(spec), "val": val}
+    request["shard_bytes"] = shard_bytes
+    asked = {"request": request, "sources": survey.sources()}
+    with alone(out):
         if (out / MANIFEST).exists():
             return _reuse(out, asked)
         partial, plan = _begin(out, asked)
         try:
-            survey.say()
-            if vocabulary is None:
-                vocabulary = _trained(str(spec), survey, read, partial, plan)
-            split, size = survey.split(read()), sum(survey.sizes)
-            splits = encode(split, size, vocabulary, partial, plan, shard_bytes, workers)
+            survey.log_split()
+            vocabulary = vocabulary or _trained(str(spec), survey, read, partial, plan)
+            split = survey.split(read())
+            splits = encode(split, survey.bytes, vocabulary, partial, plan, shard_bytes, workers)
             vocabulary.save(partial)
-        except (DataError, TokenizerError):
+        except DataError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         except BaseException:
             log.warning("prepare: stopped; the same command goes on from what is in %s", partial)
             raise
+        about = {key: getattr(vocabulary, key) for key in ("name", "hash", "vocab_size", "eot")}
         manifest = {
             "format": shards.FORMAT,
-            "tool": f"nanonormuon {_version()}",
-            "tokenizer": {
-                key: getattr(vocabulary, key) for key in ("name", "hash", "vocab_size", "eot")
-            },
+            "tool": f"nanonormuon {__version__}",
+            "tokenizer": about,
             "method": "tail of the longest document" if survey.tail else "hash of each document",
             "copies": survey.copies,
             **splits,
@@ -145,24 +139,38 @@ def prepare_documents(
 
 
 class Survey:
-    """One pass over the documents: what there is, and from that, what goes where."""
+    """One pass over the documents: how many there are, and to which split each belongs."""
 
     def __init__(self, names: list[str], val: float) -> None:
         self.names, self.val = names, val
-        self.documents, self.sizes = [0] * len(names), [0] * len(names)
+        self.documents = self.bytes = 0
+        self._rows = [{"name": n, "documents": 0, "bytes": 0} for n in names]
         self._hashes = [hashlib.sha256() for _ in names]
-        self.bytes = {"train": 0, "val": 0}
-        self.longest, self.longest_bytes, self._longest_digest = "", 0, b""
         self._digests = array("Q")  # the first eight bytes of each document's sha256
+        self.longest, self.longest_bytes, self._longest_digest = "", 0, b""
+        self._sides: set[str] = set()
+
+    def read(self, documents: Iterable[Document]) -> "Survey":
+        """Count all documents. DataError if there is no text in them."""
+        with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+            for document in documents:
+                self.add(document)
+                bar.update(len(document.data))
+        if not self.longest_bytes:
+            names = ", ".join(self.names) or "prepare"
+            raise DataError(f"{names}: no text found; name files that have some")
+        return self
 
     def add(self, document: Document) -> bytes:
         """Count a document; returns the sha256 of its content."""
         digest, size = hashlib.sha256(document.data).digest(), len(document.data)
-        self.documents[document.source] += 1
-        self.sizes[document.source] += size
+        self.documents += 1
+        self.bytes += size
+        self._rows[document.source]["documents"] += 1
+        self._rows[document.source]["bytes"] += size
         self._hashes[document.source].update(digest)
         self._digests.frombytes(digest[:8])
-        self.bytes[self._side(digest)] += size
+        self._sides.add(self._side(digest))
         if size > self.longest_bytes:
             self.longest, self.longest_bytes, self._longest_digest = document.name, size, digest
         return digest
@@ -170,19 +178,19 @@ class Survey:
     @property
     def tail(self) -> bool:
         """Whether hashes leave a split empty, so that validation is the longest document's tail."""
-        return not all(self.bytes.values())
+        return len(self._sides) < 2
 
     @property
     def copies(self) -> int:
         """How many documents are exact copies of an earlier one."""
         return len(self._digests) - len(np.unique(np.frombuffer(self._digests, np.uint64)))
 
-    def say(self) -> None:
+    def log_split(self) -> None:
         """Log what a user should know about the split."""
         if copies := self.copies:
             log.info(
                 "prepare: %d of %d documents are exact copies of another; all copies of a document"
-                " are on the same side of the split", copies, sum(self.documents),
+                " are on the same side of the split", copies, self.documents,
             )  # fmt: skip
         if self.tail:
             share, name = self.val, self.longest
@@ -193,30 +201,24 @@ class Survey:
 
     def sources(self) -> list[dict[str, Any]]:
         """One entry per source; `sha256` is over the documents' sha256 (binary, in order)."""
-        rows = zip(self.names, self.documents, self.sizes, self._hashes, strict=True)
-        return [
-            {"name": n, "documents": d, "bytes": b, "sha256": h.hexdigest()} for n, d, b, h in rows
-        ]
+        rows = zip(self._rows, self._hashes, strict=True)
+        return [row | {"sha256": digest.hexdigest()} for row, digest in rows]
 
-    def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, bytes]]:
-        """Each document's split and text, in order; DataError if they are not the surveyed ones."""
+    def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
+        """Each document with its split, in order; DataError if they are not the surveyed ones."""
         again, cut = Survey(self.names, self.val), not self.tail
         for document in documents:
             digest = again.add(document)
-            if not self.tail:
-                yield self._side(digest), document.data
-            elif not cut and digest == self._longest_digest:
-                cut = True
-                text = document.data.decode("utf-8", "surrogateescape")
-                at = max(1, int(len(text) * (1 - self.val)))  # in characters, as nanoGPT cuts
-                if at >= len(text):
-                    raise DataError(
-                        f"{document.name}: {len(text)} characters cannot be split in two"
-                    )
-                yield "train", text[:at].encode("utf-8", "surrogateescape")
-                yield "val", text[at:].encode("utf-8", "surrogateescape")
-            else:
-                yield "train", document.data
+            if cut or digest != self._longest_digest:
+                yield "train" if self.tail else self._side(digest), document
+                continue
+            cut = True
+            text = document.data.decode("utf-8", "surrogateescape")
+            at = max(1, int(len(text) * (1 - self.val)))  # in characters, as nanoGPT cuts
+            if at >= len(text):
+                raise DataError(f"{document.name}: {len(text)} characters cannot be split in two")
+            for side, part in (("train", text[:at]), ("val", text[at:])):
+                yield side, replace(document, data=part.encode("utf-8", "surrogateescape"))
         if again.sources() != self.sources():
             raise DataError(f"{', '.join(self.names)}: changed during preparation; run it again")
 
@@ -224,40 +226,22 @@ class Survey:
         return "val" if int.from_bytes(digest[:8], "big") < self.val * 2**64 else "train"
 
 
-def _surveyed(
-    read: Callable[..., Iterable[Document]],
-    names: list[str],
-    val: float,
-    total: Callable[[], int] | None,
-) -> Survey:
-    """The first reading of all documents. DataError if there is no text in them."""
-    survey = Survey(names, val)
-    with Progress("reading", total() if total else 0) as progress:
-        for document in read(progress) if total else read():
-            survey.add(document)
-    if not survey.longest_bytes:
-        raise DataError(
-            f"{', '.join(names) or 'prepare'}: no text found; name files that have some"
-        )
-    return survey
-
-
 def _trained(
-    spec: str, survey: Survey, read: Callable[..., Iterable[Document]], partial: Path, plan: Plan
+    spec: str, survey: Survey, read: Callable[[], Iterable[Document]], partial: Path, plan: Plan
 ) -> Tokenizer:
-    """The tokenizer trained on this text: an interrupted run's, if that came so far."""
+    """The tokenizer trained on this text, or the one that an interrupted run saved."""
     with contextlib.suppress(TokenizerError):
         if (there := load(partial)).hash == plan.tokenizer:
             return there
     log.info("prepare: training %s", spec)
-    training = (part for split, part in survey.split(read()) if split == "train")
-    vocabulary = get_tokenizer(spec, _sample(training, sum(survey.sizes)))
+    training = (document.data for side, document in survey.split(read()) if side == "train")
+    vocabulary = get_tokenizer(spec, _sample(training, survey.bytes))
     vocabulary.save(partial)
     return vocabulary
 
 
 def _sample(texts: Iterable[bytes], total: int) -> Iterator[str | bytes]:
-    """Evenly spread pieces of the texts (`total` bytes), about SAMPLE_BYTES or all there are."""
+    """Evenly spread pieces of texts of `total` bytes: about SAMPLE_BYTES, or all there are."""
     seen = taken = 0
     for text in texts:
         for piece in pieces(text):
@@ -271,42 +255,33 @@ def _sample(texts: Iterable[bytes], total: int) -> Iterator[str | bytes]:
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Make `out` and be the only one to prepare in it; the lock dies with the process."""
-    out.mkdir(parents=True, exist_ok=True)
+def alone(directory: Path, wait: bool = False) -> Iterator[None]:
+    """Make a directory and be the only process that prepares in it. Unless `wait`, DataError if
+    another one does."""
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(out, os.O_RDONLY)
+        handle = lock(directory, wait)
+    except BlockingIOError:
+        raise DataError(
+            f"{directory}: another process is preparing here; wait, or choose another --out"
+        ) from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{out}: another process is preparing here; wait, or choose another --out"
-            ) from None
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 @contextlib.contextmanager
-def _spool(out: Path) -> Iterator[Any]:
-    """Standard input as a file that can be read again: without a name, so it ends with us."""
-    new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out) as file:
-        log.info("prepare: reading standard input; a copy is kept in %s meanwhile", out)
+def _spool(out: Path) -> Iterator[IO[bytes]]:
+    """Standard input as a file that can be read again. It has no name, so it is gone when the
+    process ends."""
+    here = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    with tempfile.TemporaryFile(dir=here) as file:  # beside the output there is room for it
+        log.info("prepare: reading standard input; a copy is kept in %s meanwhile", here)
         shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
         file.flush()
-        try:
-            yield file
-        finally:
-            if new:
-                with contextlib.suppress(OSError):
-                    out.rmdir()  # if nothing came of it
+        yield file
 
 
 def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -327,19 +302,18 @@ def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _begin(out: Path, asked: dict[str, Any]) -> tuple[Path, Plan]:
-    """Make OUT/.partial, or take up the one that an interrupted run of the same preparation left.
-    What another one left goes, and nothing else."""
+    """Make OUT/.partial, or continue with what an interrupted run of the same preparation left
+    there. Removes what a different preparation left there, and nothing else."""
     partial = out / PARTIAL
     if (partial / MANIFEST).exists():  # stopped while moving files: the listed ones are ours
         for name in _products(shards.read_manifest(partial)):
             if (out / name).exists():
                 (out / name).replace(partial / name)
         (partial / MANIFEST).unlink()
-    plan = Plan(partial / PLAN, {"tool": _version(), **asked})
-    if partial.exists() and not plan.there():
+    plan = Plan(partial / PLAN, {"tool": __version__, **asked})
+    if partial.exists() and not plan.resume():
         log.info("prepare: removing what another run left in %s", partial)
         shutil.rmtree(partial)
-        plan = Plan(partial / PLAN, {"tool": _version(), **asked})
     for pattern in ("*train_*.bin", "*val_*.bin", FILE, CONFIG):
         if foreign := sorted(out.glob(pattern)):
             raise DataError(f"{foreign[0]}: in the way, not of this preparation; use another --out")
@@ -362,14 +336,3 @@ def _publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
 def _products(manifest: dict[str, Any]) -> list[str]:
     listed = [shard["name"] for split in ("train", "val") for shard in manifest[split]["shards"]]
     return [*listed, FILE, CONFIG]
-
-
-def _name(text: str | Path) -> str:
-    return "standard input" if str(text) == "-" else Path(text).resolve().name
-
-
-def _version() -> str:
-    try:
-        return version("nanonormuon")
-    except PackageNotFoundError:
-        return "(not installed)"

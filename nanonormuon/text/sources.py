@@ -1,9 +1,9 @@
-"""Text out of files: what a source is, which format its files have, their documents one by one.
+"""Documents from files of any format, one by one.
 
     file, directory, pattern, open file -> decompressed -> text | JSON | CSV | Parquet -> documents
 
-The format is what the name says, and the content where it does not. Files are read as streams: a
-document of more than LARGE bytes is cut at paragraph ends, so memory is for a few times LARGE.
+A file's suffix gives its format; where it does not, the first bytes do. Files are read as streams:
+a document of more than LARGE bytes is cut at paragraph ends, so a few times LARGE fits in memory.
 """
 
 import codecs
@@ -16,17 +16,17 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from nanonormuon.errors import DataError, need
-from nanonormuon.text import formats as records
+from nanonormuon.text import formats
 
 log = logging.getLogger(__name__)
 
-# What a walk through a directory takes for text; a file that is named itself may end in anything.
+# Suffixes that a walk through a directory takes for text; a file named by the user may have any.
 TEXT = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".css", ".xml", ".toml", ".yaml"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts"),
@@ -37,10 +37,10 @@ RECORDS = {
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
 }  # fmt: skip
 PACKED = (".gz", ".zst")
-LARGE = 16 << 20  # bytes; a longer document is cut into several ...
-PART = 1 << 20  # ... of one to two times this
+LARGE = 16 << 20  # bytes; a longer document is cut into parts
+PART = 1 << 20  # bytes; a part has one to two times this
 PACKED_PARQUET_LIMIT = 256 << 20  # bytes
-BAD_SHARE = 0.001  # a file in which more bytes than this are not UTF-8 is not taken for text
+BAD_SHARE = 0.001  # of a text file's bytes may be invalid UTF-8
 _PARAGRAPH = re.compile(rb"\n[ \t\r]*\n+")
 
 Source = str | Path | IO[bytes]
@@ -48,7 +48,7 @@ Source = str | Path | IO[bytes]
 
 @dataclass(frozen=True)
 class Document:
-    """A text to be trained on; `source` counts the sources, `name` is for messages."""
+    """A text to be trained on; `source` is the index of its source, `name` is for messages."""
 
     name: str
     source: int
@@ -56,7 +56,7 @@ class Document:
 
 
 class NotText(DataError):
-    """A file that a walk passes over."""
+    """A file is not text; a walk skips it."""
 
 
 def documents(
@@ -64,16 +64,15 @@ def documents(
     skip: Path | None = None,
     text_field: str = "text",
     separator: bytes = b"",
-    report: Callable[[int], None] | None = None,
+    log_passed: bool = False,
 ) -> Iterator[Document]:
     """The documents of all sources, in order; blank ones are left out.
 
     A source is a file, a directory (walked in name order, without the directory `skip`), a pattern
     like "notes/**/*.md", or an open binary file, which is rewound. A text file is a document, or
-    one between each two `separator`s; records give the document in their field `text_field`.
-    `report` is told how many bytes of the files have been consumed; the log then also tells what
-    was passed over. A file that is named must be
-    text; a walk passes over hidden, binary and empty ones. Raises DataError.
+    one between each two `separator`s; records give the document in their field `text_field`. A file
+    that is named must be text; a walk passes over hidden, binary and empty ones, and with
+    `log_passed` the log says how many. Raises DataError.
     """
     for index, source in enumerate(sources):
         walked, files = _find(source, skip)
@@ -81,40 +80,22 @@ def documents(
         for name, file in files:
             try:
                 with _opened(file) as raw:
-                    position = 0
                     for text in _texts(raw, name, text_field, separator):
                         if text.strip():
                             yield Document(name, index, text)
-                        position, before = min(raw.tell(), _size(raw)), position
-                        if report:
-                            report(position - before)
-                    if report:
-                        report(_size(raw) - position)
             except NotText:
                 if not walked:
                     raise
                 passed.append(name)
-        if passed and report:
+        if passed and log_passed:
             log.info(
                 "prepare: %s: passed over %d names, no text or linked directories, the first is %s",
                 source, len(passed), passed[0],
             )  # fmt: skip
 
 
-def total_bytes(sources: list[Source], skip: Path | None = None) -> int:
-    """Size of all files, as they lie on the disk."""
-    total = 0
-    for source in sources:
-        for _, file in _find(source, skip)[1]:
-            if not isinstance(file, Path):
-                total += _size(file)
-            elif file.is_file():
-                total += file.stat().st_size
-    return total
-
-
 def _find(source: Source, skip: Path | None) -> tuple[bool, list[tuple[str, Path | IO[bytes]]]]:
-    """Whether a source is a directory, and its files with the names that messages give them."""
+    """Whether a source is a directory, and its files with their names for messages."""
     if not isinstance(source, str | Path):
         return False, [("standard input", source)]
     path = Path(source)
@@ -135,7 +116,7 @@ def _find(source: Source, skip: Path | None) -> tuple[bool, list[tuple[str, Path
     raise DataError(f"{path}: no such file or directory{hint}")
 
 
-def walk(root: Path, skip: Path | None = None, suffixes: Iterable[str] = ()) -> list[Path]:
+def walk(root: Path, skip: Path | None = None) -> list[Path]:
     """Visible, non-empty files of known formats below a directory, in name order on every
     system, and links to directories, which are not followed. Raises DataError."""
 
@@ -144,7 +125,7 @@ def walk(root: Path, skip: Path | None = None, suffixes: Iterable[str] = ()) -> 
             f"{error.filename}: cannot be read: {error.strerror}; allow it or name other sources"
         )
 
-    known, files = tuple(suffixes) or (*TEXT, *RECORDS), []
+    known, files = (*TEXT, *RECORDS), []
     known += tuple(suffix + packed for suffix in known for packed in PACKED)
     for folder, below, names in os.walk(root, onerror=fail):
         here = Path(folder)
@@ -176,13 +157,13 @@ def _texts(raw: IO[bytes], name: str, text_field: str, separator: bytes) -> Iter
             file = io.BytesIO(file.read(PACKED_PARQUET_LIMIT + 1))
             if file.getbuffer().nbytes > PACKED_PARQUET_LIMIT:
                 raise DataError(f"{name}: Parquet is compressed in itself; unpack this file")
-        for text in records.READ[kind](file, name, text_field):
+        for text in formats.READ[kind](file, name, text_field):
             parts, rest = _cut(text, 2 * PART) if len(text) > LARGE else ([], text)
             yield from (*parts, rest)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, OSError) as error:
+        if reason := getattr(error, "strerror", None):  # the system's; libraries set none
+            raise DataError(f"{name}: cannot be read: {reason}") from None
         raise DataError(f"{name}: damaged compressed file: {error}; copy it again") from None
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
 def _opened(file: Path | IO[bytes]) -> Any:
@@ -197,10 +178,6 @@ def _opened(file: Path | IO[bytes]) -> Any:
     return io.BufferedReader(io.FileIO(file.fileno(), closefd=False))
 
 
-def _size(raw: IO[bytes]) -> int:
-    return os.fstat(raw.fileno()).st_size
-
-
 def _unpacked(raw: IO[bytes], name: str) -> Any:
     """The file itself, or what is compressed in it, by its first bytes."""
     start = raw.peek(4)[:4]  # type: ignore[attr-defined]
@@ -208,45 +185,14 @@ def _unpacked(raw: IO[bytes], name: str) -> Any:
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)  # type: ignore[arg-type]
     # a frame, or one to be skipped: 0x184D2A50 to 0x184D2A5F (RFC 8878, 3.1.2)
     if start == b"\x28\xb5\x2f\xfd" or (start[1:] == b"\x2a\x4d\x18" and start[0] >> 4 == 5):
-        return io.BufferedReader(_Zstd(raw, name), 1 << 20)
+        pyarrow = need("pyarrow", f"{name}: zstd")
+        packed = pyarrow.PythonFile(raw, mode="r")
+        return io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"), 1 << 20)
     if name.lower().endswith(PACKED):
         raise NotText(
             f"{name}: gzip or zstd expected by its name, found {start!r}; rename it or leave it out"
         )
     return raw
-
-
-class _Zstd(io.RawIOBase):
-    """Decompresses, and does not take a file that breaks off for a complete one, as zstandard's
-    own reader does."""
-
-    def __init__(self, raw: IO[bytes], name: str) -> None:
-        zstandard = need("zstandard", f"{name}: zstd")
-        self.raw, self.context = raw, zstandard.ZstdDecompressor()
-        self.problem, self.frame = zstandard.ZstdError, self.context.decompressobj()
-        self.buffer, self.inside = memoryview(b""), False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        while not self.buffer:
-            # little at a time: repetitive text expands a thousandfold
-            packed = self.frame.unused_data if self.frame.eof else b""
-            if self.frame.eof:
-                self.frame, self.inside = self.context.decompressobj(), False
-            if not (packed := packed or self.raw.read(4096)):
-                if self.inside:
-                    raise EOFError("it ends in the middle of a frame")
-                return 0
-            self.inside = True
-            try:
-                self.buffer = memoryview(self.frame.decompress(packed))
-            except self.problem as error:
-                raise EOFError(error) from None
-        n = min(len(target), len(self.buffer))
-        target[:n], self.buffer = self.buffer[:n], self.buffer[n:]
-        return n
 
 
 def _kind(file: Any, name: str) -> str:
@@ -281,8 +227,8 @@ def _kind(file: Any, name: str) -> str:
 
 
 def _checked(file: Any, name: str) -> Iterator[bytes]:
-    """Blocks of a file, as long as it is text: no NUL, and hardly a byte that is not UTF-8. A
-    byte order mark at the start is dropped."""
+    """Blocks of a file without its byte order mark. Raises NotText or, behind the first block,
+    DataError for a NUL or for too many bytes that are not UTF-8."""
     done = bad = 0
     first = None  # offset of the first byte that is not UTF-8
     while block := file.read(LARGE):
@@ -306,8 +252,8 @@ def _checked(file: Any, name: str) -> Iterator[bytes]:
 
 
 def _parts(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
-    """Documents of a stream: what is between separators, cut where it is longer than LARGE. What
-    comes out does not depend on the blocks."""
+    """Documents of a stream: the text between separators, cut where it is longer than LARGE. The
+    result does not depend on how the stream is divided into blocks."""
     buffer, long = b"", False
     for block in blocks:
         buffer += block

@@ -84,6 +84,7 @@ class Hub:
             "HF_HOME": str(tmp_path / "home"),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",  # whatever the environment of the tests says
         }
 
 
@@ -202,7 +203,7 @@ def test_any_data_set(hub, tmp_path):
     code, text, err = script(*arguments, "--split", "test", "--out", tmp_path / "b", **env)
     assert code == 3 and "no default/test, found default/train" in err
     offline = {"HF_HUB_OFFLINE": "1"}  # without it the library tries again for 23 s
-    code, _, err = script(*arguments, "--out", tmp_path / "b", **env, **offline)
+    code, _, err = script(*arguments, "--out", tmp_path / "b", **(env | offline))
     assert code == 3 and "\nerror: owner/name: " in f"\n{err}" and "Traceback" not in err
 
 

@@ -24,11 +24,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_tokenizer import trained
 
-from nanonormuon import errors
+from nanonormuon import errors, evaluate
 from nanonormuon.errors import DataError
 from nanonormuon.storage import files, shards
-from nanonormuon.text import builtin, encode, sources, tokenizer
+from nanonormuon.text import bpe as bpe_module
+from nanonormuon.text import builtin, encode, inspection, sources, tokenizer
 from nanonormuon.text import prepare as module
 from nanonormuon.text.prepare import prepare
 from nanonormuon.text.sources import Document, documents
@@ -121,7 +123,7 @@ def test_same_bytes_from_other_places_and_batches(
     moved = tmp_path / "elsewhere" / "corpus"
     shutil.copytree(corpus, moved)
     monkeypatch.setattr(encode, "JOB_BYTES", 100)
-    monkeypatch.setattr(tokenizer, "PIECE", 50)
+    monkeypatch.setattr(bpe_module, "PIECE", 50)
     prepare([moved], tmp_path / "b", tokenizer="bpe:400")
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
@@ -177,12 +179,30 @@ def test_large_vocabulary_uses_version_2(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     byte = tokenizer.get("byte")
-    words = tokenizer.Tokenizer("wide", byte.pattern, byte.ranks, {tokenizer.EOT: 70_000})
+    words = bpe_module.BPE("wide", byte.pattern, byte.ranks, {bpe_module.EOT: 70_000})
     words.save(tmp_path / "wide")
     manifest = prepare([corpus], tmp_path / "out", tokenizer=tmp_path / "wide")
     assert manifest["tokenizer"]["vocab_size"] == 70_001
     assert shards.open_data(tmp_path / "out").train.shards[0].dtype == np.uint32
     assert len(texts(tmp_path / "out", "train")) == manifest["train"]["documents"]
+
+
+def test_a_tokenizer_whose_tokens_are_no_bytes(corpus: Path, tmp_path: Path) -> None:
+    path, _ = trained("llama2", tmp_path)
+    (corpus / "latin.txt").unlink()
+    manifest = prepare([corpus], tmp_path / "out", tokenizer=path, val=0.2, shard_bytes=5000)
+    words = tokenizer.load(tmp_path / "out")
+    assert words.hash == manifest["tokenizer"]["hash"] == tokenizer.get(path).hash
+    files = {p.read_bytes() for p in corpus.rglob("*.txt") if p.stem.isdigit()}
+    assert {*texts(tmp_path / "out", "train"), *texts(tmp_path / "out", "val")} == files
+    data = shards.open_data(tmp_path / "out")
+    assert evaluate.count_bytes(data.val, words.token_lengths(), 100) is None
+    found = inspection.inspect(tmp_path / "out")
+    assert all("too few" in p for p in found["problems"]) and found["train"]["bytes_per_token"] > 0
+    (corpus / "sub" / "bad.txt").write_bytes(b"x" * 5000 + b"\xff and more")
+    with pytest.raises(DataError, match=r"sub/bad\.txt: offset 5000: byte 0xff is not UTF-8"):
+        prepare([corpus], tmp_path / "b", tokenizer=path)
+    assert list((tmp_path / "b").iterdir()) == []
 
 
 def test_named_files_and_bad_sources(corpus: Path, tmp_path: Path) -> None:
@@ -216,7 +236,7 @@ def test_walk(
     (corpus / "out").mkdir()
     (corpus / "out" / "x.txt").write_text("own output")
     (corpus / "linked").symlink_to(corpus / "sub")
-    names = [d.name for d in documents([corpus], corpus / "out", report=lambda _: None)]
+    names = [d.name for d in documents([corpus], corpus / "out", log_passed=True)]
     assert names == sorted(names) and len(names) == 120 and str(corpus / "sub/001.txt") in names
     assert "passed over 3 names, no text or linked directories, the first is" in caplog.text
 
@@ -481,13 +501,13 @@ def test_finished_shards_are_kept_and_damaged_ones_made_anew(
     raw = bytearray(first.read_bytes())
     raw[1500] ^= 1
     first.write_bytes(raw)
-    encoded, original = [], tokenizer.Tokenizer.encode_job
+    encoded, original = [], bpe_module.BPE.encode_job
 
-    def counted(self: tokenizer.Tokenizer, job: list[Any]) -> np.ndarray:
+    def counted(self: bpe_module.BPE, job: list[Any]) -> np.ndarray:
         encoded.append(len(job))
         return original(self, job)
 
-    monkeypatch.setattr(tokenizer.Tokenizer, "encode_job", counted)
+    monkeypatch.setattr(bpe_module.BPE, "encode_job", counted)
     monkeypatch.setattr(module, "get_tokenizer", None)  # trained already
     prepare([corpus], out, **options)
     assert len(encoded) == 1, "the damaged shard alone"
@@ -497,7 +517,7 @@ def test_finished_shards_are_kept_and_damaged_ones_made_anew(
 
 def test_only_one_process_prepares_in_a_directory(corpus: Path, tmp_path: Path) -> None:
     with (
-        module._alone(tmp_path / "out"),
+        module.alone(tmp_path / "out"),
         pytest.raises(DataError, match="another process is preparing"),
     ):
         prepare([corpus], tmp_path / "out", tokenizer="byte")

@@ -1,0 +1,334 @@
+"""Byte-level BPE, and the interface of every tokenizer.
+
+A regex splits the text, and within each piece the adjacent pair whose union has the lowest id is
+merged until no pair is left. So a vocabulary is a pattern and a table bytes -> id. tiktoken does
+the encoding and rustbpe the training. On disk it is a Hugging Face `tokenizer.json`, which
+transformers, vLLM and llama.cpp read as it is.
+"""
+
+import codecs
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+from nanonormuon.errors import TokenizerError
+from nanonormuon.storage.files import replace_file
+
+log = logging.getLogger(__name__)
+
+EOT = "<|endoftext|>"
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+# The split for trained vocabularies follows GPT-4's: contractions, words with one leading sign,
+# numbers, runs of signs, line ends, spaces. Numbers go by two digits, because a small vocabulary
+# has better uses for a thousand ids than three-digit numbers. The patterns avoid possessive
+# quantifiers and PATTERN avoids (?i:...): tiktoken's regex engine and the one of Hugging Face
+# tokenizers understand `{1,3}+` and the case folding of U+017F differently.
+PATTERN = (
+    r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+\z|\s*[\r\n]|\s+(?!\S)|\s"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# JSON cannot hold bytes, so byte-level BPE files write byte b as the character CHARS[b]: itself
+# where it is printable Latin-1, else one from U+0100 on. GPT-2 also numbers its bytes in this
+# order, the printable ones first.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_ORDER = _PRINTABLE + [b for b in range(256) if b not in _PRINTABLE]
+CHARS = {b: chr(b) if i < len(_PRINTABLE) else chr(256 + i - 188) for i, b in enumerate(BYTE_ORDER)}
+BYTES = {c: b for b, c in CHARS.items()}
+
+# Long texts are cut where every pattern above has a boundary anyway (after a line that ends in a
+# visible character, before one that starts with neither space nor slash), so that one huge file
+# uses all cores and little memory. Runs of PIECE white-space characters are cut as well: tiktoken's
+# regex engine overflows its stack on a million of them.
+PIECE = 65_536
+_CUT = re.compile(rf"(?<=\S\n)(?=[^\s/])|(?<=\s{{{PIECE}}})(?=\s)")
+_SURROGATES = re.compile("([\ud800-\udfff]+)")
+
+Piece = str | bytes | None  # text; bytes that are not UTF-8; the start of a document
+
+
+# --------------------------------------------------------------------------------- the interface
+
+
+class Tokenizer:
+    """What every tokenizer offers. A subclass sets these attributes and adds `encode_texts`; one
+    whose tokens have no bytes of their own overrides what uses `table`."""
+
+    name: str  # for messages
+    hash: str  # sha256 (hex) of everything that decides the ids; the name is not part of it
+    end: str  # the token that stands before every document
+    eot: int  # its id
+    vocab_size: int  # one more than the largest id
+    table: dict[int, bytes]  # the bytes of each id
+    special_ids: set[int]  # ids that are no text
+    content: dict[str, Any]  # of tokenizer.json
+    foreign = False  # whether the file came from elsewhere; a mark in tokenizer_config.json
+
+    def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
+        """The ids of each text; other threads run meanwhile."""
+        raise NotImplementedError
+
+    def encode_job(self, job: Sequence[Piece]) -> np.ndarray:
+        """Ids (n,) uint32 of pieces of text, one after the other; None stands for `eot`."""
+        found = iter(self.encode_texts([piece for piece in job if isinstance(piece, str)]))
+        parts = [np.zeros(0, np.uint32)]
+        for piece in job:
+            if piece is None:
+                ids = [self.eot]
+            elif isinstance(piece, bytes):
+                ids = [self._byte_ids[b] for b in piece]
+            else:
+                ids = next(found)
+            parts.append(np.asarray(ids, np.uint32))
+        return np.concatenate(parts)
+
+    @cached_property
+    def _byte_ids(self) -> dict[int, int]:
+        return {token[0]: i for i, token in self.table.items() if len(token) == 1}
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Ids of a text. A lone surrogate in a `str` stands for its three bytes in Python's
+        "surrogatepass" encoding, which are not UTF-8. Bytes that are not UTF-8 become single-byte
+        tokens, or raise TokenizerError with the offset where the vocabulary lacks these."""
+        return self.encode_job(list(self.pieces(text))).tolist()
+
+    def pieces(self, text: str | bytes) -> Iterator[str | bytes]:
+        """Cut a text so that `encode_job` of the pieces gives the ids of the whole."""
+        return pieces(text)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for. Raises TokenizerError for an id that no token has."""
+        try:
+            return b"".join(self.table[int(i)] for i in ids)
+        except KeyError as error:
+            raise TokenizerError(
+                f"decode: id {error} found, {self.name} has {len(self.table)} ids below"
+                f" {self.vocab_size}"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that `ids` stand for, with U+FFFD where their bytes are not UTF-8."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self, before: Sequence[int] = ()) -> "Stream":
+        """A decoder for tokens that come one at a time, behind the tokens `before`."""
+        return Stream(self)
+
+    def token_lengths(self) -> np.ndarray | None:
+        """Bytes of text behind each id (vocab_size,), 0 for a special token. None if tokens have
+        no length of their own; then no bits per byte can be told for a part of a split."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for i in self.table.keys() - self.special_ids:
+            lengths[i] = len(self.table[i])
+        return lengths
+
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json and tokenizer_config.json, the same bytes every time."""
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "nanonormuon_name": self.name,
+            **({"nanonormuon_foreign": True} if self.foreign else {}),
+            "bos_token": self.end,
+            "eos_token": self.end,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,
+        }
+        contents = {FILE: self.content, CONFIG: config}
+        return {
+            n: json.dumps(c, ensure_ascii=False, indent=1).encode() for n, c in contents.items()
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            replace_file(Path(directory, name), content)
+
+
+class Stream:
+    """Text from tokens one at a time; a character whose bytes are spread over several tokens comes
+    with the last of them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The text that is complete with this token. Raises TokenizerError for an unknown id."""
+        return self.decoder.decode(self.tokenizer.decode_bytes([token]))
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self.decoder.decode(b"", final=True)
+
+
+def pieces(text: str | bytes) -> Iterator[str | bytes]:
+    """Cut a text so that encoding piece by piece gives the ids of the whole.
+
+    Yields `str` (valid Unicode, about PIECE characters) and, where the text is not UTF-8, `bytes`
+    to be encoded one by one. Only runs of more than PIECE white-space characters are affected.
+    """
+    if isinstance(text, str) and (text.isascii() or not _SURROGATES.search(text)):
+        parts = [text]
+    else:
+        # "surrogateescape" turns byte b >= 128 that is not UTF-8 into U+DC00 + b and nothing else.
+        text = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
+        parts = _SURROGATES.split(text.decode("utf-8", "surrogateescape"))
+    for i, part in enumerate(parts):
+        if i % 2:
+            yield part.encode("utf-8", "surrogateescape")
+            continue
+        start = 0
+        while len(part) - start > PIECE and (cut := _CUT.search(part, start + PIECE)):
+            yield part[start : cut.start()]
+            start = cut.start()
+        if start < len(part):
+            yield part[start:]
+
+
+# ----------------------------------------------------------------------------------- byte-level BPE
+
+
+class BPE(Tokenizer):
+    """A byte-level BPE vocabulary.
+
+    `ranks` gives every token's id, which is also its merge priority: the 256 single bytes have the
+    ids 0..255 in some order, merged tokens follow without a gap. `special` holds <|endoftext|>
+    alone, which `encode` never produces: in a text it is thirteen ordinary characters.
+    """
+
+    end = EOT
+
+    def __init__(
+        self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]
+    ) -> None:
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise TokenizerError(f"tokenizer {name}: token ids are not 0..n-1, each once")
+        if {t for t, i in ranks.items() if i < 256} != {bytes([b]) for b in range(256)}:
+            raise TokenizerError(f"tokenizer {name}: ids 0..255 are not the 256 single bytes")
+        if set(special) != {EOT} or special[EOT] < len(ranks):
+            raise TokenizerError(f"tokenizer {name}: {EOT} is missing or has a token's id")
+        self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
+        self.eot = special[EOT]
+        self.vocab_size, self.special_ids = self.eot + 1, {self.eot}
+        self.table = {i: token for token, i in ranks.items()} | {self.eot: EOT.encode()}
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 (hex) of pattern, table and special tokens."""
+        table = sorted((i, token.hex()) for token, i in self.ranks.items())
+        return hashlib.sha256(json.dumps([self.pattern, table, self.special]).encode()).hexdigest()
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        return tiktoken.Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special
+        )
+
+    def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
+        return [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        def text(token: bytes) -> str:
+            return "".join(CHARS[b] for b in token)
+
+        vocab = {text(t): i for t, i in sorted(self.ranks.items(), key=lambda item: item[1])}
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        regex = {"Regex": self.pattern}
+        split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+        byte_level["trim_offsets"] = True
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": self.eot, "content": EOT, **plain, "special": True}],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": vocab | {EOT: self.eot},
+                "merges": [f"{text(a)} {text(b)}" for a, b in merges(self.ranks)],
+            },
+        }
+
+
+def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The pair that makes each merged token, in order of id.
+
+    tiktoken merges any pair whose union is a token, Hugging Face only listed pairs. They agree when
+    each token lists the one pair that BPE itself arrives at, using the tokens with smaller ids.
+    """
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1])[256:]:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            found = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+            i = found.index(min(found))
+            if found[i] >= rank:
+                raise TokenizerError(f"token {rank} is not the union of two earlier tokens")
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        yield parts[0], parts[1]
+
+
+def read(content: dict[str, Any], name: str) -> BPE:
+    """The vocabulary in the content of a tokenizer.json that `BPE.save` wrote. Raises
+    TokenizerError, LookupError, TypeError, ValueError or AttributeError for any other."""
+    (eot,) = (t["id"] for t in content["added_tokens"])
+    pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    vocab = content["model"]["vocab"]
+    ranks = {bytes(BYTES[c] for c in t): i for t, i in vocab.items() if t != EOT}
+    found = BPE(name, str(pattern), ranks, {EOT: eot})
+    if found.content != content:
+        raise TokenizerError("merges, ids or settings differ from what its vocabulary says")
+    return found
+
+
+def train(vocab_size: int, texts: Iterable[str | bytes]) -> BPE:
+    """Learn vocab_size - 257 merges; the last id is <|endoftext|>. Bytes not UTF-8 are left out.
+
+    A text too short for so many merges gives a smaller vocabulary, named by its true size.
+    """
+    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every percent
+    trainer = rustbpe.Tokenizer()
+    words = (piece for text in texts for piece in pieces(text) if isinstance(piece, str))
+    # Batches of 512 pieces of up to 64 Ki characters: what is held in memory stays small.
+    trainer.train_from_iterator(words, vocab_size - 1, buffer_size=512, pattern=PATTERN)
+    ranks = {bytes(token): i for token, i in trainer.get_mergeable_ranks()}
+    if len(ranks) < vocab_size - 1:
+        log.warning("bpe: the text has merges for %d ids only, not %d", len(ranks) + 1, vocab_size)
+    return BPE(f"bpe:{len(ranks) + 1}", PATTERN, ranks, {EOT: len(ranks)})
