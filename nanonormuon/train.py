@@ -113,6 +113,7 @@ class Trainer:
         self.weight_stats = WeightStats(self.engine.optimizers, world.device)
         self.validations = evaluate.Validations()
 
+        self.last_step = config.train.last_step
         self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint
         self.seconds = self.earlier_seconds = 0.0  # of training; of earlier processes in all
 
@@ -188,7 +189,7 @@ class Trainer:
         settings = self.config.train
 
         def at(every: int) -> bool:
-            return step == settings.last_step or bool(every and step % every == 0)
+            return step == self.last_step or bool(every and step % every == 0)
 
         sampling = bool(settings.sample_every and step % settings.sample_every == 0)
         saving, evaluating = at(settings.save_every), at(settings.eval_every)
@@ -206,12 +207,12 @@ class Trainer:
         self.catch_up()
         # no bar, but the log, where standard error is no terminal
         self.bar = tqdm(
-            total=settings.last_step, initial=self.step, unit="step",
+            total=self.last_step, initial=self.step, unit="step",
             disable=None if speak else True,
         )  # fmt: skip
         self.logged, self.tick = (self.step, self.seconds), time.perf_counter()
         self.watch.stopping.finish_steps()
-        while self.step < settings.last_step and not self.exhausted:
+        while self.step < self.last_step and not self.exhausted:
             with self.watch.section("step"):
                 loss, verdict = self.take_step()
             self.bar.update()
@@ -254,7 +255,7 @@ class Trainer:
             self.save()
             again = f"normuon-train run --resume --out {shlex.quote(str(self.run.path))}"
             raise Interrupted(stop, f"after step {self.step}, which is saved; go on with: {again}")
-        if due.sample and self.step < self.config.train.last_step:
+        if due.sample and self.step < self.last_step:
             self.show_sample(f"after step {self.step}")
         self.tick = time.perf_counter()
 
