@@ -203,7 +203,7 @@ class Trainer:
 
     def loop(self) -> dict[str, Any]:
         """Take the steps, and do what each is followed by; returns what summary.json says."""
-        settings, speak = self.config.train, self.world.first
+        speak = self.world.first
         self.catch_up()
         # no bar, but the log, where standard error is no terminal
         self.bar = tqdm(

@@ -6,9 +6,16 @@ import graphlib
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import ROOT
+
+from nanonormuon.config import load
+from nanonormuon.runtime import distributed
+from nanonormuon.runtime.faults import Stopping, Watch
+from nanonormuon.storage.run import RunDirectory
+from nanonormuon.train import Trainer
 
 PACKAGE = ROOT / "nanonormuon"
 # A file or room may import what stands before it, and within a room anything without a circle.
@@ -159,3 +166,29 @@ def test_functions_stay_short():
     assert not [entry for entry in lengths if entry[0] > 60]
     (step,) = [length for length, name in lengths if name == "train.take_step"]
     assert step <= 28
+
+
+def test_a_step_opens_few_files(tiny, tmp_path):
+    """What a reader opens to follow a step of one process that no row is due after."""
+    quiet = ["train.log_every=100", "train.eval_every=0", "train.save_every=0"]
+    config = load([*tiny, *quiet])[0]
+    seen = set()
+
+    def note(frame, *_):
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            seen.add(path.relative_to(PACKAGE).as_posix())
+
+    world, watch = distributed.start("cpu"), Watch(0, Stopping())
+    with RunDirectory(tmp_path / "run") as run:
+        run.acquire(resume=False)
+        trainer = Trainer(config, run, world, watch)
+        trainer.begin()
+        trainer.take_step()
+        sys.settrace(note)
+        try:
+            trainer.take_step()
+        finally:
+            sys.settrace(None)
+    top = {"train.py", "optim.py", "engine.py", "data.py", "model.py", "normuon.py"}
+    assert seen == top | {"runtime/memory.py", "runtime/health.py"}
