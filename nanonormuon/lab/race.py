@@ -1,9 +1,9 @@
-"""A fair comparison of optimizers: each one's settings are tuned, then judged with fresh seeds.
+"""A fair comparison of optimizers: the settings of each are tuned, then judged with fresh seeds.
 
-Every optimizer has the same budget, schedule, data order and, seed by seed, initialisation. Its
-settings are chosen on a part of the training text that is held out (data.tuning) and judged on the
-validation split, at the end of fully decayed runs, since curves cross before (arXiv 2509.02046). A
-grid whose best rate is its first or last grows.
+All optimizers have equal budget, schedule, data order and, seed by seed, initialisation. Settings
+are chosen on a held-out part of the training text (data.tuning) and judged on the validation split,
+at the end of fully decayed runs, since curves cross before (arXiv 2509.02046). A grid grows as long
+as its best rate is its first or last.
 
     OUT/race.json     what is being compared
     OUT/tuning/NAME/  a run directory per setting; OUT/seeds/NAME/ per optimizer and seed
@@ -31,14 +31,15 @@ from nanonormuon.lab.results import Entry, draw, judge, markdown
 from nanonormuon.storage.files import replace_file
 
 log = logging.getLogger(__name__)
-COMMA = r",(?! )"  # between parts; a comma before a blank belongs to a value
+COMMA = r",(?! )"  # separates parts; a comma before a blank belongs to a value
 ADAMW_LR = 0.003  # the middle of the grid for optimizers that are not a Muon
 GRID = "0.5x,1x,2x"
 LONGER = 4  # rates that a grid may grow by
 TUNING_SEED = 1_000_000  # the first seed of tuning runs; no reported result uses these
 TUNING_SHARE = 0.05  # of the training tokens, held out for the choice
+SEEDS = "--seeds gives them"
 # decided by the race, or equal in all its runs: no axis and no optimizer's own setting
-SHARED = {"train.seed": "--seeds gives them"} | dict.fromkeys(
+SHARED = {"train.seed": SEEDS} | dict.fromkeys(
     ("train.steps", "train.stop_at", "train.batch_tokens", "train.sample_tokens",
      "train.keep_last", "train.keep_best", "data.tuning", "optim.name"),
     "all runs of a race share it",
@@ -64,16 +65,16 @@ def entries(
     labels = [*filter(None, map(str.strip, re.split(COMMA, optimizers)))]
     if len(set(labels)) < len(labels) or not labels:
         raise ConfigError(f'--optimizers "{optimizers}": expected different ones')
-    found = [entry_of(label, arguments, lr, others) for label in labels]
-    for text in lr:
-        if "=" in text and text.rpartition("=")[0] not in labels:
-            hint = config.nearest(text.rpartition("=")[0], labels)
-            raise ConfigError(f'--lr "{text}": none of --optimizers; {hint}')
-    return found
+    grids = {text.rpartition("=")[0]: text for text in (GRID, *lr)}  # the last of each name
+    for name in grids:
+        if name and name not in labels:
+            hint = config.nearest(name, labels)
+            raise ConfigError(f'--lr "{grids[name]}": none of --optimizers; {hint}')
+    return [entry_of(e, arguments, grids.get(e, grids[""]), others) for e in labels]
 
 
 def entry_of(
-    label: str, arguments: Sequence[str], lr: Sequence[str], others: tuple[tuple[str, ...], ...]
+    label: str, arguments: Sequence[str], grid: str, others: tuple[tuple[str, ...], ...]
 ) -> Entry:
     """One optimizer, NAME+KEY=VALUE+..., checked with every combination of the other axes."""
     where = f'--optimizers "{label}"'
@@ -89,7 +90,7 @@ def entry_of(
     usual = config.load([*arguments, *settings])[0].optim.lr
     if "optim.lr" not in keys and name not in ("normuon", "muon"):
         usual = ADAMW_LR
-    return Entry(label, settings, rates(label, lr, usual, "optim.lr" in keys), others)
+    return Entry(label, settings, rates(label, grid, usual, "optim.lr" in keys), others)
 
 
 def axis(text: str) -> list[str]:
@@ -104,18 +105,16 @@ def axis(text: str) -> list[str]:
 
 
 def refuse(where: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
-    """Raise ConfigError for a setting whose key another part of the command decides. taken: keys,
-    and what to do instead."""
+    """Raise ConfigError for a setting that another part of the command decides. taken: keys, and
+    what to do instead."""
     for setting in settings:
         if (key := setting.partition("=")[0].strip()) in taken:
             raise ConfigError(f"{where}: {key}: {taken[key]}")
 
 
-def rates(label: str, lr: Sequence[str], usual: float, has_rate: bool) -> tuple[float, ...]:
-    """The grid of one optimizer, from the last --lr that names it, else the last that names none.
-    With a rate of its own only multiples are left to choose."""
-    named = [text for text in lr if text.rpartition("=")[0] == label]
-    text = [GRID, *(text for text in lr if text and "=" not in text), *named][-1]
+def rates(label: str, text: str, usual: float, has_rate: bool) -> tuple[float, ...]:
+    """Parse the grid of one optimizer, "LABEL=0.01,2x" or "0.01,2x". If its label sets a rate,
+    only multiples of that rate are allowed."""
     grid = set()
     for part in map(str.strip, text.rpartition("=")[2].split(",")):
         number, multiple = parse_number(part.removesuffix("x")), part.endswith("x")
@@ -158,7 +157,7 @@ class Race:
     def run(self, runner: Runner) -> dict[str, Any]:
         """Tune, run the seeds, write the results. Returns the content of results.json. Raises what
         claim and Runner.run raise."""
-        claim(self.out / "race.json", self.arguments, "--seeds")
+        claim(self.out / "race.json", self.arguments, SEEDS)
         for entry in self.field:
             grid = itertools.product(entry.rates, entry.others)
             entry.tuning = [{"lr": r, "settings": o, "val_loss": []} for r, o in grid]
