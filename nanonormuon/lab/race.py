@@ -205,13 +205,12 @@ class Race:
 
 
 def beyond(entry: Entry) -> list[dict[str, Any]]:
-    """The setting to try next if the best rate so far is the lowest or highest tried, since an
-    optimum at the end of a grid may lie outside it; else none."""
+    """The setting to try next if the best rate so far is the lowest or highest tried, since the
+    optimum may then lie outside the grid; else none."""
     best, tried = entry.best, sorted({trial["lr"] for trial in entry.tuning})
     rate, longer = best["lr"], len(tried) - len(entry.rates)
-    if len(tried) < 2 or longer >= LONGER or rate not in (tried[0], tried[-1]):
-        return []
-    if not all(map(math.isfinite, best["val_loss"])):
+    may_grow = len(tried) >= 2 and longer < LONGER and all(map(math.isfinite, best["val_loss"]))
+    if not may_grow or rate not in (tried[0], tried[-1]):
         return []
     step = tried[1] / tried[0] if rate == tried[0] else tried[-1] / tried[-2]
     new = float(f"{rate / step if rate == tried[0] else rate * step:.6g}")
