@@ -75,7 +75,7 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
 
 
 def find_heads(model: nn.Module, tables: Mapping[int, int]) -> set[int]:
-    """The id of the head's weight, unless it is tied. tables: rows of each embedding's weight."""
+    """The id of the head's weight, if there is one. tables: ids of embeddings, and their rows."""
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
         return set() if head is None else {id(head.weight)}

@@ -18,13 +18,11 @@ import math
 import re
 import shlex
 import sys
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanonormuon import config
-from nanonormuon.config import parse_number
 from nanonormuon.errors import ConfigError, MissingPackage
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim
 from nanonormuon.lab.results import Entry, draw, judge, markdown
@@ -98,10 +96,9 @@ def axis(text: str) -> list[str]:
     key, equals, values = text.partition("=")
     if not equals:
         raise ConfigError(f'--sweep "{text}": expected SECTION.KEY=A,B')
-    section, _, name = key.strip().partition(".")
-    kinds = typing.get_type_hints(config.SECTIONS.get(section, object))
-    parts = re.split(COMMA if kinds.get(name) is str else ",", values)
-    return list(dict.fromkeys(f"{key.strip()}={part.strip()}" for part in parts))
+    key = key.strip()
+    parts = re.split(COMMA if config.KINDS.get(key) is str else ",", values)
+    return list(dict.fromkeys(f"{key}={part.strip()}" for part in parts))
 
 
 def refuse(where: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
@@ -117,7 +114,7 @@ def rates(label: str, text: str, usual: float, has_rate: bool) -> tuple[float, .
     only multiples of that rate are allowed."""
     grid = set()
     for part in map(str.strip, text.rpartition("=")[2].split(",")):
-        number, multiple = parse_number(part.removesuffix("x")), part.endswith("x")
+        number, multiple = config.parse_number(part.removesuffix("x")), part.endswith("x")
         if number is None or not 0 < number < math.inf:
             raise ConfigError(f'--lr "{text}": expected numbers above 0, as 0.01,0.02 or {GRID}')
         if has_rate and not multiple:
