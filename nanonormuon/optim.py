@@ -1,4 +1,4 @@
-"""Which parameter goes to which optimizer, and what the schedule makes of the learning rates.
+"""Which parameter goes to which optimizer, and the schedule of learning rates and momentum.
 
 role        parameters                                          optimizer
 matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon, AdamW or module:Class
@@ -209,7 +209,7 @@ class Schedule:
     settings: OptimConfig
 
     def lr(self, step: int) -> float:
-        """The factor on every group's initial_lr: up, constant, and down to final_lr."""
+        """The factor on every group's initial_lr: it rises, is constant, and falls to final_lr."""
         s = self.settings
         up = (step + 1) / s.warmup if step < s.warmup else 1.0
         falling = s.decay * self.steps
@@ -217,7 +217,7 @@ class Schedule:
         return min(up, s.final_lr + (1 - s.final_lr) * down)
 
     def momentum_at(self, step: int) -> float:
-        """NorMuon's momentum: from momentum_start up to momentum within momentum_warmup steps."""
+        """NorMuon's momentum, which rises from momentum_start within momentum_warmup steps."""
         s = self.settings
         part = min(1.0, step / s.momentum_warmup) if s.momentum_warmup else 1.0
         return s.momentum_start + part * (s.momentum - s.momentum_start)

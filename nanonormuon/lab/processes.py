@@ -25,7 +25,7 @@ from nanonormuon.runs import compare
 from nanonormuon.storage.files import lock, replace_file
 
 log = logging.getLogger(__name__)
-# settings of runs that only their losses are wanted of
+# settings for runs of which only the losses matter
 QUIET = ("train.sample_tokens=0", "train.keep_last=1", "train.keep_best=false")
 
 
@@ -112,7 +112,7 @@ class Runner:
                 stop_at = config.load(job.arguments)[0].train.stop_at
                 self.start(job, ["--resume", f"train.stop_at={stop_at}"], place)
                 if job.result() is None:  # not every optimizer's state can be saved
-                    log.warning(f"{job.path}: cannot be resumed, begins anew")
+                    log.warning(f"{job.path}: cannot be resumed, starts over")
                     shutil.rmtree(job.path)
             if job.result() is None:
                 self.start(job, job.arguments, place)
@@ -161,8 +161,7 @@ class Runner:
     def stop(self, number: int) -> None:
         self.stopped = self.stopped or number
         for child in list(self.children):
-            with contextlib.suppress(OSError):
-                child.send_signal(signal.SIGTERM)
+            child.send_signal(signal.SIGTERM)  # does nothing to a child that has ended
 
 
 def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:

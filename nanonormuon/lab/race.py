@@ -162,7 +162,7 @@ class Race:
                    if len(e.tuning) > 1 or not self.seeds]  # fmt: skip
         while pending:
             jobs = [self.job("tuning", *p, seed) for p in pending for seed in self.tuning_seeds]
-            log.info(f"{len(jobs)} runs to choose settings by")
+            log.info(f"{len(jobs)} runs to choose the settings")
             losses = iter([result["val_loss"] for result in runner.run(jobs)])
             for _, trial in pending:
                 trial["val_loss"] = [next(losses) for _ in self.tuning_seeds]
@@ -171,7 +171,7 @@ class Race:
                 entry.tuning.append(trial)
         jobs = [self.job("seeds", e, e.best, seed) for seed in self.seeds for e in self.field]
         if jobs:
-            log.info(f"{len(jobs)} runs with the settings chosen")
+            log.info(f"{len(jobs)} runs with the chosen settings")
         results = runner.run(jobs)
         for i, entry in enumerate(self.field):
             entry.runs = results[i :: len(self.field)]
@@ -191,7 +191,7 @@ class Race:
             "optimizers": judge(self.field, self.steps),
         }
         if (count := len(results["source_sha256"])) > 1:
-            log.warning(f"{self.out}: its runs are of {count} versions of the source")
+            log.warning(f"{self.out}: its runs come from {count} versions of the source")
         replace_file(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         replace_file(self.out / "results.md", (markdown(results) + "\n").encode())
         try:
@@ -211,5 +211,5 @@ def beyond(entry: Entry) -> list[dict[str, Any]]:
         return []
     step = tried[1] / tried[0] if rate == tried[0] else tried[-1] / tried[-2]
     new = float(f"{rate / step if rate == tried[0] else rate * step:.6g}")
-    log.info(f"{entry.label}: lr {rate:g} is best and last of the grid; {new:g} is added")
+    log.info(f"{entry.label}: the best lr {rate:g} is at the end of the grid; {new:g} is added")
     return [best | {"lr": new}]

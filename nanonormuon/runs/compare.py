@@ -32,7 +32,7 @@ class RunRecord:
 
 
 def read(path: Path) -> RunRecord:
-    """Read a run directory. Raises RunError if it is none, or has no metrics yet."""
+    """Read a run directory. Raises RunError if it is not one, or has no metrics yet."""
     try:
         config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
