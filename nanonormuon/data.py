@@ -1,7 +1,7 @@
 """Every batch as a pure function of (seed, step).
 
 The order of the data is arithmetic. Nothing about it is stored, so nothing can be lost or differ
-after a resume, and no number of ranks or micro-batches changes it.
+after a resume, and it does not depend on the number of ranks or micro-batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +20,12 @@ from nanonormuon.storage.shards import SHARES, Split, check_ids
 
 @dataclass(frozen=True)
 class Source:
-    """One directory's part in the training stream. Of the sequences that the sources before it
-    leave over, it takes `share` of `of`, spread evenly."""
+    """One directory's part in the training stream: `share` of every `of` sequences, spread evenly,
+    where `of` counts the sequences that the sources before it leave over."""
 
     name: str
-    starts: np.ndarray  # number of the first window of each shard; and, at the end, of all windows
-    first_shard: int  # where its shards begin in the list of all sources'
+    starts: np.ndarray  # number of the first window of each shard; last, the number of all windows
+    first_shard: int  # position of its first shard in the list of all sources' shards
     share: int
     of: int
 
@@ -37,16 +37,15 @@ class Source:
 class Batches:
     """The training stream: which `seq_len` + 1 tokens sequence j of step s consists of.
 
-    `sequences` is the number of sequences of one optimizer step over all ranks and micro-batches;
-    a rank's micro-batch is `batch(step, start, stop)`, a slice of that one global list.
-
-    order="shuffled": window w of a shard is tokens[w*T : w*T + T + 1], windows are numbered over
-    all shards, and each epoch visits all of them once, in an order that `seed` and the number of
-    the epoch decide. order="sequential": every batch is the next sequences*T tokens of a shard, as
-    modded-nanogpt's benchmark reads; a shard ends when position + batch + 1 reaches its length.
-
-    `mix`: further splits with their shares in millionths of the sequences; `split` has the rest,
-    and each source its own epochs.
+    sequences: of one optimizer step, over all ranks and micro-batches. A rank's micro-batch is
+        `batch(step, start, stop)`, a slice of this one global list.
+    order: "shuffled": window w of a shard is tokens[w*T : w*T + T + 1], windows are numbered over
+        all shards, and each epoch visits all of them once, in an order that depends on `seed` and
+        the number of the epoch. "sequential": every batch is the next sequences*T tokens of a
+        shard, as modded-nanogpt's benchmark reads; a shard ends when position + batch + 1 reaches
+        its length.
+    mix: further splits with their shares in millionths of the sequences; `split` has the rest. Each
+        source has its own epochs.
     """
 
     def __init__(
@@ -58,20 +57,18 @@ class Batches:
         order: str = "shuffled",
         mix: Sequence[tuple[Split, int]] = (),
     ) -> None:
-        if seq_len < 1 or sequences < 1 or order not in ("shuffled", "sequential"):
-            raise DataError(f"batches: seq_len={seq_len} sequences={sequences} order={order!r}")
         self.seq_len, self.sequences, self.seed, self.order = seq_len, sequences, seed, order
-        rest = SHARES - sum(share for _, share in mix)
-        if min(rest, *(share for _, share in mix), SHARES) < 1 or (mix and order == "sequential"):
-            raise DataError(f"batches: shares {rest}, {[s for _, s in mix]} order={order!r}")
-        parts = [*mix, (split, rest)]
-        self.split, self.sources, left = Split.joined([part for part, _ in parts]), [], SHARES
+        parts = [*mix, (split, SHARES - sum(share for _, share in mix))]
+        shares = [share for _, share in parts]
+        known = order == "shuffled" or (order == "sequential" and not mix)
+        if min(seq_len, sequences, *shares) < 1 or not known:
+            raise DataError(f"batches: {seq_len=} {sequences=} {order=} {shares=}")
+        self.split, self.sources = Split.joined([part for part, _ in parts]), []
+        first_shard, left = 0, SHARES
         for part, share in parts:
-            shards = sum(len(source.starts) - 1 for source in self.sources)
-            self.sources.append(
-                Source(str(part.paths[0].parent), self._number(part), shards, share, left)
-            )
-            left -= share
+            name = str(part.paths[0].parent)
+            self.sources.append(Source(name, self._number(part), first_shard, share, left))
+            first_shard, left = first_shard + len(part.shards), left - share
 
     def _number(self, split: Split) -> np.ndarray:
         """The first window of each shard, and the number of all."""
@@ -103,7 +100,7 @@ class Batches:
         return [n / s.windows for n, s in zip(self.taken(step), self.sources)]
 
     def begun(self, step: int) -> list[tuple[str, int]]:
-        """The sources that begin a further epoch within `step`, and which, counted from 1."""
+        """Sources that begin another epoch within `step`, and the epoch's number, from 1."""
         found = []
         for s, n, m in zip(self.sources, self.taken(step), self.taken(step + 1)):
             before, after = ((count - 1) // s.windows for count in (n, m))
@@ -114,10 +111,10 @@ class Batches:
     def windows(self, step: int) -> np.ndarray:
         """(sequences, 2) int64: shard index and offset of each sequence of a step."""
         found = np.empty((self.sequences, 2), np.int64)
-        rows = np.arange(self.sequences)
-        k = step * self.sequences + np.arange(self.sequences, dtype=np.int64)
+        rows = np.arange(self.sequences, dtype=np.int64)
+        k = step * self.sequences + rows
         for i, source in enumerate(self.sources):
-            before = k * source.share // source.of  # its sequences so far
+            before = k * source.share // source.of  # its own sequences so far
             here = (k + 1) * source.share // source.of > before
             epoch, window = np.divmod(before[here], source.windows)
             if self.order == "shuffled":
@@ -135,24 +132,25 @@ class Batches:
 
 
 class Loader:
-    """This rank's micro-batches, each next one read by a thread while one is in use.
+    """This rank's micro-batches; while one is in use, a thread reads the next.
 
     per_rank: sequences per rank and step. A rank has a contiguous part of each batch; with `dealt`,
-    micro-batches are dealt out to the ranks in turn. The thread holds no state: what comes is a
-    function of what is asked for, and a wrong guess of the next costs no more than reading anew.
-    Its errors are raised where its batch is asked for.
+    micro-batches are dealt out to the ranks in turn. The thread holds no state: a wrong guess of
+    the next request costs no more than a fresh read. Its errors are raised where its batch is used.
     """
 
     def __init__(self, batches: Batches, per_rank: int, world: World, dealt: bool = False) -> None:
         self.batches, self.per_rank, self.world, self.dealt = batches, per_rank, world, dealt
-        # page-locked memory, from where a copy to a GPU does not hold up the CPU
-        self.pin = world.device.type == "cuda"
         self._pool = ThreadPoolExecutor(1, "batches")
         self._next: tuple[tuple[int, int, int], Future] | None = None
 
     def micro_batches(self, step: int, n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Tokens and targets of a step's micro-batches, each (n, seq_len) int64 on the device."""
-        begins = [self._begin(micro, n) for micro in range(self.per_rank // n)]
+        rank, ranks, size = self.world.rank, self.world.size, self.per_rank
+        if self.dealt:
+            begins = range(rank * n, size * ranks, ranks * n)
+        else:
+            begins = range(rank * size, (rank + 1) * size, n)
         wanted = [(step, i, i + n) for i in begins]
         following = [*wanted[1:], (step + 1, begins[0], begins[0] + n)]
         for now, then in zip(wanted, following):
@@ -166,22 +164,19 @@ class Loader:
             tokens, targets = (t.to(self.world.device, non_blocking=True) for t in found)
             yield tokens, targets
 
-    def _begin(self, micro: int, n: int) -> int:
-        """The first sequence of a micro-batch of n, in the batch over all ranks."""
-        rank, ranks = self.world.rank, self.world.size
-        return (micro * ranks + rank) * n if self.dealt else rank * self.per_rank + micro * n
-
     def _read(self, step: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, targets = self.batches.batch(step, start, stop)
-        return (tokens.pin_memory(), targets.pin_memory()) if self.pin else (tokens, targets)
+        if self.world.device.type == "cuda":  # page-locked memory is copied without the CPU waiting
+            return tokens.pin_memory(), targets.pin_memory()
+        return tokens, targets
 
 
 def permute(x: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarray:
-    """Image of x (in range(n)) under the permutation that (seed, epoch) names.
+    """Image of x (in range(n)) under the permutation that (seed, epoch) selects.
 
-    A Feistel network of eight rounds permutes the smallest range(4**h) that holds range(n); what
-    falls outside range(n) goes through it again, at most three more times on average. So a shuffle
-    of any size needs no memory, and uint64 arithmetic makes it the same on every machine.
+    A Feistel network of eight rounds permutes the smallest range(4**h) that holds range(n); numbers
+    that fall outside range(n) go through it again, at most three more times on average. A shuffle
+    of any size needs no memory, and uint64 arithmetic gives equal results on every machine.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -244,11 +239,11 @@ def validation_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's share of the validation split: (batch, seq_len) int64 tokens and targets.
 
-    Over all ranks every target of the split (or of its first `max_tokens`) comes exactly once. The
+    Over all ranks, each target of the split (or of its first `max_tokens`) occurs exactly once. The
     windows of a shard begin `stride` tokens apart (0: seq_len). Where they overlap, a target counts
     in the first of them only, so that past a shard's first window at least seq_len - stride tokens
-    precede each. Everything else has target -1, which the loss ignores: targets that do not count,
-    padding, and whole rows that give every rank equally many batches of one shape.
+    precede it. Everything else has target -1, which the loss ignores: repeated targets, padding,
+    and whole rows that give every rank equally many batches of one shape.
     """
     left, stride = validation_targets(split, max_tokens), stride or seq_len
     if left < 1:

@@ -1,7 +1,7 @@
 """Every error that a user can meet, and the exit code that the process ends with.
 
-A message names what, where (path, offset, step, rank), what was expected and found, and what to do.
-Imports no torch, so that the command line can report a mistake before torch is loaded.
+A message says what is wrong, where (path, offset, step, rank), what was expected and found, and
+what to do. Imports no torch, so that the command line can report a mistake before torch is loaded.
 """
 
 import importlib
@@ -92,7 +92,7 @@ def exit_code(error: BaseException) -> int | None:
     if out_of_memory(error):
         return 6
     known = next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), None)
-    return 7 if known in (None, 8) and lost_peer(error) else known
+    return 7 if lost_peer(error) else known
 
 
 def describe(error: BaseException) -> str:
@@ -114,11 +114,10 @@ def follows(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on any device."""
-    torch = sys.modules.get("torch")
+    kinds = (MemoryError, OutOfMemory, getattr(sys.modules.get("torch"), "OutOfMemoryError", ()))
     words = "can't allocate memory", "not enough memory", "MPS backend out of memory"
-    on_cpu = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
-    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return on_cpu or of_torch or isinstance(error, MemoryError | OutOfMemory)
+    in_words = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    return in_words or isinstance(error, kinds)
 
 
 def explained(error: BaseException) -> bool:

@@ -18,9 +18,7 @@ share a matrix (`total`). K is a number of matrices of one shape, stacked.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise, zip_longest
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,6 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # AMX tiles multiply faster than memory feeds them: fewer products do not pay (dev/LOG.md)
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+Arriving = Callable[[], Tensor]  # waits for matrices that are on their way
 CHOICES = {"neuron_axis": ("rows", "longest"), "adjust_lr_fn": ("original", "match_rms_adamw")}
 
 MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Keller Jordan's
@@ -150,7 +149,7 @@ class Bucket:
     layout: "Layout"  # may be replaced between steps
     M: Tensor  # momentum (K, rows here, n)
     v: Tensor | None  # second moment, as neuron_factors takes it
-    arriving: "Arriving | None" = None  # what the next stage waits for
+    arriving: Arriving | None = None  # what the next stage waits for
 
     def send(self, group: dict, dtype: torch.dtype) -> None:
         """Move the momentum, and send Newton-Schulz's input to the ranks that iterate it."""
@@ -183,11 +182,11 @@ class Bucket:
 class NorMuon(torch.optim.Optimizer):
     """For hidden weight matrices; embeddings, heads, norms and biases belong to AdamW.
 
-    params: 2-D parameters, or 3-D ones that are stacks of matrices (as experts are stored; view a
-        fused QKV so); plain tensors or FSDP2's DTensors. Under a process group of several ranks
-        plain tensors are taken as replicated, with gradients already averaged, as DDP leaves them.
+    params: matrices, or 3-D stacks of matrices (experts, or a view of a fused QKV); plain tensors
+        or FSDP2's DTensors. Plain tensors in a process group of several ranks are taken as
+        replicated, with gradients already averaged, as DDP leaves them.
     lr, weight_decay: W <- (1 - lr weight_decay) W - lr update.
-    momentum, nesterov: as above. beta2: as above; None makes it Muon, without a second moment.
+    momentum, nesterov, beta2: see the top of this file; beta2 = None is Muon: no second moment.
     neuron_axis: "rows" (the paper), or "longest": rows where m >= n, else columns (modded-nanogpt).
     adjust_lr_fn: "original" scales the update by sqrt(max(1, m / n)) (Keller Jordan, lr about
         0.02); "match_rms_adamw" gives it the root mean square 0.2, so that AdamW's lr carries over
@@ -196,11 +195,11 @@ class NorMuon(torch.optim.Optimizer):
     cautious: decay only weights that the update moves towards zero (arXiv 2510.12402).
 
     lr, weight_decay, momentum and beta2 may be 0-d tensors on the parameters' device, so that a
-    schedule does not recompile a compiled step. A parameter without a gradient counts as one with
-    gradient zero, on every layout, since only communication could tell whether another rank has
-    one. To freeze a matrix, leave it out. State exists from construction on, shaped and sharded
-    like its parameter: `momentum`, in the parameter's dtype (a bfloat16 average would lose small
-    gradients), and `second_moment`, one number per neuron, in float32 at least.
+    schedule does not recompile a compiled step. A missing gradient counts as zero on every layout,
+    since only communication could tell whether another rank has one; to freeze a matrix, leave it
+    out. State exists from construction on, shaped and sharded like its parameter: `momentum` in the
+    parameter's dtype (keep parameters in float32: an average in bfloat16 loses small gradients) and
+    `second_moment`, one number per neuron, in float32 at least.
 
     Raises ValueError for settings, parameters and placements it cannot update exactly.
     """
@@ -260,7 +259,8 @@ class NorMuon(torch.optim.Optimizer):
         for key, buffer, shape in buffers:
             for p, part in zip(params, unstack(buffer, W)):
                 self.state[p][key] = wrap_local(part, p, (*p.shape[:-2], *shape))
-        self.buckets.append(Bucket(params, len(self.param_groups) - 1, make_layout(params), M, v))
+        layout = layout_of(params[0], len(M))
+        self.buckets.append(Bucket(params, len(self.param_groups) - 1, layout, M, v))
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -317,40 +317,25 @@ def unstack(stacked: Tensor, like: list[Tensor]) -> list[Tensor]:
 # The layouts: how whole matrices come together, and how a number is summed over their ranks
 
 
-Arriving = Callable[[], Tensor]  # waits for matrices that are on their way
-
-
-def wait(work: dist.Work, sent: Tensor, joined: Arriving) -> Tensor:
-    """Wait for a collective and return what it brought. `sent` is an argument of partial(wait, ...)
-    because the input of an asynchronous collective must live until it is waited on."""
-    work.wait()
-    return joined()
-
-
-class Layout(Protocol):
-    """How K equal matrices lie on the ranks, all of which make the same calls in the same order."""
+class Layout:
+    """How K equal matrices lie on the ranks, all of which make the same calls in the same order.
+    Unless overridden: every rank has whole matrices and iterates all of them."""
 
     def to_whole(self, X: Tensor) -> Arriving:
         """(K, rows here, n) -> whole matrices (K here, m, n): those that this rank iterates."""
+        return lambda: X
 
     def to_parts(self, O: Tensor) -> Arriving:
         """Iterated matrices (K here, m, n) -> (K, rows here, n)."""
+        return lambda: O
 
     def total(self, x: Tensor) -> Tensor:
         """Sum x over the ranks that share each matrix, perhaps in place."""
+        return x
 
 
 class OneProcess(Layout):
     """Whole matrices, all of which this process iterates."""
-
-    def to_whole(self, X: Tensor) -> Arriving:
-        return lambda: X
-
-    def to_parts(self, O: Tensor) -> Arriving:
-        return lambda: O
-
-    def total(self, x: Tensor) -> Tensor:
-        return x
 
 
 class Replicated(Layout):
@@ -368,10 +353,12 @@ class Replicated(Layout):
         joined, sent = O.new_empty(self.padded, *O.shape[1:]), O.new_zeros(self.share, *O.shape[1:])
         sent[: len(O)] = O
         work = all_gather(joined, sent, self.group, async_op=True)
-        return partial(wait, work, sent, lambda: joined[: self.K])
 
-    def total(self, x: Tensor) -> Tensor:
-        return x
+        def arrive(sent: Tensor = sent) -> Tensor:  # sent must live until the collective ends
+            work.wait()
+            return joined[: self.K]
+
+        return arrive
 
 
 class RowSharded(Layout):
@@ -398,11 +385,12 @@ class RowSharded(Layout):
         received = sent.new_empty(sum(sizes))
         work = dist.all_to_all_single(received, sent, sizes, lengths, self.group, async_op=True)
 
-        def joined() -> Tensor:
+        def arrive(sent: Tensor = sent) -> Tensor:  # sent must live until the collective ends
+            work.wait()
             pieces = zip(received.split(sizes), shapes)
             return torch.cat([piece.view(shape) for piece, shape in pieces], dim)
 
-        return partial(wait, work, sent, joined)
+        return arrive
 
     def total(self, x: Tensor) -> Tensor:
         dist.all_reduce(x, group=self.group)
@@ -415,18 +403,17 @@ def chunk_sizes(total: int, parts: int) -> list[int]:
     return [max(0, min(size, total - size * i)) for i in range(parts)]
 
 
-def make_layout(params: list[Tensor]) -> Layout:
-    """The layout of a bucket, read off its first parameter."""
-    p = params[0]
-    K = sum(len(q) if q.ndim == 3 else 1 for q in params)
+def layout_of(p: Tensor, K: int) -> Layout:
+    """The layout of K matrices placed as the parameter p is."""
     if not isinstance(p, DTensor):
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        several = dist.is_initialized() and dist.get_world_size() > 1
         return Replicated(K, None) if several else OneProcess()
     mesh, places = p.device_mesh, p.placements
     shards = [(i, a) for i, a in enumerate(places) if not a.is_replicate() and mesh.size(i) > 1]
     if not shards:  # replicated over several dimensions: every rank does all of the work
         return Replicated(K, mesh.get_group()) if mesh.ndim == 1 < mesh.size() else OneProcess()
-    (i, a), whole_matrices = shards[0], p.ndim == 3 and shards[0][1].is_shard(0)
+    i, a = shards[0]
+    whole_matrices = p.ndim == 3 and a.is_shard(0)
     if len(shards) > 1 or type(a) is not Shard or not (whole_matrices or a.dim == p.ndim - 2):
         raise ValueError(
             f"NorMuon cannot update a parameter of shape {tuple(p.shape)} placed as {places}: "

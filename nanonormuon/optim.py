@@ -1,4 +1,4 @@
-"""Which parameter goes to which optimizer, and what the schedule makes of the learning rates.
+"""Which parameter goes to which optimizer, and the schedule of learning rates and momentum.
 
 role        parameters                                          optimizer
 matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon, AdamW or module:Class
@@ -11,9 +11,11 @@ import ast
 import importlib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +26,9 @@ from nanonormuon.errors import ConfigError
 from nanonormuon.normuon import NorMuon
 
 ROLES = ("matrix", "embedding", "head", "vector")
+# NorMuon's arguments that are settings of the same name
+OWN = ("momentum", "nesterov", "neuron_axis", "adjust_lr_fn", "ns_coefficients", "ns_steps",
+       "cautious")  # fmt: skip
 
 
 def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[dict]:
@@ -31,17 +36,17 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
 
     Works on any module. An embedding is known by its type. The head is what get_output_embeddings()
     returns (our model and transformers' have it), else the only linear layer with as many outputs
-    as an embedding has rows, unless the two are tied. roles = {name pattern: role} decides where
-    these rules do not, as for a raw 2-D parameter, whose rows need not be its neurons.
+    as an embedding has rows, unless the two are tied. roles = {name pattern: role} overrides these
+    rules, and covers raw 2-D parameters, whose rows may not be neurons.
 
     Raises ValueError for a parameter without a rule and for a pattern that matches no parameter.
     """
-    roles = dict(roles or {})
+    roles = roles or {}
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     tables = {id(m.weight): m.num_embeddings for m in embeddings}
-    heads = find_heads(model, tables)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     linear = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    heads = find_heads(model, tables)
     found: dict[str, dict] = {role: {"role": role, "names": [], "params": []} for role in ROLES}
     unused = set(roles)
     for name, p in model.named_parameters():  # a tied weight comes once
@@ -49,8 +54,7 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
             continue
         if pattern := next((k for k in roles if fnmatchcase(name, k)), ""):
             unused.discard(pattern)
-            role = roles[pattern]
-            if role not in ROLES:
+            if (role := roles[pattern]) not in ROLES:
                 raise ValueError(f'role "{role}" for {name}: expected one of {", ".join(ROLES)}')
         elif id(p) in tables:
             role = "embedding"
@@ -60,8 +64,8 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
             role = "head" if id(p) in heads else "matrix"
         else:
             raise ValueError(
-                f"{name}, shape {tuple(p.shape)}, is in no nn.Linear or nn.Embedding: say what "
-                f'it is with roles={{"{name}": "matrix"}} (rows = output neurons) or another role'
+                f"{name}, shape {tuple(p.shape)}, is in no nn.Linear or nn.Embedding: say what it "
+                f'is, as roles={{"{name}": "matrix"}} if its rows are output neurons'
             )
         found[role]["names"].append(name)
         found[role]["params"].append(p)
@@ -71,13 +75,13 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
 
 
 def find_heads(model: nn.Module, tables: Mapping[int, int]) -> set[int]:
-    """The id of the head's weight, if there is a head of its own; tables as in param_groups."""
+    """The id of the head's weight, if there is one. tables: ids of embeddings, and their rows."""
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
         return set() if head is None else {id(head.weight)}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    wide = {n: id(m.weight) for n, m in layers.items() if m.out_features in tables.values()}
-    untied = {name: i for name, i in wide.items() if i not in tables}
+    wide = {name: m for name, m in layers.items() if m.out_features in tables.values()}
+    untied = {name: id(m.weight) for name, m in wide.items() if id(m.weight) not in tables}
     if len(untied) > 1:
         raise ValueError(
             f"which is the head? {', '.join(untied)} all have as many outputs as an embedding has "
@@ -117,20 +121,9 @@ def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype)
     if matrices and ":" in s.name:
         optimizers.append(external_optimizer(s.name, s.options, matrices))
     elif matrices:
-        optimizers.append(
-            NorMuon(
-                [part for group in matrices for part in split_group(group, s.beta2_on)],
-                momentum=s.momentum,
-                beta2=s.beta2 if s.name == "normuon" else None,
-                nesterov=s.nesterov,
-                neuron_axis=s.neuron_axis,
-                adjust_lr_fn=s.adjust_lr_fn,
-                ns_coefficients=s.ns_coefficients,
-                ns_steps=s.ns_steps,
-                ns_dtype=ns_dtype,
-                cautious=s.cautious,
-            )
-        )
+        own: dict[str, Any] = {key: getattr(s, key) for key in OWN}
+        own["beta2"] = s.beta2 if s.name == "normuon" else None
+        optimizers.append(NorMuon(split_group(matrices[0], s.beta2_on), ns_dtype=ns_dtype, **own))
     if others:
         fused = all(p.device.type in ("cpu", "cuda") for g in others for p in g["params"])
         betas = (s.adam_beta1, s.adam_beta2)
@@ -194,7 +187,7 @@ def group_rows(optimizers: Sequence[Optimizer], fold: bool = False) -> list[tupl
 
     fold: one row for the parameters of all layers that share a name, and their number as "n".
     """
-    counts: dict[tuple[str, ...], int] = {}
+    counts: Counter[tuple[str, ...]] = Counter()
     for optimizer in optimizers:
         for g in optimizer.param_groups:
             is_muon = isinstance(optimizer, NorMuon) and g["beta2"] is None
@@ -202,10 +195,9 @@ def group_rows(optimizers: Sequence[Optimizer], fold: bool = False) -> list[tupl
             rates = f"{g['initial_lr']:.4g}", f"{g['weight_decay']:.4g}"
             for name, p in zip(g["names"], g["params"]):
                 name = re.sub(r"\.\d+\.", ".*.", name) if fold else name
-                row = (name, " x ".join(map(str, p.shape)), g["role"], kind, *rates)
-                counts[row] = counts.get(row, 0) + 1
+                counts[name, " x ".join(map(str, p.shape)), g["role"], kind, *rates] += 1
     rows = [("parameter", "n", "shape", "role", "optimizer", "lr", "weight_decay")]
-    rows += [(row[0], str(n), *row[1:]) for row, n in counts.items()]
+    rows += [(name, str(n), *rest) for (name, *rest), n in counts.items()]
     return rows if fold else [(name, *rest) for name, _, *rest in rows]
 
 
@@ -217,7 +209,7 @@ class Schedule:
     settings: OptimConfig
 
     def lr(self, step: int) -> float:
-        """The factor on every group's initial_lr: up, constant, and down to final_lr."""
+        """The factor on every group's initial_lr: it rises, is constant, and falls to final_lr."""
         s = self.settings
         up = (step + 1) / s.warmup if step < s.warmup else 1.0
         falling = s.decay * self.steps
@@ -225,7 +217,7 @@ class Schedule:
         return min(up, s.final_lr + (1 - s.final_lr) * down)
 
     def momentum_at(self, step: int) -> float:
-        """NorMuon's momentum: from momentum_start up to momentum within momentum_warmup steps."""
+        """NorMuon's momentum, which rises from momentum_start within momentum_warmup steps."""
         s = self.settings
         part = min(1.0, step / s.momentum_warmup) if s.momentum_warmup else 1.0
         return s.momentum_start + part * (s.momentum - s.momentum_start)

@@ -1,4 +1,4 @@
-"""Many runs from one command: each a process with a run directory of its own, none done twice."""
+"""Many runs from one command, each in its own process and run directory; none runs twice."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ from nanonormuon.runs import compare
 from nanonormuon.storage.files import lock, replace_file
 
 log = logging.getLogger(__name__)
-# settings of runs whose losses alone matter
+# settings for runs of which only the losses matter
 QUIET = ("train.sample_tokens=0", "train.keep_last=1", "train.keep_best=false")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its directory and the arguments of `normuon-train run`. Its checkpoints are deleted
-    at its end unless `keep`."""
+    """One run: its directory and the arguments of `normuon-train run`. Without `keep`, its
+    checkpoints are deleted when it ends."""
 
     path: Path
     arguments: tuple[str, ...]
@@ -42,8 +43,8 @@ class Job:
         return self.path.with_name(self.path.name + ".log")
 
     def result(self) -> dict[str, Any] | None:
-        """summary.json and the curve of val_loss as [step, loss]; None before the run's end. A run
-        that diverged has the loss infinity."""
+        """summary.json and the curve of val_loss as [step, loss]; None before the run's end. The
+        loss of a run that diverged is infinite."""
         try:
             summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -54,32 +55,31 @@ class Job:
 
 
 class Runner:
-    """Carries out jobs, several at once if there are several devices.
+    """Carries out jobs, several at a time if there are several devices.
 
-    parallel: jobs at once; 0: one per `ranks` CUDA devices, or one on a CPU. Jobs at once divide
-    the CPU's cores among them. ranks: processes of each run, started by torchrun.
+    parallel: jobs at a time, which share the CPU's cores; 0: one per `ranks` CUDA devices, or one
+    on a CPU. ranks: processes of each run, started by torchrun.
     """
 
     def __init__(self, parallel: int = 0, ranks: int = 1):
         count = torch.cuda.device_count()
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        devices = names.split(",")[:count]
+        devices = cycle(names.split(",")[:count])
         self.parallel, self.ranks = parallel or max(1, count // ranks), ranks
         threads = max(1, (os.cpu_count() or 1) // (self.parallel * ranks))
         self.places: queue.Queue[dict[str, str]] = queue.Queue()  # environment variables
-        for i in range(self.parallel):
-            mine = {devices[(i * ranks + rank) % count] for rank in range(ranks) if count}
-            on_gpu = {"CUDA_VISIBLE_DEVICES": ",".join(sorted(mine))}
-            self.places.put(on_gpu if mine else {"OMP_NUM_THREADS": str(threads)})
+        for _ in range(self.parallel):
+            mine = ",".join(dict.fromkeys(islice(devices, ranks)))
+            on_cpu = {"OMP_NUM_THREADS": str(threads)}
+            self.places.put({"CUDA_VISIBLE_DEVICES": mine} if mine else on_cpu)
         self.children: set[subprocess.Popen] = set()
         self.stopped = 0
 
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """Return every job's result, in order, after carrying out those that have none.
+        """Carry out the jobs that have no result yet; return the results of all, in order.
 
         Raises ConfigError before the first run; RunError with the last line of a run that failed,
-        and Interrupted after a signal, once the other runs have saved. A later call continues from
-        there.
+        and Interrupted after a signal, once the other runs have saved. A later call continues them.
         """
         for job in jobs:
             config.load(job.arguments)
@@ -99,20 +99,20 @@ class Runner:
         return [job.result() or {} for job in jobs]
 
     def carry_out(self, job: Job) -> dict[str, Any]:
-        """Run a job in its own process, from its newest checkpoint if it has begun before."""
+        """Run a job in its own process, from its newest checkpoint if there is one."""
         place = self.places.get()
         try:
             job.path.parent.mkdir(parents=True, exist_ok=True)
-            if job.path.is_dir():  # a run that outlives its killed race may still be saving
-                handle = lock(job.path / ".lock", wait=True)
-                if handle is not None:
-                    os.close(handle)
+            # a run that outlives its killed race may still be saving
+            handle = lock(job.path / ".lock", wait=True) if job.path.is_dir() else None
+            if handle is not None:
+                os.close(handle)
             if job.result() is None and (job.path / "config.toml").exists():
                 # once reached, --resume drops it
                 stop_at = config.load(job.arguments)[0].train.stop_at
                 self.start(job, ["--resume", f"train.stop_at={stop_at}"], place)
                 if job.result() is None:  # not every optimizer's state can be saved
-                    log.warning(f"{job.path}: cannot be resumed, begins anew")
+                    log.warning(f"{job.path}: cannot be resumed, starts over")
                     shutil.rmtree(job.path)
             if job.result() is None:
                 self.start(job, job.arguments, place)
@@ -149,7 +149,7 @@ class Runner:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Pass SIGINT and SIGTERM on to the runs, which save and end; a second one as well."""
+        """Pass every SIGINT and SIGTERM on to the runs, which save and end."""
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {n: signal.signal(n, lambda number, _: self.stop(number)) for n in numbers}
         try:
@@ -161,31 +161,29 @@ class Runner:
     def stop(self, number: int) -> None:
         self.stopped = self.stopped or number
         for child in list(self.children):
-            with contextlib.suppress(OSError):
-                child.send_signal(signal.SIGTERM)
+            child.send_signal(signal.SIGTERM)  # does nothing to a child that has ended
 
 
 def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:
-    """Write what a directory's runs share to its plan `file`, or find it unchanged there.
+    """Write the plan `file`, which holds what a directory's runs share, or find it unchanged there.
 
-    seeds: the option that gives the runs their seeds. Returns the shared configuration. Raises
-    ConfigError for a seed among the arguments, RunError if the directory holds something else.
+    seeds: where the runs' seeds come from. Returns the shared configuration. Raises ConfigError for
+    a seed among the arguments, RunError if the directory holds something else.
     """
     for argument in arguments:
         if argument.partition("=")[0].strip() == "train.seed":
-            raise ConfigError(f"{argument}: each run has a seed of its own, see {seeds}")
+            raise ConfigError(f"{argument}: {seeds}")
     shared, out = config.load(arguments)[0], file.parent
     content = {"arguments": arguments, "steps": shared.train.steps}
     text = json.dumps(content, indent=1) + "\n"
-    found = file.read_text(encoding="utf-8") if file.exists() else text
-    if found != text:
-        raise RunError(
-            f"{file}: {json.dumps(json.loads(found))}, expected {json.dumps(content)}: "
-            "another comparison is there; choose another --out"
-        )
     if not file.exists():
         if out.is_dir() and any(out.iterdir()):
             raise RunError(f"{out}: not empty, and no {file.name} there; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         replace_file(file, text.encode())
+    elif (found := file.read_text(encoding="utf-8")) != text:
+        raise RunError(
+            f"{file}: {json.dumps(json.loads(found))}, expected {json.dumps(content)}: "
+            "another comparison is there; choose another --out"
+        )
     return shared

@@ -1,9 +1,9 @@
-"""A fair comparison of optimizers: each one's settings are tuned, then judged with fresh seeds.
+"""A fair comparison of optimizers: the settings of each are tuned, then judged with fresh seeds.
 
-Every optimizer has the same budget, schedule, data order and, seed by seed, initialisation. Its
-settings are chosen on a part of the training text that is held out (data.tuning) and judged on the
-validation split, at the end of fully decayed runs, since curves cross before (arXiv 2509.02046). A
-grid whose best rate is its first or last grows.
+All optimizers have equal budget, schedule, data order and, seed by seed, initialisation. Settings
+are chosen on a held-out part of the training text (data.tuning) and judged on the validation split,
+at the end of fully decayed runs, since curves cross before (arXiv 2509.02046). A grid grows as long
+as its best rate is its first or last.
 
     OUT/race.json     what is being compared
     OUT/tuning/NAME/  a run directory per setting; OUT/seeds/NAME/ per optimizer and seed
@@ -18,27 +18,26 @@ import math
 import re
 import shlex
 import sys
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanonormuon import config
-from nanonormuon.config import parse_number
 from nanonormuon.errors import ConfigError, MissingPackage
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim
 from nanonormuon.lab.results import Entry, draw, judge, markdown
 from nanonormuon.storage.files import replace_file
 
 log = logging.getLogger(__name__)
-COMMA = r",(?! )"  # between parts; a comma before a blank belongs to a value
+COMMA = r",(?! )"  # separates parts; a comma before a blank belongs to a value
 ADAMW_LR = 0.003  # the middle of the grid for optimizers that are not a Muon
 GRID = "0.5x,1x,2x"
 LONGER = 4  # rates that a grid may grow by
 TUNING_SEED = 1_000_000  # the first seed of tuning runs; no reported result uses these
 TUNING_SHARE = 0.05  # of the training tokens, held out for the choice
+SEEDS = "--seeds gives them"
 # decided by the race, or equal in all its runs: no axis and no optimizer's own setting
-SHARED = {"train.seed": "--seeds gives them"} | dict.fromkeys(
+SHARED = {"train.seed": SEEDS} | dict.fromkeys(
     ("train.steps", "train.stop_at", "train.batch_tokens", "train.sample_tokens",
      "train.keep_last", "train.keep_best", "data.tuning", "optim.name"),
     "all runs of a race share it",
@@ -64,16 +63,16 @@ def entries(
     labels = [*filter(None, map(str.strip, re.split(COMMA, optimizers)))]
     if len(set(labels)) < len(labels) or not labels:
         raise ConfigError(f'--optimizers "{optimizers}": expected different ones')
-    found = [entry_of(label, arguments, lr, others) for label in labels]
-    for text in lr:
-        if "=" in text and text.rpartition("=")[0] not in labels:
-            hint = config.nearest(text.rpartition("=")[0], labels)
-            raise ConfigError(f'--lr "{text}": none of --optimizers; {hint}')
-    return found
+    grids = {text.rpartition("=")[0]: text for text in (GRID, *lr)}  # the last of each name
+    for name in grids:
+        if name and name not in labels:
+            hint = config.nearest(name, labels)
+            raise ConfigError(f'--lr "{grids[name]}": none of --optimizers; {hint}')
+    return [entry_of(e, arguments, grids.get(e, grids[""]), others) for e in labels]
 
 
 def entry_of(
-    label: str, arguments: Sequence[str], lr: Sequence[str], others: tuple[tuple[str, ...], ...]
+    label: str, arguments: Sequence[str], grid: str, others: tuple[tuple[str, ...], ...]
 ) -> Entry:
     """One optimizer, NAME+KEY=VALUE+..., checked with every combination of the other axes."""
     where = f'--optimizers "{label}"'
@@ -89,7 +88,7 @@ def entry_of(
     usual = config.load([*arguments, *settings])[0].optim.lr
     if "optim.lr" not in keys and name not in ("normuon", "muon"):
         usual = ADAMW_LR
-    return Entry(label, settings, rates(label, lr, usual, "optim.lr" in keys), others)
+    return Entry(label, settings, rates(label, grid, usual, "optim.lr" in keys), others)
 
 
 def axis(text: str) -> list[str]:
@@ -97,28 +96,25 @@ def axis(text: str) -> list[str]:
     key, equals, values = text.partition("=")
     if not equals:
         raise ConfigError(f'--sweep "{text}": expected SECTION.KEY=A,B')
-    section, _, name = key.strip().partition(".")
-    kinds = typing.get_type_hints(config.SECTIONS.get(section, object))
-    parts = re.split(COMMA if kinds.get(name) is str else ",", values)
-    return list(dict.fromkeys(f"{key.strip()}={part.strip()}" for part in parts))
+    key = key.strip()
+    parts = re.split(COMMA if config.KINDS.get(key) is str else ",", values)
+    return list(dict.fromkeys(f"{key}={part.strip()}" for part in parts))
 
 
 def refuse(where: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
-    """Raise ConfigError for a setting whose key another part of the command decides. taken: keys,
-    and what to do instead."""
+    """Raise ConfigError for a setting that another part of the command decides. taken: keys, and
+    what to do instead."""
     for setting in settings:
         if (key := setting.partition("=")[0].strip()) in taken:
             raise ConfigError(f"{where}: {key}: {taken[key]}")
 
 
-def rates(label: str, lr: Sequence[str], usual: float, has_rate: bool) -> tuple[float, ...]:
-    """The grid of one optimizer, from the last --lr that names it, else the last that names none.
-    With a rate of its own only multiples are left to choose."""
-    named = [text for text in lr if text.rpartition("=")[0] == label]
-    text = [GRID, *(text for text in lr if text and "=" not in text), *named][-1]
+def rates(label: str, text: str, usual: float, has_rate: bool) -> tuple[float, ...]:
+    """Parse the grid of one optimizer, "LABEL=0.01,2x" or "0.01,2x". If its label sets a rate,
+    only multiples of that rate are allowed."""
     grid = set()
     for part in map(str.strip, text.rpartition("=")[2].split(",")):
-        number, multiple = parse_number(part.removesuffix("x")), part.endswith("x")
+        number, multiple = config.parse_number(part.removesuffix("x")), part.endswith("x")
         if number is None or not 0 < number < math.inf:
             raise ConfigError(f'--lr "{text}": expected numbers above 0, as 0.01,0.02 or {GRID}')
         if has_rate and not multiple:
@@ -158,7 +154,7 @@ class Race:
     def run(self, runner: Runner) -> dict[str, Any]:
         """Tune, run the seeds, write the results. Returns the content of results.json. Raises what
         claim and Runner.run raise."""
-        claim(self.out / "race.json", self.arguments, "--seeds")
+        claim(self.out / "race.json", self.arguments, SEEDS)
         for entry in self.field:
             grid = itertools.product(entry.rates, entry.others)
             entry.tuning = [{"lr": r, "settings": o, "val_loss": []} for r, o in grid]
@@ -166,7 +162,7 @@ class Race:
                    if len(e.tuning) > 1 or not self.seeds]  # fmt: skip
         while pending:
             jobs = [self.job("tuning", *p, seed) for p in pending for seed in self.tuning_seeds]
-            log.info(f"{len(jobs)} runs to choose settings by")
+            log.info(f"{len(jobs)} runs to choose the settings")
             losses = iter([result["val_loss"] for result in runner.run(jobs)])
             for _, trial in pending:
                 trial["val_loss"] = [next(losses) for _ in self.tuning_seeds]
@@ -175,7 +171,7 @@ class Race:
                 entry.tuning.append(trial)
         jobs = [self.job("seeds", e, e.best, seed) for seed in self.seeds for e in self.field]
         if jobs:
-            log.info(f"{len(jobs)} runs with the settings chosen")
+            log.info(f"{len(jobs)} runs with the chosen settings")
         results = runner.run(jobs)
         for i, entry in enumerate(self.field):
             entry.runs = results[i :: len(self.field)]
@@ -195,7 +191,7 @@ class Race:
             "optimizers": judge(self.field, self.steps),
         }
         if (count := len(results["source_sha256"])) > 1:
-            log.warning(f"{self.out}: its runs are of {count} versions of the source")
+            log.warning(f"{self.out}: its runs come from {count} versions of the source")
         replace_file(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         replace_file(self.out / "results.md", (markdown(results) + "\n").encode())
         try:
@@ -206,15 +202,14 @@ class Race:
 
 
 def beyond(entry: Entry) -> list[dict[str, Any]]:
-    """The setting to try next if the best rate so far is the lowest or highest tried, since an
-    optimum at the end of a grid may lie outside it; else none."""
+    """The setting to try next if the best rate so far is the lowest or highest tried, since the
+    optimum may then lie outside the grid; else none."""
     best, tried = entry.best, sorted({trial["lr"] for trial in entry.tuning})
     rate, longer = best["lr"], len(tried) - len(entry.rates)
-    if len(tried) < 2 or longer >= LONGER or rate not in (tried[0], tried[-1]):
-        return []
-    if not all(map(math.isfinite, best["val_loss"])):
+    may_grow = len(tried) >= 2 and longer < LONGER and all(map(math.isfinite, best["val_loss"]))
+    if not may_grow or rate not in (tried[0], tried[-1]):
         return []
     step = tried[1] / tried[0] if rate == tried[0] else tried[-1] / tried[-2]
     new = float(f"{rate / step if rate == tried[0] else rate * step:.6g}")
-    log.info(f"{entry.label}: lr {rate:g} is best and last of the grid; {new:g} is added")
+    log.info(f"{entry.label}: the best lr {rate:g} is at the end of the grid; {new:g} is added")
     return [best | {"lr": new}]

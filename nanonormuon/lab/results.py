@@ -24,22 +24,25 @@ class Entry:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The trial with the lowest mean loss on the tuning split, or the only one."""
-        if len(self.tuning) == 1:
-            return self.tuning[0]
-        return min(self.tuning, key=lambda t: (statistics.fmean(t["val_loss"]), t["lr"]))
+        """The trial with the lowest mean loss on the tuning split; an only one has not run."""
+        return min(self.tuning, key=lambda t: (mean(t["val_loss"]), t["lr"]))
 
     @property
     def losses(self) -> list[float]:
         return [run["val_loss"] for run in self.runs]
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean; infinite if there are no values."""
+    return statistics.fmean(values) if values else math.inf
+
+
 def judge(entries: Sequence[Entry], steps: int) -> list[dict[str, Any]]:
-    """Each entry's numbers, as results.json lists them. The baseline is the best of all but the
-    first. Differences and steps saved are taken between runs with the same seed, which share
-    initialisation and data order."""
+    """The rows of results.json, one per entry. The baseline is the best of all but the first.
+    Differences and steps saved are between runs with equal seeds, which share initialisation and
+    data order."""
     ran = [e for e in entries[1:] if e.runs]
-    baseline = min(ran, key=lambda e: statistics.fmean(e.losses), default=None)
+    baseline = min(ran, key=lambda e: mean(e.losses), default=None)
     rows = []
     for e in entries:
         row: dict[str, Any] = {
@@ -55,42 +58,41 @@ def judge(entries: Sequence[Entry], steps: int) -> list[dict[str, Any]]:
         row |= {
             "n": len(e.runs),
             "val_loss": e.losses,
-            "mean": statistics.fmean(e.losses),
+            "mean": mean(e.losses),
             "sd": spread(e.losses),
-            "ms_per_step": 1000 * statistics.fmean(s / steps for s in seconds)
-            if all(seconds) else None,
+            "ms_per_step": 1000 * mean([s / steps for s in seconds]) if all(seconds) else None,
             "peak_memory": max((run.get("peak_memory") or 0) for run in e.runs) or None,
             "curves": [run["curve"] for run in e.runs],
             "against": {o.label: versus(e, o, steps) for o in entries if o is not e},
-        }  # fmt: skip
+        }
         if baseline is not None:
             row |= {"baseline": baseline.label} | versus(e, baseline, steps)
     return rows
 
 
 def versus(entry: Entry, other: Entry, steps: int) -> dict[str, Any]:
-    """An entry's runs against the last losses of another's with the same seeds: the difference, and
-    the step at which the curve first is as low as the other's end."""
+    """Compare an entry's runs with another's last losses, seed by seed: the difference, and the
+    step at which the curve first is as low as the other's end."""
     pairs = [*zip(entry.runs, other.losses)]
     differences = [run["val_loss"] - loss for run, loss in pairs]
     steps_to = [step for run, loss in pairs if (step := reaches(run["curve"], loss)) is not None]
     row = {
-        "difference": statistics.fmean(differences),
+        "difference": mean(differences),
         "difference_interval": interval(differences),
         "reached": len(steps_to),
     }
     if len(steps_to) == len(pairs):
         saved = [100 * (1 - step / steps) for step in steps_to]
         row |= {
-            "steps_to_baseline": statistics.fmean(steps_to),
-            "percent_saved": statistics.fmean(saved),
+            "steps_to_baseline": mean(steps_to),
+            "percent_saved": mean(saved),
             "percent_saved_interval": interval(saved),
         }
     return row
 
 
 def reaches(curve: Sequence[Sequence[float]], loss: float) -> float | None:
-    """The first step at which a curve of [step, loss], linear between its points, is at `loss`."""
+    """The step at which a curve of [step, loss], linear between its points, first is at `loss`."""
     i = next((i for i, (_, y) in enumerate(curve) if y <= loss), None)
     if not i:
         return None if i is None else curve[0][0]
@@ -155,7 +157,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
             points = [dict(curve) for curve in r.get("curves", []) if curve]
             shared = sorted(set.intersection(*map(set, points))) if points else []
             late = [step for step in shared if step >= 0.2 * results["steps"]]
-            means = [statistics.fmean(p[step] for p in points) for step in late]
+            means = [mean([p[step] for p in points]) for step in late]
             sds = [spread([p[step] for p in points]) or 0.0 for step in late]
             label = f"{r['optimizer']}, n = {len(points)}" if points else r["optimizer"]
             (line,) = curves.plot(late, means, label=label)
@@ -163,8 +165,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
             curves.fill_between(late, low, high, alpha=0.25, color=line.get_color())
             best: dict[float, float] = {}  # by rate, over the other axes
             for t in r["tuning"]:
-                loss = statistics.fmean(t["val_loss"] or [math.inf])
-                best[t["lr"]] = min(loss, best.get(t["lr"], math.inf))
+                best[t["lr"]] = min(mean(t["val_loss"]), best.get(t["lr"], math.inf))
             shown = {rate: loss for rate, loss in sorted(best.items()) if math.isfinite(loss)}
             tuning.plot(shown.keys(), shown.values(), marker="o", label=r["optimizer"],
                         color=line.get_color())  # fmt: skip
@@ -175,7 +176,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
 
 
 def by_rates(axis: Any) -> None:
-    """Make the x-axis one of learning rates, with labels that leave each other room."""
+    """Make the x-axis one of learning rates, whose labels do not overlap."""
     axis.set_xscale("log")
     axis.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axis.xaxis.set_major_formatter("{x:g}")

@@ -19,7 +19,8 @@ def run(
     OUT/trial-000/ is a run directory, OUT/trial-000.txt its self-contained log, OUT/trials.json the
     verdict. A larger n adds to the runs of a smaller one. Raises what Runner.run raises.
     """
-    settings = claim(out / "plan.json", arguments, "--n").train
+    seeds = f"the trials have the seeds 0 to {n - 1} (--n)"
+    settings = claim(out / "plan.json", arguments, seeds).train
     jobs = [
         Job(out / f"trial-{seed:03d}", (*QUIET, *arguments, f"train.seed={seed}"))
         for seed in range(n)

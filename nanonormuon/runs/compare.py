@@ -1,4 +1,4 @@
-"""Run directories side by side: a table for the terminal, curves, where a loss was reached."""
+"""Compare run directories: a table for the terminal, curves, where a loss was reached."""
 
 import tomllib
 from collections import Counter
@@ -26,13 +26,13 @@ class RunRecord:
     rows: list[dict[str, Any]]
 
     def curve(self, key: str, over: str = "step") -> tuple[list[float], list[float]]:
-        """Where values of `key` were logged, and the values."""
+        """The logged values of `key`: x coordinates (steps, or another key's values) and values."""
         rows = [r for r in self.rows if r.get(key) is not None and r.get(over) is not None]
         return [r[over] for r in rows], [r[key] for r in rows]
 
 
 def read(path: Path) -> RunRecord:
-    """Read a run directory. Raises RunError if it is none, or has no metrics yet."""
+    """Read a run directory. Raises RunError if it is not one, or has no metrics yet."""
     try:
         config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
@@ -44,7 +44,7 @@ def read(path: Path) -> RunRecord:
 
 
 def read_all(paths: Sequence[Path]) -> list[RunRecord]:
-    """Read several runs. Those that share a name are named by their paths as given."""
+    """Read several runs. Runs with equal names are named by their paths as given."""
     runs = [read(path) for path in paths]
     count = Counter(run.name for run in runs)
     return [replace(r, name=str(r.path)) if count[r.name] > 1 else r for r in runs]
@@ -73,7 +73,7 @@ def row_of(run: RunRecord, target: float | None) -> dict[str, Any]:
 
 
 def table(runs: Sequence[RunRecord], target: float | None = None) -> str:
-    """A line per run, which ends with its curve of val_loss, or of loss after few evaluations."""
+    """A line per run, which ends in its curve of val_loss, or of loss if evaluations are few."""
     lines = [[*row_of(runs[0], target), "curve"]]
     for run in runs:
         cells = [spell(key, value) for key, value in row_of(run, target).items()]
@@ -95,7 +95,7 @@ def spell(key: str, value: Any) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """A curve as `width` characters at most, each the mean of its share of the values."""
+    """A curve of at most `width` characters, each the mean of an equal share of the values."""
     if not values:
         return ""
     count = min(width, len(values))

@@ -1,4 +1,4 @@
-"""Figures drawn with matplotlib, which is imported only for them."""
+"""Figures drawn with matplotlib, which is imported only to draw one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

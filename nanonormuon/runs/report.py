@@ -105,7 +105,7 @@ def key_values(content: dict[str, Any]) -> str:
 
 
 def samples(file: Path) -> list[str]:
-    """The samples by step; of a step that was repeated after an interruption, the last."""
+    """The samples by step; the last one of a step that was repeated after an interruption."""
     texts: dict[int, str] = {}
     for _, row in read_jsonl(file, cut=True) if file.is_file() else ():
         with suppress(LookupError, TypeError, ValueError):  # other entries are ignored
@@ -115,8 +115,8 @@ def samples(file: Path) -> list[str]:
 
 
 def chart(run: RunRecord, title: str, keys: Sequence[str]) -> list[str]:
-    """Curves of at least two points over steps as an inline SVG, with a line for the step that the
-    pointer is at; nothing if there are none."""
+    """Draw the curves that have two points or more over steps, as an inline SVG with a line that
+    follows the pointer; nothing if there are none."""
     curves = {key: curve for key in keys if len((curve := run.curve(key))[0]) > 1}
     if not curves:
         return []

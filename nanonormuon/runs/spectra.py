@@ -1,9 +1,9 @@
 """The singular values and row norms of each matrix's momentum, of Muon's update and of NorMuon's,
 from a checkpoint (figure 1 of arXiv 2510.05491).
 
-Muon makes the singular values alike and leaves the neurons' norms apart; NorMuon also makes the
-norms alike. The updates are those of a step along the momentum, since a checkpoint has no gradient
-for Nesterov's look-ahead.
+Muon makes the singular values equal, but not the neurons' norms; NorMuon makes both equal. The
+updates are those of a step along the momentum, since a checkpoint has no gradient for Nesterov's
+look-ahead.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ from nanonormuon.storage.tensors import read_tensors
 
 @dataclass(frozen=True)
 class Profile:
-    """Singular values (falling) and row norms of a momentum or update, both divided by their root
-    mean square: 1 everywhere is a perfectly even update."""
+    """Singular values (descending) and row norms of a momentum or update, both divided by their
+    root mean square: a perfectly even update has 1 everywhere."""
 
     singular_values: Tensor
     row_norms: Tensor
@@ -54,7 +54,7 @@ def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     if state is None or not (found / "optimizer.safetensors").is_file():
         raise CheckpointError(f"{found}: no optimizer.safetensors: expected a run's checkpoint")
     buffers = read_tensors(found / "optimizer.safetensors")
-    settings: dict[str, Any] = state["config"]["optim"]
+    settings = state["config"]["optim"]
     model = models.load_model(found, torch.float32, torch.device("cpu"))
     (matrices,) = (g["names"] for g in optim.param_groups(model) if g["role"] == "matrix")
     triples = coefficients(settings["ns_coefficients"], settings["ns_steps"])
@@ -80,15 +80,13 @@ def as_numbers(profiles: dict[str, dict[str, Profile]]) -> list[dict[str, Any]]:
 
 
 def table(profiles: dict[str, dict[str, Profile]]) -> str:
-    """A line per matrix: how even its spectrum and its rows are, before and after."""
+    """A line per matrix: how even its spectrum and its rows are, in each kind of update."""
     kinds = list(next(iter(profiles.values())))
     lines = [["matrix", *(f"stable rank {k}" for k in kinds), *(f"row spread {k}" for k in kinds)]]
     for row in as_numbers(profiles):
         ranks = [f"{row[k]['stable_rank']:.2f}" for k in kinds]
         lines.append([row["matrix"], *ranks, *(f"{row[k]['row_spread']:.3f}" for k in kinds)])
-    note = (
-        "stable rank: 1 if all singular values are alike; row spread: 0 if all neurons move alike"
-    )
+    note = "stable rank: 1 if all singular values are equal; row spread: 0 if all row norms are"
     return f"{aligned(lines)}\n{note}"
 
 
