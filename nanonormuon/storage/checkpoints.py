@@ -121,7 +121,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
         try:
             return path, verify(path)
         except (CheckpointError, OSError) as error:
-            log.error("checkpoint refused: %s; trying the previous one", error)
+            log.error("checkpoint refused: %s; trying the one before", error)
             failures.append(str(error))
     found = "; ".join(failures) or "no step-NNNNNN directory there"
     raise CheckpointError(f"{folder}: no usable checkpoint ({found})")
