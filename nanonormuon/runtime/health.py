@@ -157,12 +157,9 @@ class Spikes:
         return False
 
 
-# ------------------------------------------------------------------------------------------------
-# Statistics of the hidden matrices in a row of metrics
-
-
 class WeightStats:
-    """How long each neuron's weight vector is, and how far the last update moved the weights.
+    """What a row of metrics reports on the hidden matrices: the size of the weights and of the last
+    update.
 
     Sums over ranks count shards once and replicas several times, but only ratios of sums are used,
     so the numbers are equal on every layout.

@@ -121,10 +121,6 @@ def free_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-# ------------------------------------------------------------------------------------------------
-# During the run
-
-
 class MicroBatch:
     """The number of sequences per device at a time: equal on all ranks, a divisor of `per_rank`.
 
@@ -163,7 +159,15 @@ class MicroBatch:
         free_cache(self.world.device)
         fewer = smaller(self.size, self.per_rank)
         if not everywhere or self.fixed or fewer == self.size:
-            error = OutOfMemory(f"out of memory{cause and ': '}{cause}; {self.advice(fewer)}")
+            again = f"normuon-train run --resume --out {shlex.quote(str(self.run))}"
+            advice = f"go on from the last checkpoint with: {again} train.micro_batch={fewer}"
+            if fewer == self.size:
+                advice = (
+                    "less than one sequence at a time is impossible; go on from the last "
+                    f"checkpoint with {again} train.activation_checkpointing=true, on more GPUs "
+                    "with train.parallel=fsdp, or on a machine with more memory"
+                )
+            error = OutOfMemory(f"out of memory{cause and ': '}{cause}; {advice}")
             error.everywhere = everywhere  # type: ignore[attr-defined]
             raise error
         if self.world.first:
@@ -172,16 +176,6 @@ class MicroBatch:
                 f"repeated, and from here on, with {fewer}; the batch size is unchanged"
             )
         self.size = fewer
-
-    def advice(self, fewer: int) -> str:
-        again = f"normuon-train run --resume --out {shlex.quote(str(self.run))}"
-        if fewer < self.size:
-            return f"go on from the last checkpoint with: {again} train.micro_batch={fewer}"
-        return (
-            "less than one sequence at a time is impossible; go on from the last checkpoint with "
-            f"{again} train.activation_checkpointing=true, on more GPUs with train.parallel=fsdp, "
-            "or on a machine with more memory"
-        )
 
 
 def smaller(size: int, per_rank: int) -> int:

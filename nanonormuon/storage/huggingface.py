@@ -94,9 +94,8 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type = {kind!r}: expected {' or '.join(ARCHITECTURES)}")
     rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
-    found = {name: content.get(name) for name in FIXED}
-    found["partial_rotary_factor"] = rope.get("partial_rotary_factor")
-    odd = [f"{k} = {v!r}" for k, v in found.items() if v is not None and v != FIXED[k]]
+    found = {**content, "partial_rotary_factor": rope.get("partial_rotary_factor")}
+    odd = [f"{k} = {found[k]!r}" for k, v in FIXED.items() if found.get(k) not in (None, v)]
     if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
         odd.append(f"rope_type = {rope_type!r}")
     if "sliding_attention" in (content.get("layer_types") or []):

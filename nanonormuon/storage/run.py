@@ -148,10 +148,8 @@ def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
         f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
         f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"
     )
-    if "val_loss" in row:
-        line += f"  val_loss {row['val_loss']:.4f}"
-        if row["val_bpb"] is not None:
-            line += f"  val_bpb {row['val_bpb']:.4f}"
+    measures = (key for key in ("val_loss", "val_bpb") if row.get(key) is not None)
+    line += "".join(f"  {key} {row[key]:.4f}" for key in measures)
     if row.get("skipped"):
         line += f"  skipped {row['skipped']}"
     bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")

@@ -19,10 +19,6 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------
-# Layouts
-
-
 def whole(t: Tensor) -> Tensor:
     """Return a tensor's full content on the CPU. If it is sharded, all ranks must call this."""
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous()
@@ -36,14 +32,11 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.device)
 
 
-# ------------------------------------------------------------------------------------------------
-# Trees of dicts, lists, tuples and numbers whose leaves are tensors, such as a state_dict
-
-
 def flatten_tree(tree: Any, prefix: str) -> dict[str, Tensor]:
-    """Turn a tree into named tensors: its leaves, numbered, and PREFIXtree, its structure as JSON.
+    """Turn a tree of dicts, lists and tuples, such as a state_dict, into named tensors: the tensors
+    in it, numbered, and PREFIXtree, the rest as JSON.
 
-    If a leaf could only be pickled, PREFIXtree holds that leaf's type instead of the tree.
+    If a leaf could only be pickled, PREFIXtree holds that leaf's type instead.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -87,10 +80,6 @@ def unflatten_tree(read: Callable[[str], Tensor], prefix: str) -> Any:
         return {"list": list, "tuple": tuple}[kind](value(part) for part in content)
 
     return value(json.loads(bytes(read(f"{prefix}tree").tolist())))
-
-
-# ------------------------------------------------------------------------------------------------
-# Files
 
 
 def stream(tensors: Mapping[str, Tensor], keep: bool = True) -> Iterator[Any]:
