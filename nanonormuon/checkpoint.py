@@ -1,18 +1,19 @@
-"""A run to disk and back: a model and its optimizers as named tensors, and what describes the run.
+"""Saving and loading a run: model and optimizers as named tensors, and what describes the run.
 
-Tensors are whole, whatever the number of ranks, so any layout resumes what any other saved. The
-directories themselves, complete or absent, are storage/checkpoints.py's.
+Tensors are saved whole, so a run can resume on any number of ranks and in any layout. How the
+directory gets to disk, complete or not at all, is in storage/checkpoints.py.
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nanonormuon.config import Config, from_dict
 from nanonormuon.errors import CheckpointError
@@ -30,56 +31,58 @@ from nanonormuon.storage.tensors import (
 )
 from nanonormuon.text.tokenizer import Tokenizer
 
-OURS = (NorMuon, torch.optim.AdamW)  # whose buffers are tensors that belong to one parameter each
+OURS = (NorMuon, torch.optim.AdamW)  # each of their buffers is a tensor of a single parameter
 ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
-OTHER = "foreign."  # prefix of the tensors that another package's optimizer keeps
+OTHER = "foreign."  # prefix for the state of optimizers from other packages
+
+
+def named_parameters(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Yield an optimizer's parameters with their names, in the order of its state_dict."""
+    for group in optimizer.param_groups:
+        yield from zip(group["names"], group["params"])
 
 
 def named_state(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights by parameter, optimizer buffers by parameter.buffer: all that changes in training."""
-    weights = dict(model.named_parameters())
-    buffers = {
-        f"{name}.{key}": buffer
-        for optimizer in optimizers
-        if isinstance(optimizer, OURS)
-        for group in optimizer.param_groups
-        for name, p in zip(group["names"], group["params"])
-        for key, buffer in sorted(optimizer.state[p].items())
-    }
+    """Everything that training changes: weights by parameter, buffers by parameter.buffer."""
+    buffers: dict[str, Tensor] = {}
     for optimizer in optimizers:
         if not isinstance(optimizer, OURS):
             buffers |= flatten_tree(optimizer.state_dict(), OTHER)
-    return weights, buffers
+            continue
+        for name, p in named_parameters(optimizer):
+            buffers |= {
+                f"{name}.{key}": buffer for key, buffer in sorted(optimizer.state[p].items())
+            }
+    return dict(model.named_parameters()), buffers
 
 
 def named_for_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {to_hf(name): t for name, t in weights.items()}
 
 
-def buffer_shapes(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]:
-    """A parameter's buffers, also those that AdamW makes at its first step only."""
-    state = optimizer.state[p] if isinstance(optimizer, OURS) else {}  # of others: an estimate
-    if state:
+def buffer_shapes(optimizer: Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of a parameter's buffers, including those that AdamW creates at its first step. For
+    other packages' optimizers an estimate: AdamW's."""
+    if isinstance(optimizer, OURS) and (state := optimizer.state[p]):
         return {key: tuple(value.shape) for key, value in state.items()}
     return {key: () if key == "step" else tuple(p.shape) for key in ADAMW_STATE}
 
 
-def size_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Bytes of the tensors in a checkpoint; whole ones, whatever this rank holds."""
+def size_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
+    """Bytes of a checkpoint's tensors, which are whole even where this rank holds only shards."""
     buffers = sum(
         4 * math.prod(shape)
         for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
+        for _, p in named_parameters(optimizer)
         for shape in buffer_shapes(optimizer, p).values()
     )
     return buffers + sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------------------
-# Into a checkpoint and out of it
+# Saving and loading tensors
 
 
 def save(
@@ -90,9 +93,9 @@ def save(
     description: Callable[[], Mapping[str, bytes]],
     world: distributed.World,
 ) -> None:
-    """Publish a checkpoint: tensors of any layout, and beside them the files of `description`.
+    """Publish a checkpoint: tensors in any layout, and the files that `description` returns.
 
-    All ranks gather the tensors, one after the other; rank 0 writes; all learn how it went.
+    All ranks gather the tensors one by one, rank 0 writes, and all ranks raise if it fails.
     """
     streams = {
         "model.safetensors": stream(named_for_hf(weights), keep=world.first),
@@ -104,7 +107,7 @@ def save(
             checkpoints.write(folder, step, streams | description())
         except Exception as error:
             failure = error
-    for pieces in streams.values():  # after a failure too, the others send what is left
+    for pieces in streams.values():  # gathering must finish on every rank, also after a failure
         for _ in pieces:
             pass
     distributed.first_does(lambda: raise_if(failure), world.device)
@@ -116,7 +119,7 @@ def raise_if(failure: BaseException | None) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a model of any layout from model.safetensors, whose names and shapes must be its own."""
+    """Load model.safetensors, whose names and shapes must match, into a model of any layout."""
     file = TensorFile(path / "model.safetensors")
     parameters = named_for_hf(dict(model.named_parameters()))
     file.expect({name: p.shape for name, p in parameters.items()})
@@ -125,20 +128,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
             p.copy_(placed_like(file.read(name), p))
 
 
-def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], path: Path) -> None:
-    """Fill optimizers of any layout from optimizer.safetensors, complete or not at all."""
+def load_optimizers(optimizers: Sequence[Optimizer], path: Path) -> None:
+    """Load optimizer.safetensors into optimizers of any layout.
+
+    Raises CheckpointError before changing anything if a tensor is missing, unexpected or misshapen.
+    """
     file = TensorFile(path / "optimizer.safetensors")
-    file.expect(
-        {
-            f"{name}.{key}": shape
-            for optimizer in optimizers
-            if isinstance(optimizer, OURS)
-            for group in optimizer.param_groups
-            for name, p in zip(group["names"], group["params"])
-            for key, shape in buffer_shapes(optimizer, p).items()
-        }
-        | {name: entry[1] for name, entry in file.entries.items() if name.startswith(OTHER)}
-    )
+    expected = {name: e[1] for name, e in file.entries.items() if name.startswith(OTHER)}
+    for optimizer in (o for o in optimizers if isinstance(o, OURS)):
+        for name, p in named_parameters(optimizer):
+            shapes = buffer_shapes(optimizer, p)
+            expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
+    file.expect(expected)
     for optimizer in optimizers:
         if not isinstance(optimizer, OURS):
             try:
@@ -148,20 +149,17 @@ def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], path: Path) -> 
                 raise CheckpointError(f"{file.path}: no state of {name}: {error}") from None
             continue
         content = optimizer.state_dict()
-        names = [name for group in optimizer.param_groups for name in group["names"]]
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, (name, p) in enumerate(zip(names, params)):
-            state = {}
+        for index, (name, p) in enumerate(named_parameters(optimizer)):
+            content["state"][index] = state = {}
             for key in buffer_shapes(optimizer, p):
                 value = file.read(f"{name}.{key}")
                 like = optimizer.state[p].get(key, p if value.shape == p.shape else value)
                 state[key] = placed_like(value, like)
-            content["state"][index] = state
         optimizer.load_state_dict(content)
 
 
 # ------------------------------------------------------------------------------------------------
-# What describes the run beside its tensors
+# The description of the run beside its tensors
 
 STATE = {"step": int, "seconds": float, "total_seconds": float, "ranks": int, "micro_batch": int,
          "config": dict, "data": str}  # fmt: skip
@@ -170,8 +168,8 @@ STATE = {"step": int, "seconds": float, "total_seconds": float, "ranks": int, "m
 def describe(
     config: Config, state: Mapping[str, Any], tokenizer: Tokenizer | None
 ) -> dict[str, bytes]:
-    """The files beside a checkpoint's tensors, by name: Hugging Face's config.json, state.json (how
-    far the run is, and all that must not change on resume) and the tokenizer."""
+    """The files beside a checkpoint's tensors, by name: Hugging Face's config.json, state.json
+    (progress, and everything that must not change on resume) and the tokenizer."""
     state = {**state, "config": asdict(config), "tokenizer": tokenizer and tokenizer.hash}
     hf = config_json(config.model, config.data.seq_len, tokenizer and tokenizer.eot)
     return {
@@ -186,24 +184,23 @@ def as_json(content: Mapping[str, Any]) -> bytes:
 
 
 def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to resume from and its state, verified by rank 0; None if there is none.
+    """Find the checkpoint to resume from and its state, verified by rank 0.
 
-    Raises CheckpointError if there are some and none is usable.
+    Returns None if there are no checkpoints; raises CheckpointError if none of them is usable.
     """
 
-    def look() -> list[Any] | None:
+    def look() -> tuple[Path, dict[str, Any]] | None:
         if not checkpoints.all_steps(folder):
             return None
         path, state = checkpoints.newest(folder)
         check_state(path / "state.json", state)
-        return [str(path), state]
+        return path, state
 
-    found = distributed.first_does(look, world.device)
-    return None if found is None else (Path(found[0]), found[1])
+    return distributed.first_does(look, world.device)
 
 
 def check_state(file: Path, state: dict[str, Any]) -> None:
-    """Raise CheckpointError for a state.json that no run wrote, whatever its hash."""
+    """Raise CheckpointError for a state.json that no run wrote, even if its hash is right."""
     for key, kind in STATE.items():
         if type(state.get(key)) not in (kind, int if kind is float else kind):
             raise CheckpointError(

@@ -1,11 +1,10 @@
-"""One process or many: start, sums over ranks, work that one rank does for all, finish.
+"""Everything that ranks do together: start, sum, broadcast rank 0's work, finish.
 
-Without torchrun's environment variables there is one rank and no process group, and every function
-here is the identity. Nothing assumes that the ranks share a machine.
+Without torchrun's environment variables there is a single rank and no process group, and the
+collectives below do nothing. Ranks need not share a machine.
 """
 
 import ctypes
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,20 +28,19 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes the files and speaks."""
+        """Whether this rank writes files and log lines."""
         return self.rank == 0
 
 
 def size() -> int:
-    """Number of ranks that torchrun announced; known before anything is started."""
+    """Number of ranks according to torchrun; known before the process group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start(device: str = "auto", timeout: float = 1800.0) -> World:
-    """Choose this rank's device and join the process group, if there are others.
+    """Choose this rank's device and join the process group, if there are other ranks.
 
-    timeout: seconds that one collective may take.
-    Raises ValueError if the device asked for is not there.
+    timeout: seconds until a collective fails. Raises ValueError if the device is not available.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device not in ("auto", "cpu", "cuda", "mps"):
@@ -50,58 +48,56 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
     if device == "auto":
         mps = torch.backends.mps.is_available() and size() == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("train.device = mps: not available here; set train.device=cpu")
+    where, backend = torch.device(device), "gloo"
     if device == "cuda":
         found = torch.cuda.device_count()
         if local_rank >= found:
             raise ValueError(
-                f"train.device = cuda: rank {local_rank} of this machine needs a GPU of its own, "
-                f"found {found}; start fewer processes or set train.device=cpu"
+                f"train.device = cuda: local rank {local_rank} needs a GPU of its own, found "
+                f"{found}; start fewer processes or set train.device=cpu"
             )
-        torch.cuda.set_device(local_rank)
         where = torch.device("cuda", local_rank)
-    elif device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("train.device = mps: not available here; set train.device=cpu")
-    else:
-        where = torch.device(device)
-    if where.type == "cpu":
+        torch.cuda.set_device(where)
+        backend = "cpu:gloo,cuda:nccl"  # gloo too: any_rank must not wait for the GPUs
+    if device == "cpu":
         keep_freed_memory()
-        if size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice
+        if size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
             local = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     if size() > 1 and not dist.is_initialized():
-        # gloo beside NCCL: what concerns only the CPUs must not wait for the GPUs (any_rank)
-        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        device_id = where if where.type == "cuda" else None
+        device_id = where if device == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
     return World(int(os.environ.get("RANK", "0")), size(), where)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks instead of returning them to the system.
+    """Make glibc keep large freed blocks instead of returning them to the system.
 
-    Otherwise each activation of each step is mapped and zeroed afresh, page by page: a third of an
-    eager training step on a CPU.
+    Otherwise every step maps and zeroes the pages of each activation anew, which takes a third of
+    an eager training step on a CPU.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
-            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the most that it takes
-            libc.mallopt(-2, 1 << 26)  # M_TOP_PAD: grow in steps of 64 MB
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: never give a block a mapping of its own
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the maximum
+            libc.mallopt(-2, 1 << 26)  # M_TOP_PAD: grow by 64 MB
 
 
 def finish() -> None:
     """Wait for all ranks at the end of a run.
 
-    The group is left standing: taking gloo's threads down has been seen to abort a process, and the
-    process ends now anyway (cli.app.entry).
+    The process group is not destroyed: stopping gloo's threads can abort the process, which is
+    about to exit anyway (cli.app.entry).
     """
     if size() > 1:
         dist.barrier()
 
 
 def compute_dtype(wish: str, device: torch.device) -> torch.dtype:
-    """auto -> bfloat16 where the device multiplies it natively, else float32."""
+    """Resolve train.dtype: auto is bfloat16 where the device has native products, else float32."""
     if wish == "auto":
         if device.type == "cuda":
             native = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -115,40 +111,39 @@ def compute_dtype(wish: str, device: torch.device) -> torch.dtype:
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over ranks."""
+    """Sum x over ranks, in place."""
     if size() > 1:
         dist.all_reduce(x)
     return x
 
 
-def largest(values: Sequence[float] | Tensor, device: torch.device) -> list[float]:
-    """Element-wise maximum over ranks, so that all reach one verdict."""
-    x = torch.as_tensor(values, dtype=torch.float32, device=device)
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element-wise maximum over ranks, in float32."""
+    x = torch.tensor(values, dtype=torch.float32, device=device)
     if size() > 1 and len(x):
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.tolist()
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank. The ranks' CPUs wait for each other, no device does."""
-    if size() == 1:
-        return flag
-    x = torch.tensor(int(flag))
-    dist.all_reduce(x, dist.ReduceOp.MAX)
-    return bool(x)
+    """Whether the flag is set on any rank. Synchronises the CPUs of the ranks, but no device."""
+    return bool(largest([flag], torch.device("cpu"))[0])
 
 
 def gather(x: Tensor) -> Tensor:
-    """(ranks, *x.shape): every rank's x, of one shape on all of them."""
+    """(ranks, *x.shape): x of every rank; the shape must be equal on all."""
+    if size() == 1:
+        return x[None]
     everyone = [torch.empty_like(x) for _ in range(size())]
-    if size() > 1:
-        dist.all_gather(everyone, x)
-    return torch.stack(everyone) if size() > 1 else x[None]
+    dist.all_gather(everyone, x)
+    return torch.stack(everyone)
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that any rank has held at once since its process began: tensors on a GPU, else
-    the whole process. None where the system does not tell. Every rank must call this."""
+    """Peak bytes of the rank that used most: of tensors on a GPU, else of the whole process.
+
+    None where the system does not report it. Every rank must call this.
+    """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
@@ -162,12 +157,12 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def first_does(work: Callable[[], Any], device: torch.device) -> Any:
-    """Run `work` on rank 0 alone; its result (anything JSON can say) or failure reaches all."""
+    """Run `work` on rank 0 only; every rank returns its result, or raises if it failed."""
     failure, answer = None, {}
     if not int(os.environ.get("RANK", "0")):
         try:
             answer = {"value": work()}
-        except BaseException as error:  # also a signal's: the others wait for an answer
+        except BaseException as error:  # including Interrupted: other ranks wait for an answer
             failure = error
             answer = {"error": str(error), "exit_code": exit_code(error) or 7}
     answer = from_first(answer, device)
@@ -179,13 +174,8 @@ def first_does(work: Callable[[], Any], device: torch.device) -> Any:
 
 
 def from_first(value: Any, device: torch.device) -> Any:
-    """Rank 0's value (anything JSON can say) on every rank."""
-    if size() == 1:
-        return value
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    length = torch.tensor([len(text)], device=device)
-    dist.broadcast(length, 0)
-    if dist.get_rank():
-        text = torch.empty(int(length), dtype=torch.uint8, device=device)
-    dist.broadcast(text, 0)
-    return json.loads(bytes(text.tolist()))
+    """Return rank 0's value, which must be picklable, on every rank."""
+    values = [value]
+    if size() > 1:
+        dist.broadcast_object_list(values, device=device)
+    return values[0]

@@ -1,10 +1,11 @@
-"""What may end a run from outside: signals, lost ranks, time limits.
+"""What can end a run from outside: signals, lost ranks, time limits.
 
-Imports no torch, so that a signal is answered while torch is still being imported.
+Does not import torch, so that signals are handled while torch is still being imported.
 """
 
 import contextlib
 import faulthandler
+import json
 import os
 import signal
 import sys
@@ -18,16 +19,17 @@ from typing import Any
 from nanonormuon.errors import Interrupted, describe, explained, follows
 from nanonormuon.storage.files import replace_file
 
-LONGER = {"start": 4, "compilation": 4, "evaluation": 4}  # sections that get more than time_limit
-GRACE = 5.0  # seconds in which torchrun should have seen the rank that failed first
+LONG = {"start", "compilation", "evaluation"}  # sections that may take LONGER times time_limit
+LONGER = 4
+GRACE = 5.0  # seconds for torchrun to notice the rank that failed first
 
 
 class Stopping:
-    """SIGINT and SIGTERM.
+    """Handlers for SIGINT and SIGTERM.
 
-    Until `finishing` is set, the first signal ends the run where it stands; from then on it only
-    leaves its `number`, so that the step is finished and saved. A second signal ends the process at
-    once.
+    Before finish_steps is called, the first signal raises Interrupted at once. Afterwards it only
+    sets `number`, so that the current step is finished and saved. A second signal ends the process
+    immediately.
     """
 
     def __init__(self) -> None:
@@ -46,46 +48,51 @@ class Stopping:
             os._exit(128 + number)
         self.number = number
         if not self.finishing:
-            self.finish_steps(False)
-        say(f"signal {number}: finishing the step, then saving; once more ends at once")
+            self.interrupt()
+        say(f"signal {number}: finishing the step, then saving; a second signal ends at once")
 
-    def finish_steps(self, finishing: bool = True) -> None:
-        """Have signals wait for the end of a step from now on; an earlier one does not wait."""
-        self.finishing = finishing
+    def finish_steps(self) -> None:
+        """Let signals wait for the end of a step from now on. Raises Interrupted after one."""
+        self.finishing = True
         if self.number:
-            raise Interrupted(self.number, "before its first step; checkpoints are as they were")
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        raise Interrupted(self.number, "before its first step; the checkpoints are unchanged")
 
 
 class Watch:
-    """Knows what this rank is doing, so that errors can name it.
+    """Tracks what this rank is doing, so that errors can name it, and enforces time limits.
 
-    A thread ends the process with exit code 7 when a section takes too long, and stops it as if by
-    SIGTERM when the process that started it (torchrun, or a race: NANONORMUON_FOLLOW) is gone.
-    Leaving the `with` block with an error writes the error to RUN/errors/rank-N.txt (once `folder`
-    is set) and to the file that torchrun reports from.
+    A thread ends the process with exit code 7 if a section takes too long. It sends the process
+    SIGTERM if its parent dies: torchrun, or a race (NANONORMUON_FOLLOW). Leaving the `with` block
+    with an error writes the error to RUN/errors/rank-N.txt, once `folder` is set, and to the file
+    that torchrun reports from.
     """
 
     def __init__(self, time_limit: float, stopping: Stopping):
         self.time_limit, self.stopping = time_limit or float("inf"), stopping
-        self.rank, self.ranks = (
-            int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1))
-        )
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self.step, self.name, self.deadline = 0, "start", float("inf")
         self.folder: Path | None = None
         self.done = threading.Event()
         led = {"TORCHELASTIC_RUN_ID", "NANONORMUON_FOLLOW"} & os.environ.keys()
         self.parent = os.getppid() if led else None
 
+    def limit(self, name: str) -> float:
+        """Seconds that the section `name` may take."""
+        return self.time_limit * (LONGER if name in LONG else 1)
+
     def longest(self) -> float:
-        """Seconds after which any section would have been ended."""
-        return min(self.time_limit * max(LONGER.values()) + 60, 7 * 86400)
+        """Seconds after which every section would have ended."""
+        return min(self.time_limit * LONGER + 60, 7 * 86400)
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """A part of the run with a name and a time limit. After an error the name stays."""
+        """Name and time a part of the run. After an error the name stays, for its message."""
         outer = self.name, self.deadline
-        limit = self.time_limit * LONGER.get(name, 1)
-        self.name, self.deadline = name, time.monotonic() + limit
+        self.name, self.deadline = name, time.monotonic() + self.limit(name)
         yield
         self.name, self.deadline = outer
 
@@ -93,11 +100,6 @@ class Watch:
     def place(self) -> str:
         rank = f"rank {self.rank}, " if self.ranks > 1 else ""
         return f"{rank}step {self.step}, {self.name}"
-
-    def place_of(self, error: BaseException) -> str:
-        """Where an error occurred; its own `section` tells more than the current one."""
-        self.name = getattr(error, "section", self.name)
-        return self.place
 
     def __enter__(self) -> "Watch":
         threading.Thread(target=self._observe, name="watch", daemon=True).start()
@@ -108,27 +110,23 @@ class Watch:
         if error is None or isinstance(error, GeneratorExit):
             return
         if self.ranks > 1 and not isinstance(error, Interrupted):
-            error.place = self.place_of(error)  # type: ignore[attr-defined]
+            self.name = getattr(error, "section", self.name)  # more precise, if the error has one
+            error.place = self.place  # type: ignore[attr-defined]
         if follows(error) and self.parent is not None:
-            self._await_launcher()  # its report should be about the rank that failed first
-        else:
-            if isinstance(error, Interrupted):  # that is no error, but torchrun asks for a reason
-                self.folder = None
-            detail = "".join(traceback.format_exception(error))
-            self.write_down(describe(error), "" if explained(error) else detail)
-
-    def _await_launcher(self) -> None:
-        until = time.monotonic() + GRACE
-        while time.monotonic() < until and not self.stopping.number:
-            time.sleep(0.05)
+            until = time.monotonic() + GRACE  # torchrun should report the rank that failed first
+            while time.monotonic() < until and not self.stopping.number:
+                time.sleep(0.05)
+            return
+        if isinstance(error, Interrupted):  # not a failure, but torchrun asks for a reason
+            self.folder = None
+        detail = "" if explained(error) else "".join(traceback.format_exception(error))
+        self.write_down(describe(error), detail)
 
     def write_down(self, message: str, detail: str = "") -> Path | None:
-        """Append to this rank's error file, and leave torchrun its record."""
+        """Write an error to torchrun's file and append it to this rank's, which is returned."""
         file = None
         with contextlib.suppress(OSError):
             if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-                import json
-
                 record = {"message": message, "timestamp": int(time.time())}
                 replace_file(Path(path), json.dumps(record).encode())
             if self.folder is not None:
@@ -149,12 +147,12 @@ class Watch:
                 self._expire()
 
     def _expire(self) -> None:
-        """End the process. All ranks expire at about one time, so that all stacks are on disk."""
-        limit = self.time_limit * LONGER.get(self.name, 1)
+        """Write all stacks and end the process; other ranks expire at about the same time."""
+        factor = f", times {LONGER}" if self.name in LONG else ""
         message = (
-            f"{self.place}: took more than {limit:g} s (train.time_limit = {self.time_limit:g}"
-            f"{'' if limit == self.time_limit else f', times {LONGER[self.name]}'}); ended. Raise "
-            "the limit if this was work, else see what each rank was doing"
+            f"{self.place}: took more than {self.limit(self.name):g} s (train.time_limit = "
+            f"{self.time_limit:g}{factor}); ended. Raise the limit if the rank was still working, "
+            "else see what each rank was doing"
         )
         if file := self.write_down(message):
             with contextlib.suppress(OSError), open(file, "a") as out:
@@ -167,6 +165,6 @@ class Watch:
 
 
 def say(line: str) -> None:
-    """Write to stderr, past buffers and locks, which the interrupted code may hold."""
+    """Write to stderr without buffers and locks, which the interrupted code may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())

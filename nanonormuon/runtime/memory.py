@@ -1,9 +1,10 @@
-"""How many sequences go through the model at a time: as many as fit, and fewer once they do not.
+"""The micro-batch: how many sequences go through the model at a time, as many as fit in memory.
 
-`choose` decides before the first step. In the run a `MicroBatch` repeats a step that ran out of
-memory with fewer; `together` lets every rank learn that one of them did.
+`choose` finds the size before the first step. During the run a `MicroBatch` repeats a step that ran
+out of memory with a smaller size; `together` tells all ranks that one of them ran out.
 """
 
+import bisect
 import logging
 import shlex
 from collections.abc import Callable, Sequence
@@ -22,12 +23,12 @@ from nanonormuon.runtime.faults import Watch
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-CPU_TOKENS = 8192  # more at a time gains nothing on a CPU, and a GPU's probe begins far above
-SPARE = 0.05  # of the free memory, kept free in a probe: fragments, and what libraries take later
+CPU_TOKENS = 8192  # larger micro-batches are no faster on a CPU
+SPARE = 0.05  # of the free memory: kept free in a probe for fragments and for libraries
 
 
 class Shortage(MemoryError):
-    """A rank has run out of memory, and every rank knows."""
+    """Some rank has run out of memory; raised on all ranks."""
 
 
 def choose(
@@ -38,12 +39,11 @@ def choose(
     sharded: bool = False,
     recompute: bool = False,
 ) -> int:
-    """The largest divisor of per_rank, in sequences, that fits on every rank.
+    """Return the largest divisor of per_rank, in sequences, that fits on every rank.
 
-    On one GPU and under DDP a probe finds it: training steps, an evaluation and an update of a
-    model that `make` makes for the purpose, with its optimizers. Under FSDP2 a rank that fails
-    would leave the others waiting in the middle of a layer, so there it is an estimate: what the
-    layers keep for their backward pass, with 40 % to spare. On a CPU it is 8,192 tokens' worth.
+    On one GPU and under DDP a probe finds it, with a model and optimizers from `make`. Under FSDP2
+    a rank that ran out of memory would leave the others waiting in the middle of a layer, so there
+    it is estimated, with 40 % to spare. On a CPU it is CPU_TOKENS.
     """
     candidates = divisors(per_rank)
     if world.device.type != "cuda":
@@ -59,18 +59,14 @@ def choose(
 
 
 def estimate(
-    model: GPT,
-    seq_len: int,
-    candidates: Sequence[int],
-    world: distributed.World,
-    recompute: bool = False,
+    model: GPT, seq_len: int, candidates: Sequence[int], world: distributed.World, recompute: bool
 ) -> int:
-    """The largest of the candidates that 60 % of the memory has room for; 1 if none."""
+    """Return the largest candidate that needs at most 60 % of the memory; 1 if none does."""
     m, dtype = model.config, model.compute_dtype
 
     def needed(n: int) -> int:
         every, none = (activations.kept(m, seq_len, B, dtype, recompute) for B in (n, 0))
-        # what no sequence keeps is the weights in the dtype of products, which FSDP2 gathers so
+        # with no sequences what is kept are weights cast to `dtype`; FSDP2 gathers them cast
         return sum(every) - sum(none) + activations.chunk_bytes(m, n * seq_len, dtype)
 
     own = 12 * sum(p.numel() for p in model.parameters()) // world.size  # gradients, optimizer
@@ -79,32 +75,23 @@ def estimate(
 
 
 def probe(
-    model: GPT,
-    optimizers: Sequence[Optimizer],
-    seq_len: int,
-    candidates: Sequence[int],
+    model: GPT, optimizers: Sequence[Optimizer], seq_len: int, candidates: Sequence[int]
 ) -> int:
-    """The largest of the rising `candidates` for which a step and an evaluation have memory.
+    """Return the largest of the increasing `candidates` with memory for a step and an evaluation.
 
-    Without torch.compile, which needs no more. Raises OutOfMemory if there is too little for the
-    first and an update. Model and optimizers are of no use afterwards.
+    Does not compile, since torch.compile needs no more memory. Raises OutOfMemory if the first one
+    and an update do not fit. Model and optimizers are unusable afterwards.
     """
     device = model.embed_tokens.weight.device
 
-    def trial(n: int) -> None:
-        tokens = torch.zeros(n, seq_len, dtype=torch.int64, device=device)
-        model(tokens, tokens).backward()
-        with torch.no_grad():
-            model(tokens, tokens, reduction="sum")
-
-    def first() -> None:
-        trial(candidates[0])
-        for optimizer in optimizers:
-            optimizer.step()  # from here on all buffers exist
-
-    def fits(work: Callable[[], None]) -> bool:
+    def fits(n: int, update: bool = False) -> bool:
         try:
-            work()
+            tokens = torch.zeros(n, seq_len, dtype=torch.int64, device=device)
+            model(tokens, tokens).backward()
+            with torch.no_grad():
+                model(tokens, tokens, reduction="sum")
+            for optimizer in optimizers if update else ():
+                optimizer.step()  # creates the buffers that the optimizer still lacks
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -117,37 +104,27 @@ def probe(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
-    low, high = 0, len(candidates)
-    if not fits(first):
+    if not fits(candidates[0], update=True):
         raise OutOfMemory(
             f"out of memory: {candidates[0]} sequence of {seq_len} tokens and an update do not "
-            "fit: set train.activation_checkpointing=true, take more GPUs and "
+            "fit: set train.activation_checkpointing=true, use more GPUs and "
             "train.parallel=fsdp, or a smaller model or data.seq_len"
         )
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if fits(lambda: trial(candidates[middle])):  # noqa: B023, called at once
-            low = middle
-        else:
-            high = middle
+    too_large = bisect.bisect_left(candidates, True, lo=1, key=lambda n: not fits(n))
     del spare
-    return candidates[low]
+    return candidates[too_large - 1]
 
 
 def free_cache(device: torch.device) -> None:
-    """Return freed blocks, whose sizes may suit nothing any more, to the device."""
+    """Return unused blocks, whose sizes may no longer be needed, to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-# ------------------------------------------------------------------------------------------------
-# During the run
-
-
 class MicroBatch:
-    """Sequences per device at a time, equal on all ranks and a divisor of `per_rank`.
+    """The number of sequences per device at a time: equal on all ranks, a divisor of `per_rank`.
 
-    fixed: it may not shrink, since train.canonical adds up micro-batches of one size.
+    fixed: never shrink, since train.canonical adds up micro-batches of a single size.
     """
 
     def __init__(
@@ -163,8 +140,8 @@ class MicroBatch:
         return self.per_rank // self.size
 
     def retry(self, accumulate: Callable[[], Result]) -> Result:
-        """Accumulate a step's gradients, with smaller micro-batches each time that memory runs out:
-        the batch, and so the loss curve, stays what it is."""
+        """Accumulate a step's gradients, with smaller micro-batches whenever memory runs out. The
+        batch stays the same, and so does the loss curve."""
         while True:
             try:
                 return accumulate()
@@ -177,42 +154,40 @@ class MicroBatch:
 
     def shrink(self, everywhere: bool, cause: str) -> None:
         """Halve the size, or raise OutOfMemory; its attribute `everywhere` says whether all ranks
-        raise it, and so can still save together."""
+        raise it, so that they can still save together."""
         self.model.zero_grad(set_to_none=True)
         free_cache(self.world.device)
         fewer = smaller(self.size, self.per_rank)
         if not everywhere or self.fixed or fewer == self.size:
-            error = OutOfMemory(f"out of memory{cause and ': '}{cause}; {self.advice(fewer)}")
+            again = f"normuon-train run --resume --out {shlex.quote(str(self.run))}"
+            advice = f"go on from the last checkpoint with: {again} train.micro_batch={fewer}"
+            if fewer == self.size:
+                advice = (
+                    "less than one sequence at a time is impossible; go on from the last "
+                    f"checkpoint with {again} train.activation_checkpointing=true, on more GPUs "
+                    "with train.parallel=fsdp, or on a machine with more memory"
+                )
+            error = OutOfMemory(f"out of memory{cause and ': '}{cause}; {advice}")
             error.everywhere = everywhere  # type: ignore[attr-defined]
             raise error
         if self.world.first:
             log.warning(
                 f"step {self.watch.step}: out of memory with {self.size} sequences at a time; "
-                f"repeated, and from here on, with {fewer}; the batch stays as it is"
+                f"repeated, and from here on, with {fewer}; the batch size is unchanged"
             )
         self.size = fewer
 
-    def advice(self, fewer: int) -> str:
-        again = f"normuon-train run --resume --out {shlex.quote(str(self.run))}"
-        if fewer < self.size:
-            return f"go on from the last checkpoint with: {again} train.micro_batch={fewer}"
-        return (
-            "less than one sequence at a time is impossible; go on from the last checkpoint with "
-            f"{again} train.activation_checkpointing=true, on more GPUs with train.parallel=fsdp, "
-            "or where there is more memory"
-        )
-
 
 def smaller(size: int, per_rank: int) -> int:
-    """The largest divisor of per_rank that is at most half as large; 1 for 1."""
+    """The largest divisor of per_rank that is at most half of `size`; 1 for 1."""
     return max(n for n in divisors(per_rank) if n <= max(1, size // 2))
 
 
 def together(work: Callable[[], Result], alone: bool = False) -> Result:
-    """Return what `work` returns if all ranks had memory for it; else raise Shortage on all.
+    """Return the result of `work` if all ranks had memory for it; else raise Shortage on all.
 
-    Every rank must call this. alone: nobody could be told of a failure, since there is one rank or
-    the ranks wait for each other inside `work`; an error is raised as it is.
+    Every rank must call this. alone: do not ask the other ranks, because there are none or because
+    they wait for this one inside `work`; raise the error itself.
     """
     if alone:
         return work()

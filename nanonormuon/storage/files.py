@@ -1,43 +1,51 @@
-"""Files that are old or new, never a part: write, fsync, rename, fsync the directory; and the lines
-of those that grow, which may end in a part."""
+"""Files and directories that survive a crash, complete or absent; JSON lines; locks; the cache."""
 
+import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a new file and wait until the disk has it."""
+def write_durably(path: Path, content: bytes | Iterable[Any]) -> dict[str, Any]:
+    """Write a file, whole or piece by piece, and wait until it is on disk.
+
+    Returns its size and sha256, computed from memory rather than from what was written.
+    """
+    size, digest = 0, hashlib.sha256()
     with open(path, "wb") as file, naming(path):
-        file.write(content)
+        for piece in [content] if isinstance(content, bytes) else content:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
         settle(file)
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError the name of the open file at fault; writing, unlike opening, sets none."""
+    """Add the name of an open file to an OSError: open() sets it, write() and fsync() do not."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # words alone (numpy's tofile): a file name would hide them
+        if error.errno is None:  # from numpy's tofile; a file name would hide its message
             raise OSError(f"{path}: {error}") from error
         error.filename = error.filename or str(path)
         raise
 
 
 def settle(file) -> None:
-    """Wait until the disk has what was written to an open file."""
+    """Wait until everything written to an open file is on disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until the disk has a directory's entries (POSIX; elsewhere there is no such call)."""
+    """Wait until a directory's entries are on disk. Does nothing on Windows, which cannot."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -47,8 +55,10 @@ def sync_directory(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under a hidden name, then give it its own: a reader sees the old content or the
-    new. Raises OSError with the old one intact."""
+    """Replace a file atomically: a reader sees the old content or the new.
+
+    Raises OSError and leaves the old file intact.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_durably(temporary, content)
@@ -59,11 +69,11 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
-    """The values of a file of JSON lines, each with its line number from 1. Only "\\n" ends a line:
-    a string may hold U+2028 and the like.
+    """Yield line number (from 1) and value of each line of JSON. Only "\\n" ends a line, since a
+    string may contain U+2028 and the like.
 
-    cut: leave out lines that are no JSON, as a crash leaves them. Raises OSError, and ValueError
-    naming file and line.
+    cut: skip invalid lines, such as the one a crash leaves. Otherwise raises ValueError naming file
+    and line. Raises OSError.
     """
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
@@ -76,11 +86,11 @@ def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
 
 @contextmanager
 def publish(target: Path) -> Iterator[Path]:
-    """A directory that appears complete or not at all.
+    """Create a directory that appears complete or not at all.
 
-    Gives a hidden directory beside `target` to fill. Leaving the block renames it to `target`,
-    which must not exist by then, or be empty, and waits until the disk has the entries of both. An
-    error in the block removes it, so that a full disk does not stay full.
+    Yields a hidden directory next to `target` to fill. On leaving the block it is renamed to
+    `target`, which must not exist by then or must be empty, and both directories are synced. On an
+    error it is removed, so that a full disk does not stay full.
     """
     partial = target.with_name(f".partial-{target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,11 +107,11 @@ def publish(target: Path) -> Iterator[Path]:
 
 
 def lock(path: Path, wait: bool = False) -> int | None:
-    """Lock a file, made if it is missing, or an existing directory, for this process alone.
+    """Take an exclusive lock on a file, created if missing, or on an existing directory.
 
-    Returns the descriptor that holds the lock until it is closed; the system closes it when the
-    process dies, however it dies. None on Windows, which has no such lock. Raises BlockingIOError
-    if another process holds it, unless `wait`.
+    Returns the descriptor that holds the lock until it is closed, at the latest when the process
+    ends, however it ends; None on Windows, which has no flock. Raises BlockingIOError if another
+    process holds the lock, unless `wait`.
     """
     try:
         import fcntl
@@ -117,7 +127,7 @@ def lock(path: Path, wait: bool = False) -> int | None:
 
 
 def cache_directory() -> Path:
-    """Where demo data is kept: NANONORMUON_CACHE, or `nanonormuon` in the system's cache place."""
+    """Return the directory for demo data: NANONORMUON_CACHE, else in the system's cache folder."""
     if own := os.environ.get("NANONORMUON_CACHE"):
         return Path(own)
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):

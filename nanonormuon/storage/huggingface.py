@@ -1,7 +1,7 @@
-"""A model as Hugging Face describes it: `config.json` and the names of parameters.
+"""Conversion to and from Hugging Face's `config.json` and parameter names.
 
-The default model is transformers' Qwen3 exactly, and Llama without q and k norms. Names differ by
-the prefix `model.`, which theirs have on everything but the head."""
+The default model is exactly transformers' Qwen3, or Llama without q and k norms. Hugging Face puts
+the prefix `model.` on every parameter name except the head's."""
 
 import math
 from dataclasses import asdict, replace
@@ -19,7 +19,7 @@ SIZES = {  # our name -> theirs
     "n_kv_head": "num_key_value_heads",
     "head_dim": "head_dim",
 }
-# values of Hugging Face's fields for which our model has no choice
+# the only values of these Hugging Face fields that our model supports
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -31,7 +31,7 @@ FIXED = {
 
 
 def obstacles(config: GPTConfig) -> list[str]:
-    """The settings that neither Qwen3 nor Llama, and so transformers, can express."""
+    """List the settings that neither Qwen3 nor Llama, and so transformers, can express."""
     plain = GPTConfig()
     names = ("mlp", "bias", "qk_gain", "rope", "embed_norm", "logit_cap")
     odd = [f"{n} = {getattr(config, n)}" for n in names if getattr(config, n) != getattr(plain, n)]
@@ -49,7 +49,7 @@ def to_hf(name: str) -> str:
 
 
 def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, Any]:
-    """The content of config.json for a resolved config, with our fields under "nanonormuon"."""
+    """Build config.json for a resolved config, with our own fields under "nanonormuon"."""
     ours = {"nanonormuon": asdict(config)}
     if obstacles(config):
         return {"model_type": "nanonormuon", "max_position_embeddings": seq_len, **ours}
@@ -59,7 +59,7 @@ def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, A
 def plain_config(
     config: GPTConfig, seq_len: int, eot: int | None, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """config.json as transformers itself writes it, for a resolved config without obstacles."""
+    """Build config.json as transformers writes it, for a resolved config without obstacles."""
     kind = "qwen3" if config.qk_norm else "llama"
     return {
         "architectures": [ARCHITECTURES[kind]],
@@ -69,7 +69,7 @@ def plain_config(
         "attention_bias": False,
         "attention_dropout": 0.0,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # transformers 4 reads this, 5 the next
+        "rope_theta": config.rope_theta,  # read by transformers 4; 5 reads rope_parameters
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "max_position_embeddings": seq_len,
         "tie_word_embeddings": config.tied,
@@ -83,8 +83,8 @@ def plain_config(
 
 
 def gpt_config(content: dict[str, Any]) -> GPTConfig:
-    """config.json, ours or a Qwen3 or Llama model's -> the model's config. Raises ValueError naming
-    everything in it that our model cannot express."""
+    """Parse config.json, our own or a Qwen3 or Llama model's. Raises ValueError listing everything
+    in it that our model does not support."""
     if "nanonormuon" in content:
         try:
             return GPTConfig(**content["nanonormuon"])
@@ -94,11 +94,10 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type = {kind!r}: expected {' or '.join(ARCHITECTURES)}")
     rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
-    found = {name: content.get(name) for name in FIXED}
-    found["partial_rotary_factor"] = rope.get("partial_rotary_factor")
-    odd = [f"{k} = {v!r}" for k, v in found.items() if v is not None and v != FIXED[k]]
-    if (turning := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        odd.append(f"rope_type = {turning!r}")
+    found = {**content, "partial_rotary_factor": rope.get("partial_rotary_factor")}
+    odd = [f"{k} = {found[k]!r}" for k, v in FIXED.items() if found.get(k) not in (None, v)]
+    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        odd.append(f"rope_type = {rope_type!r}")
     if "sliding_attention" in (content.get("layer_types") or []):
         odd.append("layer_types: sliding_attention")
     sizes = {}

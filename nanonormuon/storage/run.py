@@ -1,4 +1,4 @@
-"""A run's directory and its log: metrics.jsonl, console, environment.
+"""A run's directory, its logs, and the environment it ran in.
 
 RUN/config.toml  environment.json  metrics.jsonl  samples.jsonl  train.log  groups.txt  checkpoints/
     summary.json
@@ -12,9 +12,10 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
@@ -23,14 +24,14 @@ from nanonormuon.storage import checkpoints
 from nanonormuon.storage.files import lock, read_jsonl, replace_file
 
 if TYPE_CHECKING:
-    import torch  # a help text must not wait for it
+    import torch  # slow to import; --help must not wait for it
 
 log = logging.getLogger("nanonormuon")
 PACKAGE = Path(__file__).parents[1]
 
 
 class Console(logging.Handler):
-    """Lines on stderr that do not tear a progress bar."""
+    """Write log lines to stderr without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(Exception):  # a closed terminal must not end a run
@@ -47,83 +48,68 @@ def to_console(level: int = logging.INFO) -> None:
     log.setLevel(logging.DEBUG)
 
 
-class Sink(Protocol):
-    """Something else that wants the metrics; see trackers.py."""
-
-    def __call__(self, row: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class RunDirectory:
-    """One run's files, with one writer at a time. Ranks other than the first only know the path.
+    """The files of one run, which has a single writer: rank 0. Other ranks only know the path.
 
-    Leaving the `with` block releases it, and removes it again if nothing was written into it.
+    Leaving the `with` block releases the directory, and removes it if it is still empty.
     """
 
     def __init__(self, path: Path, first: bool = True):
         self.path, self.first = path, first
+        self.checkpoints = path / "checkpoints"
         self.metrics: TextIO | None = None
-        self.handler: logging.Handler | None = None
-        self.lock: int | None = None
-        self.sink: Sink | None = None
+        self.sink: Any = None  # a runtime.trackers.Tracker, called with every row of metrics
+        self.resources = ExitStack()
 
     def acquire(self, resume: bool) -> None:
-        """Make the directory and become its writer; on the first rank.
+        """Create the directory and lock it for this process; called on rank 0.
 
-        Raises RunError for a directory that another process writes, or that holds a run although
-        `resume` is False; OSError if it cannot be made.
+        Raises RunError if another process has the lock, or if the directory holds a run and
+        `resume` is False; OSError if it cannot be created.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        ours = ("config.toml", "checkpoints")
-        if not resume and any((self.path / name).exists() for name in ours):
+        file = self.path / ".lock"
+        try:
+            handle = lock(file)
+        except BlockingIOError:
+            owner = file.read_text().strip() or "unknown"
+            raise RunError(
+                f"{self.path} is being written by process {owner}: wait, or choose another --out"
+            ) from None
+        if handle is not None:
+            self.resources.callback(os.close, handle)
+            file.write_text(f"{os.getpid()}\n")
+        if not resume and ((self.path / "config.toml").exists() or self.checkpoints.exists()):
             raise RunError(
                 f"{self.path} already holds a run: continue it with --resume, "
                 "or choose another --out"
             )
         checkpoints.sweep(self.checkpoints)
 
-    def _lock(self) -> None:
-        """Become the only writer; the lock drops when this process dies, however it dies."""
-        file = self.path / ".lock"
-        try:
-            self.lock = lock(file)
-        except BlockingIOError:
-            owner = file.read_text().strip() or "unknown"
-            raise RunError(
-                f"{self.path} is being written by process {owner}: wait, or choose another --out"
-            ) from None
-        if self.lock is not None:
-            file.write_text(f"{os.getpid()}\n")
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
     def open(
         self, config_toml: str, environment: dict[str, Any], step: int
     ) -> list[dict[str, Any]]:
-        """Write what describes the run, and open its logs for the steps after `step`.
+        """Write what describes the run, and open its logs to continue after `step`.
 
-        Returns the rows of metrics.jsonl up to `step`; later ones, of lost work, are dropped.
+        Returns the rows of metrics.jsonl up to `step`; later rows, whose steps will be repeated,
+        are removed from the file.
         """
-        replace_file(self.path / "config.toml", config_toml.encode())
-        replace_file(
-            self.path / "environment.json", (json.dumps(environment, indent=1) + "\n").encode()
-        )
+        self.write("config.toml", config_toml)
+        self.write("environment.json", json.dumps(environment, indent=1) + "\n")
         file = self.path / "metrics.jsonl"
         kept = [row for row in read_metrics(file) if row["step"] <= step]
-        replace_file(file, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self.metrics = open(file, "a", encoding="utf-8")  # noqa: SIM115
-        self.handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(self.handler)
+        self.write(file.name, "".join(json.dumps(row) + "\n" for row in kept))
+        self.metrics = self.resources.enter_context(file.open("a", encoding="utf-8"))
+        handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.resources.callback(handler.close)
+        self.resources.callback(log.removeHandler, handler)
+        log.addHandler(handler)
         log.setLevel(logging.DEBUG)  # for train.log; the console's handler has its own level
         return kept
 
     def record(self, row: dict[str, Any]) -> None:
-        """Append one step's metrics."""
+        """Append one step's metrics, on the rank that opened the logs."""
         if self.metrics is not None:
             self.metrics.write(json.dumps(row) + "\n")
             self.metrics.flush()
@@ -131,11 +117,12 @@ class RunDirectory:
             self.sink(row)
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        """Add one object to a .jsonl file of the run."""
+        """Append one object to a .jsonl file of the run."""
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def write(self, name: str, content: str) -> None:
+        """Replace a file of the run, on rank 0."""
         if self.first:
             replace_file(self.path / name, content.encode())
 
@@ -143,36 +130,26 @@ class RunDirectory:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is not None and not explained(error):  # the console shows one line
+        if error is not None and not explained(error):  # the console shows a single line
             log.debug("the run failed", exc_info=error)
-        self.close()
-        if self.first and self.path.is_dir() and os.listdir(self.path) == [".lock"]:
-            (self.path / ".lock").unlink()  # the run ended before it wrote anything
-            self.path.rmdir()
-
-    def close(self) -> None:
         if self.sink is not None:
             self.sink.close()
-        if self.handler is not None:
-            log.removeHandler(self.handler)
-            self.handler.close()
-        if self.metrics is not None:
-            self.metrics.close()
-        if self.lock is not None:
-            os.close(self.lock)
-        self.metrics = self.handler = self.lock = self.sink = None
+        self.metrics = self.sink = None
+        self.resources.close()
+        if self.first and self.path.is_dir() and os.listdir(self.path) == [".lock"]:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
 
 
 def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
-    """Show a logged step: as a line, or on a terminal in the bar, with a line per evaluation."""
+    """Show a logged step as a line; on a terminal in the progress bar, with lines only for steps
+    that evaluate."""
     line = (
         f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
         f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"
     )
-    if "val_loss" in row:
-        line += f"  val_loss {row['val_loss']:.4f}"
-        if row["val_bpb"] is not None:
-            line += f"  val_bpb {row['val_bpb']:.4f}"
+    measures = (key for key in ("val_loss", "val_bpb") if row.get(key) is not None)
+    line += "".join(f"  {key} {row[key]:.4f}" for key in measures)
     if row.get("skipped"):
         line += f"  skipped {row['skipped']}"
     bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
@@ -180,30 +157,28 @@ def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
 
 
 def aligned(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
-    """Rows of cells as text in aligned columns; with `numbers`, all but the first flush right."""
+    """Format rows of cells as columns. numbers: right-align all columns but the first."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = (
-        "  ".join(c.rjust(w) if numbers and i else c.ljust(w) for i, (c, w) in enumerate(cells))
-        for cells in (list(zip(row, widths)) for row in rows)
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    lines = []
+    for first, *others in ([*zip(row, widths)] for row in rows):
+        cells = [c.rjust(w) if numbers else c.ljust(w) for c, w in others]
+        lines.append("  ".join([first[0].ljust(first[1]), *cells]).rstrip())
+    return "\n".join(lines)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Read the rows of a metrics.jsonl, without a last line cut short by a crash."""
     rows = [row for _, row in read_jsonl(file, cut=True)] if file.exists() else []
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
-    """What else decides a result: command, source, versions, device."""
-    import numpy
-    import safetensors
-    import tiktoken
+    """Collect what decides a result beside the configuration: command, source, versions, device."""
     import torch
 
     from nanonormuon import __version__
 
+    packages = ("torch", "numpy", "safetensors", "tiktoken")
     cuda = device.type == "cuda"  # platform.processor() and .platform() would start a process
     name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     return {
@@ -212,10 +187,7 @@ def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
         "source_sha256": source_hash(),
         "nanonormuon": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "safetensors": safetensors.__version__,
-        "tiktoken": tiktoken.__version__,
+        **{package: import_module(package).__version__ for package in packages},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "device": f"{device} {name}".strip(),
         "cpu_threads": torch.get_num_threads(),
@@ -224,23 +196,23 @@ def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
 
 
 def git_commit(checkout: Path) -> str | None:
-    """The commit checked out, read from git's own files; None where there are none."""
+    """The commit checked out, read from git's own files; None if there are none."""
     with suppress(OSError):
         head = (checkout / ".git" / "HEAD").read_text().strip()
-        return (
-            head if " " not in head else (checkout / ".git" / head.split()[1]).read_text().strip()
-        )
+        if " " not in head:  # a detached HEAD
+            return head
+        return (checkout / ".git" / head.split()[1]).read_text().strip()
     return None
 
 
 def source_files() -> dict[str, Path]:
-    """The package's own code and recipes, of every room, by their path in the package."""
+    """The package's Python files and recipes, by path relative to the package."""
     files = [*PACKAGE.rglob("*.py"), *PACKAGE.glob("recipes/*.toml")]
     return {file.relative_to(PACKAGE).as_posix(): file for file in sorted(files)}
 
 
 def source_hash() -> str:
-    """sha256 over `source_files`: tells a changed checkout from its commit."""
+    """sha256 over `source_files`: tells a modified checkout from its commit."""
     digest = hashlib.sha256()
     for name, file in source_files().items():
         digest.update(name.encode() + b"\0" + file.read_bytes())

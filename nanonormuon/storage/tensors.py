@@ -1,5 +1,5 @@
-"""Tensors in files and on ranks: safetensors written piece by piece and read one tensor at a time,
-whole tensors made of shards and cut into them again."""
+"""Tensors on disk and across ranks: safetensors files, written and read one tensor at a time, and
+conversion between whole tensors and shards."""
 
 import json
 import math
@@ -19,31 +19,24 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------
-# Layouts
-
-
 def whole(t: Tensor) -> Tensor:
-    """A tensor's full content on the CPU; for a sharded one all ranks must call this."""
+    """Return a tensor's full content on the CPU. If it is sharded, all ranks must call this."""
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous()
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, cut and placed as `like` is."""
+    """Shard and place a whole tensor like another one."""
     if isinstance(like, DTensor):
         mesh = like.device_mesh
         return distribute_tensor(value.to(mesh.device_type), mesh, like.placements)
     return value.to(like.device)
 
 
-# ------------------------------------------------------------------------------------------------
-# Trees of dicts, lists, tuples and numbers whose leaves are tensors, as a state_dict is
-
-
 def flatten_tree(tree: Any, prefix: str) -> dict[str, Tensor]:
-    """A tree as tensors: its leaves by number, and as PREFIXtree the JSON that refers to them.
+    """Turn a tree of dicts, lists and tuples, such as a state_dict, into named tensors: the tensors
+    in it, numbered, and PREFIXtree, the rest as JSON.
 
-    A leaf that only pickle could keep is named in that JSON in place of the tree.
+    If a leaf could only be pickled, PREFIXtree holds that leaf's type instead.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -68,9 +61,10 @@ def flatten_tree(tree: Any, prefix: str) -> dict[str, Tensor]:
 
 
 def unflatten_tree(read: Callable[[str], Tensor], prefix: str) -> Any:
-    """The tree that flatten_tree took apart; `read` gives a tensor by its name.
+    """Rebuild the tree given to flatten_tree; `read` returns a tensor by name.
 
-    Raises KeyError, TypeError or ValueError for what flatten_tree did not make, or could not keep.
+    Raises KeyError, TypeError or ValueError if flatten_tree did not produce the tensors, or could
+    not save the tree.
     """
 
     def value(tree: Any) -> Any:
@@ -78,7 +72,7 @@ def unflatten_tree(read: Callable[[str], Tensor], prefix: str) -> Any:
             return tree
         (kind, content), *_ = tree.items()
         if kind == "unsaved":
-            raise ValueError(f"keeps {content}, which is not saved; start anew with --init-from")
+            raise ValueError(f"it keeps {content}, which cannot be saved; restart with --init-from")
         if kind == "tensor":
             return read(f"{prefix}{content}")
         if kind == "dict":
@@ -88,24 +82,19 @@ def unflatten_tree(read: Callable[[str], Tensor], prefix: str) -> Any:
     return value(json.loads(bytes(read(f"{prefix}tree").tolist())))
 
 
-# ------------------------------------------------------------------------------------------------
-# Files
-
-
 def stream(tensors: Mapping[str, Tensor], keep: bool = True) -> Iterator[Any]:
-    """The bytes of a safetensors file, piece by piece, each tensor gathered when its turn comes, so
-    that no more than one of them is held whole. Sharded ones need every rank to exhaust its stream;
-    ranks with keep=False get nothing for it."""
+    """Yield the bytes of a safetensors file in pieces, gathering each tensor only when its turn
+    comes, so that at most one is whole in memory.
+
+    If any tensor is sharded, every rank must exhaust its stream; keep=False gathers but yields no
+    content.
+    """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, t in ordered:
-        end = offset + t.numel() * t.element_size()
-        header[name] = {
-            "dtype": DTYPES[t.dtype],
-            "shape": [*t.shape],
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        begin, end = end, end + t.numel() * t.element_size()
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": [*t.shape], "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -121,15 +110,16 @@ def serialise(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 class TensorFile:
-    """A safetensors file, read tensor by tensor. Nothing is allocated before the header accounts
-    for every byte of the file. Raises CheckpointError.
+    """A safetensors file, read tensor by tensor. Nothing is allocated until the header has been
+    checked against the size of the file. Raises CheckpointError.
 
-    safetensors' own safe_open maps the file: if it shrinks meanwhile, SIGBUS kills the process.
+    safetensors' own safe_open maps the file into memory: if the file shrinks while it is open,
+    SIGBUS kills the process.
     """
 
     def __init__(self, path: Path):
         self.path, size = path, path.stat().st_size
-        self.entries: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}  # with the offset
+        self.entries: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}  # offset in the file
         kinds = {text: dtype for dtype, text in DTYPES.items()}
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -146,7 +136,7 @@ class TensorFile:
                     raise ValueError(f"{name} has shape {shape}")
                 begin, end = end, end + math.prod(shape) * dtype.itemsize
                 if entry["data_offsets"] != (expected := [begin - start, end - start]):
-                    raise ValueError(f"{name} lies at {entry['data_offsets']}, expected {expected}")
+                    raise ValueError(f"{name} is at {entry['data_offsets']}, expected {expected}")
                 self.entries[name] = dtype, shape, begin
             if end != size:
                 raise ValueError(f"tensors end at byte {end}, the file has {size}")
@@ -163,10 +153,10 @@ class TensorFile:
                 raise CheckpointError(f"{self.path}: {name} is cut short")
         return value
 
-    def expect(self, like: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError unless the file has just these tensors of just these shapes."""
-        check_names(self.path, set(self.entries), set(like))
-        for name, shape in like.items():
+    def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError unless the file holds exactly these tensors, of these shapes."""
+        check_names(self.path, set(self.entries), set(shapes))
+        for name, shape in shapes.items():
             check_shape(self.path, name, self.entries[name][1], shape)
 
 
@@ -182,7 +172,6 @@ def check_names(file: Path, found: set[str], expected: set[str]) -> None:
 
 
 def check_shape(file: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
-    if tuple(found) != tuple(expected):
-        raise CheckpointError(
-            f"{file}: {name} has shape {tuple(found)}, expected {tuple(expected)}"
-        )
+    found, expected = tuple(found), tuple(expected)
+    if found != expected:
+        raise CheckpointError(f"{file}: {name} has shape {found}, expected {expected}")

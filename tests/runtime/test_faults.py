@@ -1,8 +1,9 @@
-"""Faults end quickly and truthfully, and lose nothing: processes killed at random moments and at
-every file-system call of a save, signals in every part of a run, ranks that fail, hang or diverge.
+"""After a fault a run ends quickly, with the right message, and loses nothing: processes killed at
+random moments and at every file-system call of a save, signals in every part of a run, ranks that
+fail, hang or diverge.
 
-Random moments come from a seed that is printed; FAULT_SEED repeats it. The whole of it, with more
-trials: pytest -m full
+Random moments come from a seed that is printed; set FAULT_SEED to repeat it. More trials: pytest -m
+full
 """
 
 import json
@@ -41,7 +42,7 @@ def short(tiny):
 
 @pytest.fixture(scope="module")
 def undisturbed(short, forks, tmp_path_factory):
-    """What the run ends in when nothing happens, and the seconds that it takes."""
+    """The final state of a run without faults, and the seconds that it takes."""
     out, begin = tmp_path_factory.mktemp("whole") / "run", time.monotonic()
     codes, said = forks.run([*short, "--out", out])
     assert codes == [0], said
@@ -54,7 +55,7 @@ def whole(undisturbed):
 
 
 def ends_alike(forks, short, out, whole):
-    """Resumed without a fault it ends as if nothing had happened."""
+    """Resume without a fault: the run must end as if nothing had happened."""
     codes, said = forks.run([*short, *(["--resume"] if saved(out) else []), "--out", out])
     assert codes == [0], said
     assert final(out, STEPS) == whole
@@ -69,8 +70,8 @@ def saved(out):
 
 
 def kill_and_resume(trials, seed, forks, short, tmp_path, undisturbed):
-    """SIGKILL at random moments of a run, every other one at a random file-system call of a save,
-    until there were `trials`; what a kill left is resumed, until that comes to its end."""
+    """Kill runs `trials` times, at random moments and alternately at random file-system calls of a
+    save. Each killed run is resumed until it completes."""
     dice, (whole, seconds), kills, run = random.Random(seed), undisturbed, [], 0
     while len(kills) < trials:
         out = tmp_path / f"run{run}"
@@ -113,8 +114,7 @@ def save(folder, step):
 
 
 def in_child(work, wait=True):
-    """Run `work` in a forked process; its exit code, 0 if it comes to an end, or without waiting
-    its pid."""
+    """Run `work` in a forked process. Returns its exit code, or its pid if not `wait`."""
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if wait else pid
     try:
@@ -141,18 +141,18 @@ def test_killed_at_every_file_system_call_of_a_save_and_of_a_deletion(tmp_path):
         code = in_child(work)
         found = checkpoint.newest(folder)[1]["step"]
         checkpoint.sweep(folder)
-        save(folder, 6 if found == 4 else 8)  # what is left does not stand in the next one's way
+        save(folder, 6 if found == 4 else 8)  # leftovers do not disturb the next save
         assert len(checkpoint.all_steps(folder)) == 2
         checkpoint.newest(folder)
         if code == 0:
             break
         assert code == -9 and found in (4, 6), number
-    assert number > 20  # so many there are
+    assert number > 20  # a save makes more calls than this
 
 
 def under_strace(work, inject):
-    """Run `work` in a forked process, with faults that strace puts into its system calls; the exit
-    code. Reaches what no patch of a Python function does."""
+    """Run `work` in a forked process, with faults that strace injects into its system calls, which
+    no patch of a Python function reaches. Returns the exit code."""
     if not shutil.which("strace"):
         pytest.skip("needs strace")
     go, signal_go = os.pipe()
@@ -172,7 +172,7 @@ def under_strace(work, inject):
 
 
 def fail_at(call, fault, number, folder):
-    """Inject one fault into a save; True if it was reached. What was saved before stays whole."""
+    """Inject a fault into a save, which must spare older checkpoints. True if it was reached."""
     for step in (2, 4):
         save(folder, step)
     code = under_strace(lambda: save(folder, 6), f"{call}:{fault}:when={number}")
@@ -180,7 +180,7 @@ def fail_at(call, fault, number, folder):
     found = checkpoint.newest(folder)[1]["step"]
     assert found == 6 if code == 0 else found in (4, 6)
     checkpoint.sweep(folder)
-    save(folder, 8)  # and the next save finds its way
+    save(folder, 8)  # the next save works
     assert checkpoint.newest(folder)[1]["step"] == 8
     return code != 0
 
@@ -203,7 +203,7 @@ def test_a_system_call_of_a_save_that_fails(seed, tmp_path):
 @pytest.mark.parametrize("call", CALLS)
 def test_every_system_call_of_a_save_that_fails(call, fault, tmp_path):
     number, missed = 0, 0
-    while missed < 3:  # a failure of what is only tidied up is no failure of the save
+    while missed < 3:  # a failed clean-up does not fail the save
         number += 1
         missed += not fail_at(call, fault, number, tmp_path / str(number) / "checkpoints")
     assert number > 3 or call in ("unlinkat", "getdents64", "close", "openat", "mkdir")
@@ -226,9 +226,9 @@ def test_every_system_call_of_a_save_that_fails(call, fault, tmp_path):
     ],
 )
 def test_a_signal_in_any_part_of_a_run(fault, code, step, ranks, forks, short, tmp_path, whole):
-    """The step is finished and saved, on all ranks if one is told; before it there is nothing."""
+    """The step is finished and saved on all ranks; before the first step nothing is saved."""
     if ranks == 2 and not step:
-        pytest.skip("torchrun tells every rank itself")
+        pytest.skip("torchrun signals every rank itself")
     out = tmp_path / "run"
     codes, said = forks.run([*short, "--out", out], ranks, fault)
     assert codes == [code] * ranks, said
@@ -268,9 +268,8 @@ def test_a_signal_while_torch_is_being_imported(short, tmp_path):
 
 
 def torchrun(ranks, arguments, fault=""):
-    """A run as users start it, with a fault in it; ranks = 0: without torchrun. It is over when the
-    last of its processes is. `times`: when it was started, when the fault came, when it was over.
-    """
+    """Run as users do, with a fault; ranks = 0: without torchrun. Returns when the last process has
+    ended. The result's `times`: when it started, when the fault came, when it ended."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     begin = time.monotonic()
     done = subprocess.run(
@@ -284,20 +283,20 @@ def torchrun(ranks, arguments, fault=""):
 
 
 def ends_quickly(times):
-    """Within 10 s of the fault; on a machine too busy for that, twice the time that it took to come
-    so far. What waits for a time limit would wait 900 s, torchrun's patience is 30 s."""
+    """Whether it ended within 10 s of the fault or, on a busy machine, within twice the time before
+    the fault. A wait for a time limit would take 900 s, for torchrun's own 30 s."""
     begin, fault, end = times
     print(f"{end - fault:.1f} s after the fault, which came after {fault - begin:.1f} s")
     return end - fault < max(10, 2 * (fault - begin))
 
 
 def first_failure(stderr):
-    """What torchrun's last lines say of the failure that came first."""
+    """The part of torchrun's last lines about the failure that came first."""
     return stderr.rpartition("Root Cause (first observed failure):")[2]
 
 
 def running(out):
-    """Processes that have this run directory in their command line."""
+    """Ids of live processes with this run directory in their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -358,7 +357,7 @@ def test_every_way_in_which_a_rank_can_fail(fault, words, more, short, tmp_path)
 
 @pytest.mark.parametrize("more", [[], [FSDP]])
 def test_a_failed_save_ends_all_ranks_alike(more, forks, short, tmp_path):
-    """In the middle of gathering what is sharded, too."""
+    """Also in the middle of gathering shards."""
     codes, said = forks.run([*short, *more, "--out", tmp_path / "run"], 2, "eio@write:4:0")
     assert codes == [8, 8], said
     assert "rank 0, step 4, save: [Errno 9] Bad file descriptor" in said[0]
@@ -367,7 +366,7 @@ def test_a_failed_save_ends_all_ranks_alike(more, forks, short, tmp_path):
 
 
 def test_a_rank_that_leaves_does_not_leave_the_others_waiting(forks, short, tmp_path):
-    """Without a launcher to report it too."""
+    """Also without a launcher that reports it."""
     start = time.monotonic()
     codes, said = forks.run([*short, "--out", tmp_path / "run"], 2, "leave@step:4:1")
     assert codes == [7, 0] and time.monotonic() - start < 300  # not the time limit of 900
@@ -450,8 +449,8 @@ TWO, MORE = [(2, DDP), (2, FSDP2)], [(4, DDP), (4, FSDP2), (3, FSDP2)]
 def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
     dtype, axis, layouts, forks, short, tmp_path
 ):
-    """As replicas and as shards; also when one process goes on with what shards left, of three
-    ranks uneven ones."""
+    """Both as replicas and as shards, uneven on three ranks; also when a single process resumes a
+    sharded run."""
     settings = ["train.canonical=true", "train.micro_batch=1", "train.eval_every=0"]
     settings += [f"train.dtype={dtype}", f"optim.neuron_axis={axis}", "optim.cautious=true"]
     settings += ["optim.grad_clip=0.5", "train.steps=3"]
@@ -474,7 +473,7 @@ def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
     ("ranks", "more"), [(1, []), (2, [FSDP]), pytest.param(2, [], marks=pytest.mark.slow)]
 )
 def test_memory_is_written_before_it_is_read(ranks, more, forks, short, tmp_path):
-    """A run whose fresh tensors are full of NaN never meets one."""
+    """A run whose new tensors are filled with NaN never reads one."""
     often = ["train.sample_tokens=8", "train.sample_every=4", "train.dtype=bf16"]
     codes, said = forks.run([*short, *often, *more, "--out", tmp_path], ranks, "nan@memory")
     assert codes == [0] * ranks, said
@@ -494,7 +493,7 @@ def test_a_nan_on_one_rank_stops_all_before_the_update(place, more, forks, short
     report = json.loads((out / "crash-000005.json").read_text())
     assert report["step"] == 5 and report["config"]["train"]["batch_tokens"] == 384
     assert all(f"not finite: {wanted}" in text for text in said)
-    if place != "gradient":  # of a gradient that is averaged over ranks nobody can tell
+    if place != "gradient":  # an averaged gradient does not show which rank is at fault
         assert report["rank"] == 1 and "(rank 1, sequences 6 to 11" in said[1]
     assert place in ("loss", "gradient") or "mlp" in report["not_finite"][0]
     for path in checkpoint.all_steps(out / "checkpoints"):

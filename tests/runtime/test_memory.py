@@ -1,6 +1,6 @@
-"""As many sequences at a time as fit, found without a trace; fewer activations, the same bits; and
-a rank that runs out of memory in mid run costs a repeated step, or ends the run with a line that
-says how to go on."""
+"""The largest micro-batch that fits is found; activation checkpointing saves memory and changes no
+bit; a rank that runs out of memory during a run costs a repeated step, or ends the run with a
+message that says how to go on."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def small():
 def test_the_probe_finds_the_largest():
     model, optimizers = small()
     assert memory.probe(model, optimizers, 8, [1, 2, 3, 4, 6, 8, 12, 24]) == 4
-    assert max(model.tried) <= 8  # far beyond the room nothing is tried first
+    assert max(model.tried) <= 8  # sizes far above the limit are not tried
 
 
 def test_not_even_one():
@@ -45,7 +45,7 @@ def test_not_even_one():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_under_fsdp_it_is_what_the_layers_keep_in_60_percent_of_the_memory(monkeypatch, recompute):
+def test_under_fsdp_activations_may_take_60_percent_of_the_memory(monkeypatch, recompute):
     model = GPT(GPTConfig(vocab_size=64, n_layer=3, n_head=2, n_embd=16))
     own = 12 * sum(p.numel() for p in model.parameters()) // 2
 
@@ -109,7 +109,7 @@ def test_activation_checkpointing_keeps_a_fraction_and_the_same_bits():
 
 
 def test_activation_checkpointing_repeats_what_is_random():
-    """A block to which somebody adds dropout gets the gradients of the loss that was computed."""
+    """With dropout in a block, the recomputed forward pass uses the same mask."""
     tokens, grads = torch.arange(48).view(2, 24), []
     for again in (False, True):
         model = GPT(GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=16)).init_weights(3)
@@ -157,7 +157,7 @@ def test_activation_checkpointing_is_no_break_in_a_compiled_graph():
 
 
 # ------------------------------------------------------------------------------------------------
-# In mid run
+# During a run
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +173,10 @@ def undisturbed(tiny, forks, tmp_path_factory):
     ("ranks", "fault", "micro", "fewer"),
     [
         (2, "oom@forward:3:1", "auto", 3),  # in the step's last forward pass
-        # before it, while the other rank is done with its own
+        # before it, when the other rank has finished its own
         pytest.param(2, "oom@forward:3:0", "2", 1, marks=pytest.mark.slow),
         pytest.param(2, "oom@backward:3:1", "2", 1, marks=pytest.mark.slow),
-        (1, "oom@backward:3", "auto", 6),  # alone it can happen anywhere
+        (1, "oom@backward:3", "auto", 6),  # a single rank may run out anywhere
     ],
 )
 def test_a_rank_without_memory_costs_a_repeated_step(
@@ -198,7 +198,7 @@ def test_a_rank_without_memory_costs_a_repeated_step(
     ("fault", "more", "codes", "words"),
     [
         ("oom@forward:3:1", ["train.micro_batch=1"], [6, 6], "is impossible; go on"),
-        # the other rank waits for gradients that do not come
+        # the other rank waits for gradients that never come
         ("oom@backward:3:1", [], [7, 6], "train.micro_batch=3"),
         pytest.param(
             "oom@forward:3:1",

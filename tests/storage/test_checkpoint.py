@@ -1,5 +1,5 @@
 """Checkpoints: complete or absent; every corruption is found before anything is loaded; retention
-counts steps, not strings; any tensor dropped or added is noticed."""
+orders by step number; a missing or additional tensor is refused."""
 
 import errno
 import json
@@ -89,7 +89,7 @@ def test_a_damaged_manifest(kind, saved):
         {"files": {"/etc/passwd": {"size": 1, "sha256": ""}}},
     ],
 )
-def test_a_manifest_that_is_not_ours(change, saved):
+def test_a_malformed_manifest_is_refused(change, saved):
     manifest = json.loads((saved / "manifest.json").read_text()) | change
     (saved / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
@@ -98,7 +98,7 @@ def test_a_manifest_that_is_not_ours(change, saved):
 
 def test_debris_and_foreign_files_are_neither_used_nor_deleted(tmp_path):
     (tmp_path / ".partial-step-000009").mkdir()
-    (tmp_path / "step-000010").mkdir()  # empty: a crash of somebody else's tool
+    (tmp_path / "step-000010").mkdir()  # empty: another tool crashed
     (tmp_path / "step-final").mkdir()
     (tmp_path / "step-000011").write_text("no directory")
     (tmp_path / "notes.txt").write_text("mine")
@@ -120,7 +120,7 @@ def test_a_run_that_fell_back_keeps_what_it_writes(tmp_path):
     assert checkpoint.newest(tmp_path)[1] == {"step": 3}
 
 
-def test_what_a_killed_writer_left_is_swept(tmp_path):
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     for name in (".partial-step-000009", ".deleting-step-000002", ".partial-other"):
         (tmp_path / name).mkdir()
     write(tmp_path, 3)
@@ -163,14 +163,14 @@ def test_a_full_disk_costs_nothing_that_was_there(at, tmp_path, monkeypatch):
     assert failed == (at <= 9)  # 5 files, 2 directories, the rename, its directory
     assert checkpoint.newest(tmp_path)[0] in (older, tmp_path / "step-000007")
     checkpoint.verify(older)
-    write(tmp_path, 7)  # and the next save finds its way past the debris
+    write(tmp_path, 7)  # the next save works despite the leftovers
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "step-000007"
     assert checkpoint.verify(tmp_path / "step-000007") == {"step": 7}
 
 
 def test_the_order_of_a_save(tmp_path, monkeypatch):
-    """Data, their directory, the manifest, its directory, the rename, the parent: each on disk
-    before the next begins. Nothing else would survive a power cut."""
+    """Data, their directory, the manifest, its directory, the rename, the parent: each is on disk
+    before the next begins, so that a power cut at any moment is harmless."""
     calls = []
     sync, replace = os.fsync, os.replace
 
@@ -227,7 +227,7 @@ def trained(shards, tmp_path):
 
 
 def test_every_buffer_is_stored_and_none_may_be_missing(trained):
-    """For each item of state, dropping it from the file is noticed."""
+    """A file without one of the buffers is refused, whichever it is."""
     config, path = trained
     model = GPT(GPTConfig(**{**config.model.__dict__, "vocab_size": 320}))
     optimizers = optim.make_optimizers(model, config.optim)
@@ -266,7 +266,7 @@ def test_weights_of_another_shape_are_refused(trained):
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")  # as write and fsync say it
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write() and fsync() raise it
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space") as caught:

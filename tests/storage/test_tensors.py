@@ -1,4 +1,4 @@
-"""Tensor files: what shrinks while it is read."""
+"""Tensor files that shrink while they are read."""
 
 import os
 
