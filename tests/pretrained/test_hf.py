@@ -324,7 +324,7 @@ def test_a_run_begins_with_exactly_the_weights_given(trained, bpe_data, tmp_path
 
     seen = {}
     monkeypatch.setattr(
-        Trainer, "loop", lambda self: seen.update(self.gpt.state_dict()) or {"steps": 0}
+        Trainer, "loop", lambda self: seen.update(self.engine.model.state_dict()) or {"steps": 0}
     )
     small = ["train.batch_tokens=512", "train.device=cpu", "data.seq_len=32"]
     train(load(["finetune", f"train.init_from={trained}", f"data.path={bpe_data}", *small])[0],
