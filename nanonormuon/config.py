@@ -14,7 +14,6 @@ import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal, InvalidOperation
-from importlib import resources
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -157,7 +156,7 @@ def divisors(n: int) -> list[int]:
 
 def recipes() -> dict[str, Path]:
     """Name -> file of every recipe in the package."""
-    folder = Path(str(resources.files("nanonormuon") / "recipes"))
+    folder = Path(__file__).parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 

@@ -96,20 +96,14 @@ def device() -> Outcome:
     return "warn" if fix else "ok", found, fix
 
 
-def chosen() -> torch.device:
-    """The device that train.device = auto chooses, found without joining other ranks."""
-    mps = torch.backends.mps.is_available()
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-
-
 def precision() -> Outcome:
-    dtype = str(distributed.compute_dtype("auto", chosen())).removeprefix("torch.")
+    dtype = distributed.compute_dtype("auto", distributed.start().device)
     native = "compute capability 8.0 or higher, AVX-512 bf16 or AMX"
-    return "ok", f"{dtype}; bfloat16 is faster only with {native}", ""
+    return "ok", f"{str(dtype).removeprefix('torch.')}; bfloat16 is faster only with {native}", ""
 
 
 def attention() -> Outcome:
-    usable, where = [], chosen()
+    usable, where = [], distributed.start().device
     q = torch.zeros(1, 2, 64, 64, dtype=distributed.compute_dtype("auto", where), device=where)
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
         with suppress(RuntimeError), sdpa_kernel(getattr(SDPBackend, name)):
@@ -122,7 +116,7 @@ def attention() -> Outcome:
 
 def compile_() -> Outcome:
     """What train.compile = auto does, and whether torch.compile finds its tools."""
-    kind = chosen().type
+    kind = distributed.start().device.type
     tool = next(filter(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++")), "")
     least = COMPILE_FROM.get(kind)
     when = f"runs of {least:.0e} FLOP and more" if least else f"nothing on {kind}"
@@ -145,10 +139,8 @@ def disk() -> Outcome:
     for folder in free:
         if not os.access(folder, os.W_OK):
             return "fail", found, f"{folder} is not writable: choose another directory"
-    for folder, size in free.items():
-        if size < 1:
-            return "warn", found, f"make room in {folder}"
-    return "ok", found, ""
+    full = [folder for folder, size in free.items() if size < 1]
+    return ("warn", found, f"make room in {full[0]}") if full else ("ok", found, "")
 
 
 def shared_memory() -> Outcome:

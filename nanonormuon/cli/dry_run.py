@@ -98,8 +98,8 @@ def report(config: Config) -> list[str]:
     t, T, ranks = config.train, config.data.seq_len, distributed.size()
     per_rank, micro = max(1, t.batch_tokens // T // ranks), t.micro_batch
     if micro == "auto":  # a GPU takes more, which only a probe can find
-        room = max(memory.CPU_TOKENS, T)
-        micro = max(n for n in divisors(per_rank) if n * T <= room)
+        fitting = (n for n in divisors(per_rank) if n * T <= memory.CPU_TOKENS)
+        micro = max(fitting, default=1)
     found = estimate(config, micro)
     roles = ", ".join(f"{role} {n:,}" for role, n in found.parameters.items())
     lines = [

@@ -23,7 +23,7 @@ def test_this_machine_is_healthy(capsys):
     found = {f["check"]: f for f in findings}
     assert found["handshake"]["found"].startswith("two processes agreed")
     assert torch.__version__ in found["packages"]["found"]
-    dtype = distributed.compute_dtype("auto", doctor.chosen())
+    dtype = distributed.compute_dtype("auto", distributed.start().device)
     assert found["precision"]["found"].startswith(str(dtype).removeprefix("torch."))
 
 
