@@ -210,10 +210,8 @@ def read_toml(source: str) -> dict[str, Any]:
 
 
 def coerce(value: Any, kind: Any, where: str) -> Any:
-    """Convert a TOML value or a command line's text to the annotated type, without rounding.
-
-    Raises ConfigError, whose message begins with `where`.
-    """
+    """Convert a TOML value or a command line's text to the annotated type, without rounding. Raises
+    ConfigError, whose message begins with `where`."""
     choices = typing.get_args(kind)
     if choices and typing.get_origin(kind) is not Literal:  # a number, or one of a few words
         number, words = choices
@@ -312,10 +310,8 @@ def differences(old: Config, new: Config) -> list[str]:
 def to_toml(
     config: Config | dict[str, dict[str, Any]], origin: dict[str, str] | None = None
 ) -> str:
-    """Write a configuration, or its dictionary in a checkpoint's state.json, as TOML.
-
-    With `origin`, each line shows where its value comes from.
-    """
+    """Write a configuration, or its dictionary from a state.json, as TOML; with `origin`, each line
+    shows where its value comes from."""
     sections = []
     for section, table in (asdict(config) if isinstance(config, Config) else config).items():
         lines = [f"[{section}]\n"]

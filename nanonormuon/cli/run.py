@@ -40,7 +40,7 @@ def run(
     normuon-train run --init-from runs/a data.path=data/mine --out runs/b
     torchrun --standalone --nproc_per_node=8 train.py gpt2-124m
     """
-    stopping = context.with_resource(faults.Stopping())  # from here on, also while torch loads
+    stopping = context.with_resource(faults.Stopping())  # from now on, also while torch loads
     from nanonormuon import config
 
     arguments = list(settings or ())
@@ -137,8 +137,8 @@ def show(settings: Settings = None) -> None:
 def doctor(as_json: options.AsJson = False) -> None:
     """Check this machine and name what to fix.
 
-    Reports versions, devices and what a run would choose, and lets two processes talk. Exits with 1
-    if something would keep a run from working.
+    Reports versions, devices and what a run would choose, and tests that two processes can talk.
+    Exits with 1 if something would keep a run from working.
 
     \b
     normuon-train doctor
