@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanonormuon.checkpoint import named_for_hf
 from nanonormuon.errors import CheckpointError, DataError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.storage import checkpoints
@@ -41,8 +42,8 @@ def find_checkpoint(path: Path) -> Path:
 
 def run_of(path: Path) -> Path | None:
     """The run directory at `path`, or around it if it is a checkpoint; None if there is none."""
-    run = path if checkpoints.step_of(path) is None else path.parent.parent
-    return run if (run / "config.toml").is_file() else None
+    homes = (path, path.parent.parent) if checkpoints.step_of(path) is not None else (path,)
+    return next((home for home in homes if (home / "config.toml").is_file()), None)
 
 
 def state_of(path: Path) -> dict[str, Any] | None:
@@ -65,10 +66,10 @@ def model_config(path: Path) -> GPTConfig:
     if len(layers) != config.n_layer:
         raise CheckpointError(f"{file}: {config.n_layer} layers, the weights have {len(layers)}")
     with torch.device("meta"):
-        parameters = dict(GPT(config).named_parameters())
+        parameters = named_for_hf(dict(GPT(config).named_parameters()))
     for name, p in parameters.items():
-        if (found := shapes.get(hf.to_hf(name))) is not None:
-            check_shape(path, hf.to_hf(name), found, p.shape)
+        if name in shapes:
+            check_shape(path, name, shapes[name], p.shape)
     return config
 
 
@@ -107,15 +108,14 @@ def read_weights(path: Path, tied: bool) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a model, sharded or not; names and shapes must match. Raises CheckpointError."""
-    parameters = dict(model.named_parameters())
+    """Fill a model, sharded or not, that was made from model_config(path). Raises CheckpointError
+    for missing and for unexpected tensors."""
+    parameters = named_for_hf(dict(model.named_parameters()))
     values = read_weights(path, "lm_head.weight" not in parameters)
-    check_names(path, set(values), {hf.to_hf(name) for name in parameters})
+    check_names(path, set(values), set(parameters))
     with torch.no_grad():
         for name, p in parameters.items():
-            value = values[hf.to_hf(name)]
-            check_shape(path, hf.to_hf(name), value.shape, p.shape)
-            p.copy_(placed_like(value, p))
+            p.copy_(placed_like(values[name], p))
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> GPT:
