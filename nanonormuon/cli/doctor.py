@@ -1,7 +1,6 @@
 """What this machine offers, what a run would choose on it, and what to fix.
 
-Each check returns its status (ok, warn: runs work but could do better, fail), what it found, and
-how to fix it.
+Each check returns what it found, and how to fix what is wrong with that, else "".
 """
 
 import os
@@ -25,20 +24,22 @@ from nanonormuon.storage.files import cache_directory
 GB = 1 << 30
 REQUIRED = ("torch", "typer", "tiktoken", "numpy", "safetensors", "tqdm", "rustbpe")
 OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "zstandard")
-Outcome = tuple[str, str, str]
+NEEDED = ("packages", "handshake")  # without these, runs fail; without others, they do worse
+Outcome = tuple[str, str]
 
 
 def examine() -> list[dict[str, str]]:
-    """Make all checks, in the order in which a run would meet them."""
+    """Make all checks, in the order in which a run would meet them; status: ok, warn or fail."""
     checks = (python, packages, extras, device, precision, attention, compile_, disk,
               shared_memory, backends, handshake)  # fmt: skip
     findings = []
     for check in checks:
+        name = check.__name__.replace("_", " ").strip()
         try:
-            status, found, fix = check()
+            found, fix = check()
+            status = "ok" if not fix else "fail" if name in NEEDED else "warn"
         except Exception as error:  # a check that breaks is a finding too
             status, found, fix = "fail", f"{type(error).__name__}: {error}", ""
-        name = check.__name__.replace("_", " ").strip()
         findings.append({"check": name, "status": status, "found": found, "fix": fix})
     return findings
 
@@ -54,7 +55,7 @@ def describe(findings: list[dict[str, str]]) -> str:
 
 
 def python() -> Outcome:
-    return "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}", ""
+    return f"{platform.python_version()} on {platform.system()} {platform.machine()}", ""
 
 
 def packages() -> Outcome:
@@ -62,12 +63,12 @@ def packages() -> Outcome:
     missing = [name for name in REQUIRED if version(name) == "missing"]
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
         missing.append("'torch>=2.10'")
-    return ("fail", found, f"pip install {' '.join(missing)}") if missing else ("ok", found, "")
+    return found, f"pip install {' '.join(missing)}" if missing else ""
 
 
 def extras() -> Outcome:
     found = ", ".join(f"{name} {version(name)}" for name in OPTIONAL)
-    return "ok", f"{found} (needed only by the commands that ask for them)", ""
+    return f"{found} (needed only by the commands that ask for them)", ""
 
 
 def version(package: str) -> str:
@@ -93,13 +94,13 @@ def device() -> Outcome:
         driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists()
         build = f"torch {torch.__version__} cannot use the NVIDIA driver"
         fix = f"{build}: install torch's CUDA build for this driver" if driver else ""
-    return "warn" if fix else "ok", found, fix
+    return found, fix
 
 
 def precision() -> Outcome:
     dtype = distributed.compute_dtype("auto", distributed.start().device)
     native = "compute capability 8.0 or higher, AVX-512 bf16 or AMX"
-    return "ok", f"{str(dtype).removeprefix('torch.')}; bfloat16 is faster only with {native}", ""
+    return f"{str(dtype).removeprefix('torch.')}; bfloat16 is faster only with {native}", ""
 
 
 def attention() -> Outcome:
@@ -111,7 +112,7 @@ def attention() -> Outcome:
             usable.append(name.removesuffix("_ATTENTION").lower())
     found = f"scaled_dot_product_attention through {', '.join(usable)}"
     fix = "memory is quadratic in data.seq_len: shorten it" if usable == ["math"] else ""
-    return "warn" if fix else "ok", found, fix
+    return found, fix
 
 
 def compile_() -> Outcome:
@@ -124,10 +125,8 @@ def compile_() -> Outcome:
     if kind == "cuda":
         found += f", triton {version('triton')}"
         if version("triton") == "missing" or not shutil.which(os.environ.get("CC", "gcc")):
-            return "warn", found, "install triton and gcc, or runs are not compiled"
-    elif least and not tool:
-        return "warn", found, "install g++, or long runs take longer"
-    return "ok", found, ""
+            return found, "install triton and gcc, or runs are not compiled"
+    return found, "install g++, or long runs take longer" if kind == "cpu" and not tool else ""
 
 
 def disk() -> Outcome:
@@ -138,18 +137,18 @@ def disk() -> Outcome:
     found += "; a checkpoint takes about 12 bytes per parameter"
     for folder in free:
         if not os.access(folder, os.W_OK):
-            return "fail", found, f"{folder} is not writable: choose another directory"
-    full = [folder for folder, size in free.items() if size < 1]
-    return ("warn", found, f"make room in {full[0]}") if full else ("ok", found, "")
+            raise PermissionError(f"{folder} is not writable: choose another directory")
+    full = [str(folder) for folder, size in free.items() if size < 1]
+    return found, f"make room in {' and '.join(full)}" if full else ""
 
 
 def shared_memory() -> Outcome:
     if not os.path.isdir("/dev/shm"):
-        return "ok", "no /dev/shm on this system, none needed", ""
+        return "no /dev/shm on this system, none needed", ""
     free = shutil.disk_usage("/dev/shm").free / GB
     scarce = free < 0.25 and torch.cuda.device_count() > 1
     fix = "NCCL passes data between GPUs through it: docker run --shm-size=1g" if scarce else ""
-    return "warn" if scarce else "ok", f"{free:.2f} GB free in /dev/shm", fix
+    return f"{free:.2f} GB free in /dev/shm", fix
 
 
 def backends() -> Outcome:
@@ -157,7 +156,7 @@ def backends() -> Outcome:
     found = f"torch.distributed with {', '.join(here) or 'none'}"
     lacking = "gloo" not in here or (torch.cuda.device_count() > 1 and "nccl" not in here)
     fix = "runs of several processes need another build of torch" if lacking else ""
-    return "warn" if fix else "ok", found, fix
+    return found, fix
 
 
 HANDSHAKE = """
@@ -192,7 +191,7 @@ def handshake(seconds: float = 90.0) -> Outcome:
                 p.kill()
                 p.wait()
     if [output[:6] for output in outputs] == ["agreed"] * 2:
-        return "ok", f"two processes agreed through {backend}", ""
+        return f"two processes agreed through {backend}", ""
     words = [line for output in outputs for line in output.splitlines() if "agreed" not in line]
     fix = "for runs of several processes: check the host name and the firewall"
-    return "fail", f"{backend}: {words[-1] if words else 'no output'}", fix
+    return f"{backend}: {words[-1] if words else 'no output'}", fix
