@@ -2,7 +2,6 @@
 
 import codecs
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -85,16 +84,20 @@ class Text:
         if self.ended:
             return ""
         self.tokens += 1
-        with suppress(TokenizerError):
-            if token != self.tokenizer.eot:
-                return self._pass(self.decoder.decode(self.tokenizer.decode_bytes([token])))
-        return self.finish()
+        if token == self.tokenizer.eot:
+            return self.finish()
+        try:
+            return self._pass(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+        except TokenizerError:
+            return self.finish()
 
     def finish(self) -> str:
         """The rest, when no token follows."""
-        text = "" if self.ended else self._pass(self.decoder.decode(b"", final=True))
+        if self.ended:
+            return ""
+        text = self._pass(self.decoder.decode(b"", final=True))
         if not self.ended:
-            text, self.ended = text + self.held, True
+            text, self.held, self.ended = text + self.held, "", True
         return text
 
     def _pass(self, text: str) -> str:

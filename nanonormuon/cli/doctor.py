@@ -23,7 +23,7 @@ from nanonormuon.storage.files import cache_directory
 
 GB = 1 << 30
 REQUIRED = ("torch", "typer", "tiktoken", "numpy", "safetensors", "tqdm", "rustbpe")
-OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "zstandard")
+OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "ijson")
 NEEDED = ("packages", "handshake")  # without these, runs fail; without others, they do worse
 Outcome = tuple[str, str]
 

@@ -61,7 +61,7 @@ def called(arguments, capsys):
         (
             ["trials", "demo", "train.seed=3", "--target", "3", "--out", "OUT"],
             2,
-            "train.seed=3",
+            "train.seed=3: each run has a seed of its own, see --n",
         ),
         (
             ["race", "demo", "--sweep", "optim.momentum=0.9,much", "--out", "OUT"],
