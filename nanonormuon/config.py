@@ -10,12 +10,10 @@ import json
 import math
 import re
 import tomllib
-import types
 import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal, InvalidOperation
-from importlib import resources
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -133,20 +131,15 @@ AT_LEAST_0 = (lambda value: isinstance(value, str) or value >= 0, "0 or more")
 AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
 BELOW_1 = (lambda value: 0 <= value < 1, "0 <= value < 1")
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {  # all others: AT_LEAST_0
-    "data.seq_len": AT_LEAST_1,
+    **dict.fromkeys(("data.seq_len", "train.steps", "train.batch_tokens"), AT_LEAST_1),
+    **dict.fromkeys(("optim.momentum", "optim.momentum_start", "optim.beta2"), BELOW_1),
+    **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2"), BELOW_1),
+    "train.log_every": AT_LEAST_1,
     "data.tuning": (BELOW_1[0], "a share of the training tokens, 0 <= value < 1"),
-    "optim.momentum": BELOW_1,
-    "optim.momentum_start": BELOW_1,
-    "optim.beta2": BELOW_1,
-    "optim.adam_beta1": BELOW_1,
-    "optim.adam_beta2": BELOW_1,
-    "optim.ns_steps": AT_LEAST_1,
+    "optim.ns_steps": (lambda value: 1 <= value <= 1000, "1 to 1000"),  # a list is that long
     "optim.decay": (lambda value: 0 <= value <= 1, "a share of the run, 0 to 1"),
-    "train.steps": AT_LEAST_1,
-    "train.batch_tokens": AT_LEAST_1,
     "train.micro_batch": (lambda value: value == "auto" or value >= 1, "at least 1, or auto"),
     "train.seed": (lambda value: 0 <= value < 1 << 63, "0 or more and below 2^63"),
-    "train.log_every": AT_LEAST_1,
 }
 
 
@@ -163,7 +156,7 @@ def divisors(n: int) -> list[int]:
 
 def recipes() -> dict[str, Path]:
     """Name -> file of every recipe in the package."""
-    folder = Path(str(resources.files("nanonormuon") / "recipes"))
+    folder = Path(__file__).parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 
@@ -187,8 +180,8 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
             values |= {f"{section}.{key}": value for key, value in table.items()}
             origin |= {f"{section}.{key}": source for key in table}
     for argument in filter(is_setting, arguments):
-        name, _, text = argument.partition("=")
-        values[name.strip()], origin[name.strip()] = text.strip(), "command line"
+        name, text = map(str.strip, argument.split("=", 1))
+        values[name], origin[name] = text, "command line"
     changed: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, value in values.items():
         section, _, key = name.partition(".")
@@ -217,24 +210,17 @@ def read_toml(source: str) -> dict[str, Any]:
 
 
 def coerce(value: Any, kind: Any, where: str) -> Any:
-    """Convert a TOML value or a command line's text to the annotated type, without rounding.
-
-    Raises ConfigError, whose message begins with `where`.
-    """
+    """Convert a TOML value or a command line's text to the annotated type, without rounding. Raises
+    ConfigError, whose message begins with `where`."""
     choices = typing.get_args(kind)
-    if typing.get_origin(kind) in (
-        typing.Union,
-        types.UnionType,
-    ):  # a number, or one of a few words
+    if choices and typing.get_origin(kind) is not Literal:  # a number, or one of a few words
         number, words = choices
         return value if value in typing.get_args(words) else coerce(value, number, where)
-    if choices:
-        if value in choices:
-            return value
+    if choices and value not in choices:
         raise ConfigError(f'{where} = "{value}": {nearest(str(value), choices)}')
-    if kind is str and isinstance(value, str):
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG)")
+    if kind is str and isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG)")
+    if choices or (kind is str and isinstance(value, str)):
         return value
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
@@ -260,7 +246,7 @@ def parse_number(text: str) -> int | float | None:
 def without_effect(config: Config, origin: dict[str, str]) -> list[str]:
     """List the settings of the command line that this run ignores, and why.
 
-    Settings of a recipe are left out: another optimizer may have taken the place of the recipe's.
+    A recipe's settings do not count: the optimizer that they are for may have been replaced.
     """
     name = config.optim.name
     others = {"normuon": (), "muon": OF_NORMUON}.get(name, OF_NORMUON + OF_MUON)
@@ -284,11 +270,11 @@ def check(config: Config, origin: dict[str, str]) -> None:
     o, t, T = config.optim, config.train, config.data.seq_len
     if t.canonical and t.micro_batch == "auto":
         refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")
-    if o.name not in OPTIMIZERS and ":" not in o.name:
-        hint = nearest(o.name, OPTIMIZERS)
-        refuse("optim.name", f"{', '.join(OPTIMIZERS)} or module:Class; {hint}")
     if ":" in o.name and t.parallel == "fsdp":
         refuse("train.parallel", f"ddp: {o.name} needs whole matrices on every rank")
+    if ":" not in o.name and o.name not in OPTIMIZERS:
+        hint = nearest(o.name, OPTIMIZERS)
+        refuse("optim.name", f"{', '.join(OPTIMIZERS)} or module:Class; {hint}")
     if o.options and o.name in OPTIMIZERS:
         refuse("optim.options", f"none: {o.name} has settings of its own here")
     if rest := t.batch_tokens % T:
@@ -316,28 +302,23 @@ def from_dict(content: dict[str, dict[str, Any]]) -> Config:
 
 def differences(old: Config, new: Config) -> list[str]:
     """List the changes that would make a resumed run another run, one line each."""
-    lines = []
-    for name in (name for name in KINDS if name not in MAY_CHANGE):
-        before, after = map(attrgetter(name), (old, new))
-        if before != after:
-            lines.append(f"{name}: {before} -> {after}")
-    return lines
+    fixed = {name: attrgetter(name) for name in KINDS if name not in MAY_CHANGE}
+    pairs = {name: (value(old), value(new)) for name, value in fixed.items()}
+    return [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if a != b]
 
 
 def to_toml(
     config: Config | dict[str, dict[str, Any]], origin: dict[str, str] | None = None
 ) -> str:
-    """Write a configuration, or the dictionary of one in a checkpoint's state.json, as TOML.
-
-    With `origin`, each line shows its value's origin.
-    """
+    """Write a configuration, or its dictionary from a state.json, as TOML; with `origin`, each line
+    shows where its value comes from."""
     sections = []
     for section, table in (asdict(config) if isinstance(config, Config) else config).items():
-        lines = [f"[{section}]"]
+        lines = [f"[{section}]\n"]
         for key, value in table.items():
             line = f"{key} = {json.dumps(value, ensure_ascii=False)}"  # JSON's values are TOML's
             if origin is not None:
                 line = f"{line:<36}  # {origin.get(f'{section}.{key}', 'default')}"
-            lines.append(line)
-        sections.append("\n".join(lines) + "\n")
+            lines.append(f"{line}\n")
+        sections.append("".join(lines))
     return "\n".join(sections)

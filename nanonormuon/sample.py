@@ -25,9 +25,9 @@ def generate(
     """Continue prompt (B, T) int64, T >= 1: yield max_tokens times the next tokens (B,) on the CPU.
 
     temperature 0 takes the likeliest token. top_k > 0 keeps only that many of the likeliest tokens,
-    top_p the fewest of them whose probabilities add up to it. Row i is drawn on the CPU from the
-    seed `seed` + i: its text depends neither on the batch nor, given equal logits, on the device.
-    context: the length of the windows that the model was trained on; when as many tokens are in
+    top_p the fewest of them whose probabilities add up to it. Row i is drawn on the CPU from
+    `seed` + i: its text depends neither on the batch nor, given equal logits, on the device.
+    context: the length of the windows that the model was trained on; once as many tokens are in
     sight, the older half is dropped.
     """
     random = [torch.Generator().manual_seed(seed + i) for i in range(len(prompt))]
@@ -46,13 +46,9 @@ def generate(
 
 
 def draw(
-    logits: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    random: Sequence[torch.Generator],
+    logits: Tensor, temperature: float, top_k: int, top_p: float, random: Sequence[torch.Generator]
 ) -> Tensor:
-    """logits (B, vocab_size) -> (B,) token ids, each row drawn with its own generator."""
+    """Draw token ids (B,) from logits (B, vocab_size), each row with its own generator."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -69,11 +65,12 @@ def draw(
 
 
 class Text:
-    """The printable text of one sample, from its tokens as they come.
+    """The printable text of one sample, token by token.
 
-    A character whose bytes are spread over tokens comes when it is complete, and what might be the
-    beginning of a stop string is held back until it is not. `ended`: after the end of the document,
-    an id without a token (a row that pads the vocabulary) or a stop string, which is left out.
+    A character whose bytes are spread over tokens is returned when it is complete, and the possible
+    beginning of a stop string is held back until it is ruled out. `ended`: after the end of the
+    document, an id without a token (a row that pads the vocabulary), or a stop string, which is
+    left out.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -103,10 +100,10 @@ class Text:
         return text
 
     def _pass(self, text: str) -> str:
+        """What can be printed of the text so far, up to a stop string."""
         text = self.held + text
-        found = [i for i in (text.find(stop) for stop in self.stops) if i >= 0]
-        if found:
-            self.held, self.ended = "", True
+        if found := [text.index(stop) for stop in self.stops if stop in text]:
+            self.ended = True
             return text[: min(found)]
         begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
         keep = len(text) - max(begun, default=0)
@@ -117,8 +114,8 @@ class Text:
 def write(
     model: GPT, rows: Sequence[Text], prompt: str, max_tokens: int, **settings: Any
 ) -> Iterator[list[str]]:
-    """Continue `prompt` in every row at once until all texts have ended. Yields, token by token,
-    each row's new printable piece. settings: those of `generate`; row i has the seed `seed` + i."""
+    """Continue `prompt` in all rows at once until all texts have ended; for each token, yield the
+    rows' new printable pieces. settings: those of `generate`; row i has the seed `seed` + i."""
     tokenizer = rows[0].tokenizer
     ids = [tokenizer.eot, *tokenizer.encode(prompt)]  # as every document begins
     for row in rows:

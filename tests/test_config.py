@@ -183,6 +183,8 @@ def test_printed_configuration_reads_back(tmp_path):
         (["optim.lr=-0.1"], "expected 0 or more"),
         (["optim.beta2=1"], "0 <= value < 1"),
         (["optim.decay=1.5"], "share of the run"),
+        (["optim.ns_steps=2b"], "optim.ns_steps = 2000000000: expected 1 to 1000"),
+        (["optim.ns_steps=1e308"], "expected 1 to 1000"),
         (["optim.nesterov=maybe"], "expected true or false"),
         (["optim.name=normoun"], 'did you mean "normuon"'),
         (["optim.ns_coefficients=1,2"], "three numbers"),

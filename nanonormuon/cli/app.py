@@ -1,7 +1,7 @@
-"""The application: the list of commands, the options of all of them, exit codes.
+"""The application: the list of commands, their common options, exit codes.
 
-The commands import torch, and modules that need it, inside their functions, so that a help text or
-a misspelt option takes a tenth of a second.
+Commands import torch, and modules that need it, inside their functions, so that a help text or a
+misspelt option takes a tenth of a second.
 """
 
 import logging
@@ -35,7 +35,7 @@ for command in COMMANDS:
 
 
 def print_version(wanted: bool) -> None:
-    """Print the version and exit, before typer asks for a command."""
+    """Print the version and exit before typer asks for a command."""
     if wanted:
         typer.echo(f"nanonormuon {__version__}")
         raise typer.Exit
@@ -57,8 +57,8 @@ def common(
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code (README, "Exit codes")."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug, everywhere = "--debug" in arguments, ("--debug", "--quiet")  # valid in any place
-    arguments = sorted(arguments, key=lambda a: a not in everywhere)
+    debug = "--debug" in arguments
+    arguments = sorted(arguments, key=lambda a: a not in ("--debug", "--quiet"))  # valid anywhere
     try:
         code = app(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -78,11 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def entry(arguments: list[str] | None = None) -> NoReturn:
-    """Run `main`, then end the process; started by the shell and by torchrun.
+    """Run `main`, then end the process; the entry point for the shell and torchrun.
 
     Once torch is loaded, the process ends without Python's cleanup, after all output is written.
-    Cleanup takes 0.4 s; among several ranks it can wait for lost ones, and gloo's threads can
-    abort it.
+    Cleanup takes 0.4 s; with several ranks it can wait for lost ones, and gloo's threads can abort
+    it.
     """
     # None if they were closed from the start
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
@@ -99,7 +99,7 @@ def flush(code: int) -> int:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:  # the reader is gone, as `head` is: nothing to report
+        except BrokenPipeError:  # the reader has left, like `head`: nothing to report
             code = code or 1
         except OSError as error:
             if not code and stream is sys.stdout:  # otherwise an error has been reported already

@@ -1,6 +1,6 @@
 """What this machine offers, what a run would choose on it, and what to fix.
 
-A check returns its status (ok; warn: a run works, but; fail), what it found, and how to fix it.
+Each check returns what it found, and how to fix what is wrong with that, else "".
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanonormuon.build import COMPILE_FROM
 from nanonormuon.runtime import distributed
@@ -23,26 +24,28 @@ from nanonormuon.storage.files import cache_directory
 GB = 1 << 30
 REQUIRED = ("torch", "typer", "tiktoken", "numpy", "safetensors", "tqdm", "rustbpe")
 OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "ijson")
-Outcome = tuple[str, str, str]
+NEEDED = ("packages", "handshake")  # without these, runs fail; without others, they do worse
+Outcome = tuple[str, str]
 
 
 def examine() -> list[dict[str, str]]:
-    """Make all checks, in the order in which a run would meet them."""
+    """Make all checks, in the order in which a run would meet them; status: ok, warn or fail."""
     checks = (python, packages, extras, device, precision, attention, compile_, disk,
               shared_memory, backends, handshake)  # fmt: skip
     findings = []
     for check in checks:
-        try:
-            outcome = check()
-        except Exception as error:  # a check that breaks is a finding too
-            outcome = "fail", f"{type(error).__name__}: {error}", ""
         name = check.__name__.replace("_", " ").strip()
-        findings.append(dict(zip(("check", "status", "found", "fix"), (name, *outcome))))
+        try:
+            found, fix = check()
+            status = "ok" if not fix else "fail" if name in NEEDED else "warn"
+        except Exception as error:  # a check that breaks is a finding too
+            status, found, fix = "fail", f"{type(error).__name__}: {error}", ""
+        findings.append({"check": name, "status": status, "found": found, "fix": fix})
     return findings
 
 
 def describe(findings: list[dict[str, str]]) -> str:
-    """Findings for people, a line each and one more for a fix."""
+    """The findings as text, one line each and another for a fix."""
     lines = []
     for finding in findings:
         lines.append("{status:<5} {check:<14} {found}".format(**finding))
@@ -52,20 +55,20 @@ def describe(findings: list[dict[str, str]]) -> str:
 
 
 def python() -> Outcome:
-    return "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}", ""
+    return f"{platform.python_version()} on {platform.system()} {platform.machine()}", ""
 
 
 def packages() -> Outcome:
+    found = ", ".join(f"{name} {version(name)}" for name in REQUIRED)
     missing = [name for name in REQUIRED if version(name) == "missing"]
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
         missing.append("'torch>=2.10'")
-    found = ", ".join(f"{name} {version(name)}" for name in REQUIRED)
-    return ("fail", found, f"pip install {' '.join(missing)}") if missing else ("ok", found, "")
+    return found, f"pip install {' '.join(missing)}" if missing else ""
 
 
 def extras() -> Outcome:
     found = ", ".join(f"{name} {version(name)}" for name in OPTIONAL)
-    return "ok", f"{found} (needed only by the commands that ask for them)", ""
+    return f"{found} (needed only by the commands that ask for them)", ""
 
 
 def version(package: str) -> str:
@@ -77,99 +80,83 @@ def version(package: str) -> str:
 
 def device() -> Outcome:
     if torch.cuda.is_available():
-        gpus = []
-        for i in range(torch.cuda.device_count()):
-            p = torch.cuda.get_device_properties(i)
-            gpus.append(f"{p.name}, capability {p.major}.{p.minor}, {p.total_memory / GB:.0f} GB")
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        names = "; ".join(
+            f"{p.name}, capability {p.major}.{p.minor}, {p.total_memory / GB:.0f} GB" for p in gpus
+        )
         free = torch.cuda.mem_get_info()[0]
-        found = f"cuda: {'; '.join(gpus)}; {free / GB:.1f} GB free on the first"
-        if free < 2 * GB:
-            return "warn", found, "another process fills the GPU: see nvidia-smi"
-        return "ok", found, ""
-    if torch.backends.mps.is_available():
-        return "ok", "mps (Apple GPU)", ""
-    found = f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-    if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
-        fix = f"torch {torch.__version__} cannot use the NVIDIA driver: install torch's CUDA build"
-        return "warn", found, f"{fix} for this driver"
-    return "ok", found, ""
-
-
-def chosen() -> torch.device:
-    """The device that train.device = auto takes, found without joining other ranks."""
-    mps = torch.backends.mps.is_available()
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        fix = "another process fills the GPU: see nvidia-smi" if free < 2 * GB else ""
+        found = f"cuda: {names}; {free / GB:.1f} GB free on the first"
+    elif torch.backends.mps.is_available():
+        found, fix = "mps (Apple GPU)", ""
+    else:
+        found = f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+        driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists()
+        build = f"torch {torch.__version__} cannot use the NVIDIA driver"
+        fix = f"{build}: install torch's CUDA build for this driver" if driver else ""
+    return found, fix
 
 
 def precision() -> Outcome:
-    dtype = str(distributed.compute_dtype("auto", chosen())).removeprefix("torch.")
+    dtype = distributed.compute_dtype("auto", distributed.start().device)
     native = "compute capability 8.0 or higher, AVX-512 bf16 or AMX"
-    return "ok", f"{dtype}; bfloat16 is faster only with {native}", ""
+    return f"{str(dtype).removeprefix('torch.')}; bfloat16 is faster only with {native}", ""
 
 
 def attention() -> Outcome:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    usable, where = [], chosen()
-    dtype = distributed.compute_dtype("auto", where)
-    q = torch.zeros(1, 2, 64, 64, dtype=dtype, device=where)
+    usable, where = [], distributed.start().device
+    q = torch.zeros(1, 2, 64, 64, dtype=distributed.compute_dtype("auto", where), device=where)
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        with suppress(RuntimeError, AttributeError), sdpa_kernel(getattr(SDPBackend, name)):
+        with suppress(RuntimeError), sdpa_kernel(getattr(SDPBackend, name)):
             torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
             usable.append(name.removesuffix("_ATTENTION").lower())
-    if not usable:
-        return "fail", "none", ""
     found = f"scaled_dot_product_attention through {', '.join(usable)}"
-    if usable == ["math"]:
-        return "warn", found, "memory is quadratic in data.seq_len: shorten it"
-    return "ok", found, ""
+    fix = "memory is quadratic in data.seq_len: shorten it" if usable == ["math"] else ""
+    return found, fix
 
 
 def compile_() -> Outcome:
     """What train.compile = auto does, and whether torch.compile finds its tools."""
-    kind = chosen().type
-    tool = next(filter(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))), "")
+    kind = distributed.start().device.type
+    tool = next(filter(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++")), "")
     least = COMPILE_FROM.get(kind)
     when = f"runs of {least:.0e} FLOP and more" if least else f"nothing on {kind}"
     found = f"train.compile = auto: compiles {when}; {tool or 'no C++ compiler'}"
     if kind == "cuda":
         found += f", triton {version('triton')}"
         if version("triton") == "missing" or not shutil.which(os.environ.get("CC", "gcc")):
-            return "warn", found, "install triton and gcc, or runs are not compiled"
-    elif least and not tool:
-        return "warn", found, "install g++, or long runs take longer"
-    return "ok", found, ""
+            return found, "install triton and gcc, or runs are not compiled"
+    return found, "install g++, or long runs take longer" if kind == "cpu" and not tool else ""
 
 
 def disk() -> Outcome:
-    status, fix, frees = "ok", "", []
-    for what, path in (("in the cache", cache_directory()), ("here", Path.cwd())):
-        path = next(folder for folder in (path, *path.parents) if folder.exists())
-        free = shutil.disk_usage(path).free / GB
-        frees.append(f"{free:.1f} GB free {what}")
-        if not os.access(path, os.W_OK):
-            status, fix = "fail", f"{path} is not writable: take another directory"
-        elif free < 1 and status == "ok":
-            status, fix = "warn", f"make room in {path}"
-    return status, f"{', '.join(frees)}; a checkpoint takes about 12 bytes per parameter", fix
+    cache, here = cache_directory(), Path.cwd()
+    cache = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free = {folder: shutil.disk_usage(folder).free / GB for folder in (cache, here)}
+    found = f"{free[cache]:.1f} GB free in the cache, {free[here]:.1f} GB free here"
+    found += "; a checkpoint takes about 12 bytes per parameter"
+    for folder in free:
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} is not writable: choose another directory")
+    full = [str(folder) for folder, size in free.items() if size < 1]
+    return found, f"make room in {' and '.join(full)}" if full else ""
 
 
 def shared_memory() -> Outcome:
     if not os.path.isdir("/dev/shm"):
-        return "ok", "no /dev/shm on this system, none needed", ""
+        return "no /dev/shm on this system, none needed", ""
     free = shutil.disk_usage("/dev/shm").free / GB
-    if free < 0.25 and torch.cuda.device_count() > 1:
-        fix = "NCCL passes data between GPUs through it: docker run --shm-size=1g"
-        return "warn", f"{free:.2f} GB free in /dev/shm", fix
-    return "ok", f"{free:.2f} GB free in /dev/shm", ""
+    scarce = free < 0.25 and torch.cuda.device_count() > 1
+    fix = "NCCL passes data between GPUs through it: docker run --shm-size=1g" if scarce else ""
+    return f"{free:.2f} GB free in /dev/shm", fix
 
 
 def backends() -> Outcome:
-    here = [n for n in ("nccl", "gloo") if getattr(dist, f"is_{n}_available", lambda: False)()]
+    here = [n for n in ("nccl", "gloo") if dist.is_backend_available(n)]
     found = f"torch.distributed with {', '.join(here) or 'none'}"
-    if "gloo" not in here or (torch.cuda.device_count() > 1 and "nccl" not in here):
-        return "warn", found, "runs of several processes need another build of torch"
-    return "ok", found, ""
+    lacking = "gloo" not in here or (torch.cuda.device_count() > 1 and "nccl" not in here)
+    fix = "runs of several processes need another build of torch" if lacking else ""
+    return found, fix
 
 
 HANDSHAKE = """
@@ -204,7 +191,7 @@ def handshake(seconds: float = 90.0) -> Outcome:
                 p.kill()
                 p.wait()
     if [output[:6] for output in outputs] == ["agreed"] * 2:
-        return "ok", f"two processes agreed through {backend}", ""
+        return f"two processes agreed through {backend}", ""
     words = [line for output in outputs for line in output.splitlines() if "agreed" not in line]
-    fix = "runs of several processes: see that the host name resolves and no firewall is between"
-    return "fail", f"{backend}: {words[-1] if words else 'no output'}", fix
+    fix = "for runs of several processes: check the host name and the firewall"
+    return f"{backend}: {words[-1] if words else 'no output'}", fix

@@ -1,17 +1,16 @@
-"""What a run takes, from its configuration alone: parameters, FLOPs, memory, disk, time.
+"""The cost of a run, from its configuration alone: parameters, FLOPs, memory, disk, time.
 
-Counts come from the code itself: the model is built without storage, and a forward pass on tensors
-without content records what autograd keeps. Times come from models of one and two blocks.
+The model is built without storage and counted; a forward pass on fake tensors records what autograd
+keeps. Times are measured on models of one and two blocks.
 """
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 from nanonormuon import checkpoint, optim
 from nanonormuon.config import Config, divisors
@@ -19,10 +18,9 @@ from nanonormuon.model import GPT
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.activations import chunk_bytes, here, kept
 
-TRIALS = 5  # timed steps at least, after two that are not
-TRIAL_SECONDS = 1.0  # quick steps are timed for this long
-LONGEST_TRIAL = 2e11  # FLOP of a block and a micro-batch; a CPU is not asked to try more
-VOCABULARIES = {"byte": 257, "gpt2": 50_257, "cl100k_base": 100_277, "o200k_base": 200_019}
+TRIAL_SECONDS = 1.0  # of each measurement, at least
+LONGEST_TRIAL = 2e11  # most FLOP of a block and a micro-batch that a CPU tries
+VOCABULARIES = {"byte": 257, "gpt2": 50_257, "cl100k_base": 100_258, "o200k_base": 200_000}
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Estimate:
 
 
 def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.Optimizer]]:
-    """Make the model and its optimizers, in the dtype of this machine, on `device`."""
+    """Make the model and its optimizers on `device`, in the dtype of this machine."""
     dtype = distributed.compute_dtype(config.train.dtype, here())
     with device:
         model = GPT(config.model, dtype)
@@ -53,10 +51,10 @@ def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.O
 
 
 def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = False) -> Estimate:
-    """Count what a run costs whose vocab_size is known; sharded: with FSDP2, else with replicas.
+    """Count the cost of a run whose vocab_size is known. sharded: with FSDP2, else with replicas.
 
-    Left out: what libraries and the process itself take, NorMuon's workspace (by then the
-    activations are gone), buckets of DDP and FSDP2, fragmentation.
+    Left out: libraries and the process itself, NorMuon's workspace (the activations are gone by
+    then), buckets of DDP and FSDP2, fragmentation.
     """
     T, t = config.data.seq_len, config.train
     model, optimizers = build(config, torch.device("meta"))
@@ -66,7 +64,7 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = F
     saved = checkpoint.size_of(model, optimizers)
     activations, head = kept(model.config, T, micro_batch, dtype, t.activation_checkpointing)
     share, gathered = 1, 0
-    if sharded:  # two blocks, and all outside of blocks, are whole at a time, in compute's dtype
+    if sharded:  # two blocks and everything outside them are whole at a time, in compute's dtype
         block = sum(p.numel() for p in model.layers[0].parameters())
         outside = weights // 4 - block * config.model.n_layer
         share, gathered = ranks, (2 * block + outside) * dtype.itemsize
@@ -82,10 +80,8 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = F
 
 
 def with_vocabulary(config: Config) -> tuple[Config, int | None]:
-    """Fill in the vocabulary of the data; returns the number of training tokens too.
-
-    Without prepared data the vocabulary follows from the tokenizer's name, and the number is None.
-    """
+    """Fill in the data's vocabulary; also returns the number of training tokens. Without prepared
+    data the vocabulary follows from the tokenizer's name, and the number is None."""
     try:
         manifest = json.loads((Path(config.data.path) / "manifest.json").read_bytes())
         found, tokens = manifest["tokenizer"]["vocab_size"], manifest["train"]["tokens"]
@@ -100,10 +96,10 @@ def report(config: Config) -> list[str]:
     """The lines that --dry-run prints below the configuration; needs no data, starts no ranks."""
     config, data_tokens = with_vocabulary(config)
     t, T, ranks = config.train, config.data.seq_len, distributed.size()
-    per_rank = max(1, t.batch_tokens // T // ranks)
-    room = max(memory.CPU_TOKENS, T)  # a GPU takes more, which only a probe can find
-    fitting = max(n for n in divisors(per_rank) if n * T <= room)
-    micro = fitting if t.micro_batch == "auto" else t.micro_batch
+    per_rank, micro = max(1, t.batch_tokens // T // ranks), t.micro_batch
+    if micro == "auto":  # a GPU takes more, which only a probe can find
+        fitting = (n for n in divisors(per_rank) if n * T <= memory.CPU_TOKENS)
+        micro = max(fitting, default=1)
     found = estimate(config, micro)
     roles = ", ".join(f"{role} {n:,}" for role, n in found.parameters.items())
     lines = [
@@ -129,7 +125,7 @@ def report(config: Config) -> list[str]:
 
 def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str:
     """Time models of one and of two blocks; every further block adds their difference."""
-    per_block = found.flops_per_token / config.model.n_layer  # at most: all outside counts too
+    per_block = found.flops_per_token / config.model.n_layer  # an upper bound: all outside counts
     if here().type == "cpu" and per_block * micro * config.data.seq_len > LONGEST_TRIAL:
         return "time: not tried, one micro-batch is too much for this device"
     (passes, update), (passes_2, update_2) = (timed(config, layers, micro) for layers in (1, 2))
@@ -143,7 +139,7 @@ def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str
 
 
 def timed(config: Config, layers: int, micro: int) -> list[float]:
-    """Median seconds of a micro-batch's two passes, and of an update, with so many blocks."""
+    """Median seconds of a micro-batch's two passes and of an update, with so many blocks."""
     if here().type == "cpu":
         distributed.keep_freed_memory()
     model, optimizers = build(replace(config, model=replace(config.model, n_layer=layers)), here())
@@ -162,14 +158,8 @@ def timed(config: Config, layers: int, micro: int) -> list[float]:
         for optimizer in optimizers:
             optimizer.step()
 
-    times: dict[Callable[[], None], list[float]] = {passes: [], update: []}
-    while len(times[update]) < 2 + TRIALS or (
-        sum(times[passes]) < TRIAL_SECONDS and len(times[update]) < 50
-    ):
-        for work, seconds in times.items():
-            start = time.perf_counter()
-            work()
-            if here().type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[2:]) for seconds in times.values()]
+    def seconds(work: Callable[[], None]) -> float:
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=TRIAL_SECONDS).median
+
+    return [seconds(passes), seconds(update)]

@@ -26,7 +26,7 @@ def sample(
 ) -> None:
     """Continue a text with a trained model.
 
-    Needs nothing but the run directory. Equal seeds give equal text.
+    Needs only the run directory. Equal seeds give equal text.
 
     \b
     normuon-train sample runs/demo-20260101-120000 --prompt "def main():" --num 3
@@ -67,7 +67,7 @@ def evaluate(
     device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure loss on any text, accuracy on multiple choice.
+    """Measure loss on any text and accuracy on multiple choice.
 
     Prints loss, perplexity and bits per byte, by default on the run's validation split, and keeps
     them in RUN/evaluations.json.
@@ -89,13 +89,13 @@ def evaluate(
 def export(
     path: options.Run,
     to: Annotated[Path, Option(help="Model directory to create.")],
-    dtype: Annotated[str, Option(help="fp32 or bf16, of the weights.")] = "fp32",
+    dtype: Annotated[str, Option(help="Of the weights: fp32 or bf16.")] = "fp32",
     data: Annotated[Path | None, Option(help="Data to verify on; else the run's own.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Write a verified Hugging Face directory.
 
-    The directory is kept only if transformers computes the run's logits from it.
+    The directory is kept only if transformers computes the run's own logits from it.
 
     \b
     normuon-train export RUN --to models/mine
@@ -108,7 +108,7 @@ def export(
     report = exporting.export(path, to, dtype, data)
     size = f"{report['parameters'] / 1e6:.2f}M parameters, weights {report['dtype']}"
     if cut := report["rows_cut"]:
-        size += f", {cut} rows that padded the vocabulary cut off"
+        size += f", {cut} padding rows of the vocabulary cut off"
     text = (
         f"{report['to']}: {report['architecture']}, {size}\n"
         f"verified: transformers' logits on {report['tokens_compared']} tokens of validation text "
@@ -119,7 +119,7 @@ def export(
 
 
 def started(device: str) -> Any:
-    """Start the device that --device names; returns a distributed.World."""
+    """Start on the device that --device names; returns a distributed.World."""
     from nanonormuon.runtime import distributed
 
     try:

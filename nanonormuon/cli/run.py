@@ -1,4 +1,4 @@
-"""Train a model, and look before at recipes, settings and the machine."""
+"""Train a model; before that, inspect recipes, settings and the machine."""
 
 import logging
 import os
@@ -40,7 +40,7 @@ def run(
     normuon-train run --init-from runs/a data.path=data/mine --out runs/b
     torchrun --standalone --nproc_per_node=8 train.py gpt2-124m
     """
-    stopping = context.with_resource(faults.Stopping())  # from here on, also while torch loads
+    stopping = context.with_resource(faults.Stopping())  # from now on, also while torch loads
     from nanonormuon import config
 
     arguments = list(settings or ())
@@ -86,14 +86,16 @@ def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
         names = ", ".join(files)
         log.info(f"--resume: {out} has its own configuration; {names} is not read again")
     saved = str(out.resolve() / "config.toml")  # absolute: a=b/config.toml would be a setting
+    resumed = [saved, *filter(config.is_setting, arguments)]
     steps = [checkpoints.step_of(path) or 0 for path in checkpoints.all_steps(out / "checkpoints")]
     # a run that reached its stop_at goes on to its end; one that was cut off before stops there
-    reached = max(steps, default=0) >= config.load([saved])[0].train.stop_at
-    return [saved, *["train.stop_at=0"] * reached, *filter(config.is_setting, arguments)]
+    if max(steps, default=0) >= config.load([saved])[0].train.stop_at:
+        resumed.insert(1, "train.stop_at=0")
+    return resumed
 
 
 def describe(summary: dict, out: Path, of_code: bool) -> str:
-    """A run's last words: its result, where the checkpoints are, and the next command."""
+    """The result of a run, where its checkpoints are, and the next command."""
     result = f"step {summary['steps']:,}, {summary['tokens']:,} tokens"
     if summary.get("val_loss") is not None:
         result += f": val_loss {summary['val_loss']:.4f}"
@@ -135,8 +137,8 @@ def show(settings: Settings = None) -> None:
 def doctor(as_json: options.AsJson = False) -> None:
     """Check this machine and name what to fix.
 
-    Reports versions, devices and what a run would choose, and lets two processes talk. Exits with 1
-    if something would keep a run from working.
+    Reports versions, devices and what a run would choose, and tests that two processes can talk.
+    Exits with 1 if something would keep a run from working.
 
     \b
     normuon-train doctor

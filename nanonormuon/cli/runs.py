@@ -11,7 +11,7 @@ from nanonormuon.cli import options
 
 def compare(
     paths: Annotated[list[Path], Argument(metavar="RUN...", help="Run directories.")],
-    target: Annotated[float | None, Option(help="Show when val_loss first was so low.")] = None,
+    target: Annotated[float | None, Option(help="Show when val_loss first got this low.")] = None,
     plot: options.Plot = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -36,8 +36,8 @@ def report(
 ) -> None:
     """Write a run as one HTML page.
 
-    The page shows curves, samples over time, configuration and environment, and loads nothing from
-    elsewhere.
+    The page shows curves, samples over time, configuration and environment, and needs no other
+    files.
 
     \b
     normuon-train report RUN -o report.html
@@ -51,13 +51,13 @@ def report(
 def diagnose(
     path: options.Run,
     plot: options.Plot = None,
-    layers: Annotated[str, Option(help='Layers to draw, as "0,5,11"; else three of them.')] = "",
+    layers: Annotated[str, Option(help='Layers to draw, such as "0,5,11"; else three.')] = "",
     as_json: options.AsJson = False,
 ) -> None:
     """Show how even the optimizer's updates are.
 
-    Prints singular values and the neurons' norms, for each matrix: of the momentum, of Muon's
-    update and of NorMuon's update.
+    For each matrix, prints singular values and neuron norms of the momentum, of Muon's update and
+    of NorMuon's update.
 
     \b
     normuon-train diagnose RUN
@@ -68,7 +68,7 @@ def diagnose(
     try:
         wanted = [int(i) for i in layers.split(",") if i.strip()]
     except ValueError:
-        raise typer.BadParameter(f'--layers "{layers}": expected numbers, as 0,5,11') from None
+        raise typer.BadParameter(f'--layers "{layers}": expected numbers, such as 0,5,11') from None
     if wanted and plot is None:
         raise typer.BadParameter(f'--layers "{layers}": expected with --plot only')
     profiles = spectra.diagnose(path)

@@ -1,4 +1,4 @@
-"""Prompts from a command line, a file or a terminal, and samples printed there."""
+"""The prompts of `sample`, from a command line, a file or a terminal; and its output."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
     """Yield the prompts of one command: `prompt`, or standard input if it is "-"; the text of a
-    file; or each line that a person types until the end of input. Raises UsageError."""
+    file; or each line typed until the end of input. Raises UsageError."""
     if interactive:
         while True:
             print("prompt> ", end="", file=sys.stderr, flush=True)
@@ -48,20 +48,19 @@ def show(
     **settings: Any,
 ) -> None:
     """Print `num` continuations of a prompt and log the speed. A single one appears piece by piece;
-    several, or lines of JSON, appear when all are complete. settings: those of sample.generate."""
+    several, or lines of JSON, appear when all are complete. settings: as of sample.generate."""
     start = time.perf_counter()
     rows = [Text(tokenizer, stops) for _ in range(num)]
     texts = [""] * num
     live = num == 1 and not as_json
     if live:
-        sys.stdout.write(prompt)
+        print(prompt, end="")
     for pieces in write(model, rows, prompt, max_tokens, **settings):
         texts = [text + piece for text, piece in zip(texts, pieces)]
         if live:
-            sys.stdout.write(pieces[0])
-            sys.stdout.flush()
+            print(pieces[0], end="", flush=True)
     if live:
-        sys.stdout.write("\n")
+        print()
     for i, text in enumerate(texts if not live else ()):
         row = {"prompt": prompt, "text": text, "seed": settings.get("seed", 0) + i}
         as_text = f"--- sample {i + 1}\n{prompt}{text}"

@@ -1,4 +1,4 @@
-"""Prepare text for training, and look at what is prepared."""
+"""Prepare text for training, and inspect prepared data."""
 
 import shlex
 from pathlib import Path
@@ -18,7 +18,7 @@ def prepare(
     sources: Annotated[list[str], Argument(metavar="SOURCE", help=SOURCES)],
     out: Annotated[Path, Option(help="Directory for the shards.")],
     tokenizer: Annotated[str, Option(help=TOKENIZER)] = "bpe:4096",
-    val: Annotated[float, Option(help="Share of the documents kept for validation.")] = 0.02,
+    val: Annotated[float, Option(help="Share of the documents held out for validation.")] = 0.02,
     text_field: Annotated[str, Option(help="Field or column with a record's text.")] = "text",
     doc_separator: Annotated[str, Option(help=SEPARATOR)] = "",
     workers: Annotated[int, Option(min=0, help="Encoding threads; 0: one per core.")] = 0,
@@ -49,13 +49,13 @@ def prepare(
 
 def inspect(
     directory: Annotated[Path, Argument(metavar="DIR", help="Data directory.")],
-    tokenizer: Annotated[str, Option(help="Tokenizer of shards that do not name it.")] = "",
+    tokenizer: Annotated[str, Option(help="Tokenizer of shards that name none.")] = "",
     data_format: Annotated[
         str, Option("--format", help="shards, or nanogpt's train.bin.")
     ] = "shards",
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what is in a data directory, and what is wrong with it.
+    """Show what a data directory holds and what is wrong with it.
 
     Exits with 3 if training would refuse it.
 

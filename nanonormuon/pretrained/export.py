@@ -1,8 +1,8 @@
-"""A run's model as a clean Hugging Face directory, published only if transformers loads it and
-computes the same logits."""
+"""Export a run's model as a Hugging Face directory, published only if transformers computes equal
+logits from it."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,15 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     """Write the model of a run or checkpoint to the new directory `to`; returns what was verified.
 
     `to` appears complete and verified, or not at all. Rows that pad the vocabulary are cut off.
-    data: prepared directory whose validation text is compared (None: the run's own). Raises
+    data: prepared directory with the validation text to compare on (None: the run's own). Raises
     UsageError for a model that transformers cannot express or computes differently,
     CheckpointError, DataError, OSError.
     """
-    shown, to = to, to.resolve()
-    if to == Path.cwd():
-        raise UsageError(f"{shown}: the current directory: name a new one, as --to models/mine")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UsageError(f"{shown}: exists already: choose another --to, or remove it")
+    target = to.resolve()
+    if target == Path.cwd():
+        raise UsageError(f"{to}: the current directory: name a new one, as --to models/mine")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{to}: exists already: choose another --to, or remove it")
     model, tokenizer, found = models.load_run(path, torch.float32, torch.device("cpu"))
     if odd := hf.obstacles(model.config):
         raise UsageError(f"{found}: neither Qwen3 nor Llama can express {', '.join(odd)}")
@@ -88,8 +88,8 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
         hf.to_hf(name): (p[:rows] if name in TABLES else p).detach().to(DTYPES[dtype])
         for name, p in model.named_parameters()
     }
-    config = replace(model.config, vocab_size=rows)
-    described = hf.plain_config(config, context, eot, str(DTYPES[dtype]).removeprefix("torch."))
+    config, stored = replace(model.config, vocab_size=rows), str(DTYPES[dtype])
+    described = hf.plain_config(config, context, eot, stored.removeprefix("torch."))
     sampling = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "temperature": 0.8}
     files = {
         "config.json": as_json(described),
@@ -97,11 +97,11 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
         "model.safetensors": serialise(weights),
         **tokenizer.files(),
     }
-    with publish(to) as partial:
+    with publish(target) as partial:
         for file, content in files.items():
             write_durably(partial / file, content)
         report = verify(partial, transformers, model, tokenizer, tokens)
-        report |= {"to": str(shown), "checkpoint": str(found), "dtype": dtype}
+        report |= {"to": str(to), "checkpoint": str(found), "dtype": dtype}
         report["rows_cut"] = model.config.vocab_size - rows
         card = model_card(config, report, state, models.run_of(path))
         write_durably(partial / "README.md", card.encode())
@@ -113,32 +113,27 @@ def as_json(content: dict[str, Any]) -> bytes:
 
 
 def some_tokens(data: Data, context: int) -> Tensor:
-    """The first windows of the validation split: (4, 256) tokens at most."""
+    """The first whole windows of the validation split: (4, 256) tokens at most."""
     T = min(context, 256, max(data.val.tokens - 1, 1))
-    tokens, targets = next(iter(validation_batches(data.val, T, 4)))
+    tokens, targets = next(validation_batches(data.val, T, 4))
     full = (targets >= 0).all(1)
-    return tokens[full] if bool(full.any()) else tokens[:1]
+    return tokens[full] if full.any() else tokens[:1]
 
 
 @torch.no_grad()
 def verify(
     folder: Path, transformers: Any, model: GPT, tokenizer: Tokenizer, tokens: Tensor
 ) -> dict[str, Any]:
-    """Load `folder` through transformers and with nanonormuon, and compare logits (in float32) and
-    token ids on real text. Raises UsageError if they differ."""
+    """Load `folder` with transformers and with nanonormuon, and compare their logits (in float32)
+    and token ids on validation text. Raises UsageError if they differ."""
     transformers.utils.logging.disable_progress_bar()
-    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True
-    )
-    odd = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if odd:
-        raise UsageError(f"transformers did not load {len(odd)} tensors, first {odd[0]}")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     exported = models.load_model(folder, torch.float32, torch.device("cpu"))
     ours, theirs = exported(tokens), loaded.float().eval()(tokens).logits
     original = model(tokens)[..., : ours.size(-1)]
     difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
     allowed = TOLERANCE * max(1.0, largest)
-    if not difference <= allowed:
+    if not difference <= allowed:  # also if it is NaN
         raise UsageError(
             f"transformers computes other logits: largest difference {difference:.3g}, expected at "
             f"most {allowed:.3g}; nothing was exported"
@@ -160,19 +155,21 @@ def verify(
 def model_card(
     config: GPTConfig, report: dict[str, Any], state: dict[str, Any] | None, run: Path | None
 ) -> str:
-    """The README.md of a model directory: what it is, what it reaches, how it was trained."""
+    """The README.md of a model directory: what the model is, its results, how it was trained."""
     name, millions = run.resolve().name if run else "model", report["parameters"] / 1e6
     card = CARD.format(name=name, millions=millions, config=config, report=report)
     curve = [r for r in read_metrics(run / "metrics.jsonl") if "val_loss" in r] if run else []
     if curve:
         every = -(-len(curve) // 12)
-        shown = [r for i, r in enumerate(reversed(curve)) if i % every == 0][::-1]  # with the last
         forms = {"step": "", "tokens": ",", "val_loss": ".4f", "val_bpb": ".4f"}
-        rows = [[digits(r.get(name), form) for name, form in forms.items()] for r in shown]
+        rows = [
+            ["" if row.get(key) is None else format(row[key], form) for key, form in forms.items()]
+            for row in reversed(curve[::-every])  # with the last
+        ]
         card += table("Validation", ("step", "tokens", "loss (nats)", "bits per byte"), rows)
     if results := judge.kept(run / judge.RESULTS) if run else []:
         measures = ("loss" if "loss" in r else "accuracy" for r in results)
-        rows = ((r["set"], f"{m} {r[m]:.4f}") for r, m in zip(results, measures))
+        rows = [(r["set"], f"{m} {r[m]:.4f}") for r, m in zip(results, measures)]
         card += table("Evaluations", ("set", "result"), rows)
     if state:
         private = ("path", "init_from")  # where files lay on the machine is nobody's business
@@ -184,11 +181,7 @@ def model_card(
     return card
 
 
-def digits(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table under a heading."""
     lines = [header, ["---"] * len(header), *rows]
     return f"\n## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)

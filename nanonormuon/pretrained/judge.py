@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,31 +39,31 @@ def evaluate(
     max_tokens: int = 0,
     device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """One result per set: the validation splits of prepared directories, text files, files of
-    multiple-choice questions. Without any, the validation split of the run's own data (even if the
-    run validated on a part of its training text: data.tuning).
+    """Measure a model on each set: the validation splits of prepared directories, text files, files
+    of multiple-choice questions. Without any set, on the validation split of the run's own data
+    (even if the run validated on a part of its training text: data.tuning).
 
-    window: tokens that the model sees at most (0: as trained). stride: tokens that each window
-    predicts (0: window); evaluate.validation_loss has more. max_tokens: targets per set (0: all).
-    The results of a run are also kept in its evaluations.json; if that fails, a warning says so.
-    Raises DataError, CheckpointError, UsageError.
+    window: the most tokens that the model sees (0: as in training). stride: tokens that each window
+    predicts (0: window); see evaluate.validation_loss. max_tokens: targets per set (0: all).
+    Returns one result per set and keeps them in the run's evaluations.json; if that fails, logs a
+    warning. Raises DataError, CheckpointError, UsageError.
     """
     if run := models.run_of(path):
         kept(run / RESULTS)  # refuse a damaged file before computing anything
     world = distributed.start(device)
-    found = models.find_checkpoint(path)
+    model, tokenizer, found = models.load_run(path, torch.float32, world.device)
     state = models.state_of(found)
-    settings = (state or {}).get("config", {})
-    dtype = distributed.compute_dtype(settings.get("train", {}).get("dtype", "auto"), world.device)
-    model, tokenizer, _ = models.load_found(found, dtype, world.device)
-    if settings.get("data", {}).get("document_mask"):  # as in training
+    settings = {"train": {}, "data": {}} | (state or {}).get("config", {})
+    wish = settings["train"].get("dtype", "auto")
+    model.compute_dtype = distributed.compute_dtype(wish, world.device)
+    if settings["data"].get("document_mask"):  # as in training
         model.separator = tokenizer.eot
     window = window or models.context_of(found)
     stride = stride or window
     if not 0 < stride <= window:
         raise UsageError(f"--stride {stride}: expected 1 to --window {window}")
     own = not (data or texts or questions)
-    limit = max_tokens or (settings.get("data", {}).get("val_tokens", 0) if own else 0)
+    limit = max_tokens or (settings["data"].get("val_tokens", 0) if own else 0)
     measure = partial(on_split, model, tokenizer, world, window, stride, limit)
     results = []
     for source in [None] if own else data:
@@ -70,20 +71,19 @@ def evaluate(
         home = split.paths[0].parent
         name = home.name if own else str(source)
         results.append({"set": name, **measure(split), "path": home})
-    for file in map(Path, texts):
-        split = read_text(file, tokenizer)
-        results.append({"set": str(file), **measure(split), "path": file})
-    for file in map(Path, questions):
+    for file in texts:
+        results.append({"set": str(file), **measure(read_text(file, tokenizer)), "path": file})
+    for file in questions:
         scores = multiple_choice.accuracy(model, tokenizer, multiple_choice.read(file), window)
         results.append({"set": str(file), **scores, "window": window, "path": file})
     for result in results:
         result["path"] = str(result["path"].resolve())
         result["step"] = state["step"] if state else None
-        result["dtype"] = str(dtype).removeprefix("torch.")
+        result["dtype"] = str(model.compute_dtype).removeprefix("torch.")
     if run:
         try:
             keep(run / RESULTS, results)
-        except (OSError, CheckpointError) as error:  # what was computed is still returned
+        except (OSError, CheckpointError) as error:  # the caller still gets what was computed
             log.warning(f"warning: the results are not kept: {error}")
     return results
 
@@ -142,15 +142,14 @@ def describe(result: dict[str, Any]) -> str:
             f"{result[name]:.4f} ± {result[f'{name}_stderr']:.4f}"
             for name in ("accuracy", "accuracy_normalised")
         )
-        return (
-            f"{result['set']}: accuracy {plain}, length-normalised {normalised} "
-            f"({result['questions']:,} questions)"
-        )
+        measures = f"accuracy {plain}, length-normalised {normalised}"
+        return f"{result['set']}: {measures} ({result['questions']:,} questions)"
     bpb = result["bits_per_byte"]
+    per_byte = "" if bpb is None else f", {bpb:.4f} bits per byte"
     return (
-        f"{result['set']}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
-        + (f"{bpb:.4f} bits per byte " if bpb is not None else "")
-        + f"({result['tokens']:,} tokens, window {result['window']}, stride {result['stride']})"
+        f"{result['set']}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}"
+        f"{per_byte} ({result['tokens']:,} tokens, window {result['window']}, "
+        f"stride {result['stride']})"
     )
 
 
@@ -165,13 +164,13 @@ def kept(file: Path) -> list[dict[str, Any]]:
 
 
 def keep(file: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Add results to evaluations.json. A new one replaces an older one that was computed likewise:
-    on the same set, at the same step, in the same dtype and windows."""
+    """Add results to evaluations.json. Each replaces an older one computed in the same way: on the
+    same set and tokens, at the same step, in the same dtype and windows."""
 
-    def key(result: dict[str, Any]) -> tuple:
+    def key(result: dict[str, Any]) -> list:
         names = ("path", "step", "dtype", "window", "stride", "tokens")
-        return tuple(result.get(name) for name in names)
+        return [result.get(name) for name in names]
 
-    new = {key(r) for r in results}
-    merged = [r for r in kept(file) if key(r) not in new] + list(results)
+    new = [key(result) for result in results]
+    merged = [*(result for result in kept(file) if key(result) not in new), *results]
     replace_file(file, (json.dumps({"results": merged}, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""A trained model on disk, a run's or a Hugging Face directory: find it, check it, load it."""
+"""Find, check and load a trained model: a run's, or one in a Hugging Face directory."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanonormuon.checkpoint import named_for_hf
 from nanonormuon.errors import CheckpointError, DataError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.storage import checkpoints
@@ -24,7 +25,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def find_checkpoint(path: Path) -> Path:
     """A run directory -> its newest checkpoint that verifies; a checkpoint -> itself, verified; a
-    Hugging Face model directory -> itself."""
+    Hugging Face model directory -> itself. Raises CheckpointError."""
     if (path / "manifest.json").exists():
         if isinstance(checkpoints.read_json(path / "manifest.json").get("train"), dict):
             raise CheckpointError(f"{path}: prepared data, expected a run or a model trained on it")
@@ -35,15 +36,15 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "config.json").is_file() and any((path / n).is_file() for n in (WEIGHTS, INDEX)):
         return path
     raise CheckpointError(
-        f"{path}: neither a run directory (it has no checkpoints/) nor a checkpoint nor a model "
-        f"directory (config.json and {WEIGHTS})"
+        f"{path}: neither a run directory (with checkpoints/) nor a checkpoint nor a model "
+        f"directory (with config.json and {WEIGHTS})"
     )
 
 
 def run_of(path: Path) -> Path | None:
-    """The run directory that `path` is, or the one around the checkpoint that it is, if any."""
+    """The run directory at `path`, or around it if it is a checkpoint; None if there is none."""
     homes = (path, path.parent.parent) if checkpoints.step_of(path) is not None else (path,)
-    return next((p for p in homes if (p / "config.toml").is_file()), None)
+    return next((home for home in homes if (home / "config.toml").is_file()), None)
 
 
 def state_of(path: Path) -> dict[str, Any] | None:
@@ -53,8 +54,8 @@ def state_of(path: Path) -> dict[str, Any] | None:
 
 
 def model_config(path: Path) -> GPTConfig:
-    """The model's config. Its sizes must be those in the weights' headers, so that no config.json
-    can cause a huge allocation by itself. Raises CheckpointError naming what does not fit."""
+    """The model's config, whose sizes must be those in the weights' headers, so that config.json
+    alone cannot cause a huge allocation. Raises CheckpointError naming what does not fit."""
     file = path / "config.json"
     content = checkpoints.read_json(file)
     try:
@@ -66,10 +67,10 @@ def model_config(path: Path) -> GPTConfig:
     if len(layers) != config.n_layer:
         raise CheckpointError(f"{file}: {config.n_layer} layers, the weights have {len(layers)}")
     with torch.device("meta"):
-        parameters = dict(GPT(config).named_parameters())
+        parameters = named_for_hf(dict(GPT(config).named_parameters()))
     for name, p in parameters.items():
-        if (found := shapes.get(hf.to_hf(name))) is not None:
-            check_shape(path, hf.to_hf(name), found, p.shape)
+        if name in shapes:
+            check_shape(path, name, shapes[name], p.shape)
     return config
 
 
@@ -80,40 +81,42 @@ def context_of(path: Path) -> int:
 
 def tensor_files(path: Path) -> list[TensorFile]:
     """A model directory's file of weights, or the files that its index names."""
-    files = [WEIGHTS]
+    names = {WEIGHTS}
     if not (path / WEIGHTS).is_file() and (path / INDEX).is_file():
-        names = checkpoints.read_json(path / INDEX).get("weight_map")
-        files = sorted(set(map(str, names.values()))) if isinstance(names, dict) else [""]
-        for name in files:
-            if not name or Path(name).name != name:
-                raise CheckpointError(f"{path / INDEX}: unsafe file name {name!r}")
-    return [TensorFile(path / name) for name in files]
+        listed = checkpoints.read_json(path / INDEX).get("weight_map")
+        names = set(map(str, listed.values())) if isinstance(listed, dict) else {""}
+    for name in names:
+        if not name or Path(name).name != name:
+            raise CheckpointError(f"{path / INDEX}: unsafe file name {name!r}")
+    return [TensorFile(path / name) for name in sorted(names)]
 
 
 def read_weights(path: Path, tied: bool) -> dict[str, Tensor]:
-    """A model directory's tensors in float32. tied: without a head that equals the embedding."""
-    tensors = {name: file.read(name) for file in tensor_files(path) for name in file.entries}
-    # some Llama files also hold a table that follows from rope_theta
-    tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    """A model directory's tensors in float32. tied: leave out a head that equals the embedding."""
+    tensors = {
+        name: file.read(name)
+        for file in tensor_files(path)
+        for name in file.entries
+        if not name.endswith("rotary_emb.inv_freq")  # in some Llama files; follows from rope_theta
+    }
     head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if tied and head is not None and table is not None and torch.equal(head, table):
         del tensors["lm_head.weight"]
     for name, t in tensors.items():
-        if not t.is_floating_point() or not bool(torch.isfinite(t).all()):
+        if not t.is_floating_point() or not t.isfinite().all():
             raise CheckpointError(f"{path}: {name} ({t.dtype}): expected finite floating point")
     return {name: t.float() for name, t in tensors.items()}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a model, sharded or not; names and shapes must match. Raises CheckpointError."""
-    parameters = dict(model.named_parameters())
+    """Fill a model, sharded or not, that was made from model_config(path). Raises CheckpointError
+    for missing and for unexpected tensors."""
+    parameters = named_for_hf(dict(model.named_parameters()))
     values = read_weights(path, "lm_head.weight" not in parameters)
-    check_names(path, set(values), {hf.to_hf(name) for name in parameters})
+    check_names(path, set(values), set(parameters))
     with torch.no_grad():
         for name, p in parameters.items():
-            value = values[hf.to_hf(name)]
-            check_shape(path, hf.to_hf(name), value.shape, p.shape)
-            p.copy_(placed_like(value, p))
+            p.copy_(placed_like(values[name], p))
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> GPT:
@@ -125,17 +128,13 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> GPT:
 
 def load_run(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
     """Model, tokenizer and checkpoint of anything that find_checkpoint accepts."""
-    return load_found(find_checkpoint(path), dtype, device)
-
-
-def load_found(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
-    """Model, tokenizer and path of a directory that find_checkpoint returned."""
-    if not (path / TOKENIZER_FILE).exists():
+    found = find_checkpoint(path)
+    if not (found / TOKENIZER_FILE).exists():
         raise CheckpointError(
-            f"{path}: holds no tokenizer (it was trained on shards that came without one): set "
+            f"{found}: holds no tokenizer (it was trained on shards that came without one): set "
             "data.tokenizer in the run, for instance to gpt2"
         )
-    return load_model(path, dtype, device), load_tokenizer(path), path
+    return load_model(found, dtype, device), load_tokenizer(found), found
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
@@ -161,8 +160,8 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
 
 
 def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | None = None) -> Data:
-    """The data directory at `path` (None: the one that the run of `state` was trained on), which
-    must be prepared with this tokenizer. Raises DataError."""
+    """The data directory at `path` (None: the training data of the run whose state.json `state`
+    is), which must be prepared with this tokenizer. Raises DataError."""
     headerless = False
     if path is None:
         settings = (state or {}).get("config", {}).get("data")

@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood: the answer to which the model gives the highest probability.
+"""Multiple choice by log-likelihood: the model chooses the answer that it finds most probable.
 
 Contexts, continuations and both accuracies follow EleutherAI's lm-evaluation-harness (tasks
 hellaswag, arc_easy, arc_challenge, piqa; zero-shot), so that results can be compared.
@@ -30,6 +30,10 @@ class Question:
     choices: list[str]
     answer: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.answer < len(self.choices) or not all(self.choices):
+            raise ValueError(f"answer {self.answer} of {len(self.choices)} choices")
+
 
 def read(file: Path) -> list[Question]:
     """Read questions from a JSONL file: HellaSwag, ARC or PIQA as published (with PIQA's answers in
@@ -43,27 +47,24 @@ def read(file: Path) -> list[Question]:
         raise DataError(str(error)) from None
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}, expected a JSONL file of questions") from None
+    if not rows:
+        raise DataError(f"{file}: no questions")
     questions = []
     for number, row in rows:
         try:
             if answers is not None:
                 row["label"] = answers[len(questions)]
-            question = parse(row)
-            if not 0 <= question.answer < len(question.choices) or not all(question.choices):
-                raise ValueError(f"answer {question.answer} of {len(question.choices)} choices")
+            questions.append(parse(row))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{file}: line {number}: {type(error).__name__}: {error}; expected HellaSwag, ARC, "
                 'PIQA (with its -labels.lst) or {"context", "choices", "answer"}'
             ) from None
-        questions.append(question)
-    if not questions:
-        raise DataError(f"{file}: no questions")
     return questions
 
 
 def parse(row: dict[str, Any]) -> Question:
-    """One published object -> a question. Raises KeyError or ValueError for an unknown layout."""
+    """A question from one published object. Raises KeyError and such for an unknown layout."""
     if "endings" in row:  # HellaSwag; its brackets are remains of WikiHow's markup
         ctx = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if "ctx_a" in row else row["ctx"]
         context = without_markup(f"{row['activity_label']}: {ctx}")
@@ -100,16 +101,16 @@ def accuracy(
             ids = tokenizer.encode(f"{q.context} {choice}")
             rows.append(([tokenizer.eot, *ids], len(ids) - before))
     scores = iter(log_likelihoods(model, rows, window))
-    plain = normalised = 0
+    right: dict[str, list[bool]] = {"accuracy": [], "accuracy_normalised": []}
     for q in questions:
-        own = [next(scores) for _ in q.choices]
-        plain += own.index(max(own)) == q.answer
-        per_character = [s / len(c) for s, c in zip(own, q.choices)]
-        normalised += per_character.index(max(per_character)) == q.answer
+        plain = [next(scores) for _ in q.choices]
+        per_character = [score / len(choice) for score, choice in zip(plain, q.choices)]
+        for found, values in zip(right.values(), (plain, per_character)):
+            found.append(values.index(max(values)) == q.answer)
     n = len(questions)
     result: dict[str, Any] = {"questions": n}
-    for name, right in (("accuracy", plain), ("accuracy_normalised", normalised)):
-        result[name] = share = right / n
+    for name, found in right.items():
+        result[name] = share = sum(found) / n
         result[f"{name}_stderr"] = math.sqrt(share * (1 - share) / max(n - 1, 1))
     return result
 
@@ -121,16 +122,16 @@ def log_likelihoods(model: GPT, rows: Sequence[tuple[list[int], int]], window: i
     device = model.embed_tokens.weight.device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # little padding per batch
     found = [0.0] * len(rows)
-    bar = range(0, len(order), BATCH)
-    for start in tqdm(bar, unit="batch", leave=False, disable=None):
+    for start in tqdm(range(0, len(order), BATCH), unit="batch", leave=False, disable=None):
         part = order[start : start + BATCH]
         cut = [rows[i][0][-(window + 1) :] for i in part]
         # padding follows the tokens, where causal attention does not see it
         tokens = pad_sequence([torch.tensor(ids[:-1]) for ids in cut], batch_first=True)
         h = model.hidden(tokens.to(device))
         for i, ids, states in zip(part, cut, h):
-            n = min(rows[i][1], len(ids) - 1)
-            logits = model.logits(states[len(ids) - 1 - n : len(ids) - 1])
+            end = len(ids) - 1
+            n = min(rows[i][1], end)
+            logits = model.logits(states[end - n : end])
             targets = torch.tensor(ids[-n:], device=device)
             found[i] = -float(F.cross_entropy(logits, targets, reduction="sum"))
     return found

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,14 +24,14 @@ def test_this_machine_is_healthy(capsys):
     found = {f["check"]: f for f in findings}
     assert found["handshake"]["found"].startswith("two processes agreed")
     assert torch.__version__ in found["packages"]["found"]
-    dtype = distributed.compute_dtype("auto", doctor.chosen())
+    dtype = distributed.compute_dtype("auto", distributed.start().device)
     assert found["precision"]["found"].startswith(str(dtype).removeprefix("torch."))
 
 
 @pytest.fixture()
 def no_handshake(monkeypatch):
     def handshake():
-        return "ok", "not tried", ""
+        return "not tried", ""
 
     monkeypatch.setattr(doctor, "handshake", handshake)
 
@@ -49,13 +50,18 @@ def test_what_is_wrong_is_named_with_its_remedy(no_handshake, monkeypatch, capsy
     assert "fail  packages" in out and "-> pip install tiktoken" in out
     assert "fail  device         RuntimeError: driver mismatch" in out
     assert "warn  disk" in out and "-> make room in" in out
+    monkeypatch.setattr(doctor.os, "access", lambda path, _: path != Path.cwd())
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "fail  disk" in out and f"{Path.cwd()} is not writable: choose another" in out
 
 
 @pytest.mark.slow
 def test_a_handshake_that_fails_says_why(monkeypatch):
     fails = "import sys\nif sys.argv[3] == '1': sys.exit('connection refused')\nprint('agreed')"
     monkeypatch.setattr(doctor, "HANDSHAKE", fails)
-    status, found, fix = doctor.handshake()
-    assert (status, found) == ("fail", "gloo: connection refused") and fix
+    (finding,) = [f for f in doctor.examine() if f["check"] == "handshake"]
+    assert (finding["status"], finding["found"]) == ("fail", "gloo: connection refused")
+    assert finding["fix"]
     monkeypatch.setattr(doctor, "HANDSHAKE", "import threading; threading.Event().wait()")
-    assert doctor.handshake(0.5)[1] == "gloo: no answer in 0 s"
+    assert doctor.handshake(0.5)[0] == "gloo: no answer in 0 s"

@@ -10,8 +10,10 @@ import torch
 from nanonormuon.cli import app as cli
 from nanonormuon.cli import dry_run
 from nanonormuon.config import load, recipes
+from nanonormuon.errors import TokenizerError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.runtime import activations
+from nanonormuon.text import tokenizer
 
 VOCABULARY = {"shakespeare-char": 320}  # of data (here bytes) that a recipe alone does not tell
 UNITS = {"M": 1e6, "G": 1e9, "B": 1e9}
@@ -60,6 +62,15 @@ def test_activations_are_what_autograd_keeps(dtype, again):
     if again:  # the one block whose activations come back in the backward pass is not kept yet
         blocks -= activations.kept(replace(m, n_layer=1), 40, 3, dtype, False)[0]
     assert blocks + around == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("name", dry_run.VOCABULARIES)
+def test_a_tokenizers_name_tells_its_vocabulary(name):
+    try:
+        expected = tokenizer.get(name).vocab_size
+    except TokenizerError:  # its file is not on this machine
+        pytest.skip(f"no {name}")
+    assert dry_run.VOCABULARIES[name] == expected
 
 
 def test_a_dry_run_says_it_and_stays_readable(capsys):
