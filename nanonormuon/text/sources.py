@@ -79,10 +79,9 @@ def documents(
         for file in _find(source, skip):
             name = str(file) if isinstance(file, Path) else "standard input"
             try:
-                with _opened(file) as raw:
-                    for text in _texts(raw, name, text_field, separator):
-                        if text.strip():
-                            yield Document(name, index, text)
+                for text in _texts(file, name, text_field, separator):
+                    if text.strip():
+                        yield Document(name, index, text)
             except NotText:
                 if not walked:
                     raise
@@ -146,20 +145,21 @@ def _suffix(path: Path) -> str:
 # --------------------------------------------------------------------------- one file's documents
 
 
-def _texts(raw: IO[bytes], name: str, text_field: str, separator: bytes) -> Iterator[bytes]:
-    """The documents of one open file, whatever its format; DataError names what is wrong where."""
+def _texts(file: Path | IO[bytes], name: str, text_field: str, separator: bytes) -> Iterator[bytes]:
+    """The documents of one file, whatever its format; DataError names what is wrong where."""
     try:
-        file = _unpacked(raw, name)
-        kind = _kind(file, name)
-        if kind == "text":
-            yield from _parts(_checked(file, name), separator)
-            return
-        if kind == "parquet" and file is not raw:  # it is read at random
-            file = io.BytesIO(file.read(PACKED_PARQUET_LIMIT + 1))
-            if file.getbuffer().nbytes > PACKED_PARQUET_LIMIT:
-                raise DataError(f"{name}: Parquet is compressed in itself; unpack this file")
-        for text in formats.READ[kind](file, name, text_field):
-            yield from _cut(text, 2 * PART) if len(text) > LARGE else [text]
+        with _opened(file) as raw:
+            content = _unpacked(raw, name)
+            kind = _kind(content, name)
+            if kind == "text":
+                yield from _parts(_checked(content, name), separator)
+                return
+            if kind == "parquet" and content is not raw:  # it is read at random
+                content = io.BytesIO(content.read(PACKED_PARQUET_LIMIT + 1))
+                if content.getbuffer().nbytes > PACKED_PARQUET_LIMIT:
+                    raise DataError(f"{name}: Parquet is compressed in itself; unpack this file")
+            for text in formats.READ[kind](content, name, text_field):
+                yield from _cut(text, 2 * PART) if len(text) > LARGE else [text]
     except (EOFError, zlib.error, OSError) as error:
         if reason := getattr(error, "strerror", None):  # the system's; libraries set none
             raise DataError(f"{name}: cannot be read: {reason}") from None
@@ -170,10 +170,7 @@ def _opened(file: Path | IO[bytes]) -> Any:
     if isinstance(file, Path):
         if file.exists() and not file.is_file():  # a pipe could not be read three times
             raise NotText(f"{file}: not a regular file; pipe it in with -")
-        try:
-            return file.open("rb")
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+        return file.open("rb")
     file.seek(0)
     return io.BufferedReader(io.FileIO(file.fileno(), closefd=False))
 
