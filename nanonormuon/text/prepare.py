@@ -278,15 +278,16 @@ def _spool(out: Path) -> Iterator[IO[bytes]]:
 def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a finished directory, if it is what is asked for and undamaged."""
     try:
-        there = shards.read_manifest(out)
-        if other := [key for key in asked if there.get(key) != asked[key]]:
+        manifest = shards.read_manifest(out)
+        if other := [key for key in asked if manifest.get(key) != asked[key]]:
             raise DataError(f"it was prepared with another {', '.join(other)}")
-        manifest = shards.open_data(out, verify="full").manifest
+        shards.open_data(out, verify="full")
+        if load(out).hash != manifest["tokenizer"]["hash"]:
+            raise DataError(f"another tokenizer in {FILE}")
     except DataError as error:
         raise DataError(
             f"{out}: already holds prepared data; remove it or choose another --out: {error}"
         ) from None
-    assert manifest is not None
     shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left, if the last run stopped at the end
     log.info("prepare: %s is prepared already, verified", out)
     return manifest
