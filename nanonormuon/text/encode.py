@@ -66,7 +66,7 @@ def encode(
     if plan["tokenizer"] != vocabulary.hash:
         plan |= {"tokenizer": vocabulary.hash, "shards": []}
     finished = {entry["name"]: entry for entry in plan["shards"]}
-    _save_plan(directory, plan)
+    replace_file(directory / PLAN, json.dumps(plan).encode())
     splits: dict[str, dict[str, Any]] = {
         split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in ("train", "val")
     }
@@ -80,7 +80,7 @@ def encode(
                 if writer := writers.pop(name, None):
                     finished[name] = writer.finish()
                     plan["shards"].append(finished[name])
-                    _save_plan(directory, plan)
+                    replace_file(directory / PLAN, json.dumps(plan).encode())
                 found["tokens"] += finished[name]["tokens"]
                 found["shards"].append(finished[name])
                 continue
@@ -108,10 +108,6 @@ def _in_shards(
             number[split], filled[split] = number[split] + 1, 0
     for split in filter(filled.get, filled):
         yield split, f"{split}_{number[split]:06d}.bin", None
-
-
-def _save_plan(directory: Path, plan: dict[str, Any]) -> None:
-    replace_file(directory / PLAN, json.dumps(plan).encode())
 
 
 class Writer:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from itertools import count, zip_longest
 from pathlib import Path
@@ -96,7 +96,7 @@ def prepare_documents(
         )
     # errors of the tokenizer come before any work
     vocabulary = None if trained_size(spec) else get_tokenizer(spec)
-    survey = take_survey(read(), names, val)
+    survey = Survey(read(), names, val)
     request = {"tokenizer": vocabulary.hash if vocabulary else str(spec), "val": val}
     asked = {"request": request | {"shard_bytes": shard_bytes}, "sources": survey.sources}
     with alone(out):
@@ -134,17 +134,33 @@ def prepare_documents(
 # ------------------------------------------------------------------------------------- the survey
 
 
-@dataclass
 class Survey:
-    """One pass over the documents: how many there are, and to which split each belongs."""
+    """One pass over the documents: how many there are, and to which split each belongs. DataError
+    if there is no text in them."""
 
-    sources: list[dict[str, Any]]  # `sha256` is over the documents' sha256 (binary, in order)
-    numbers: array  # of each document: the first eight bytes of its sha256
-    longest: int  # index of the longest document
-    longest_name: str
-    val: float
-
-    def __post_init__(self) -> None:
+    def __init__(self, documents: Iterable[Document], names: list[str], val: float) -> None:
+        self.val, self.longest, self.longest_name, longest_bytes = val, 0, "", 0
+        self.numbers = array("Q")  # of each document: the first eight bytes of its sha256
+        self.sources: list[dict[str, Any]] = [
+            {"name": n, "documents": 0, "bytes": 0} for n in names
+        ]
+        hashes = [sha256() for _ in names]  # over the documents' sha256 (binary, in order)
+        with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+            for document in documents:
+                digest, size = sha256(document.data).digest(), len(document.data)
+                self.sources[document.source]["documents"] += 1
+                self.sources[document.source]["bytes"] += size
+                hashes[document.source].update(digest)
+                if size > longest_bytes:
+                    self.longest, self.longest_name = len(self.numbers), document.name
+                    longest_bytes = size
+                self.numbers.append(_number(digest))
+                bar.update(size)
+        if not longest_bytes:
+            names = names or ["prepare"]
+            raise DataError(f"{', '.join(names)}: no text found; name files that have some")
+        for source, digests in zip(self.sources, hashes):
+            source["sha256"] = digests.hexdigest()
         self.bytes = sum(source["bytes"] for source in self.sources)
         # whether hashes leave a split empty, so that validation is the longest document's tail
         self.tail = len(set(map(self._side, self.numbers))) < 2
@@ -185,30 +201,6 @@ class Survey:
                     raise DataError(f"{name}: {length} characters cannot be split in two")
                 for side, part in (("train", text[:at]), ("val", text[at:])):
                     yield side, replace(document, data=part.encode("utf-8", "surrogateescape"))
-
-
-def take_survey(documents: Iterable[Document], names: list[str], val: float) -> Survey:
-    """Read all documents once. DataError if there is no text in them."""
-    sources: list[dict[str, Any]] = [{"name": n, "documents": 0, "bytes": 0} for n in names]
-    hashes = [sha256() for _ in names]
-    numbers, longest, longest_name, longest_bytes = array("Q"), 0, "", 0
-    with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
-        for document in documents:
-            digest, size = sha256(document.data).digest(), len(document.data)
-            sources[document.source]["documents"] += 1
-            sources[document.source]["bytes"] += size
-            hashes[document.source].update(digest)
-            if size > longest_bytes:
-                longest, longest_name, longest_bytes = len(numbers), document.name, size
-            numbers.append(_number(digest))
-            bar.update(size)
-    if not longest_bytes:
-        raise DataError(
-            f"{', '.join(names) or 'prepare'}: no text found; name files that have some"
-        )
-    for source, digests in zip(sources, hashes):
-        source["sha256"] = digests.hexdigest()
-    return Survey(sources, numbers, longest, longest_name, val)
 
 
 def _number(digest: bytes) -> int:
