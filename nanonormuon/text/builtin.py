@@ -1,11 +1,11 @@
 """The demo's text: the Python sources that come with an interpreter, prepared once and cached."""
 
-import hashlib
 import logging
 import platform
 import shutil
 import sysconfig
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 from nanonormuon.errors import DataError
@@ -14,7 +14,6 @@ from nanonormuon.storage.files import cache_directory
 from nanonormuon.text.bpe import PATTERN
 from nanonormuon.text.prepare import alone, prepare_documents
 from nanonormuon.text.sources import Document
-from nanonormuon.text.tokenizer import load
 
 log = logging.getLogger(__name__)
 INSTALLED = {"site-packages", "dist-packages"}
@@ -39,34 +38,22 @@ def python_sources(roots: list[Path] | None = None, installed: bool = False) -> 
 def builtin_python(tokenizer: str = "bpe:4096", val: float = 0.02) -> Path:
     """The demo's data directory: `python_sources`, prepared once into the user's cache.
 
-    It is found by a hash of contents and settings, and verified in full each time it is used.
-    Several processes may call this at once: one prepares it, the others wait.
+    It is found by a hash of contents and settings, verified in full each time it is used, and made
+    anew if it is damaged. Several processes may call this at once: one prepares, the others wait.
     """
     corpus = list(python_sources())
-    key = hashlib.sha256(f"{shards.FORMAT} {tokenizer} {PATTERN} {val}".encode())
+    key = sha256(f"{shards.FORMAT} {tokenizer} {PATTERN} {val}".encode())
     for document in corpus:
-        key.update(hashlib.sha256(document.data).digest())
+        key.update(sha256(document.data).digest())
     target = cache_directory() / f"python-{key.hexdigest()[:12]}"
-    if not _usable(target):
-        with alone(target.parent, wait=True):
-            if not _usable(target):
-                shutil.rmtree(target, ignore_errors=True)
-                names = [f"Python {platform.python_version()} standard library"]
-                prepare_documents(lambda: iter(corpus), names, target, tokenizer, val)
-                return target
-    log.info("prepare: using %s, verified", target)
+    names = [f"Python {platform.python_version()} standard library"]
+    with alone(target.parent, wait=True):
+        try:
+            prepare_documents(lambda: corpus, names, target, tokenizer, val)
+        except DataError as error:
+            if not (target / shards.MANIFEST).exists():
+                raise
+            log.warning("prepare: rebuilding the demo's data: %s", error)
+            shutil.rmtree(target)
+            prepare_documents(lambda: corpus, names, target, tokenizer, val)
     return target
-
-
-def _usable(target: Path) -> bool:
-    """Whether the directory holds complete and undamaged data."""
-    if not (target / shards.MANIFEST).exists():
-        return False
-    try:
-        manifest = shards.open_data(target, verify="full").manifest
-        if load(target).hash == manifest["tokenizer"]["hash"]:
-            return True
-        log.warning("prepare: rebuilding the demo's data: another tokenizer in %s", target)
-    except DataError as error:
-        log.warning("prepare: rebuilding the demo's data: %s", error)
-    return False

@@ -10,8 +10,8 @@ from nanonormuon.config import Config, parse_number
 from nanonormuon.errors import ConfigError, DataError, TokenizerError
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.distributed import World
-from nanonormuon.storage.shards import SHARES, Data, open_data
-from nanonormuon.text.tokenizer import Tokenizer
+from nanonormuon.storage.shards import MANIFEST, SHARES, Data, open_data
+from nanonormuon.text.tokenizer import FILE, Tokenizer
 from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer
 
@@ -19,17 +19,15 @@ log = logging.getLogger(__name__)
 
 
 def open_corpus(config: Config, world: World) -> tuple[Data, Tokenizer | None]:
-    """The data with what is mixed in, and the tokenizer that made them, None if it is not known."""
+    """The data of a run, mixed where data.mix says so, and their tokenizer, None if unknown."""
     path = Path(config.data.path)
     if config.data.path.startswith("builtin:"):
         if config.data.path != "builtin:python":
             raise ConfigError(f'data.path = "{config.data.path}": did you mean "builtin:python"?')
-        from nanonormuon.text import builtin  # preparing text is not part of every run
+        from nanonormuon.text.builtin import builtin_python  # not part of every run
 
-        built = distributed.first_does(
-            lambda: str(builtin.builtin_python(config.data.tokenizer)), world.device
-        )
-        path = Path(built)
+        name = config.data.tokenizer
+        path = Path(distributed.first_does(lambda: str(builtin_python(name)), world.device))
     data, tokenizer, problem = open_directory(config, path)
     if tokenizer is None and world.first:
         log.warning(f"no samples and no bits per byte, data.tokenizer is not usable: {problem}")
@@ -40,37 +38,36 @@ def open_corpus(config: Config, world: World) -> tuple[Data, Tokenizer | None]:
                 f"data.tuning = {share}: leaves {data.train.tokens} tokens of {path} to learn "
                 f"and {data.val.tokens} to judge by, expected at least 2 of each"
             )
-    return mixed(config, data, tokenizer), tokenizer
+    mix(config, data, tokenizer)
+    return data, tokenizer
 
 
 def open_directory(config: Config, path: Path) -> tuple[Data, Tokenizer | None, str]:
     """One data directory; its tokenizer, or why there is none."""
-    if (path / "manifest.json").exists() and config.data.format == "shards":
+    if (path / MANIFEST).exists() and config.data.format == "shards":
         data, tokenizer = open_data(path, None, config.data.verify), load_tokenizer(path)
         expected = data.manifest["tokenizer"]["hash"]
         if tokenizer.hash != expected:
             raise DataError(
-                f"{path / 'tokenizer.json'}: hash {tokenizer.hash}, expected {expected} "
-                "(manifest.json); prepare the data again"
+                f"{path / FILE}: hash {tokenizer.hash}, expected {expected} "
+                f"({MANIFEST}); prepare the data again"
             )
         return data, tokenizer, ""
-    tokenizer, problem = None, ""
     try:
-        tokenizer = get_tokenizer(config.data.tokenizer)
+        tokenizer, problem = get_tokenizer(config.data.tokenizer), ""
     except TokenizerError as error:
-        problem = str(error)
+        tokenizer, problem = None, str(error)
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     headerless = config.data.format == "nanogpt"
     return open_data(path, vocab_size, config.data.verify, headerless), tokenizer, problem
 
 
-def mixed(config: Config, data: Data, tokenizer: Tokenizer | None) -> Data:
-    """The data with the train splits of data.mix, which must have the same tokenizer."""
+def mix(config: Config, data: Data, tokenizer: Tokenizer | None) -> None:
+    """Add the train splits that data.mix names; their tokenizer must be the data's."""
     identity: list[Any] = [data.fingerprint]
     for item in filter(None, map(str.strip, config.data.mix.split(","))):
         name, _, text = (part.strip() for part in item.rpartition("="))
-        number = parse_number(text)
-        share = round((number or 0) * SHARES)
+        share = round((parse_number(text) or 0) * SHARES)
         if not name or not 0 < share < SHARES:
             raise ConfigError(f'data.mix: "{item}": expected DIRECTORY=SHARE, 0 < share < 1')
         other, its, _ = open_directory(config, Path(name))
@@ -81,19 +78,21 @@ def mixed(config: Config, data: Data, tokenizer: Tokenizer | None) -> Data:
             )
         data.mix.append((other.train, share))
         identity.append([other.fingerprint, share])
+    if not data.mix:
+        return
     if sum(share for _, share in data.mix) >= SHARES:
         raise ConfigError(f'data.mix = "{config.data.mix}": expected shares of less than 1 in all')
-    if data.mix and config.data.order != "shuffled":
+    if config.data.order != "shuffled":
         raise ConfigError("data.mix: expected with data.order = shuffled only")
-    if data.mix:
-        data.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return data
+    data.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def separator(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | None:
     """The token that attention does not cross."""
     if not config.data.document_mask:
         return None
-    if data.manifest is None and tokenizer is None:
+    if data.manifest:
+        return data.manifest["tokenizer"]["eot"]
+    if tokenizer is None:
         raise ConfigError("data.document_mask: data.tokenizer must tell which token ends a text")
-    return data.manifest["tokenizer"]["eot"] if data.manifest else tokenizer.eot
+    return tokenizer.eot

@@ -5,15 +5,13 @@ tokenizer. So neither the number of workers nor an interruption can change a byt
 shards can be kept.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +25,28 @@ from nanonormuon.text.sources import Document
 
 log = logging.getLogger(__name__)
 
-JOB_BYTES = 1 << 18  # text that a worker encodes at a time
+PLAN = "plan.json"
 PLAN_SHAPE = {"asked": {}, "tokenizer": str, "shards": [shards.SHARD_SHAPE]}
+JOB_BYTES = 1 << 18  # text that a worker encodes at a time
 
 
-class Plan:
-    """OUT/.partial/plan.json: what is being made, and the shards that are finished and verified."""
-
-    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
-        self.path, self.asked = path, asked
-        self.tokenizer, self.shards = "", {}
-
-    def resume(self) -> bool:
-        """Read what an interrupted run noted; False unless it made what is asked for now."""
-        try:
-            content = json.loads(self.path.read_bytes())
-            shards.check_shape(content, PLAN_SHAPE, "plan")
-        except (OSError, ValueError, RecursionError):
-            return False
-        if content["asked"] != self.asked:
-            return False
-        self.tokenizer = content["tokenizer"]
-        self.shards = {entry["name"]: entry for entry in content["shards"]}
-        return True
-
-    def finished(self, path: Path) -> dict[str, Any] | None:
-        """The entry of a shard whose file is what was noted."""
-        entry = self.shards.get(path.name)
-        with contextlib.suppress(OSError):
-            if entry and shards.sha256(path) == entry["sha256"]:
-                log.info("prepare: keeping %s, finished before", path.name)
-                return entry
+def read_plan(directory: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What an interrupted run noted in a directory: what it was asked for, its tokenizer's hash
+    and the finished shards, those whose files are intact. None unless it was asked for the same."""
+    try:
+        plan = json.loads((directory / PLAN).read_bytes())
+        shards.check_shape(plan, PLAN_SHAPE, "plan")
+    except (OSError, ValueError, RecursionError):
         return None
-
-    def save(self) -> None:
-        content = {"asked": self.asked, "tokenizer": self.tokenizer}
-        content["shards"] = list(self.shards.values())
-        replace_file(self.path, json.dumps(content).encode())
+    if plan["asked"] != asked:
+        return None
+    noted, plan["shards"] = plan["shards"], []
+    for entry in noted:
+        path = directory / entry["name"]
+        if path.is_file() and shards.sha256(path) == entry["sha256"]:
+            log.info("prepare: keeping %s, finished before", path.name)
+            plan["shards"].append(entry)
+    return plan
 
 
 def encode(
@@ -71,92 +54,92 @@ def encode(
     total: int,
     vocabulary: Tokenizer,
     directory: Path,
-    plan: Plan,
+    plan: dict[str, Any],
     shard_bytes: int,
     workers: int,
 ) -> dict[str, dict[str, Any]]:
-    """Write those shards that are not finished yet; returns the manifest's entries.
+    """Write the shards that are not finished yet; returns the manifest's entry for each split.
 
-    `documents` come in order, each with "train" or "val", and have `total` bytes in all. `workers`
-    threads encode; 0: one per core.
+    `documents` come in order, each with "train" or "val", and have `total` bytes in all. A shard
+    has `shard_bytes` of text or slightly more. `workers` threads encode; 0: one per core.
     """
-    if plan.tokenizer != vocabulary.hash:
-        plan.tokenizer, plan.shards = vocabulary.hash, {}
-    plan.save()
+    if plan["tokenizer"] != vocabulary.hash:
+        plan |= {"tokenizer": vocabulary.hash, "shards": []}
+    finished = {entry["name"]: entry for entry in plan["shards"]}
+    replace_file(directory / PLAN, json.dumps(plan).encode())
+    splits: dict[str, dict[str, Any]] = {
+        split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in ("train", "val")
+    }
+    writers: dict[str, Writer] = {}
     workers = workers or os.cpu_count() or 1
     bar = tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=None)
     with ThreadPoolExecutor(workers) as pool, bar:
-        submit = partial(pool.submit, vocabulary.encode_job)
-        writers = {
-            split: Writer(directory, split, vocabulary, shard_bytes, plan, submit, workers + 2)
-            for split in ("train", "val")
-        }
-        for split, document in documents:
-            try:
-                writers[split].add(document.data)
-            except TokenizerError as error:
-                raise TokenizerError(f"{document.name}: {error}") from None
+        for split, name, document in _in_shards(documents, shard_bytes):
+            found = splits[split]
+            if document is None:
+                if writer := writers.pop(name, None):
+                    finished[name] = writer.finish()
+                    plan["shards"].append(finished[name])
+                    replace_file(directory / PLAN, json.dumps(plan).encode())
+                found["tokens"] += finished[name]["tokens"]
+                found["shards"].append(finished[name])
+                continue
+            if name not in finished:
+                if name not in writers:
+                    writers[name] = Writer(directory / name, vocabulary, pool, workers + 2)
+                writers[name].add(document)
+            found["documents"] += 1
+            found["bytes"] += len(document.data)
             bar.update(len(document.data))
-        return {split: writer.finish() for split, writer in writers.items()}
+    return splits
+
+
+def _in_shards(
+    documents: Iterable[tuple[str, Document]], shard_bytes: int
+) -> Iterator[tuple[str, str, Document | None]]:
+    """Each document with its split and the name of its shard; None after a shard's last one."""
+    number, filled = Counter(), Counter()  # of the open shard of each split, and its bytes of text
+    for split, document in documents:
+        name = f"{split}_{number[split]:06d}.bin"
+        yield split, name, document
+        filled[split] += len(document.data)
+        if filled[split] >= shard_bytes:
+            yield split, name, None
+            number[split], filled[split] = number[split] + 1, 0
+    for split in filter(filled.get, filled):
+        yield split, f"{split}_{number[split]:06d}.bin", None
 
 
 class Writer:
-    """Writes the documents of one split into shards of `shard_bytes` of text or slightly more. A
-    shard gets its header when complete, and is then read back and compared. At most `ahead` jobs
-    wait to be written."""
+    """Encodes documents into one shard. At most `ahead` jobs wait to be written."""
 
     def __init__(
-        self,
-        directory: Path,
-        split: str,
-        vocabulary: Tokenizer,
-        shard_bytes: int,
-        plan: Plan,
-        submit: Callable[[list[Piece]], Future],
-        ahead: int,
+        self, path: Path, vocabulary: Tokenizer, pool: ThreadPoolExecutor, ahead: int
     ) -> None:
-        self.directory, self.split, self.vocabulary = directory, split, vocabulary
-        self.shard_bytes, self.plan, self.submit, self.ahead = shard_bytes, plan, submit, ahead
+        self.path, self.vocabulary, self.pool, self.ahead = path, vocabulary, pool, ahead
         self.version = 1 if vocabulary.vocab_size <= 65_536 else 2
-        self.documents = self.bytes = 0
-        self.shards: list[dict[str, Any]] = []
-        self.filled = 0  # bytes of text in the open shard
         self.job: list[Piece] = []
         self.job_bytes = 0
         self.waiting: deque[Future] = deque()
+        self.file, self.digest, self.tokens = path.open("wb"), hashlib.sha256(), 0
+        self.file.write(bytes(shards.HEADER_BYTES))
 
-    def add(self, text: bytes) -> None:
-        """Append a document that is not empty."""
-        if not self.filled:
-            self._open()
-        self.documents += 1
-        self.bytes += len(text)
-        self.filled += len(text)
-        if not self.kept:
+    def add(self, document: Document) -> None:
+        """Append a document. Raises TokenizerError with its name."""
+        try:
             self.job.append(None)
-            for piece in self.vocabulary.pieces(text):
+            for piece in self.vocabulary.pieces(document.data):
                 self.job.append(piece)
                 self.job_bytes += len(piece)
                 if self.job_bytes >= JOB_BYTES:
-                    self._send_job()
-                    self._write(self.ahead)
-        if self.filled >= self.shard_bytes:
-            self._close()
+                    self._send_job(self.ahead)
+        except TokenizerError as error:
+            raise TokenizerError(f"{document.name}: {error}") from None
 
-    def finish(self) -> dict[str, Any]:
-        """Close the last shard; returns this split's entry for the manifest."""
-        if self.filled:
-            self._close()
-        tokens = sum(shard["tokens"] for shard in self.shards)
-        counts = {"documents": self.documents, "tokens": tokens, "bytes": self.bytes}
-        return counts | {"shards": self.shards}
-
-    def _send_job(self) -> None:
-        self.waiting.append(self.submit(self.job))
+    def _send_job(self, left: int) -> None:
+        """Have the job encoded; write the ids of the oldest ones until `left` wait."""
+        self.waiting.append(self.pool.submit(self.vocabulary.encode_job, self.job))
         self.job, self.job_bytes = [], 0
-
-    def _write(self, left: int) -> None:
-        """Write the ids of the oldest jobs, until `left` remain."""
         while len(self.waiting) > left:
             ids = self.waiting.popleft().result()
             content = ids.astype(shards.DTYPES[self.version]).tobytes()
@@ -165,20 +148,10 @@ class Writer:
             self.digest.update(content)
             self.tokens += len(ids)
 
-    def _open(self) -> None:
-        self.path = self.directory / f"{self.split}_{len(self.shards):06d}.bin"
-        self.kept = self.plan.finished(self.path)
-        if not self.kept:
-            self.file, self.digest, self.tokens = self.path.open("wb"), hashlib.sha256(), 0
-            self.file.write(bytes(shards.HEADER_BYTES))
-
-    def _close(self) -> None:
-        full, self.filled = self.filled >= self.shard_bytes, 0
-        if self.kept:
-            self.shards.append(self.kept)
-            return
-        self._send_job()
-        self._write(0)
+    def finish(self) -> dict[str, Any]:
+        """Write what waits and then the header, and read the shard back; returns its entry for the
+        manifest. Raises DataError if other bytes come back."""
+        self._send_job(0)
         with naming(self.path), self.file as file:
             file.seek(0)
             file.write(shards.header(self.version, self.tokens))
@@ -187,10 +160,9 @@ class Writer:
         largest = shards.check_ids(shard, self.vocabulary.vocab_size, self.path)
         if hashlib.sha256(shard.data).digest() != self.digest.digest():
             raise DataError(f"{self.path}: read back other bytes than were written; check the disk")
-        entry = {"name": self.path.name, "tokens": self.tokens, "size": self.path.stat().st_size}
-        entry |= {"sha256": shards.sha256(self.path), "max_token": largest}
-        self.shards.append(entry)
-        self.plan.shards[self.path.name] = entry
-        self.plan.save()
-        if full:  # a long preparation's sign of life, where no bar is shown
-            log.info("prepare: finished %s, %d tokens", self.path.name, self.tokens)
+        # a long preparation's sign of life, where no bar is shown
+        log.info("prepare: finished %s, %d tokens", self.path.name, self.tokens)
+        return {
+            "name": self.path.name, "tokens": self.tokens, "size": self.path.stat().st_size,
+            "sha256": shards.sha256(self.path), "max_token": largest,
+        }  # fmt: skip

@@ -51,17 +51,15 @@ def _json_array(file: Any, name: str, text_field: str) -> Iterator[bytes]:
 
     if file.peek(3).startswith(codecs.BOM_UTF8):
         file.read(3)
-    items = parser.items(SimpleNamespace(read=read), "item")
-    while True:
-        try:
-            record = next(items)
-        except StopIteration:
-            return
-        except errors as error:
-            problem = "no valid JSON" if left >= 0 else f"more than {RECORD_LIMIT >> 20} MB"
-            raise DataError(f"{name}: after item {number}: {problem}: {error}") from None
-        number, left = number + 1, RECORD_LIMIT
-        yield _field(record, text_field, f"{name}: item {number}")
+    try:
+        for record in parser.items(SimpleNamespace(read=read), "item"):
+            number, left = number + 1, RECORD_LIMIT
+            yield _field(record, text_field, f"{name}: item {number}")
+    except DataError:
+        raise
+    except errors as error:
+        problem = "no valid JSON" if left >= 0 else f"more than {RECORD_LIMIT >> 20} MB"
+        raise DataError(f"{name}: after item {number}: {problem}: {error}") from None
 
 
 def _field(record: Any, text_field: str, where: str) -> bytes:
@@ -88,28 +86,22 @@ def _missing(where: str, text_field: str, found: Iterable[str]) -> str:
 def _csv(file: Any, name: str, text_field: str, delimiter: str = ",") -> Iterator[bytes]:
     csv.field_size_limit(RECORD_LIMIT)
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    number = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal number
-        for line in _lines(file, name):
-            number += 1
-            yield line.decode()
-
+    lines = map(bytes.decode, _lines(file, name))
+    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     try:
-        rows = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
         header = next(rows, [])
         if header and text_field not in header:
             raise DataError(_missing(name, text_field, header))
-        for row in rows:
-            if row and len(row) != len(header):
+        for row in filter(None, rows):
+            if len(row) != len(header):
                 raise DataError(
-                    f"{name}:{number}: {len(header)} columns expected, {len(row)} found"
+                    f"{name}:{rows.line_num}: {len(header)} columns expected, {len(row)} found"
                 )
-            if row:
-                yield row[header.index(text_field)].encode()
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{name}:{number}: {error}") from None
+            yield row[header.index(text_field)].encode()
+    except csv.Error as error:
+        raise DataError(f"{name}:{rows.line_num}: {error}") from None
+    except UnicodeDecodeError as error:  # in the line after those that are counted
+        raise DataError(f"{name}:{rows.line_num + 1}: {error}") from None
 
 
 def _parquet(file: Any, name: str, text_field: str) -> Iterator[bytes]:

@@ -4,6 +4,7 @@ import hashlib
 import heapq
 from array import array
 from collections.abc import Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nanonormuon.errors import DataError
 from nanonormuon.storage.shards import CHUNK, Split, open_data
 from nanonormuon.text.tokenizer import FILE, Tokenizer, get, load
 
+COUNTS = ("documents", "tokens", "shards", "bytes", "bytes_per_token", "copies")
 LONGEST, WINDOWS, WINDOW = 5, 3, 64  # documents, windows of each split, tokens in one
 
 
@@ -43,13 +45,10 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
     elif words is None:
         problems.append("no manifest and no tokenizer: give --tokenizer, as in --tokenizer gpt2")
     eot = data.manifest["tokenizer"]["eot"] if data.manifest else words and words.eot
-    digests = {}
-    for name, split in (("train", data.train), ("val", data.val)):
-        result[name], digests[name] = describe(split, eot, words)
+    result["train"], train_digests = describe(data.train, eot, words)
+    result["val"], val_digests = describe(data.val, eot, words)
     if eot is not None:
-        result["train"]["copies"] = copies(digests["train"])
-        shared = np.isin(digests["val"], digests["train"])
-        result["val"] |= {"copies": copies(digests["val"]), "also_in_train": int(shared.sum())}
+        result["val"]["also_in_train"] = int(np.isin(val_digests, train_digests).sum())
         problems += find_problems(result)
     return result | {"problems": problems}
 
@@ -65,18 +64,17 @@ def describe(
     }  # fmt: skip
     digests, longest = array("Q"), []
 
-    def read() -> Iterator[tuple[int, int, int, int]]:
-        """Length, negative number, shard and start of each document."""
+    def read() -> Iterator[np.ndarray]:
         with tqdm(desc="inspecting", total=split.tokens, unit_scale=True, disable=None) as bar:
-            for number, (shard, start, stop) in enumerate(documents(split, eot)):
-                tokens = split.shards[shard][start:stop]
+            for tokens in documents(split, eot):
                 digests.frombytes(hashlib.sha256(tokens.tobytes()).digest()[:8])
-                bar.update(stop - start + 1)
-                yield stop - start, -number, shard, start
+                bar.update(len(tokens) + 1)
+                yield tokens
 
     if eot is not None:
-        longest = heapq.nlargest(LONGEST, read())
+        longest = heapq.nlargest(LONGEST, read(), key=len)
         found["documents"] = len(digests)
+        found["copies"] = len(digests) - len(np.unique(np.asarray(digests)))
     if words is not None:
         if (text_bytes := split.bytes) is None and (lengths := words.token_lengths()) is not None:
             text_bytes = sum(
@@ -87,30 +85,25 @@ def describe(
         if text_bytes is not None:
             found["bytes_per_token"] = round(text_bytes / split.tokens, 3)
         found["longest"] = [
-            {"tokens": n, "begins": words.decode(split.shards[shard][start : start + 24])}
-            for n, _, shard, start in longest
+            {"tokens": len(tokens), "begins": words.decode(tokens[:24])} for tokens in longest
         ]
         found["windows"] = [
             words.decode(split.shards[0][i * WINDOW : (i + 1) * WINDOW]) for i in range(WINDOWS)
         ]
-    return found, np.array(digests, np.uint64)
+    return found, np.asarray(digests)
 
 
-def documents(split: Split, eot: int) -> Iterator[tuple[int, int, int]]:
-    """Shard, start and end of each document without its separator. Tokens before a shard's first
+def documents(split: Split, eot: int) -> Iterator[np.ndarray]:
+    """The tokens (n,) of each document without its separator. Tokens before a shard's first
     separator count as a document."""
-    for index, shard in enumerate(split.shards):
-        start = -1 if int(shard[0]) == eot else 0
-        for offset in range(0, len(shard), CHUNK):
-            for at in np.flatnonzero(shard[offset : offset + CHUNK] == eot).tolist():
-                if start >= 0:
-                    yield index, start, offset + at
-                start = offset + at + 1
-        yield index, start, len(shard)
-
-
-def copies(digests: np.ndarray) -> int:
-    return len(digests) - len(np.unique(digests))
+    for shard in split.shards:
+        chunks = ((at, shard[at : at + CHUNK]) for at in range(0, len(shard), CHUNK))
+        ends = chain.from_iterable(
+            (at + np.flatnonzero(part == eot)).tolist() for at, part in chunks
+        )
+        for before, end in pairwise(chain([-1], ends, [len(shard)])):
+            if end > 0:  # nothing stands before a shard's first token
+                yield shard[before + 1 : end]
 
 
 def find_problems(result: dict[str, Any]) -> list[str]:
@@ -141,12 +134,9 @@ def as_text(result: dict[str, Any]) -> str:
         lines.append(f"source: {name}, {number:,} documents, {size:,} bytes")
     for name in ("train", "val"):
         if part := result.get(name):
-            counts = [f"{part[k]:,} {k}" for k in ("documents", "tokens", "shards") if k in part]
-            counts += [f"{part['bytes']:,} bytes"] if part["bytes"] else []
-            rate = part.get("bytes_per_token")
-            counts += [f"{rate} bytes per token"] if rate else []
-            counts += [f"{part['copies']:,} copies"] if "copies" in part else []
-            lines.append(f"{name}: {', '.join(counts)}")
+            shown = [k for k in COUNTS if part.get(k) is not None]
+            counts = ", ".join(f"{part[k]:,} {k.replace('_', ' ')}" for k in shown)
+            lines.append(f"{name}: {counts}")
     for name in ("train", "val"):
         part = result.get(name, {})
         for document in part.get("longest", []):

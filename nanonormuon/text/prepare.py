@@ -12,8 +12,6 @@ appear by one renaming of a directory.
 """
 
 import contextlib
-import hashlib
-import itertools
 import json
 import logging
 import os
@@ -23,6 +21,8 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from hashlib import sha256
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,16 +34,14 @@ from nanonormuon.errors import DataError, TokenizerError
 from nanonormuon.storage import shards
 from nanonormuon.storage.files import lock, replace_file, sync_directory
 from nanonormuon.storage.shards import MANIFEST, PARTIAL
-from nanonormuon.text import sources
 from nanonormuon.text.bpe import CONFIG, FILE, Tokenizer, pieces
-from nanonormuon.text.encode import Plan, encode
-from nanonormuon.text.sources import Document
+from nanonormuon.text.encode import encode, read_plan
+from nanonormuon.text.sources import Document, documents
 from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load, trained_size
 
 log = logging.getLogger(__name__)
 
-PLAN = "plan.json"
 SHARD_BYTES = 256 << 20  # of text; a shard ends with the document that reaches it
 SAMPLE_BYTES = 64 << 20  # what BPE is trained on at most, spread evenly over the training text
 
@@ -69,14 +67,14 @@ def prepare(
     If `out` holds this very preparation already, it is verified and kept.
     Raises DataError, TokenizerError, OSError.
     """
-    out, readings = Path(out), itertools.count()
+    out, readings = Path(out), count()
     names = ["standard input" if str(t) == "-" else Path(t).resolve().name for t in texts]
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(_spool(out)) if str(t) == "-" else t for t in texts]
 
         def read() -> Iterator[Document]:
-            first = next(readings) == 0
-            return sources.documents(opened, out, text_field, separator.encode(), first)
+            log_passed = next(readings) == 0
+            return documents(opened, out, text_field, separator.encode(), log_passed)
 
         return prepare_documents(read, names, out, tokenizer, val, workers, shard_bytes)
 
@@ -98,10 +96,9 @@ def prepare_documents(
         )
     # errors of the tokenizer come before any work
     vocabulary = None if trained_size(spec) else get_tokenizer(spec)
-    survey = Survey(names, val).read(read())
+    survey = Survey(read(), names, val)
     request = {"tokenizer": vocabulary.hash if vocabulary else str(spec), "val": val}
-    request["shard_bytes"] = shard_bytes
-    asked = {"request": request, "sources": survey.sources()}
+    asked = {"request": request | {"shard_bytes": shard_bytes}, "sources": survey.sources}
     with alone(out):
         if (out / MANIFEST).exists():
             return _reuse(out, asked)
@@ -109,28 +106,27 @@ def prepare_documents(
         try:
             survey.log_split()
             vocabulary = vocabulary or _trained(str(spec), survey, read, partial, plan)
+            vocabulary.save(partial)
             split = survey.split(read())
             splits = encode(split, survey.bytes, vocabulary, partial, plan, shard_bytes, workers)
-            vocabulary.save(partial)
         except DataError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         except BaseException:
             log.warning("prepare: stopped; the same command goes on from what is in %s", partial)
             raise
-        about = {key: getattr(vocabulary, key) for key in ("name", "hash", "vocab_size", "eot")}
         manifest = {
             "format": shards.FORMAT,
             "tool": f"nanonormuon {__version__}",
-            "tokenizer": about,
+            "tokenizer": {k: getattr(vocabulary, k) for k in ("name", "hash", "vocab_size", "eot")},
             "method": "tail of the longest document" if survey.tail else "hash of each document",
             "copies": survey.copies,
             **splits,
             **asked,
         }
         _publish(partial, out, manifest)
-    for name, split in splits.items():
-        counts = (split[key] for key in ("documents", "tokens", "bytes"))
+    for name, found in splits.items():
+        counts = (found[key] for key in ("documents", "tokens", "bytes"))
         log.info("prepare: %s documents=%d tokens=%d bytes=%d", name, *counts)
     return manifest
 
@@ -139,105 +135,92 @@ def prepare_documents(
 
 
 class Survey:
-    """One pass over the documents: how many there are, and to which split each belongs."""
+    """One pass over the documents: how many there are, and to which split each belongs. DataError
+    if there is no text in them."""
 
-    def __init__(self, names: list[str], val: float) -> None:
-        self.names, self.val = names, val
-        self.documents = self.bytes = 0
-        self._rows = [{"name": n, "documents": 0, "bytes": 0} for n in names]
-        self._hashes = [hashlib.sha256() for _ in names]
-        self._digests = array("Q")  # the first eight bytes of each document's sha256
-        self.longest, self.longest_bytes, self._longest_digest = "", 0, b""
-        self._sides: set[str] = set()
-
-    def read(self, documents: Iterable[Document]) -> "Survey":
-        """Count all documents. DataError if there is no text in them."""
+    def __init__(self, documents: Iterable[Document], names: list[str], val: float) -> None:
+        self.val, self.longest, self.longest_name, longest_bytes = val, 0, "", 0
+        self.numbers = array("Q")  # of each document: the first eight bytes of its sha256
+        self.sources: list[dict[str, Any]] = [
+            {"name": n, "documents": 0, "bytes": 0} for n in names
+        ]
+        hashes = [sha256() for _ in names]  # over the documents' sha256 (binary, in order)
         with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
             for document in documents:
-                self.add(document)
-                bar.update(len(document.data))
-        if not self.longest_bytes:
-            names = ", ".join(self.names) or "prepare"
-            raise DataError(f"{names}: no text found; name files that have some")
-        return self
+                digest, size = sha256(document.data).digest(), len(document.data)
+                self.sources[document.source]["documents"] += 1
+                self.sources[document.source]["bytes"] += size
+                hashes[document.source].update(digest)
+                if size > longest_bytes:
+                    self.longest, self.longest_name = len(self.numbers), document.name
+                    longest_bytes = size
+                self.numbers.append(_number(digest))
+                bar.update(size)
+        if not longest_bytes:
+            names = names or ["prepare"]
+            raise DataError(f"{', '.join(names)}: no text found; name files that have some")
+        for source, digests in zip(self.sources, hashes):
+            source["sha256"] = digests.hexdigest()
+        self.bytes = sum(source["bytes"] for source in self.sources)
+        # whether hashes leave a split empty, so that validation is the longest document's tail
+        self.tail = len(set(map(self._side, self.numbers))) < 2
+        # how many documents are exact copies of an earlier one
+        self.copies = len(self.numbers) - len(np.unique(np.asarray(self.numbers)))
 
-    def add(self, document: Document) -> bytes:
-        """Count a document; returns the sha256 of its content."""
-        digest, size = hashlib.sha256(document.data).digest(), len(document.data)
-        self.documents += 1
-        self.bytes += size
-        self._rows[document.source]["documents"] += 1
-        self._rows[document.source]["bytes"] += size
-        self._hashes[document.source].update(digest)
-        self._digests.frombytes(digest[:8])
-        self._sides.add(self._side(digest))
-        if size > self.longest_bytes:
-            self.longest, self.longest_bytes, self._longest_digest = document.name, size, digest
-        return digest
-
-    @property
-    def tail(self) -> bool:
-        """Whether hashes leave a split empty, so that validation is the longest document's tail."""
-        return len(self._sides) < 2
-
-    @property
-    def copies(self) -> int:
-        """How many documents are exact copies of an earlier one."""
-        return len(self._digests) - len(np.unique(np.frombuffer(self._digests, np.uint64)))
+    def _side(self, number: int) -> str:
+        return "val" if number < self.val * 2**64 else "train"
 
     def log_split(self) -> None:
         """Log what a user should know about the split."""
-        if copies := self.copies:
+        if self.copies:
             log.info(
                 "prepare: %d of %d documents are exact copies of another; all copies of a document"
-                " are on the same side of the split", copies, self.documents,
+                " are on the same side of the split", self.copies, len(self.numbers),
             )  # fmt: skip
         if self.tail:
-            share, name = self.val, self.longest
+            share, name = self.val, self.longest_name
             log.info("prepare: val is the last %g of the longest document, %s", share, name)
-            itself = np.frombuffer(self._longest_digest[:8], np.uint64)
-            if (np.frombuffer(self._digests, np.uint64) == itself).sum() > 1:
+            if self.numbers.count(self.numbers[self.longest]) > 1:
                 log.warning("prepare: train has copies of %s, and so all of val", name)
-
-    def sources(self) -> list[dict[str, Any]]:
-        """One entry per source; `sha256` is over the documents' sha256 (binary, in order)."""
-        rows = zip(self._rows, self._hashes, strict=True)
-        return [row | {"sha256": digest.hexdigest()} for row, digest in rows]
 
     def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
         """Each document with its split, in order; DataError if they are not the surveyed ones."""
-        again, cut = Survey(self.names, self.val), not self.tail
-        for document in documents:
-            digest = again.add(document)
-            if cut or digest != self._longest_digest:
-                yield "train" if self.tail else self._side(digest), document
-                continue
-            cut = True
-            text = document.data.decode("utf-8", "surrogateescape")
-            at = max(1, int(len(text) * (1 - self.val)))  # in characters, as nanoGPT cuts
-            if at >= len(text):
-                raise DataError(f"{document.name}: {len(text)} characters cannot be split in two")
-            for side, part in (("train", text[:at]), ("val", text[at:])):
-                yield side, replace(document, data=part.encode("utf-8", "surrogateescape"))
-        if again.sources() != self.sources():
-            raise DataError(f"{', '.join(self.names)}: changed during preparation; run it again")
+        for i, (document, number) in enumerate(zip_longest(documents, self.numbers)):
+            if document is None or _number(sha256(document.data).digest()) != number:
+                names = ", ".join(source["name"] for source in self.sources)
+                raise DataError(f"{names}: changed during preparation; run it again")
+            if not self.tail:
+                yield self._side(number), document
+            elif i != self.longest:
+                yield "train", document
+            else:
+                text = document.data.decode("utf-8", "surrogateescape")
+                at = max(1, int(len(text) * (1 - self.val)))  # in characters, as nanoGPT cuts
+                if at >= len(text):
+                    name, length = document.name, len(text)
+                    raise DataError(f"{name}: {length} characters cannot be split in two")
+                for side, part in (("train", text[:at]), ("val", text[at:])):
+                    yield side, replace(document, data=part.encode("utf-8", "surrogateescape"))
 
-    def _side(self, digest: bytes) -> str:
-        return "val" if int.from_bytes(digest[:8], "big") < self.val * 2**64 else "train"
+
+def _number(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "big")
 
 
 def _trained(
-    spec: str, survey: Survey, read: Callable[[], Iterable[Document]], partial: Path, plan: Plan
+    spec: str,
+    survey: Survey,
+    read: Callable[[], Iterable[Document]],
+    partial: Path,
+    plan: dict[str, Any],
 ) -> Tokenizer:
     """The tokenizer trained on this text, or the one that an interrupted run saved."""
     with contextlib.suppress(TokenizerError):
-        if (there := load(partial)).hash == plan.tokenizer:
+        if (there := load(partial)).hash == plan["tokenizer"]:
             return there
     log.info("prepare: training %s", spec)
     training = (document.data for side, document in survey.split(read()) if side == "train")
-    vocabulary = get_tokenizer(spec, _sample(training, survey.bytes))
-    vocabulary.save(partial)
-    return vocabulary
+    return get_tokenizer(spec, _sample(training, survey.bytes))
 
 
 def _sample(texts: Iterable[bytes], total: int) -> Iterator[str | bytes]:
@@ -287,38 +270,39 @@ def _spool(out: Path) -> Iterator[IO[bytes]]:
 def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a finished directory, if it is what is asked for and undamaged."""
     try:
-        there = shards.read_manifest(out)
-        if other := [key for key in asked if there.get(key) != asked[key]]:
+        manifest = shards.read_manifest(out)
+        if other := [key for key in asked if manifest.get(key) != asked[key]]:
             raise DataError(f"it was prepared with another {', '.join(other)}")
-        manifest = shards.open_data(out, verify="full").manifest
+        shards.open_data(out, verify="full")
+        if load(out).hash != manifest["tokenizer"]["hash"]:
+            raise DataError(f"another tokenizer in {FILE}")
     except DataError as error:
         raise DataError(
             f"{out}: already holds prepared data; remove it or choose another --out: {error}"
         ) from None
-    assert manifest is not None
     shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left, if the last run stopped at the end
     log.info("prepare: %s is prepared already, verified", out)
     return manifest
 
 
-def _begin(out: Path, asked: dict[str, Any]) -> tuple[Path, Plan]:
+def _begin(out: Path, asked: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Make OUT/.partial, or continue with what an interrupted run of the same preparation left
-    there. Removes what a different preparation left there, and nothing else."""
-    partial = out / PARTIAL
+    there, and the plan. Removes what a different preparation left there, and nothing else."""
+    partial, asked = out / PARTIAL, {"tool": __version__, **asked}
     if (partial / MANIFEST).exists():  # stopped while moving files: the listed ones are ours
         for name in _products(shards.read_manifest(partial)):
             if (out / name).exists():
                 (out / name).replace(partial / name)
         (partial / MANIFEST).unlink()
-    plan = Plan(partial / PLAN, {"tool": __version__, **asked})
-    if partial.exists() and not plan.resume():
+    plan = read_plan(partial, asked)
+    if partial.exists() and not plan:
         log.info("prepare: removing what another run left in %s", partial)
         shutil.rmtree(partial)
     for pattern in ("*train_*.bin", "*val_*.bin", FILE, CONFIG):
         if foreign := sorted(out.glob(pattern)):
             raise DataError(f"{foreign[0]}: in the way, not of this preparation; use another --out")
     partial.mkdir(exist_ok=True)
-    return partial, plan
+    return partial, plan or {"asked": asked, "tokenizer": "", "shards": []}
 
 
 def _publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,8 +33,7 @@ TEXT = (
     *(".sh", ".sql", ".lua", ".rb", ".jl", ".r", ".yml"),
 )
 RECORDS = {
-    ".jsonl": "lines", ".ndjson": "lines", ".json": "json",
-    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+    ".jsonl": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
 }  # fmt: skip
 PACKED = (".gz", ".zst")
 LARGE = 16 << 20  # bytes; a longer document is cut into parts
@@ -75,14 +74,14 @@ def documents(
     `log_passed` the log says how many. Raises DataError.
     """
     for index, source in enumerate(sources):
-        walked, files = _find(source, skip)
+        walked = isinstance(source, str | Path) and Path(source).is_dir()
         passed = []
-        for name, file in files:
+        for file in _find(source, skip):
+            name = str(file) if isinstance(file, Path) else "standard input"
             try:
-                with _opened(file) as raw:
-                    for text in _texts(raw, name, text_field, separator):
-                        if text.strip():
-                            yield Document(name, index, text)
+                for text in _texts(file, name, text_field, separator):
+                    if text.strip():
+                        yield Document(name, index, text)
             except NotText:
                 if not walked:
                     raise
@@ -94,21 +93,21 @@ def documents(
             )  # fmt: skip
 
 
-def _find(source: Source, skip: Path | None) -> tuple[bool, list[tuple[str, Path | IO[bytes]]]]:
-    """Whether a source is a directory, and its files with their names for messages."""
+def _find(source: Source, skip: Path | None) -> Sequence[Path | IO[bytes]]:
+    """The files of a source."""
     if not isinstance(source, str | Path):
-        return False, [("standard input", source)]
+        return [source]
     path = Path(source)
     if path.is_dir():
-        return True, [(str(file), file) for file in walk(path, skip)]
+        return walk(path, skip)
     if path.exists():
-        return False, [(str(path), path)]
+        return [path]
     if glob.has_magic(str(source)):
-        found = sorted({Path(p) for p in glob.glob(str(source), recursive=True)})
+        found = {Path(name) for name in glob.glob(str(source), recursive=True)}
         own = skip.resolve() if skip else None  # a repeated run does not take its own output
-        found = [p for p in found if not (own and p.resolve().is_relative_to(own))]
-        if files := [p for p in found if p.is_file()]:
-            return False, [(str(p), p) for p in files]
+        found = {p for p in found if not (own and p.resolve().is_relative_to(own))}
+        if files := sorted(filter(Path.is_file, found)):
+            return files
         raise DataError(f"{source}: the pattern matches no file (directories are named without *)")
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, 1)
@@ -125,41 +124,42 @@ def walk(root: Path, skip: Path | None = None) -> list[Path]:
             f"{error.filename}: cannot be read: {error.strerror}; allow it or name other sources"
         )
 
-    known, files = (*TEXT, *RECORDS), []
-    known += tuple(suffix + packed for suffix in known for packed in PACKED)
+    def is_own(path: Path) -> bool:
+        return skip is not None and skip.exists() and skip.samefile(path)
+
+    files, known = [], {*TEXT, *RECORDS, ".json"}
     for folder, below, names in os.walk(root, onerror=fail):
-        here = Path(folder)
-        below[:] = [
-            name
-            for name in below
-            if not name.startswith(".")
-            and not (skip and skip.exists() and skip.samefile(here / name))
-        ]
-        files += [here / name for name in below if (here / name).is_symlink()]
-        for path in (here / name for name in names if not name.startswith(".")):
-            if path.name.lower().endswith(known) and path.is_file() and path.stat().st_size:
+        below[:] = [n for n in below if not (n.startswith(".") or is_own(Path(folder, n)))]
+        files += [path for name in below if (path := Path(folder, name)).is_symlink()]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if _suffix(path) in known and path.is_file() and path.stat().st_size:
                 files.append(path)
     return sorted(files, key=lambda path: path.parts)
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that names a format: .csv of x.csv.gz."""
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
 # --------------------------------------------------------------------------- one file's documents
 
 
-def _texts(raw: IO[bytes], name: str, text_field: str, separator: bytes) -> Iterator[bytes]:
-    """The documents of one open file, whatever its format; DataError names what is wrong where."""
+def _texts(file: Path | IO[bytes], name: str, text_field: str, separator: bytes) -> Iterator[bytes]:
+    """The documents of one file, whatever its format; DataError names what is wrong where."""
     try:
-        file = _unpacked(raw, name)
-        kind = _kind(file, name)
-        if kind == "text":
-            yield from _parts(_checked(file, name), separator)
-            return
-        if kind == "parquet" and file is not raw:  # it is read at random
-            file = io.BytesIO(file.read(PACKED_PARQUET_LIMIT + 1))
-            if file.getbuffer().nbytes > PACKED_PARQUET_LIMIT:
-                raise DataError(f"{name}: Parquet is compressed in itself; unpack this file")
-        for text in formats.READ[kind](file, name, text_field):
-            parts, rest = _cut(text, 2 * PART) if len(text) > LARGE else ([], text)
-            yield from (*parts, rest)
+        with _opened(file) as raw:
+            content = _unpacked(raw, name)
+            kind = _kind(content, name)
+            if kind == "text":
+                yield from _parts(_checked(content, name), separator)
+                return
+            if kind == "parquet" and content is not raw:  # it is read at random
+                content = io.BytesIO(content.read(PACKED_PARQUET_LIMIT + 1))
+                if content.getbuffer().nbytes > PACKED_PARQUET_LIMIT:
+                    raise DataError(f"{name}: Parquet is compressed in itself; unpack this file")
+            for text in formats.READ[kind](content, name, text_field):
+                yield from _cut(text, 2 * PART) if len(text) > LARGE else [text]
     except (EOFError, zlib.error, OSError) as error:
         if reason := getattr(error, "strerror", None):  # the system's; libraries set none
             raise DataError(f"{name}: cannot be read: {reason}") from None
@@ -170,10 +170,7 @@ def _opened(file: Path | IO[bytes]) -> Any:
     if isinstance(file, Path):
         if file.exists() and not file.is_file():  # a pipe could not be read three times
             raise NotText(f"{file}: not a regular file; pipe it in with -")
-        try:
-            return file.open("rb")
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+        return file.open("rb")
     file.seek(0)
     return io.BufferedReader(io.FileIO(file.fileno(), closefd=False))
 
@@ -197,20 +194,18 @@ def _unpacked(raw: IO[bytes], name: str) -> Any:
 
 def _kind(file: Any, name: str) -> str:
     """text, lines (a JSON value each), array (of JSON values), csv, tsv or parquet."""
-    suffixes = [s for s in map(str.lower, Path(name).suffixes) if s not in PACKED]
-    suffix = suffixes[-1] if suffixes else ""
+    suffix = _suffix(Path(name))
     if suffix in TEXT:
         return "text"
-    if suffix in RECORDS and suffix != ".json":
+    if suffix in RECORDS:
         return RECORDS[suffix]
     start = file.peek(1 << 16)
     if start.startswith(b"PAR1"):
         return "parquet"
     start = start.removeprefix(codecs.BOM_UTF8).lstrip()
-    if start.startswith(b"["):
-        if suffix == ".json" or start[1:].lstrip()[:1] in (b"{", b'"'):
-            return "array"
-    elif start.startswith(b"{"):
+    if re.match(rb"\[" if suffix == ".json" else rb'\[\s*["{]', start):
+        return "array"
+    if start.startswith(b"{"):
         line, end, _ = start.partition(b"\n")
         try:
             json.loads(line)
@@ -232,19 +227,18 @@ def _checked(file: Any, name: str) -> Iterator[bytes]:
     done = bad = 0
     first = None  # offset of the first byte that is not UTF-8
     while block := file.read(LARGE):
-        if (at := block.find(0)) < 0:
+        nul = block.find(0)
+        if nul < 0:
             try:
                 block.decode()
             except UnicodeDecodeError as error:
                 first = done + error.start if first is None else first
                 bad += len(block) - len(block.decode("utf-8", "ignore").encode())
-                if bad > BAD_SHARE * (done + len(block)):
-                    at = first - done
-        if at >= 0 or bad > BAD_SHARE * (done + len(block)):
-            found = f"byte 0x{block[at]:02x}" if at >= 0 else f"{bad} other bytes"
-            kind = DataError if done else NotText
-            raise kind(
-                f"{name}: offset {done + at}: UTF-8 text expected, {found} found;"
+        if nul >= 0 or bad > BAD_SHARE * (done + len(block)):
+            at = first if nul < 0 else done + nul
+            found = f"byte 0x{block[at - done]:02x}" if at >= done else f"{bad} other bytes"
+            raise (DataError if done else NotText)(
+                f"{name}: offset {at}: UTF-8 text expected, {found} found;"
                 " convert the file or leave it out"
             )
         yield block if done else block.removeprefix(codecs.BOM_UTF8)
@@ -260,21 +254,15 @@ def _parts(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
         if separator:
             *whole, buffer = buffer.split(separator)
             for document in whole:
-                if long or len(document) > LARGE:
-                    parts, document = _cut(document, 2 * PART)
-                    yield from parts
-                yield document
+                yield from _cut(document, 2 * PART) if long or len(document) > LARGE else [document]
                 long = False
         if long := long or len(buffer) > LARGE:
-            parts, buffer = _cut(buffer, 2 * PART + len(separator))
+            *parts, buffer = _cut(buffer, 2 * PART + len(separator))
             yield from parts
-    if long:
-        parts, buffer = _cut(buffer, 2 * PART)
-        yield from parts
-    yield buffer
+    yield from _cut(buffer, 2 * PART) if long else [buffer]
 
 
-def _cut(text: bytes, keep: int) -> tuple[list[bytes], bytes]:
+def _cut(text: bytes, keep: int) -> list[bytes]:
     """Parts of PART to 2 PART bytes from the start of a text, and the rest of at most `keep`. A
     part ends with a paragraph; failing that, with a line, a word, a character."""
     parts, start = [], 0
@@ -289,4 +277,4 @@ def _cut(text: bytes, keep: int) -> tuple[list[bytes], bytes]:
             end -= 1
         parts.append(text[start:end])
         start = end
-    return parts, text[start:]
+    return [*parts, text[start:]]

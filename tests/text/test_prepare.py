@@ -284,6 +284,12 @@ def test_damaged_output_is_not_reused(corpus: Path, tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(DataError, match=r"remove it or choose another --out: .*sha256"):
         prepare([corpus], tmp_path / "out", tokenizer="byte")
+    raw[2000] ^= 1
+    path.write_bytes(raw)
+    prepare([corpus], tmp_path / "out", tokenizer="byte")
+    tokenizer.get("bpe:300", ["some text"]).save(tmp_path / "out")
+    with pytest.raises(DataError, match=r"another tokenizer in tokenizer\.json"):
+        prepare([corpus], tmp_path / "out", tokenizer="byte")
 
 
 @pytest.mark.parametrize("name", ["fineweb_train_000001.bin", "val_9.bin", "tokenizer.json"])
