@@ -139,7 +139,7 @@ class File:
             self.listed = None
 
     def check(self) -> None:
-        """Raise DataError if the file has changed, or is known by now not to be the listed one.
+        """Raise DataError if the file has changed, or was found not to be the listed one.
         The first call starts a thread that verifies it."""
         if (now := _state(self.path)) != self.found:
             raise DataError(
@@ -210,20 +210,20 @@ class Split:
         return self._of(first), self._of(rest)
 
     def check(self, shard: int) -> None:
-        """To be called before a shard is read; costs a stat(). Raises DataError as File.check."""
+        """Call before reading a shard; costs a stat(). Raises DataError as File.check does."""
         self.files[shard].check()
 
     def settle(self) -> None:
-        """To be called before anything computed from this split is kept. Raises DataError if the
-        content of a shard read so far is not what the manifest lists."""
+        """Call before keeping anything computed from this split. Raises DataError if the content
+        of a shard read so far is not what the manifest lists."""
         for file in self.files:
             file.settle()
 
 
 @dataclass
 class Data:
-    """A data directory, opened and checked. `fingerprint` differs for other data: it is of the
-    content with a manifest, of names and sizes without one."""
+    """A data directory, opened and checked. `fingerprint` identifies the data: by content with a
+    manifest, by names and sizes of files without one."""
 
     path: Path
     train: Split

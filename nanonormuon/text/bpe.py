@@ -106,10 +106,10 @@ class Tokenizer:
     special_ids: set[int]  # ids that are no text
     content: dict[str, Any]  # of tokenizer.json
     foreign = False  # whether the file came from elsewhere; a mark in tokenizer_config.json
-    pieces = staticmethod(pieces)  # what `encode_job` takes, in a job of one or more texts
+    pieces = staticmethod(pieces)  # cuts a text for `encode_job`
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
-        """The ids of each text; other threads run meanwhile."""
+        """The ids of each text. Releases the GIL, so that other threads run meanwhile."""
         raise NotImplementedError
 
     def encode_job(self, job: Sequence[Piece]) -> np.ndarray:
@@ -151,12 +151,12 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream(self, before: Sequence[int] = ()) -> "Stream":
-        """A decoder for tokens that come one at a time, behind the tokens `before`."""
+        """A decoder of tokens that come one at a time, after the tokens `before`."""
         return Stream(self)
 
     def token_lengths(self) -> np.ndarray | None:
         """Bytes of text behind each id (vocab_size,), 0 for a special token. None if tokens have
-        no length of their own; then no bits per byte can be told for a part of a split."""
+        no length of their own, so that bits per byte of a part of a split are unknown."""
         lengths = np.zeros(self.vocab_size, np.int64)
         for i in self.table.keys() - self.special_ids:
             lengths[i] = len(self.table[i])
@@ -196,11 +196,11 @@ class Stream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text that is complete with this token. Raises TokenizerError for an unknown id."""
+        """The text that this token completes. Raises TokenizerError for an unknown id."""
         return self.decoder.decode(self.tokenizer.decode_bytes([token]))
 
     def finish(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         return self.decoder.decode(b"", final=True)
 
 

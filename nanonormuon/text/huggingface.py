@@ -147,7 +147,7 @@ def read(content: dict[str, Any], config: dict[str, Any], path: Path) -> Tokeniz
         raise ValueError(f"tokenizers {tokenizers.__version__}: {error}") from None
     library.no_truncation()
     library.no_padding()
-    library.encode_special_tokens = True  # as the text that they are
+    library.encode_special_tokens = True  # as ordinary text
     kind = ByteLevel if _is_byte_level(content, tokens) else OtherKind
     normalizer = json.dumps(content.get("normalizer"))
     changes = sorted(set(re.findall(r'"type": "([A-Z]\w+)"', normalizer)) - REVERSIBLE)
