@@ -1,6 +1,5 @@
 """Find, check and load a trained model: a run's, or one in a Hugging Face directory."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +143,11 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
         raise CheckpointError(f"{path}: whether the data fit it cannot be told: set data.tokenizer")
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; copy the model's own {TOKENIZER_FILE} there")
-    ours = vocabulary(json.loads(tokenizer.files()[TOKENIZER_FILE]))
     try:
-        theirs = vocabulary(checkpoints.read_json(file))
+        ours, theirs = vocabulary(tokenizer.content), vocabulary(checkpoints.read_json(file))
     except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: not a tokenizer's vocabulary ({error})") from None
-    wrong = [(token, i) for token, i in ours.items() if theirs.get(token) != i]
-    if wrong:
+    if wrong := [(token, i) for token, i in ours.items() if theirs.get(token) != i]:
         token, i = wrong[0]
         raise CheckpointError(
             f"{file}: {len(wrong)} of the data's {len(ours)} tokens are others here, first "

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,16 +57,24 @@ def header(version: int, n_tokens: int) -> bytes:
     return fields.tobytes()
 
 
-def read_shard(path: str | Path) -> np.memmap:
-    """Map a shard read-only, after checking its size against its header; no token is read."""
-    path, found = Path(path), _size(Path(path))
+def read_shard(path: str | Path, headerless: bool = False) -> np.memmap:
+    """Map a shard read-only, after checking its size against its header; no token is read.
+    `headerless`: a file that is nothing but uint16 tokens, as nanoGPT writes them."""
+    path = Path(path)
+    if not path.is_file():  # reading a pipe could wait for ever
+        raise DataError(f"{path}: missing, or not a regular file; prepare the data again")
+    found, first = path.stat().st_size, np.fromfile(path, "<i4", 3).tolist()
+    if headerless:
+        if found < 2 or found % 2:
+            raise DataError(f"{path}: uint16 tokens expected, {found} bytes found; copy it again")
+        if first[:1] == [MAGIC]:
+            raise DataError(f"{path}: a shard with a header; leave data.format at shards")
+        return np.memmap(path, DTYPES[1], "r")
     if found < HEADER_BYTES:
         raise DataError(f"{path}: {found} bytes, a shard's header alone has {HEADER_BYTES}")
-    magic, version, n_tokens = np.fromfile(path, "<i4", 3).tolist()
+    magic, version, n_tokens = first
     if magic != MAGIC:
-        raise DataError(
-            f"{path}: offset 0: {MAGIC} expected, {magic} found; this is no token shard"
-        )
+        raise DataError(f"{path}: offset 0: {MAGIC} expected, {magic} found; this is no shard")
     if version not in DTYPES:
         raise DataError(f"{path}: offset 4: version 1 or 2 expected, {version} found")
     size = HEADER_BYTES + n_tokens * DTYPES[version].itemsize
@@ -77,27 +84,6 @@ def read_shard(path: str | Path) -> np.memmap:
             f" found {found}; copy or prepare it again"
         )
     return np.memmap(path, DTYPES[version], "r", HEADER_BYTES, (n_tokens,))
-
-
-def read_headerless(path: str | Path) -> np.memmap:
-    """Map a file that is nothing but uint16 tokens, as nanoGPT writes them."""
-    path, found = Path(path), _size(Path(path))
-    if found < 2 or found % 2:
-        raise DataError(f"{path}: uint16 tokens expected, {found} bytes found; copy it again")
-    if np.fromfile(path, "<i4", 1).tolist() == [MAGIC]:
-        raise DataError(f"{path}: a shard with a header; leave data.format at shards")
-    return np.memmap(path, DTYPES[1], "r", 0, (found // 2,))
-
-
-def _size(path: Path) -> int:
-    """Bytes of a regular file."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; prepare the data again") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path}: not a regular file")
-    return status.st_size
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int | None, path: Path, offset: int = 0) -> int:
@@ -125,19 +111,36 @@ def sha256(path: str | Path) -> str:
 
 
 class File:
-    """A shard's file as it was when it was opened. `listed`: the manifest's entry, if the content
-    is still to be compared with it: in a thread, from the first use of the file on."""
+    """A shard's file as it was when it was opened. `listed`: its entry in the manifest, if there is
+    one and the content is still to be compared with it."""
 
     turn = threading.Lock()  # one file is hashed at a time, beside the work of the run
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.found = path, _state(path)
-        self.listed: dict[str, Any] | None = None
+    def __init__(self, path: Path, listed: dict[str, Any] | None = None) -> None:
+        self.path, self.found, self.listed = path, _state(path), listed
         self._error: DataError | OSError | None = None
         self._thread: threading.Thread | None = None
 
+    def compare(self, **found: Any) -> None:
+        """Raise DataError unless what was found in the shard is what the manifest lists, if any."""
+        if self.listed and self.path.is_symlink():
+            raise DataError(f"{self.path}: a symbolic link, a file expected; copy it here")
+        for key, value in found.items():
+            if self.listed and value != self.listed[key]:
+                raise DataError(
+                    f"{self.path}: {key} {self.listed[key]} expected by {MANIFEST}, {value} found;"
+                    " restore the file or prepare the data again"
+                )
+
+    def verify(self) -> None:
+        """Hash the file, if it is listed and not verified yet. Raises DataError."""
+        if self.listed:
+            self.compare(sha256=sha256(self.path))
+            self.listed = None
+
     def check(self) -> None:
-        """Raise DataError if the file has changed, or is known by now not to be the listed one."""
+        """Raise DataError if the file has changed, or was found not to be the listed one.
+        The first call starts a thread that verifies it."""
         if (now := _state(self.path)) != self.found:
             raise DataError(
                 f"{self.path}: changed while in use, (bytes, time in ns)"
@@ -146,19 +149,19 @@ class File:
         if self._error:
             raise self._error
         if self.listed and self._thread is None:  # a daemon: a run that fails does not wait for it
-            self._thread = threading.Thread(target=self._hash, daemon=True)
+            self._thread = threading.Thread(target=self._verify_in_turn, daemon=True)
             self._thread.start()
 
     def settle(self) -> None:
-        """Wait for the comparison of a file in use; DataError if its content is another."""
+        """Wait for the verification of a file in use; DataError if its content is another."""
         if self._thread is not None:
             self._thread.join()
             self.check()
 
-    def _hash(self) -> None:
+    def _verify_in_turn(self) -> None:
         try:
             with self.turn:
-                _compare(self.path, self.listed, sha256=sha256(self.path))
+                self.verify()
         except (DataError, OSError) as error:
             self._error = error
 
@@ -171,10 +174,10 @@ class Split:
     shards: list[np.ndarray]
     vocab_size: int | None = None
     bytes: int | None = None
-    files: list[File] = field(init=False, repr=False)
+    files: list[File] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        self.files = [File(path) for path in self.paths]
+        self.files = self.files or [File(path) for path in self.paths]
 
     @property
     def names(self) -> list[str]:
@@ -184,43 +187,43 @@ class Split:
     def tokens(self) -> int:
         return sum(len(shard) for shard in self.shards)
 
+    def _of(self, parts: list[tuple[File, np.ndarray]]) -> "Split":
+        """A split of shards, or parts of shards, over the same vocabulary."""
+        files, shards = [file for file, _ in parts], [shard for _, shard in parts]
+        return Split([file.path for file in files], shards, self.vocab_size, files=files)
+
     @classmethod
     def joined(cls, splits: list["Split"]) -> "Split":
         """The shards of several splits in one list."""
         if len(splits) == 1:
             return splits[0]
-        paths, shards = [p for s in splits for p in s.paths], [x for s in splits for x in s.shards]
-        whole = cls(paths, shards, splits[-1].vocab_size)
-        whole.files = [file for s in splits for file in s.files]
-        return whole
+        return splits[-1]._of([part for s in splits for part in zip(s.files, s.shards)])
 
     def cut(self, tokens: int) -> tuple["Split", "Split"]:
         """The first `tokens` tokens, and the rest. A part's bytes of text are not known."""
-        halves, left = (Split([], [], self.vocab_size), Split([], [], self.vocab_size)), tokens
-        for path, shard, file in zip(self.paths, self.shards, self.files):
-            for half, part in zip(halves, (shard[:left], shard[left:])):
+        first, rest = [], []
+        for file, shard in zip(self.files, self.shards):
+            for half, part in ((first, shard[:tokens]), (rest, shard[tokens:])):
                 if len(part):
-                    half.paths.append(path)
-                    half.shards.append(part)
-                    half.files.append(file)
-            left = max(0, left - len(shard))
-        return halves
+                    half.append((file, part))
+            tokens = max(0, tokens - len(shard))
+        return self._of(first), self._of(rest)
 
     def check(self, shard: int) -> None:
-        """To be called before a shard is read; costs a stat(). Raises DataError as File.check."""
+        """Call before reading a shard; costs a stat(). Raises DataError as File.check does."""
         self.files[shard].check()
 
     def settle(self) -> None:
-        """To be called before anything computed from this split is kept. Raises DataError if the
-        content of a shard read so far is not what the manifest lists."""
+        """Call before keeping anything computed from this split. Raises DataError if the content
+        of a shard read so far is not what the manifest lists."""
         for file in self.files:
             file.settle()
 
 
 @dataclass
 class Data:
-    """A data directory, opened and checked. `fingerprint` differs for other data: it is of the
-    content with a manifest, of names and sizes without one."""
+    """A data directory, opened and checked. `fingerprint` identifies the data: by content with a
+    manifest, by names and sizes of files without one."""
 
     path: Path
     train: Split
@@ -268,18 +271,16 @@ def open_data(
         _open_split(path, name, manifest and manifest[name], vocab_size, headerless)
         for name in ("train", "val")
     )
-    shards = [*train.shards, *val.shards]
-    full = verify == "full" or sum(shard.nbytes for shard in shards) <= FULL_CHECK_LIMIT
-    for shard, file in zip(shards, [*train.files, *val.files]):
-        if file.listed and full:
-            _compare(file.path, file.listed, sha256=sha256(file.path))
-            file.listed = None
-        elif full and vocab_size is not None and not manifest:
-            check_ids(shard, vocab_size, file.path)
+    shards, files = train.shards + val.shards, train.files + val.files
+    if verify == "full" or sum(shard.nbytes for shard in shards) <= FULL_CHECK_LIMIT:
+        for shard, file in zip(shards, files):
+            file.verify()
+            if vocab_size is not None and not manifest:
+                check_ids(shard, vocab_size, file.path)
     if manifest:  # what decides the tokens; not what the sources are called, nor the tool's version
         identity: Any = [manifest["tokenizer"]["hash"], manifest["train"], manifest["val"]]
     else:
-        identity = [(p.name, p.stat().st_size) for p in (*train.paths, *val.paths)]
+        identity = [(file.path.name, file.found[0]) for file in files]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Data(path, train, val, manifest, vocab_size, fingerprint)
 
@@ -299,12 +300,11 @@ def _open_split(
         plain = not headerless and (path / f"{name}.bin").exists()
         hint = "for nanoGPT's files set data.format=nanogpt" if plain else "prepare it again"
         raise DataError(f"{path}: no {name} split, {pattern} expected; {hint}")
-    shards = [np.asarray((read_headerless if headerless else read_shard)(p)) for p in paths]
-    split = Split(paths, shards, vocab_size, entry["bytes"] if entry else None)
-    for file, shard in zip(split.files if entry else (), shards):
-        file.listed = listed[file.path.name]
-        _compare(file.path, file.listed, tokens=len(shard), size=file.found[0])
-    return split
+    files = [File(p, listed.get(p.name)) for p in paths]
+    shards = [np.asarray(read_shard(p, headerless)) for p in paths]
+    for file, shard in zip(files, shards):
+        file.compare(tokens=len(shard), size=file.found[0])
+    return Split(paths, shards, vocab_size, entry and entry["bytes"], files)
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -346,18 +346,6 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
     elif type(value) is not shape or (shape is int and not 0 <= value < 2**62):
         kind = shape.__name__ if isinstance(shape, type) else type(shape).__name__
         raise ValueError(f"{where}: {kind} expected, {str(value)[:80]!r} found")
-
-
-def _compare(path: Path, listed: dict[str, Any], **found: Any) -> None:
-    """DataError unless what was found in a shard is what the manifest lists."""
-    if path.is_symlink():
-        raise DataError(f"{path}: a symbolic link, a file of this directory expected; copy it here")
-    for key, value in found.items():
-        if value != listed[key]:
-            raise DataError(
-                f"{path}: {key} {listed[key]} expected by {MANIFEST}, {value} found;"
-                " restore the file or prepare the data again"
-            )
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,26 @@ _SURROGATES = re.compile("([\ud800-\udfff]+)")
 Piece = str | bytes | None  # text; bytes that are not UTF-8; the start of a document
 
 
+def pieces(text: str | bytes) -> Iterator[str | bytes]:
+    """Cut a text so that encoding piece by piece gives the ids of the whole.
+
+    Yields `str` (valid Unicode, about PIECE characters) and, where the text is not UTF-8, `bytes`
+    to be encoded one by one. Only runs of more than PIECE white-space characters are affected.
+    """
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    # "surrogateescape" turns byte b >= 128 that is not UTF-8 into U+DC00 + b and nothing else.
+    for i, part in enumerate(_SURROGATES.split(data.decode("utf-8", "surrogateescape"))):
+        if i % 2:
+            yield part.encode("utf-8", "surrogateescape")
+            continue
+        start = 0
+        while len(part) - start > PIECE and (cut := _CUT.search(part, start + PIECE)):
+            yield part[start : cut.start()]
+            start = cut.start()
+        if start < len(part):
+            yield part[start:]
+
+
 # --------------------------------------------------------------------------------- the interface
 
 
@@ -79,16 +99,17 @@ class Tokenizer:
 
     name: str  # for messages
     hash: str  # sha256 (hex) of everything that decides the ids; the name is not part of it
-    end: str  # the token that stands before every document
+    end = EOT  # the token that stands before every document
     eot: int  # its id
     vocab_size: int  # one more than the largest id
     table: dict[int, bytes]  # the bytes of each id
     special_ids: set[int]  # ids that are no text
     content: dict[str, Any]  # of tokenizer.json
     foreign = False  # whether the file came from elsewhere; a mark in tokenizer_config.json
+    pieces = staticmethod(pieces)  # cuts a text for `encode_job`
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
-        """The ids of each text; other threads run meanwhile."""
+        """The ids of each text. Releases the GIL, so that other threads run meanwhile."""
         raise NotImplementedError
 
     def encode_job(self, job: Sequence[Piece]) -> np.ndarray:
@@ -115,10 +136,6 @@ class Tokenizer:
         tokens, or raise TokenizerError with the offset where the vocabulary lacks these."""
         return self.encode_job(list(self.pieces(text))).tolist()
 
-    def pieces(self, text: str | bytes) -> Iterator[str | bytes]:
-        """Cut a text so that `encode_job` of the pieces gives the ids of the whole."""
-        return pieces(text)
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for. Raises TokenizerError for an id that no token has."""
         try:
@@ -134,12 +151,12 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream(self, before: Sequence[int] = ()) -> "Stream":
-        """A decoder for tokens that come one at a time, behind the tokens `before`."""
+        """A decoder of tokens that come one at a time, after the tokens `before`."""
         return Stream(self)
 
     def token_lengths(self) -> np.ndarray | None:
         """Bytes of text behind each id (vocab_size,), 0 for a special token. None if tokens have
-        no length of their own; then no bits per byte can be told for a part of a split."""
+        no length of their own, so that bits per byte of a part of a split are unknown."""
         lengths = np.zeros(self.vocab_size, np.int64)
         for i in self.table.keys() - self.special_ids:
             lengths[i] = len(self.table[i])
@@ -158,9 +175,9 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,
         }
-        contents = {FILE: self.content, CONFIG: config}
         return {
-            n: json.dumps(c, ensure_ascii=False, indent=1).encode() for n, c in contents.items()
+            name: json.dumps(content, ensure_ascii=False, indent=1).encode()
+            for name, content in ((FILE, self.content), (CONFIG, config))
         }
 
     def save(self, directory: str | Path) -> None:
@@ -171,7 +188,7 @@ class Tokenizer:
 
 
 class Stream:
-    """Text from tokens one at a time; a character whose bytes are spread over several tokens comes
+    """Decodes tokens one at a time; a character whose bytes are spread over several tokens comes
     with the last of them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -179,36 +196,12 @@ class Stream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text that is complete with this token. Raises TokenizerError for an unknown id."""
+        """The text that this token completes. Raises TokenizerError for an unknown id."""
         return self.decoder.decode(self.tokenizer.decode_bytes([token]))
 
     def finish(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         return self.decoder.decode(b"", final=True)
-
-
-def pieces(text: str | bytes) -> Iterator[str | bytes]:
-    """Cut a text so that encoding piece by piece gives the ids of the whole.
-
-    Yields `str` (valid Unicode, about PIECE characters) and, where the text is not UTF-8, `bytes`
-    to be encoded one by one. Only runs of more than PIECE white-space characters are affected.
-    """
-    if isinstance(text, str) and (text.isascii() or not _SURROGATES.search(text)):
-        parts = [text]
-    else:
-        # "surrogateescape" turns byte b >= 128 that is not UTF-8 into U+DC00 + b and nothing else.
-        text = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
-        parts = _SURROGATES.split(text.decode("utf-8", "surrogateescape"))
-    for i, part in enumerate(parts):
-        if i % 2:
-            yield part.encode("utf-8", "surrogateescape")
-            continue
-        start = 0
-        while len(part) - start > PIECE and (cut := _CUT.search(part, start + PIECE)):
-            yield part[start : cut.start()]
-            start = cut.start()
-        if start < len(part):
-            yield part[start:]
 
 
 # ----------------------------------------------------------------------------------- byte-level BPE
@@ -217,37 +210,35 @@ def pieces(text: str | bytes) -> Iterator[str | bytes]:
 class BPE(Tokenizer):
     """A byte-level BPE vocabulary.
 
-    `ranks` gives every token's id, which is also its merge priority: the 256 single bytes have the
-    ids 0..255 in some order, merged tokens follow without a gap. `special` holds <|endoftext|>
-    alone, which `encode` never produces: in a text it is thirteen ordinary characters.
+    `tokens` are in order of id, which is also their merge priority: the 256 single bytes in some
+    order, then the merged tokens. The one special token is <|endoftext|>, which `encode` never
+    produces: in a text it is thirteen ordinary characters.
     """
 
-    end = EOT
-
-    def __init__(
-        self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]
-    ) -> None:
-        if sorted(ranks.values()) != list(range(len(ranks))):
-            raise TokenizerError(f"tokenizer {name}: token ids are not 0..n-1, each once")
-        if {t for t, i in ranks.items() if i < 256} != {bytes([b]) for b in range(256)}:
+    def __init__(self, name: str, pattern: str, tokens: Iterable[bytes], eot: int) -> None:
+        self.name, self.pattern, self.eot = name, pattern, eot
+        self.ranks = {token: i for i, token in enumerate(tokens)}
+        if {t for t, i in self.ranks.items() if i < 256} != {bytes([b]) for b in range(256)}:
             raise TokenizerError(f"tokenizer {name}: ids 0..255 are not the 256 single bytes")
-        if set(special) != {EOT} or special[EOT] < len(ranks):
-            raise TokenizerError(f"tokenizer {name}: {EOT} is missing or has a token's id")
-        self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
-        self.eot = special[EOT]
-        self.vocab_size, self.special_ids = self.eot + 1, {self.eot}
-        self.table = {i: token for token, i in ranks.items()} | {self.eot: EOT.encode()}
+        if eot < len(self.ranks):
+            raise TokenizerError(f"tokenizer {name}: {EOT} has the id {eot}, a token's")
+        self.vocab_size, self.special_ids = eot + 1, {eot}
+        self.table = {i: token for token, i in self.ranks.items()} | {eot: EOT.encode()}
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) of pattern, table and special tokens."""
-        table = sorted((i, token.hex()) for token, i in self.ranks.items())
-        return hashlib.sha256(json.dumps([self.pattern, table, self.special]).encode()).hexdigest()
+        """sha256 (hex) of pattern, table and special token."""
+        table = [(i, token.hex()) for token, i in self.ranks.items()]
+        parts = [self.pattern, table, {EOT: self.eot}]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
         return tiktoken.Encoding(
-            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special
+            self.name,
+            pat_str=self.pattern,
+            mergeable_ranks=self.ranks,
+            special_tokens={EOT: self.eot},
         )
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
@@ -255,15 +246,13 @@ class BPE(Tokenizer):
 
     @property
     def content(self) -> dict[str, Any]:
-        def text(token: bytes) -> str:
-            return "".join(CHARS[b] for b in token)
-
-        vocab = {text(t): i for t, i in sorted(self.ranks.items(), key=lambda item: item[1])}
+        text = {token: "".join(CHARS[b] for b in token) for token in self.table.values()}
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         regex = {"Regex": self.pattern}
         split = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
         byte_level["trim_offsets"] = True
+        unset = "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"
         return {
             "version": "1.0",
             "truncation": None,
@@ -275,26 +264,21 @@ class BPE(Tokenizer):
             "decoder": byte_level,
             "model": {
                 "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": vocab | {EOT: self.eot},
-                "merges": [f"{text(a)} {text(b)}" for a, b in merges(self.ranks)],
+                **dict.fromkeys(unset),
+                **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+                "vocab": {text[token]: i for i, token in self.table.items()},
+                "merges": [f"{text[a]} {text[b]}" for a, b in merges(self.ranks)],
             },
         }
 
 
 def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair that makes each merged token, in order of id.
+    """The pair that makes each merged token of a table in order of id.
 
     tiktoken merges any pair whose union is a token, Hugging Face only listed pairs. They agree when
     each token lists the one pair that BPE itself arrives at, using the tokens with smaller ids.
     """
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1])[256:]:
+    for token, rank in islice(ranks.items(), 256, None):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             found = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
@@ -311,8 +295,8 @@ def read(content: dict[str, Any], name: str) -> BPE:
     (eot,) = (t["id"] for t in content["added_tokens"])
     pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     vocab = content["model"]["vocab"]
-    ranks = {bytes(BYTES[c] for c in t): i for t, i in vocab.items() if t != EOT}
-    found = BPE(name, str(pattern), ranks, {EOT: eot})
+    texts = sorted(vocab.keys() - {EOT}, key=vocab.get)
+    found = BPE(name, str(pattern), (bytes(BYTES[c] for c in t) for t in texts), eot)
     if found.content != content:
         raise TokenizerError("merges, ids or settings differ from what its vocabulary says")
     return found
@@ -328,7 +312,8 @@ def train(vocab_size: int, texts: Iterable[str | bytes]) -> BPE:
     words = (piece for text in texts for piece in pieces(text) if isinstance(piece, str))
     # Batches of 512 pieces of up to 64 Ki characters: what is held in memory stays small.
     trainer.train_from_iterator(words, vocab_size - 1, buffer_size=512, pattern=PATTERN)
-    ranks = {bytes(token): i for token, i in trainer.get_mergeable_ranks()}
-    if len(ranks) < vocab_size - 1:
-        log.warning("bpe: the text has merges for %d ids only, not %d", len(ranks) + 1, vocab_size)
-    return BPE(f"bpe:{len(ranks) + 1}", PATTERN, ranks, {EOT: len(ranks)})
+    tokens = [bytes(token) for token, _ in trainer.get_mergeable_ranks()]  # in order of id
+    size = len(tokens) + 1
+    if size < vocab_size:
+        log.warning("bpe: the text has merges for %d ids only, not %d", size, vocab_size)
+    return BPE(f"bpe:{size}", PATTERN, tokens, size - 1)

@@ -19,10 +19,9 @@ from nanonormuon.text.bpe import BYTES, Stream, Tokenizer
 
 log = logging.getLogger(__name__)
 
-ENDS = (
-    *("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>"),
-    *("[EOS]", "[SEP]"),
-)
+# tokens that end a text, where tokenizer_config.json names none
+ENDS = "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>"
+ENDS += "[EOS]", "[SEP]"
 MAX_ID = (1 << 24) - 1
 # steps of a normalizer that are SentencePiece's way to write blanks, or no step at all
 REVERSIBLE = {"Sequence", "Prepend", "Replace"}
@@ -35,9 +34,8 @@ class ByteLevel(Tokenizer):
 
     def __init__(self, name: str, content: dict[str, Any], end: str, library: Any) -> None:
         self.name, self.end, self.content, self._library = name, end, content, library
-        self.vocabulary = vocabulary(content)
-        self.eot, self.vocab_size = self.vocabulary[end], max(self.vocabulary.values()) + 1
-        added = content["added_tokens"]
+        self._tokens, added = vocabulary(content), content["added_tokens"]
+        self.eot, self.vocab_size = self._tokens[end], max(self._tokens.values()) + 1
         self.special_ids = {self.eot, *(t["id"] for t in added if t["special"])}
 
     @cached_property
@@ -45,7 +43,7 @@ class ByteLevel(Tokenizer):
         added = {t["id"] for t in self.content["added_tokens"]}
         return {
             i: token.encode() if i in added else bytes(BYTES[c] for c in token)
-            for token, i in self.vocabulary.items()
+            for token, i in self._tokens.items()
         }
 
     @cached_property
@@ -73,15 +71,12 @@ class OtherKind(ByteLevel):
                 f" {self.name} cannot represent it; convert the text or take a byte-level tokenizer"
             ) from None
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.vocab_size or self._library.id_to_token(i) is None:
                 raise TokenizerError(f"decode: {self.name} has no token {i}")
-        return self._library.decode(ids, skip_special_tokens=False)
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.decode(ids).encode()
+        return self._library.decode(ids, skip_special_tokens=False).encode()
 
     def stream(self, before: Sequence[int] = ()) -> Stream:
         return WindowStream(self, before)
@@ -94,28 +89,28 @@ class OtherKind(ByteLevel):
 
 
 class WindowStream(Stream):
-    """Text from tokens one at a time: what each adds to the text of the tokens before it."""
+    """Decodes tokens one at a time: what each adds to the text of the tokens shown last."""
 
     def __init__(self, tokenizer: OtherKind, before: Sequence[int]) -> None:
-        self.tokenizer, ids = tokenizer, list(before)
-        # a text begins behind the last end-of-text token
-        starts = [i + 1 for i, token in enumerate(ids) if token == tokenizer.eot]
-        self.ids = ids[max(starts, default=0) :]
-        self.first, self.shown = 0, len(self.ids)  # the window's start; tokens that are out
+        self.tokenizer, self.window = tokenizer, list(before)
+        while tokenizer.eot in self.window:  # a text begins behind the last end-of-text token
+            del self.window[: self.window.index(tokenizer.eot) + 1]
+        self.shown = len(self.window)  # of the window's tokens
 
     def add(self, token: int) -> str:
-        whole = self.tokenizer.decode([*self.ids[self.first :], token])
-        self.ids.append(token)
+        text = self.tokenizer.decode([*self.window, token])
+        self.window.append(token)
         # U+FFFD at the end may be the first bytes of a character
-        return "" if whole.endswith("\ufffd") else self._advance(whole)
+        return "" if text.endswith("\ufffd") else self._advance(text)
 
     def finish(self) -> str:
-        return self._advance(self.tokenizer.decode(self.ids[self.first :]))
+        return self._advance(self.tokenizer.decode(self.window))
 
-    def _advance(self, whole: str) -> str:
-        before = self.tokenizer.decode(self.ids[self.first : self.shown])
-        self.first, self.shown = self.shown, len(self.ids)
-        return whole[len(before) :]
+    def _advance(self, text: str) -> str:
+        before = self.tokenizer.decode(self.window[: self.shown])
+        del self.window[: self.shown]
+        self.shown = len(self.window)
+        return text[len(before) :]
 
 
 def vocabulary(content: dict[str, Any]) -> dict[str, int]:
@@ -152,7 +147,7 @@ def read(content: dict[str, Any], config: dict[str, Any], path: Path) -> Tokeniz
         raise ValueError(f"tokenizers {tokenizers.__version__}: {error}") from None
     library.no_truncation()
     library.no_padding()
-    library.encode_special_tokens = True  # as the text that they are
+    library.encode_special_tokens = True  # as ordinary text
     kind = ByteLevel if _is_byte_level(content, tokens) else OtherKind
     normalizer = json.dumps(content.get("normalizer"))
     changes = sorted(set(re.findall(r'"type": "([A-Z]\w+)"', normalizer)) - REVERSIBLE)

@@ -12,6 +12,8 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanonormuon.errors import MissingPackage, TokenizerError
@@ -23,22 +25,42 @@ __all__ = ["CONFIG", "EOT", "FILE", "PUBLISHED", "Tokenizer", "get", "load", "tr
 MAX_IDS = 9_999_999  # of a trained vocabulary
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)  # of a JSON file
 
-# The published encodings: address, sha256 of the file there, pattern, id of <|endoftext|>.
+
+@dataclass(frozen=True)
+class Published:
+    """One of tiktoken's encodings."""
+
+    address: str  # of the file with its tokens
+    sha256: str  # of that file
+    pattern: str
+    eot: int
+
+    def build(self, name: str, data: bytes) -> Tokenizer:
+        """The tokenizer from the content of its file."""
+        lines = data.decode().splitlines()
+        if name == "gpt2":  # a list of merges, in the characters of CHARS, after a version line
+            tokens = [bytes([b]) for b in bpe.BYTE_ORDER]
+            tokens += [bytes(BYTES[c] for c in line if c != " ") for line in lines[1:]]
+        else:  # "base64-of-token id" in order of id
+            tokens = [base64.b64decode(line.split()[0]) for line in lines]
+        return bpe.BPE(name, self.pattern, tokens, self.eot)
+
+
 HOST = "https://openaipublic.blob.core.windows.net/"
 PUBLISHED = {
-    "gpt2": (
+    "gpt2": Published(
         HOST + "gpt-2/encodings/main/vocab.bpe",
         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         GPT2,
         50256,
     ),
-    "cl100k_base": (
+    "cl100k_base": Published(
         HOST + "encodings/cl100k_base.tiktoken",
         "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
         CL100K,
         100257,
     ),
-    "o200k_base": (
+    "o200k_base": Published(
         HOST + "encodings/o200k_base.tiktoken",
         "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
         O200K,
@@ -56,7 +78,7 @@ def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokeniz
     """
     spec = str(spec)
     if spec == "byte":
-        return bpe.BPE("byte", PATTERN, {bytes([b]): b for b in range(256)}, {EOT: 256})
+        return bpe.BPE("byte", PATTERN, [bytes([b]) for b in range(256)], 256)
     if spec in PUBLISHED:
         return _from_cache(spec)
     if size := trained_size(spec):
@@ -94,17 +116,15 @@ def load(path: str | Path) -> Tokenizer:
     try:
         data = path.read_bytes()
         found = hashlib.sha256(data).hexdigest()
-        for name, (_, sha256, _, _) in PUBLISHED.items():
-            if found == sha256:
-                return _published(name, data)
+        for name, published in PUBLISHED.items():
+            if published.sha256 == found:
+                return published.build(name, data)
         content, file = json.loads(data), path.with_name(CONFIG)
         config = json.loads(file.read_bytes()) if file.exists() else {}
-        try:
-            if "nanonormuon_foreign" not in config:
+        if "nanonormuon_foreign" not in config:
+            # without a mark the file may be of either kind
+            with suppress(*() if "nanonormuon_name" in config else DAMAGE):
                 return bpe.read(content, str(config.get("nanonormuon_name", "custom")))
-        except DAMAGE:
-            if "nanonormuon_name" in config:
-                raise
         from nanonormuon.text import huggingface  # most runs do without it
 
         return huggingface.read(content, config, path)
@@ -112,45 +132,30 @@ def load(path: str | Path) -> Tokenizer:
         raise TokenizerError(f"{path}: no such file; expected a saved {FILE}") from None
     except MissingPackage:
         raise
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from None
     except DAMAGE as error:
-        if isinstance(error, TokenizerError):
-            raise TokenizerError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
         problem = f"{type(error).__name__}: {str(error)[:200]}"
         raise TokenizerError(f"{path}: damaged, or of an unknown kind ({problem})") from None
 
 
 def _from_cache(name: str) -> Tokenizer:
-    """Build a published encoding from tiktoken's cache file.
-
-    The file is read here because tiktoken would delete one with a wrong checksum and download it
-    again.
-    """
-    url, sha256, _, _ = PUBLISHED[name]
+    """Build a published encoding from tiktoken's cache file, which is read here because tiktoken
+    would delete one with a wrong checksum and download it again."""
+    published = PUBLISHED[name]
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     path = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
-    path = path / hashlib.sha1(url.encode()).hexdigest()
+    path = path / hashlib.sha1(published.address.encode()).hexdigest()
     if not path.is_file():
         raise TokenizerError(
-            f"tokenizer {name}: {path} is not there and nothing is downloaded here; save {url}"
-            " under that name (set TIKTOKEN_CACHE_DIR to use another directory), or anywhere,"
-            " and give its path"
+            f"tokenizer {name}: {path} is not there and nothing is downloaded here; save"
+            f" {published.address} under that name (set TIKTOKEN_CACHE_DIR to use another"
+            " directory), or anywhere, and give its path"
         )
     data = path.read_bytes()
-    if (found := hashlib.sha256(data).hexdigest()) != sha256:
+    if (found := hashlib.sha256(data).hexdigest()) != published.sha256:
         raise TokenizerError(
-            f"tokenizer {name}: {path} is damaged, sha256 {sha256} expected, {found} found;"
-            f" save {url} there anew"
+            f"tokenizer {name}: {path} is damaged, sha256 {published.sha256} expected, {found}"
+            f" found; save {published.address} there anew"
         )
-    return _published(name, data)
-
-
-def _published(name: str, data: bytes) -> Tokenizer:
-    """A published encoding from the content of its file."""
-    _, _, pattern, eot = PUBLISHED[name]
-    lines = data.decode().splitlines()
-    if name == "gpt2":  # a list of merges, in the characters of CHARS, after a version line
-        tokens = [bytes([b]) for b in bpe.BYTE_ORDER]
-        tokens += [bytes(BYTES[c] for c in line if c != " ") for line in lines[1:]]
-    else:  # "base64-of-token id" in order of id
-        tokens = [base64.b64decode(line.split()[0]) for line in lines]
-    return bpe.BPE(name, pattern, {t: i for i, t in enumerate(tokens)}, {EOT: eot})
+    return published.build(name, data)

@@ -179,7 +179,7 @@ def test_large_vocabulary_uses_version_2(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     byte = tokenizer.get("byte")
-    words = bpe_module.BPE("wide", byte.pattern, byte.ranks, {bpe_module.EOT: 70_000})
+    words = bpe_module.BPE("wide", byte.pattern, byte.ranks, 70_000)
     words.save(tmp_path / "wide")
     manifest = prepare([corpus], tmp_path / "out", tokenizer=tmp_path / "wide")
     assert manifest["tokenizer"]["vocab_size"] == 70_001

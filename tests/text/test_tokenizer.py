@@ -142,8 +142,8 @@ def test_long_text_in_pieces_has_the_ids_of_the_whole(
     parts = ["word", " a", "\n", "\n", "\n\n", "  ", "/x", "!", "!\n/", "\r\n", "12", "é", "\n字"]
     text = "".join(random.choices(parts, k=3 * size // 2 + 20_000))
     for pattern in (PATTERN, GPT2, CL100K, O200K):
-        ranks = gpt2.ranks | {b"\n/": 50256}  # shows where o200k_base has no boundary
-        one = BPE("t", pattern, ranks, {EOT: 50257})
+        tokens = [*gpt2.ranks, b"\n/"]  # the last shows where o200k_base has no boundary
+        one = BPE("t", pattern, tokens, 50257)
         assert one.encode(text) == one._encoding.encode_ordinary(text)
     assert len(list(bpe_module.pieces(text))) >= 2
     assert "".join(bpe_module.pieces(text)) == text
@@ -169,8 +169,8 @@ def test_split_agrees_with_tiktoken_and_hugging_face(
     pattern: str, gpt2: Tokenizer, tmp_path: Path
 ) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    ours = BPE("t", pattern, gpt2.ranks, gpt2.special)
-    published = BPE("t", POSSESSIVE.get(pattern, pattern), gpt2.ranks, gpt2.special)
+    ours = BPE("t", pattern, gpt2.ranks, gpt2.eot)
+    published = BPE("t", POSSESSIVE.get(pattern, pattern), gpt2.ranks, gpt2.eot)
     ours.save(tmp_path)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / module.FILE))
     theirs.encode_special_tokens = True  # that is: as text
@@ -213,14 +213,15 @@ def test_save_and_load(each: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_hash_depends_on_each_part(bpe: Tokenizer) -> None:
-    swapped = bpe.ranks | {b"A": 66, b"B": 65}
+    tokens = list(bpe.ranks)
+    swapped = [*tokens[:65], b"B", b"A", *tokens[67:]]
     variants = [
-        BPE("x", bpe.pattern, bpe.ranks, {EOT: bpe.eot + 1}),
-        BPE("x", GPT2, bpe.ranks, bpe.special),
-        BPE("x", bpe.pattern, swapped, bpe.special),
+        BPE("x", bpe.pattern, tokens, bpe.eot + 1),
+        BPE("x", GPT2, tokens, bpe.eot),
+        BPE("x", bpe.pattern, swapped, bpe.eot),
     ]
     assert len({t.hash for t in [bpe, *variants]}) == 4
-    assert BPE("other name", bpe.pattern, bpe.ranks, bpe.special).hash == bpe.hash
+    assert BPE("other name", bpe.pattern, tokens, bpe.eot).hash == bpe.hash
 
 
 def test_every_letter_of_the_saved_file_counts(tmp_path: Path) -> None:
@@ -264,8 +265,8 @@ def test_merges_that_contradict_the_vocabulary_are_refused(tmp_path: Path) -> No
     with pytest.raises(TokenizerError, match="differ from what its vocabulary says"):
         module.load(path)
     with pytest.raises(TokenizerError, match="union of two earlier"):
-        ranks = {bytes([b]): b for b in range(256)} | {b"abc": 256}
-        BPE("x", PATTERN, ranks, {EOT: 257}).save(tmp_path / "x")
+        tokens = [*(bytes([b]) for b in range(256)), b"abc"]
+        BPE("x", PATTERN, tokens, 257).save(tmp_path / "x")
 
 
 def trained(kind: str, folder: Path) -> tuple[Path, Any]:
@@ -474,13 +475,13 @@ def test_gpt2_through_the_library_is_tiktokens(gpt2: Tokenizer, tmp_path: Path) 
 def test_llama_3s_way_to_list_every_pair(gpt2: Tokenizer, tmp_path: Path) -> None:
     """A vocabulary of tiktoken's converted by Hugging Face lists all pairs that make a token."""
     pytest.importorskip("tokenizers")
-    small = {token: i for token, i in gpt2.ranks.items() if i < 2000}
-    ours = BPE("t", CL100K, small, {EOT: 2000})
+    small = list(gpt2.ranks)[:2000]
+    ours = BPE("t", CL100K, small, 2000)
     content = ours.content
     chars = {token: "".join(bpe_module.CHARS[b] for b in token) for token in small}
     content["model"]["merges"] = [
         f"{chars[token[:k]]} {chars[token[k:]]}"
-        for token in list(small)[256:]
+        for token in small[256:]
         for k in range(1, len(token))
         if token[:k] in small and token[k:] in small
     ]
