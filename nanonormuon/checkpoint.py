@@ -189,14 +189,15 @@ def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]
     Returns None if there are no checkpoints; raises CheckpointError if none of them is usable.
     """
 
-    def look() -> tuple[Path, dict[str, Any]] | None:
+    def look() -> list[Any] | None:
         if not checkpoints.all_steps(folder):
             return None
         path, state = checkpoints.newest(folder)
         check_state(path / "state.json", state)
-        return path, state
+        return [str(path), state]
 
-    return distributed.first_does(look, world.device)
+    found = distributed.first_does(look, world.device)
+    return None if found is None else (Path(found[0]), found[1])
 
 
 def check_state(file: Path, state: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ collectives below do nothing. Ranks need not share a machine.
 """
 
 import ctypes
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -157,7 +158,8 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def first_does(work: Callable[[], Any], device: torch.device) -> Any:
-    """Run `work` on rank 0 only; every rank returns its result, or raises if it failed."""
+    """Run `work` on rank 0 only; every rank returns its result (anything JSON can say), or raises if
+    it failed."""
     failure, answer = None, {}
     if not int(os.environ.get("RANK", "0")):
         try:
@@ -174,8 +176,14 @@ def first_does(work: Callable[[], Any], device: torch.device) -> Any:
 
 
 def from_first(value: Any, device: torch.device) -> Any:
-    """Return rank 0's value, which must be picklable, on every rank."""
-    values = [value]
-    if size() > 1:
-        dist.broadcast_object_list(values, device=device)
-    return values[0]
+    """Return rank 0's value (anything JSON can say) on every rank. torch's own way would unpickle,
+    and so run, whatever a socket brings."""
+    if size() == 1:
+        return value
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    length = torch.tensor([len(text)], device=device)
+    dist.broadcast(length, 0)
+    if dist.get_rank():
+        text = torch.empty(int(length), dtype=torch.uint8, device=device)
+    dist.broadcast(text, 0)
+    return json.loads(bytes(text.tolist()))
