@@ -9,7 +9,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from nanonormuon.errors import DataError, exit_code, need
+from nanonormuon.errors import DataError, exit_code
+from nanonormuon.runtime.packages import need
 from nanonormuon.storage.run import to_console
 from nanonormuon.storage.shards import sha256
 

@@ -15,7 +15,8 @@ from collections import Counter
 
 import common
 
-from nanonormuon.errors import DataError, need
+from nanonormuon.errors import DataError
+from nanonormuon.runtime.packages import need
 from nanonormuon.text.prepare import prepare
 
 REVISION = "refs/convert/parquet"  # CONFIG/SPLIT/0000.parquet, for every data set

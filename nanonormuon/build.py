@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanonormuon import checkpoint, evaluate, optim
+from nanonormuon import checkpoint, optim
 from nanonormuon.config import Config, differences, from_dict, load
 from nanonormuon.data import Batches
 from nanonormuon.engine import Bitwise, Engine
@@ -71,16 +71,6 @@ def split_batch(config: Config, ranks: int) -> int:
             f"ranks x micro_batch {micro}); the nearest are {' or '.join(map(str, near))}"
         )
     return tokens // T // ranks
-
-
-def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | None:
-    """UTF-8 bytes of the text that validation predicts; None where that cannot be known."""
-    limit = config.data.val_tokens
-    if data.val.bytes is not None and not limit:
-        return data.val.bytes
-    if tokenizer is None:
-        return None
-    return evaluate.count_bytes(data.val, tokenizer.token_lengths(), limit)
 
 
 class Maker:

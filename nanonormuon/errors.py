@@ -4,9 +4,7 @@ A message says what is wrong, where (path, offset, step, rank), what was expecte
 what to do. Imports no torch, so that the command line can report a mistake before torch is loaded.
 """
 
-import importlib
 import sys
-from types import ModuleType
 
 
 class UsageError(ValueError):
@@ -133,15 +131,3 @@ def lost_peer(error: BaseException) -> bool:
     failed = getattr(torch.distributed, "DistError", ())
     gone = "Connection closed by peer", "Connection reset by peer"
     return isinstance(error, failed) or any(words in str(error) for words in gone)
-
-
-def need(module: str, purpose: str) -> ModuleType:
-    """Import an optional package. Raises MissingPackage with the command that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise MissingPackage(
-            f"{purpose} needs {package}, which cannot be imported here ({error}): "
-            f"pip install {package}"
-        ) from None

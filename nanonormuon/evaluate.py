@@ -1,37 +1,14 @@
 """The loss on a validation split: every target once, summed over all ranks."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from nanonormuon.data import validation_batches
-from nanonormuon.errors import DataError
 from nanonormuon.model import IGNORE
 from nanonormuon.runtime import distributed
 from nanonormuon.storage.shards import Split
-
-
-class Validations(dict[int, dict[str, float | None]]):
-    """The validations of a run: step -> {"val_loss", "val_bpb"}."""
-
-    def take_up(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add those among the rows of a metrics.jsonl."""
-        for row in rows:
-            if "val_loss" in row:
-                self[row["step"]] = {key: row[key] for key in ("val_loss", "val_bpb")}
-
-    def best(self, among: Collection[int | None] | None = None) -> int | None:
-        """The step with the lowest loss, the latest of equals; of all steps, or of some."""
-        steps = [step for step in self if among is None or step in among]
-        return min(steps, key=lambda step: (self[step]["val_loss"], -step), default=None)
-
-    @property
-    def stale(self) -> int:
-        """Validations since the best one."""
-        return sum(step > (self.best() or 0) for step in self)
 
 
 @torch.no_grad()
@@ -71,24 +48,3 @@ def bits_per_byte(loss: float, targets: int, text_bytes: int | None) -> float | 
     """Nats per token -> bits per byte of the text, comparable across tokenizers; None where the
     number of bytes is unknown. Predicting a separator costs bits but adds no byte."""
     return loss * targets / (math.log(2) * text_bytes) if text_bytes else None
-
-
-def count_bytes(split: Split, token_lengths: np.ndarray | None, max_tokens: int = 0) -> int | None:
-    """UTF-8 bytes of the text behind a split's targets, from the length of each token; None where
-    tokens have no length of their own."""
-    if token_lengths is None:
-        return None
-    total, left = 0, max_tokens or split.tokens
-    for i, shard in enumerate(split.shards):
-        for start in range(1, len(shard), 1 << 24):  # the first token of a shard is never a target
-            part = shard[start : min(len(shard), start + (1 << 24), start + left)]
-            if not len(part):
-                return total
-            if int(part.max()) >= len(token_lengths):
-                raise DataError(
-                    f"{split.names[i]}: id {int(part.max())} found, data.tokenizer has only "
-                    f"{len(token_lengths)}: it is not what made these shards"
-                )
-            total += int(token_lengths[part].sum())
-            left -= len(part)
-    return total

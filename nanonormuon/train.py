@@ -28,8 +28,8 @@ from nanonormuon.runtime.faults import Stopping, Watch
 from nanonormuon.runtime.health import BadStep, Guard, Spikes, Verdict, WeightStats
 from nanonormuon.runtime.memory import MicroBatch
 from nanonormuon.storage import checkpoints, huggingface
-from nanonormuon.storage.run import RunDirectory, aligned, announce, environment
-from nanonormuon.text.corpus import open_corpus
+from nanonormuon.storage.run import RunDirectory, Validations, aligned, announce, environment
+from nanonormuon.text.corpus import bytes_of_validation, open_corpus
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Trainer:
         self.run, self.world, self.watch, self.resume = run, world, watch, resume
         self.data, self.tokenizer = open_corpus(config, world)
         self.config = config = build.complete(config, self.data)
-        self.text_bytes = build.bytes_of_validation(config, self.data, self.tokenizer)
+        self.text_bytes = bytes_of_validation(config, self.data, self.tokenizer)
         self.per_rank = build.split_batch(config, world.size)
         self.batches = Batches(
             self.data.train, config.data.seq_len, self.per_rank * world.size, config.train.seed,
@@ -111,7 +111,7 @@ class Trainer:
         self.schedule = Schedule(config.train.steps, config.optim)
         self.guard = Guard(Spikes(config.train.skip_spikes), watch.stopping)
         self.weight_stats = WeightStats(self.engine.optimizers, world.device)
-        self.validations = evaluate.Validations()
+        self.validations = Validations()
 
         self.last_step = config.train.last_step
         self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint

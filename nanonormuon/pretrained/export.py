@@ -12,9 +12,10 @@ from torch import Tensor
 
 from nanonormuon.config import to_toml
 from nanonormuon.data import validation_batches
-from nanonormuon.errors import UsageError, need
+from nanonormuon.errors import UsageError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import judge, models
+from nanonormuon.runtime.packages import need
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.files import publish, write_durably
 from nanonormuon.storage.run import read_metrics

@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from nanonormuon.data import validation_targets
 from nanonormuon.errors import CheckpointError, DataError, UsageError
-from nanonormuon.evaluate import bits_per_byte, count_bytes, validation_loss
+from nanonormuon.evaluate import bits_per_byte, validation_loss
 from nanonormuon.model import GPT, IGNORE
 from nanonormuon.pretrained import models, multiple_choice
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage.files import replace_file
 from nanonormuon.storage.shards import Split
+from nanonormuon.text.corpus import count_bytes
 from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

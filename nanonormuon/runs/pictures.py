@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import UsageError, need
+from nanonormuon.errors import UsageError
+from nanonormuon.runtime.packages import need
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import Interrupted, need
+from nanonormuon.errors import Interrupted
+from nanonormuon.runtime.packages import need
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
@@ -164,6 +164,26 @@ def aligned(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
         cells = [c.rjust(w) if numbers else c.ljust(w) for c, w in others]
         lines.append("  ".join([first[0].ljust(first[1]), *cells]).rstrip())
     return "\n".join(lines)
+
+
+class Validations(dict[int, dict[str, float | None]]):
+    """The validations of a run: step -> {"val_loss", "val_bpb"}."""
+
+    def take_up(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add those among the rows of a metrics.jsonl."""
+        for row in rows:
+            if "val_loss" in row:
+                self[row["step"]] = {key: row[key] for key in ("val_loss", "val_bpb")}
+
+    def best(self, among: Collection[int | None] | None = None) -> int | None:
+        """The step with the lowest loss, the latest of equals; of all steps, or of some."""
+        steps = [step for step in self if among is None or step in among]
+        return min(steps, key=lambda step: (self[step]["val_loss"], -step), default=None)
+
+    @property
+    def stale(self) -> int:
+        """Validations since the best one."""
+        return sum(step > (self.best() or 0) for step in self)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nanonormuon.config import Config, parse_number
 from nanonormuon.errors import ConfigError, DataError, TokenizerError
 from nanonormuon.runtime import distributed
@@ -96,3 +98,34 @@ def separator(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | 
     if tokenizer is None:
         raise ConfigError("data.document_mask: data.tokenizer must tell which token ends a text")
     return tokenizer.eot
+
+
+def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | None:
+    """UTF-8 bytes of the text that validation predicts; None where that cannot be known."""
+    limit = config.data.val_tokens
+    if data.val.bytes is not None and not limit:
+        return data.val.bytes
+    if tokenizer is None:
+        return None
+    return count_bytes(data.val, tokenizer.token_lengths(), limit)
+
+
+def count_bytes(split: Split, token_lengths: np.ndarray | None, max_tokens: int = 0) -> int | None:
+    """UTF-8 bytes of the text behind a split's targets, from the length of each token; None where
+    tokens have no length of their own."""
+    if token_lengths is None:
+        return None
+    total, left = 0, max_tokens or split.tokens
+    for i, shard in enumerate(split.shards):
+        for start in range(1, len(shard), 1 << 24):  # the first token of a shard is never a target
+            part = shard[start : min(len(shard), start + (1 << 24), start + left)]
+            if not len(part):
+                return total
+            if int(part.max()) >= len(token_lengths):
+                raise DataError(
+                    f"{split.names[i]}: id {int(part.max())} found, data.tokenizer has only "
+                    f"{len(token_lengths)}: it is not what made these shards"
+                )
+            total += int(token_lengths[part].sum())
+            left -= len(part)
+    return total

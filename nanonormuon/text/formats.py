@@ -13,7 +13,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from nanonormuon.errors import DataError, need
+from nanonormuon.errors import DataError
+from nanonormuon.runtime.packages import need
 
 RECORD_LIMIT = 64 << 20  # bytes; a record is parsed as a whole
 

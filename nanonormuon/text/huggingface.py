@@ -14,7 +14,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import TokenizerError, need
+from nanonormuon.errors import TokenizerError
+from nanonormuon.runtime.packages import need
 from nanonormuon.text.bpe import BYTES, Stream, Tokenizer
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nanonormuon.errors import DataError, need
+from nanonormuon.errors import DataError
+from nanonormuon.runtime.packages import need
 from nanonormuon.text import formats
 
 log = logging.getLogger(__name__)

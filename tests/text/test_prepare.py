@@ -26,11 +26,11 @@ import numpy as np
 import pytest
 from test_tokenizer import trained
 
-from nanonormuon import errors, evaluate
+from nanonormuon import errors
 from nanonormuon.errors import DataError
 from nanonormuon.storage import files, shards
 from nanonormuon.text import bpe as bpe_module
-from nanonormuon.text import builtin, encode, inspection, sources, tokenizer
+from nanonormuon.text import builtin, corpus, encode, inspection, sources, tokenizer
 from nanonormuon.text import prepare as module
 from nanonormuon.text.prepare import prepare
 from nanonormuon.text.sources import Document, documents
@@ -196,7 +196,7 @@ def test_a_tokenizer_whose_tokens_are_no_bytes(corpus: Path, tmp_path: Path) -> 
     files = {p.read_bytes() for p in corpus.rglob("*.txt") if p.stem.isdigit()}
     assert {*texts(tmp_path / "out", "train"), *texts(tmp_path / "out", "val")} == files
     data = shards.open_data(tmp_path / "out")
-    assert evaluate.count_bytes(data.val, words.token_lengths(), 100) is None
+    assert corpus.count_bytes(data.val, words.token_lengths(), 100) is None
     found = inspection.inspect(tmp_path / "out")
     assert all("too few" in p for p in found["problems"]) and found["train"]["bytes_per_token"] > 0
     (corpus / "sub" / "bad.txt").write_bytes(b"x" * 5000 + b"\xff and more")
