@@ -269,6 +269,17 @@ def test_merges_that_contradict_the_vocabulary_are_refused(tmp_path: Path) -> No
         BPE("x", PATTERN, tokens, 257).save(tmp_path / "x")
 
 
+@pytest.mark.parametrize("i", [5, 9999, "97", -1])
+def test_ids_that_are_not_each_number_once_are_refused(i: Any, tmp_path: Path) -> None:
+    module.get("bpe:260", ["abababab cdcdcd"]).save(tmp_path)
+    path = tmp_path / module.FILE
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["a"] = i
+    path.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=str(path)):
+        module.load(path)
+
+
 def trained(kind: str, folder: Path) -> tuple[Path, Any]:
     """A tokenizer.json that `tokenizers` itself trained and wrote, and its own reading of it."""
     tokenizers = pytest.importorskip("tokenizers")
