@@ -12,7 +12,7 @@ from nanonormuon.config import Config, parse_number
 from nanonormuon.errors import ConfigError, DataError, TokenizerError
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.distributed import World
-from nanonormuon.storage.shards import MANIFEST, SHARES, Data, open_data
+from nanonormuon.storage.shards import MANIFEST, SHARES, Data, Split, open_data
 from nanonormuon.text.tokenizer import FILE, Tokenizer
 from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer

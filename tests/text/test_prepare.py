@@ -30,8 +30,9 @@ from nanonormuon import errors
 from nanonormuon.errors import DataError
 from nanonormuon.storage import files, shards
 from nanonormuon.text import bpe as bpe_module
-from nanonormuon.text import builtin, corpus, encode, inspection, sources, tokenizer
+from nanonormuon.text import builtin, encode, inspection, sources, tokenizer
 from nanonormuon.text import prepare as module
+from nanonormuon.text.corpus import count_bytes
 from nanonormuon.text.prepare import prepare
 from nanonormuon.text.sources import Document, documents
 
@@ -196,7 +197,7 @@ def test_a_tokenizer_whose_tokens_are_no_bytes(corpus: Path, tmp_path: Path) -> 
     files = {p.read_bytes() for p in corpus.rglob("*.txt") if p.stem.isdigit()}
     assert {*texts(tmp_path / "out", "train"), *texts(tmp_path / "out", "val")} == files
     data = shards.open_data(tmp_path / "out")
-    assert corpus.count_bytes(data.val, words.token_lengths(), 100) is None
+    assert count_bytes(data.val, words.token_lengths(), 100) is None
     found = inspection.inspect(tmp_path / "out")
     assert all("too few" in p for p in found["problems"]) and found["train"]["bytes_per_token"] > 0
     (corpus / "sub" / "bad.txt").write_bytes(b"x" * 5000 + b"\xff and more")
@@ -402,6 +403,7 @@ def mixed(root: Path, megabytes: float) -> Path:
 
 MEASURED = """
 import resource, sys
+from nanonormuon.text.corpus import count_bytes
 from nanonormuon.text.prepare import prepare
 root, out, tokenizer, workers, shard_bytes = sys.argv[1:]
 prepare([root], out, tokenizer, workers=int(workers), shard_bytes=int(shard_bytes))
