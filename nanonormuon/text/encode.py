@@ -31,8 +31,8 @@ JOB_BYTES = 1 << 18  # text that a worker encodes at a time
 
 
 def read_plan(directory: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """What an interrupted run noted in a directory: what it was asked for, its tokenizer's hash
-    and the finished shards, those whose files are intact. None unless it was asked for the same."""
+    """The plan that an interrupted run left in a directory: what it was asked for, its tokenizer's
+    hash and the finished shards, those with intact files. None if something else was asked for."""
     try:
         plan = json.loads((directory / PLAN).read_bytes())
         shards.check_shape(plan, PLAN_SHAPE, "plan")

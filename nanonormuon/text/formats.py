@@ -10,6 +10,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +21,7 @@ RECORD_LIMIT = 64 << 20  # bytes; a record is parsed as a whole
 
 
 def _lines(file: Any, name: str) -> Iterator[bytes]:
-    number = 0
-    while line := file.readline(RECORD_LIMIT):
-        number += 1
+    for number, line in enumerate(iter(partial(file.readline, RECORD_LIMIT), b""), 1):
         if len(line) == RECORD_LIMIT:
             raise DataError(f"{name}:{number}: a line of more than {RECORD_LIMIT >> 20} MB")
         yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -112,11 +111,10 @@ def _parquet(file: Any, name: str, text_field: str) -> Iterator[bytes]:
         table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
         if text_field not in (names := table.schema_arrow.names):
             raise DataError(_missing(name, text_field, names))
-        row = 0
-        for batch in table.iter_batches(128, columns=[text_field], use_threads=False):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield _field(value, text_field, f"{name}: row {row}")
+        batches = table.iter_batches(128, columns=[text_field], use_threads=False)
+        values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+        for row, value in enumerate(values, 1):
+            yield _field(value, text_field, f"{name}: row {row}")
     except pyarrow.ArrowException as error:
         raise DataError(f"{name}: damaged Parquet: {str(error)[:200]}") from None
 

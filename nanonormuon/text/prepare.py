@@ -154,7 +154,7 @@ class Survey:
                 if size > longest_bytes:
                     self.longest, self.longest_name = len(self.numbers), document.name
                     longest_bytes = size
-                self.numbers.append(_number(digest))
+                self.numbers.append(int.from_bytes(digest[:8], "big"))
                 bar.update(size)
         if not longest_bytes:
             names = names or ["prepare"]
@@ -186,7 +186,9 @@ class Survey:
     def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
         """Each document with its split, in order; DataError if they are not the surveyed ones."""
         for i, (document, number) in enumerate(zip_longest(documents, self.numbers)):
-            if document is None or _number(sha256(document.data).digest()) != number:
+            # either is None where the other reading has more documents
+            found = document and int.from_bytes(sha256(document.data).digest()[:8], "big")
+            if found != number:
                 names = ", ".join(source["name"] for source in self.sources)
                 raise DataError(f"{names}: changed during preparation; run it again")
             if not self.tail:
@@ -201,10 +203,6 @@ class Survey:
                     raise DataError(f"{name}: {length} characters cannot be split in two")
                 for side, part in (("train", text[:at]), ("val", text[at:])):
                     yield side, replace(document, data=part.encode("utf-8", "surrogateescape"))
-
-
-def _number(digest: bytes) -> int:
-    return int.from_bytes(digest[:8], "big")
 
 
 def _trained(

@@ -545,11 +545,12 @@ def test_copies_are_counted_and_named_where_they_cross_the_split(
     assert "train has copies" in caplog.text
 
 
-def test_change_during_preparation_is_noticed(tmp_path: Path) -> None:
-    text = [b"first pass " * 20, b"second pass" * 20]
+@pytest.mark.parametrize("second", [[b"a" * 99, b"B"], [b"a" * 99], [b"a" * 99, b"b", b"c"]])
+def test_change_during_preparation_is_noticed(second: list[bytes], tmp_path: Path) -> None:
+    readings = [[b"a" * 99, b"b"], second]
 
     def read() -> list[Document]:
-        return [Document("x", 0, text.pop(0))]
+        return [Document("x", 0, text) for text in readings.pop(0)]
 
     with pytest.raises(DataError, match="changed during preparation"):
         module.prepare_documents(read, ["x"], tmp_path / "out", "byte", 0.1)
