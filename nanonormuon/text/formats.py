@@ -18,6 +18,7 @@ from nanonormuon.errors import DataError
 from nanonormuon.runtime.packages import need
 
 RECORD_LIMIT = 64 << 20  # bytes; a record is parsed as a whole
+DEEPEST = 1000  # lists and objects within each other in a JSON array
 
 
 def _lines(file: Any, name: str) -> Iterator[bytes]:
@@ -49,10 +50,19 @@ def _json_array(file: Any, name: str, text_field: str) -> Iterator[bytes]:
         left -= size
         return file.read(size) if left >= 0 else b""  # as if it ended: one item is too long
 
+    def shallow(events: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        depth = 0
+        for event, value in events:
+            depth += event.startswith("start_") - event.startswith("end_")
+            if depth > DEEPEST:  # its time and memory grow with the square of the depth
+                raise ValueError(f"nested more than {DEEPEST} deep")
+            yield event, value
+
     if file.peek(3).startswith(codecs.BOM_UTF8):
         file.read(3)
     try:
-        for record in parser.items(SimpleNamespace(read=read), "item"):
+        events = parser.basic_parse(SimpleNamespace(read=read))
+        for record in parser.items(parser.parse(shallow(events)), "item"):
             number, left = number + 1, RECORD_LIMIT
             yield _field(record, text_field, f"{name}: item {number}")
     except DataError:

@@ -61,7 +61,7 @@ def called(arguments, capsys):
         (
             ["trials", "demo", "train.seed=3", "--target", "3", "--out", "OUT"],
             2,
-            "train.seed=3: each run has a seed of its own, see --n",
+            "train.seed=3: the trials have the seeds 0 to 9",
         ),
         (
             ["race", "demo", "--sweep", "optim.momentum=0.9,much", "--out", "OUT"],

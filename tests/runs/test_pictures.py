@@ -108,7 +108,7 @@ def test_what_cannot_be_compared(trained, tmp_path, capsys, monkeypatch):
         (["report", tmp_path / "empty"], 2, "not a run directory"),
         (["report", trained, "--out", trained / "config.toml" / "x.html"], 8, "config.toml"),
         (["diagnose", tmp_path / "empty"], 4, "neither a run directory"),
-        (["diagnose", trained, "--layers", "one"], 2, "expected numbers, as 0,5,11"),
+        (["diagnose", trained, "--layers", "one"], 2, "0,5,11"),
         (["diagnose", trained, "--plot", tmp_path / "a.png", "--layers", "0,7"], 2, "0 to 1"),
         (["diagnose", trained, "--plot", tmp_path / "a.gif"], 2, "ends in .png"),
     ):

@@ -172,7 +172,7 @@ def test_a_byte_order_mark_before_an_array(tmp_path: Path) -> None:
         ("a.json", b'["a"] ["b"]', r"a\.json: after item 1: no valid JSON: Addit"),
         ("a.json", b'["a"] x', r"a\.json: after item 1: no valid JSON: "),
         ("a.json", b'["a", "\xff"]', r"a\.json: after item \d: no valid JSON: 'utf-8'"),
-        ("a.json", b'["a",' + b"[" * 100_000, r"a\.json: "),
+        ("a.json", b'["a",' + b"[" * 100_000, r"a\.json: .*1000 deep"),
         ("a.txt.zst", as_zstd(b"text " * 99) + b"more", r"a\.txt\.zst: damaged compressed file"),
         ("a.json", b'{\n"text": "a"}', r"a\.json: a JSON array of records, or one record per line"),
         ("a.csv", b"id,body\n1,x\n", r"a\.csv: no field 'text', found id, body"),

@@ -3,6 +3,7 @@ tokenizers and transformers reading the saved files; training is deterministic a
 damaged, missing and misspelt tokenizers are refused without touching the network or a file.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -282,6 +283,15 @@ def test_ids_that_are_not_each_number_once_are_refused(i: Any, tmp_path: Path) -
 
 def trained(kind: str, folder: Path) -> tuple[Path, Any]:
     """A tokenizer.json that `tokenizers` itself trained and wrote, and its own reading of it."""
+    (folder / module.FILE).write_text(written(kind), encoding="utf-8")
+    theirs = pytest.importorskip("tokenizers").Tokenizer.from_str(written(kind))
+    theirs.encode_special_tokens = True
+    return folder / module.FILE, theirs
+
+
+@functools.cache
+def written(kind: str) -> str:
+    """The tokenizer.json of one kind, trained once."""
     tokenizers = pytest.importorskip("tokenizers")
     from tokenizers import decoders, models, normalizers, trainers
     from tokenizers import pre_tokenizers as pre
@@ -336,9 +346,7 @@ def trained(kind: str, folder: Path) -> tuple[Path, Any]:
         **more,
     )
     theirs.train_from_iterator(texts, trainer)
-    theirs.save(str(folder / module.FILE))
-    theirs.encode_special_tokens = True
-    return folder / module.FILE, theirs
+    return theirs.to_str(pretty=True)
 
 
 BYTE_LEVEL = ["gpt2", "digits", "split", "nfc"]
