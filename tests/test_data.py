@@ -158,7 +158,7 @@ def test_batch_is_the_windows_tokens_however_it_is_cut(order: str) -> None:
             assert torch.equal(torch.cat([y for _, y in cut]), targets)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.lists(st.integers(6, 60), min_size=1, max_size=3), min_size=2, max_size=4),
     st.lists(st.integers(1, 300_000), min_size=3, max_size=3),

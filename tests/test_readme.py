@@ -159,10 +159,12 @@ def mine(workplace):
     return workplace, out
 
 
+@pytest.mark.slow
 def test_train_on_your_own_text_as_written(mine):
     assert mine[1].startswith("Once")
 
 
+@pytest.mark.slow
 def test_use_your_model_as_written(mine, monkeypatch, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
@@ -180,6 +182,7 @@ def test_use_your_model_as_written(mine, monkeypatch, capsys):
         assert (mine[0] / made).stat().st_size > 100, made
 
 
+@pytest.mark.slow
 def test_mix_more_data_as_written(mine, text, monkeypatch, capsys):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow

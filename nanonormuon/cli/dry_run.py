@@ -18,7 +18,7 @@ from nanonormuon.model import GPT
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.activations import chunk_bytes, here, kept
 
-TRIAL_SECONDS = 1.0  # of each measurement, at least
+TRIAL_SECONDS = 0.5  # of each measurement, at least
 LONGEST_TRIAL = 2e11  # most FLOP of a block and a micro-batch that a CPU tries
 VOCABULARIES = {"byte": 257, "gpt2": 50_257, "cl100k_base": 100_258, "o200k_base": 200_000}
 

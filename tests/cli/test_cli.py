@@ -15,6 +15,7 @@ from support import command
 
 from nanonormuon import __version__, config
 from nanonormuon.cli import app as cli
+from nanonormuon.cli import dry_run
 from nanonormuon.cli.run import describe
 from nanonormuon.storage.shards import write_shard
 from nanonormuon.train import train
@@ -98,7 +99,8 @@ def test_mistakes(arguments, code, words, tmp_path, capsys, monkeypatch):
         (["track3-normuon", "optim.name=adamw"], []),  # the recipe's, not the user's
     ],
 )
-def test_a_setting_that_does_nothing_is_named(arguments, idle, tiny, capsys):
+def test_a_setting_that_does_nothing_is_named(arguments, idle, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "TRIAL_SECONDS", 0.01)
     found = config.without_effect(*config.load(arguments))
     assert [line.partition(":")[0] for line in found] == idle
     if "optim.name=adamw" in arguments and idle:
@@ -125,6 +127,7 @@ def test_what_is_there_but_not_what_was_asked_for(shards, trained, tmp_path, cap
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_terminal_of_another_encoding_shows_what_it_can(trained):
     code, said, message = command(
         "sample", trained, "--prompt", "\u00fc a", "--max-tokens", "1",
@@ -271,7 +274,8 @@ def test_help_names_every_command_and_gives_examples(capsys):
         assert "--no-such-option" in capsys.readouterr().err
 
 
-def test_recipes_and_show(capsys):
+def test_recipes_and_show(capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "TRIAL_SECONDS", 0.01)
     assert cli.main(["recipes"]) == 0
     listed = [re.match(r"(\S+) +(?=\S)", line) for line in capsys.readouterr().out.splitlines()]
     names = [found.group(1) for found in listed]

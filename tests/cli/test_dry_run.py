@@ -73,7 +73,8 @@ def test_a_tokenizers_name_tells_its_vocabulary(name):
     assert dry_run.VOCABULARIES[name] == expected
 
 
-def test_a_dry_run_says_it_and_stays_readable(capsys):
+def test_a_dry_run_says_it_and_stays_readable(capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "TRIAL_SECONDS", 0.01)
     assert cli.main(["run", "demo", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert tomllib.loads(said)["train"]["steps"] == 520

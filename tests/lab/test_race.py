@@ -313,6 +313,7 @@ def script(name):
     return module
 
 
+@pytest.mark.slow
 def test_kept_results_become_tables_and_are_verified(smaller, tmp_path, here, monkeypatch, capsys):
     """The way from a race to RESULTS.md and README.md, and back to a run that is compared."""
     arguments = smaller
@@ -512,6 +513,7 @@ def test_a_second_moment_for_some_matrices_only():
         assert not torch.allclose(some[name], unlike[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_real_thing_on_the_command_line(tmp_path):
     code, _, said = command("race", "demo", "--optimizers", "normoun", "--out", tmp_path / "x")
     assert code == 2 and 'did you mean "normuon"' in said and not Path(tmp_path / "x").exists()

@@ -67,7 +67,7 @@ def gpt2() -> Tokenizer:
         return module.get("gpt2")
 
 
-@pytest.fixture(params=["byte", "bpe", "gpt2"])
+@pytest.fixture(params=["byte", "bpe", pytest.param("gpt2", marks=pytest.mark.slow)])
 def each(request: pytest.FixtureRequest) -> Tokenizer:
     return module.get("byte") if request.param == "byte" else request.getfixturevalue(request.param)
 
@@ -164,7 +164,13 @@ POSSESSIVE = {
 
 
 @pytest.mark.parametrize(
-    "pattern", [PATTERN, GPT2, CL100K, O200K], ids=["bpe", "gpt2", "cl100k_base", "o200k_base"]
+    "pattern",
+    [
+        pytest.param(PATTERN, id="bpe"),
+        pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow),
+        pytest.param(CL100K, id="cl100k_base"),
+        pytest.param(O200K, id="o200k_base", marks=pytest.mark.slow),
+    ],
 )
 def test_split_agrees_with_tiktoken_and_hugging_face(
     pattern: str, gpt2: Tokenizer, tmp_path: Path
@@ -386,7 +392,9 @@ def test_other_peoples_byte_level_bpe(
         ours.decode([700])
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize(
+    "kind", ["llama2", pytest.param("unigram", marks=pytest.mark.slow), "wordpiece"]
+)
 def test_other_kinds_of_tokenizer(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -474,6 +482,7 @@ def test_truncation_and_padding_of_a_file_are_not_for_training(tmp_path: Path) -
     assert module.get(path).encode(PLAIN) == expected
 
 
+@pytest.mark.slow
 def test_gpt2_through_the_library_is_tiktokens(gpt2: Tokenizer, tmp_path: Path) -> None:
     """In the form of GPT-2's published tokenizer.json, on a large sample of text."""
     pytest.importorskip("tokenizers")
