@@ -180,6 +180,7 @@ def test_the_second_moment_of_bfloat16_weights_stays_float32_through_a_state_dic
     assert b.dtype == torch.float32 and torch.equal(a, b) and a is not b
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_one_graph_that_schedules_do_not_recompile():
     """Rates as 0-d tensors, every kind of matrix; equal to the eager step with numbers."""
     torch.manual_seed(8)

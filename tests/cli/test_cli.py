@@ -228,7 +228,8 @@ def test_output_that_cannot_be_written_is_an_error(late):
     assert "No space left on device" in found.stderr
 
 
-@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [False, True])
 def test_a_reader_that_left_is_not_complained_of(late):
     read, write = os.pipe()
     os.close(read)
@@ -239,6 +240,7 @@ def test_a_reader_that_left_is_not_complained_of(late):
     assert (found.returncode, found.stderr) == (1, "")
 
 
+@pytest.mark.slow
 def test_an_output_that_was_never_there():
     closed = ["sh", "-c", 'exec "$@" >&-', "sh", *show(late=True)]
     found = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
@@ -291,6 +293,7 @@ def test_recipes_and_show(capsys, monkeypatch):
     assert said.startswith(shown) and "\n# parameters: " in said
 
 
+@pytest.mark.slow
 def test_from_text_to_samples_as_a_user_does_it(text, tmp_path, capsys, monkeypatch):
     """prepare, run, resume and sample, each in a process of its own, with quiet and greppable
     output."""

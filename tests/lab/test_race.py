@@ -429,6 +429,7 @@ def test_a_job_that_was_cut_off_ends_where_it_was_to_end(tiny, tmp_path, here):
     assert Runner().run([job])[0]["steps"] == 5
 
 
+@pytest.mark.slow
 def test_a_failing_run_ends_the_batch_with_its_last_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "config", type("no", (), {"load": staticmethod(lambda a: None)}))
     job = Job(tmp_path / "a", ("demo", "train.stepz=1"))
