@@ -50,6 +50,8 @@ class Diverged(RuntimeError):
 class OutOfMemory(RuntimeError):
     """Not even the smallest micro-batch fits."""
 
+    everywhere = False  # whether every rank raises it, so that they can still save together
+
 
 class PeerError(RuntimeError):
     """Rank 0 failed at work that it does for all ranks, with exit code `code`."""

@@ -64,7 +64,7 @@ def train(
             except BadStep as bad:
                 raise trainer.report(bad) from None
             except OutOfMemory as error:
-                if getattr(error, "everywhere", False) and trainer.step:
+                if error.everywhere and trainer.step:
                     trainer.save()
                 raise
         with watch.section("end"):

@@ -168,7 +168,7 @@ class MicroBatch:
                     "with train.parallel=fsdp, or on a machine with more memory"
                 )
             error = OutOfMemory(f"out of memory{cause and ': '}{cause}; {advice}")
-            error.everywhere = everywhere  # type: ignore[attr-defined]
+            error.everywhere = everywhere
             raise error
         if self.world.first:
             log.warning(
