@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,25 @@ def replace_file(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
+    """Read a whole file that somebody names, or that lies in a directory from elsewhere.
+
+    Raises ValueError for anything but a regular file of at most `limit` bytes: a pipe would make
+    the reader wait, a device has no end. Raises OSError.
+    """
+
+    def without_waiting(path: str, flags: int) -> int:  # as opening a pipe does, for its writer
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=without_waiting) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path}: expected a regular file, not a pipe or device")
+        if found.st_size > limit:
+            raise ValueError(f"{path}: expected at most {limit:,} bytes, found {found.st_size:,}")
+        return file.read(limit)
 
 
 def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
