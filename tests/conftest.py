@@ -31,7 +31,7 @@ SET = {
 }
 if (cache := ROOT.parent / "shared" / "tiktoken_cache").is_dir():
     SET["TIKTOKEN_CACHE_DIR"] = str(cache)
-if "CI" in os.environ:  # what .ci/run has prepared in its cache need not be prepared again
+if os.environ.keys() & {"CI", "PYTEST_XDIST_WORKER"}:  # .ci/run or pytest -n auto has one for all
     SET["NANONORMUON_CACHE"] = os.environ.get("NANONORMUON_CACHE", SET["NANONORMUON_CACHE"])
 if not Path("/dev/nvidiactl").exists():  # with GPUs it says which of them may be used
     REMOVED += ("CUDA_VISIBLE_DEVICES",)
@@ -41,6 +41,23 @@ for name in list(os.environ):
 os.environ.update(SET)
 
 defects.apply()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Processes of `pytest -n auto`. Each loads torch, and many tests start several ranks."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Make a test's captured output fit for being sent to the process that reports it."""
+    report = yield
+    report.sections = [
+        (name, content.encode(errors="backslashreplace").decode())
+        for name, content in report.sections
+    ]
+    return report
 
 
 @pytest.fixture(scope="session")
