@@ -112,6 +112,8 @@ class Trainer:
         self.guard = Guard(Spikes(config.train.skip_spikes), watch.stopping)
         self.weight_stats = WeightStats(self.engine.optimizers, world.device)
         self.validations = Validations()
+        self.sampled: set[int] = set()  # steps
+        self.row: dict[str, Any] = {}  # the latest of metrics.jsonl
 
         self.last_step = config.train.last_step
         self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint
@@ -126,8 +128,12 @@ class Trainer:
         elif config.train.init_from:
             build.begin_with(config, engine, self.tokenizer)
         described = environment(self.world.device, self.world.size)
-        rows = distributed.first_does(lambda: self.open_logs(described), self.world.device)
+        rows, sampled = distributed.first_does(lambda: self.open_logs(described), self.world.device)
         self.validations.take_up(rows)
+        self.sampled.update(sampled)
+        self.row = {"step": self.step, "tokens": self.tokens}
+        if rows and rows[-1]["step"] == self.step:
+            self.row = rows[-1]
         run.write("groups.txt", aligned(group_rows(engine.optimizers)) + "\n")
         if self.world.first:
             size = self.memory.size
@@ -148,17 +154,18 @@ class Trainer:
         self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
         self.guard.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
 
-    def open_logs(self, described: dict[str, Any]) -> list[dict[str, Any]]:
-        """On rank 0: make sure of the disk's room, open the logs, return the rows there are."""
+    def open_logs(self, described: dict[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
+        """On rank 0: make sure of the disk's room, open the logs. Returns the rows there are, and
+        the steps of the samples."""
         settings = self.config.train
         size = checkpoint.size_of(self.engine.model, self.engine.optimizers)
         checkpoints.check_space(self.run.checkpoints, size, settings.keep_last)
-        rows = self.run.open(to_toml(self.config), described, self.step)
+        found = self.run.open(to_toml(self.config), described, self.step)
         if settings.track:
             from nanonormuon.runtime import trackers  # few runs have one
 
             self.run.sink = trackers.start(settings.track, self.run.path, asdict(self.config))
-        return rows
+        return found
 
     # ---------------------------------------------------------------------------------------------
     # A step
@@ -228,28 +235,35 @@ class Trainer:
         return self.summarise()
 
     def catch_up(self) -> None:
-        """Do what was due before the first step of this process, but did not come about."""
+        """Do what was due before the first step of this process, but did not come about: a process
+        ended between this step's checkpoint and the evaluation or sample that follows it."""
         if self.step == 0:
-            self.show_sample("before training")
-        elif self.due(self.step).evaluate and self.step not in self.validations:
-            self.validate()  # the process ended between this step's checkpoint and its evaluation
-            self.run.record({"step": self.step, "tokens": self.tokens, **self.last_validation})
+            return self.show_sample("before training")
+        due = self.due(self.step)
+        if due.evaluate and self.step not in self.validations:
+            self.validate()
+        if due.sample:
+            self.show_sample(f"after step {self.step}")
 
     def follow_up(self, due: Due, loss: Tensor, verdict: Verdict) -> None:
-        """What a step is followed by: save, evaluate, write the row, stop if asked to, sample."""
-        row, stop = self.measure(loss, verdict.grad_norm), verdict.stop
+        """What a step is followed by: write the row, save, evaluate, stop if asked to, sample.
+
+        A checkpoint never appears before the rows up to its step. What follows the checkpoint, a
+        resumed process does if this one does not (`catch_up`).
+        """
+        self.row, stop = self.measure(loss, verdict.grad_norm), verdict.stop
+        self.run.record(self.row)
         if due.save:
             self.save()
         if due.evaluate:
             with contextlib.suppress(Interrupted):
-                row |= self.validate()
+                self.validate()
             if self.exhausted:
                 self.save()
         if due.save or due.evaluate:  # both take time, in which a signal may have come
             stop = self.agree()
-        self.run.record(row)
         if self.world.first:
-            announce(row, self.config.train.steps, self.bar)
+            announce(self.row, self.config.train.steps, self.bar)
         if stop:
             self.bar.close()
             self.save()
@@ -279,9 +293,9 @@ class Trainer:
             **({"skipped": spikes.skipped} if spikes.factor else {}),
         }
 
-    def validate(self) -> dict[str, float | None]:
-        """The loss on the whole validation split, equal on every rank. Raises Interrupted if a rank
-        receives a signal meanwhile."""
+    def validate(self) -> None:
+        """Measure the loss on the whole validation split, equal on every rank, and add it to the
+        step's row. Raises Interrupted if a rank receives a signal meanwhile."""
         data, T = self.config.data, self.config.data.seq_len
         # in training all layers' activations are kept, here one layer's
         at_once = max(
@@ -298,8 +312,9 @@ class Trainer:
                 forward, self.data.val, T, at_once, self.world, data.val_tokens
             )
         bpb = evaluate.bits_per_byte(loss, targets, self.text_bytes)
-        self.validations[self.step] = {"val_loss": loss, "val_bpb": bpb}
-        return self.last_validation
+        self.validations[self.step] = found = {"val_loss": loss, "val_bpb": bpb}
+        self.run.record(self.row, found)
+        self.row |= found
 
     def agree(self) -> int:
         """The signal that any rank has received, on all of them."""
@@ -307,7 +322,7 @@ class Trainer:
 
     def show_sample(self, when: str) -> None:
         settings, tokenizer = self.config.train, self.tokenizer
-        if tokenizer is None or not settings.sample_tokens:
+        if tokenizer is None or not settings.sample_tokens or self.step in self.sampled:
             return
         prompt = settings.sample_prompt  # every rank takes part: sharded layers run in step
         context, model = self.config.data.seq_len, self.engine.model
@@ -318,7 +333,8 @@ class Trainer:
         if self.world.first:
             lines = (prompt + text).splitlines()
             log.info("sample %s:\n%s", when, "\n".join(f"  | {line}" for line in lines))
-            self.run.append("samples.jsonl", {"step": self.step, "prompt": prompt, "text": text})
+            self.run.add_sample({"step": self.step, "prompt": prompt, "text": text})
+        self.sampled.add(self.step)
 
     # ---------------------------------------------------------------------------------------------
     # How far the run is
@@ -354,6 +370,7 @@ class Trainer:
             return
         with self.watch.section("save"):
             self.batches.split.settle()  # nothing is kept that came of a damaged shard
+            self.run.settle()
             engine, world, keep = self.engine, self.world, self.config.train
             weights, buffers = checkpoint.named_state(engine.model, engine.optimizers)
             health.check_state(weights | buffers, self.step, world)
@@ -402,6 +419,7 @@ class Trainer:
             "best_checkpoint": None if kept is None else f"checkpoints/step-{kept:06d}",
             "hugging_face": not huggingface.obstacles(self.config.model),
         }
+        self.run.tidy(self.step)
         self.run.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 

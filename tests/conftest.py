@@ -134,5 +134,4 @@ def forks(tmp_path_factory):
         pytest.skip("needs fork()")
     forks = Forks(tmp_path_factory.mktemp("said"))
     yield forks
-    forks.server.stdin.close()
-    forks.server.wait()
+    forks.close()

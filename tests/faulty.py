@@ -5,7 +5,8 @@ usage: FAULT=KIND@PLACE[:STEP[:RANK]] [torchrun | python] faulty.py RECIPE KEY=V
 KIND is what happens (below), PLACE where: once, on that rank, when so many steps are done; stderr
 says "fault at" the monotonic clock's time. KIND nan puts a NaN into a loss, gradient, weight or
 buffer, KIND bit changes a weight on that rank alone; nan@memory fills the memory of every new
-tensor, on all ranks; disk@N kills at the N-th file-system call below checkpoints/.
+tensor, on all ranks; disk@N kills at the N-th file-system call below checkpoints/, save@N at the
+N-th of those that saves make.
 """
 
 import os
@@ -66,6 +67,7 @@ def inject(kind, place, step="0", rank="0"):
     from nanonormuon import build, checkpoint, data, evaluate, model, sample, train
     from nanonormuon.runtime import health
     from nanonormuon.storage import checkpoints
+    from nanonormuon.storage.run import RunDirectory
     from nanonormuon.train import Trainer
 
     places = {
@@ -76,8 +78,13 @@ def inject(kind, place, step="0", rank="0"):
         "backward": (torch.Tensor, "backward"),
         "step": (health, "norm"),
         "gather": (checkpoint, "named_for_hf"),
+        "record": (RunDirectory, "record"),
         "write": (checkpoints, "write"),
+        "retain": (checkpoints, "retain"),
         "evaluation": (evaluate, "validation_batches"),
+        "evaluated": (evaluate, "bits_per_byte"),
+        "announce": (train, "announce"),
+        "summary": (Trainer, "summarise"),
         "sample": (sample, "stream"),
         "weight": (Trainer, "take_step"),
         "buffer": (Trainer, "take_step"),
@@ -128,13 +135,17 @@ def spoil(trainer, kind, place):
     handle = layer.register_forward_hook(spoil_output)
 
 
-def on_disk(number, folder):
+def on_disk(number, folder, of_saves=False):
     """SIGKILL at the n-th time that this process opens, makes, renames or removes something below
-    `folder`, or waits for the disk."""
+    `folder`, or waits for the disk. of_saves: counted are those of Trainer.save alone."""
     seen = []
 
     def count(path):
-        seen.append(path)
+        frame = sys._getframe()
+        while of_saves and frame and frame.f_code.co_name != "save":
+            frame = frame.f_back
+        if frame:
+            seen.append(path)
         if len(seen) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -196,8 +207,8 @@ def serve():
 def main():
     if fault := os.environ.get("FAULT"):
         kind, _, where = fault.partition("@")
-        if kind == "disk":
-            on_disk(int(where), "checkpoints")
+        if kind in ("disk", "save"):
+            on_disk(int(where), "checkpoints", kind == "save")
         else:
             inject(kind, *where.split(":"))
     from nanonormuon.cli.app import entry

@@ -87,6 +87,10 @@ class Forks:
         )  # fmt: skip
         assert self.server.stdout.readline() == "ready\n"
 
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait()
+
     def ask(self, wish):
         self.server.stdin.write(json.dumps(wish) + "\n")
         self.server.stdin.flush()
@@ -129,10 +133,27 @@ def final(out, step=None):
     return [(path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
 
 
+TIMES = {"seconds", "tokens_per_second", "train_seconds", "compile_seconds", "total_seconds",
+         "peak_memory"}  # fmt: skip
+
+
+def outcome(out, step):
+    """What a run has come to that must not depend on what happened on the way: by name, but for
+    times, the bytes of its checkpoint of this step, its summary, metrics and samples."""
+    logs = {name: log(out, name) for name in ("summary.json", "metrics.jsonl", "samples.jsonl")}
+    return dict(zip(("weights", "buffers"), final(out, step))) | logs
+
+
+def log(out, name="metrics.jsonl"):
+    """The rows of a file of JSON, one per line, as they lie there, but for times."""
+    text = (Path(out) / name).read_text()
+    rows = [json.loads(row) for row in ([text] if name.endswith(".json") else text.splitlines())]
+    return [{key: row[key] for key in row if key not in TIMES} for row in rows]
+
+
 def losses(out):
     """The training losses that a run has logged."""
-    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [row["loss"] for row in log(out)]
 
 
 def relative(a, b):

@@ -40,6 +40,9 @@ def read(path: Path) -> RunRecord:
     rows = read_metrics(path / "metrics.jsonl")
     if not rows:
         raise RunError(f"{path}: no step is logged in metrics.jsonl yet")
+    for row in rows:  # neither a curve nor a table can show NaN, infinity, or what is next to it
+        for key in [k for k, v in row.items() if v is not None and not abs(v) < 1e100]:
+            del row[key]
     return RunRecord(path, path.resolve().name, config, rows)
 
 

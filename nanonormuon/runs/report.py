@@ -4,7 +4,6 @@ import html
 import json
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from nanonormuon.errors import UsageError
 from nanonormuon.pretrained.judge import RESULTS, kept
 from nanonormuon.runs.compare import RunRecord, read, row_of, spell
 from nanonormuon.storage.checkpoints import read_json
-from nanonormuon.storage.files import read_jsonl, replace_file
+from nanonormuon.storage.files import replace_file
+from nanonormuon.storage.run import read_samples
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 260, 64, 30, 10
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700")
@@ -106,11 +106,10 @@ def key_values(content: dict[str, Any]) -> str:
 
 def samples(file: Path) -> list[str]:
     """The samples by step; the last one of a step that was repeated after an interruption."""
-    texts: dict[int, str] = {}
-    for _, row in read_jsonl(file, cut=True) if file.is_file() else ():
-        with suppress(LookupError, TypeError, ValueError):  # other entries are ignored
-            texts[int(row["step"])] = str(row["prompt"]) + str(row["text"])
-    parts = [f"<p>step {s:,}</p><pre>{html.escape(t)}</pre>" for s, t in sorted(texts.items())]
+    parts = []
+    for row in read_samples(file):
+        text = html.escape(row.get("prompt", "") + row.get("text", ""))
+        parts.append(f"<p>step {row['step']:,}</p><pre>{text}</pre>")
     return ["<h2>Samples</h2>", *parts] if parts else []
 
 
@@ -120,8 +119,8 @@ def chart(run: RunRecord, title: str, keys: Sequence[str]) -> list[str]:
     curves = {key: curve for key in keys if len((curve := run.curve(key))[0]) > 1}
     if not curves:
         return []
-    ys = [y for _, y in curves.values() for y in y if math.isfinite(y)]
-    bottom, top = min(ys, default=0.0), max(ys, default=1.0)
+    ys = [y for _, y in curves.values() for y in y]
+    bottom, top = min(ys), max(ys)
     if top - bottom < 1e-12 * max(1.0, abs(top)):
         bottom, top = bottom - 0.5 * (abs(bottom) or 1), top + 0.5 * (abs(top) or 1)
     first, last = run.rows[0]["step"], run.rows[-1]["step"]  # equal in all charts
@@ -142,7 +141,7 @@ def chart(run: RunRecord, title: str, keys: Sequence[str]) -> list[str]:
         grid = f'class="grid" x1="{LEFT}" x2="{right}" y1="{y_at(y):.1f}" y2="{y_at(y):.1f}"'
         parts += [f"<line {grid}/>", label(LEFT - 6, y_at(y) + 4, f"{y:,.6g}")]
     for (x, y), colour in zip(curves.values(), COLOURS):
-        points = " ".join(f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(x, y) if math.isfinite(b))
+        points = " ".join(f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(x, y))
         parts.append(f'<polyline class="curve" stroke="{colour}" points="{points}"/>')
     names = [f'<span style="color:{c}">{key}</span>' for key, c in zip(curves, COLOURS)]
     return [

@@ -92,8 +92,8 @@ def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
     """Yield line number (from 1) and value of each line of JSON. Only "\\n" ends a line, since a
     string may contain U+2028 and the like.
 
-    cut: skip invalid lines, such as the one a crash leaves. Otherwise raises ValueError naming file
-    and line. Raises OSError.
+    cut: yield None for an invalid line, such as the one a crash leaves. Otherwise raises ValueError
+    naming file and line. Raises OSError.
     """
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
@@ -102,6 +102,7 @@ def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             if not cut:
                 raise ValueError(f"{path}: line {number}: {error}") from None
+            yield number, None
 
 
 @contextmanager

@@ -7,11 +7,12 @@ RUN/config.toml  environment.json  metrics.jsonl  samples.jsonl  train.log  grou
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from nanonormuon.errors import RunError, explained
 from nanonormuon.storage import checkpoints
-from nanonormuon.storage.files import lock, read_jsonl, replace_file
+from nanonormuon.storage.files import lock, read_jsonl, replace_file, settle
 
 if TYPE_CHECKING:
     import torch  # slow to import; --help must not wait for it
@@ -88,17 +89,17 @@ class RunDirectory:
 
     def open(
         self, config_toml: str, environment: dict[str, Any], step: int
-    ) -> list[dict[str, Any]]:
+    ) -> tuple[list[dict[str, Any]], list[int]]:
         """Write what describes the run, and open its logs to continue after `step`.
 
-        Returns the rows of metrics.jsonl up to `step`; later rows, whose steps will be repeated,
-        are removed from the file.
+        Returns the rows of metrics.jsonl up to `step`, and the steps that samples.jsonl has up to
+        there; what is later will be repeated, and is removed from the files.
         """
         self.write("config.toml", config_toml)
         self.write("environment.json", json.dumps(environment, indent=1) + "\n")
+        rows = self.rewrite("metrics.jsonl", read_metrics, step)
+        sampled = [row["step"] for row in self.rewrite("samples.jsonl", read_samples, step)]
         file = self.path / "metrics.jsonl"
-        kept = [row for row in read_metrics(file) if row["step"] <= step]
-        self.write(file.name, "".join(json.dumps(row) + "\n" for row in kept))
         self.metrics = self.resources.enter_context(file.open("a", encoding="utf-8"))
         handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -106,20 +107,46 @@ class RunDirectory:
         self.resources.callback(log.removeHandler, handler)
         log.addHandler(handler)
         log.setLevel(logging.DEBUG)  # for train.log; the console's handler has its own level
+        return rows, sampled
+
+    def rewrite(
+        self, name: str, read: Callable[[Path], list[dict[str, Any]]], step: int
+    ) -> list[dict[str, Any]]:
+        """Leave the rows up to `step` in a .jsonl file of the run, one per step; returns them."""
+        file = self.path / name
+        kept = [row for row in read(file) if row["step"] <= step]
+        if file.exists():
+            self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         return kept
 
-    def record(self, row: dict[str, Any]) -> None:
-        """Append one step's metrics, on the rank that opened the logs."""
+    def record(self, row: dict[str, Any], more: dict[str, Any] | None = None) -> None:
+        """Append one step's metrics, on the rank that opened the logs.
+
+        more: measured after the row was recorded. The new line repeats the row, so that it is whole
+        for who reads the file by itself.
+        """
         if self.metrics is not None:
-            self.metrics.write(json.dumps(row) + "\n")
+            self.metrics.write(json.dumps(row | (more or {})) + "\n")
             self.metrics.flush()
         if self.sink is not None:
-            self.sink(row)
+            self.sink({"step": row["step"], **more} if more else row)
 
-    def append(self, name: str, row: dict[str, Any]) -> None:
-        """Append one object to a .jsonl file of the run."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
+    def settle(self) -> None:
+        """Wait until the metrics are on disk, before a checkpoint that is later than they are."""
+        if self.metrics is not None:
+            settle(self.metrics)
+
+    def tidy(self, step: int) -> None:
+        """Close the metrics, which then have one line per step."""
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = None
+            self.rewrite("metrics.jsonl", read_metrics, step)
+
+    def add_sample(self, row: dict[str, Any]) -> None:
+        with open(self.path / "samples.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            settle(file)
 
     def write(self, name: str, content: str) -> None:
         """Replace a file of the run, on rank 0."""
@@ -173,12 +200,13 @@ class Validations(dict[int, dict[str, float | None]]):
         """Add those among the rows of a metrics.jsonl."""
         for row in rows:
             if "val_loss" in row:
-                self[row["step"]] = {key: row[key] for key in ("val_loss", "val_bpb")}
+                self[row["step"]] = {key: row.get(key) for key in ("val_loss", "val_bpb")}
 
     def best(self, among: Collection[int | None] | None = None) -> int | None:
         """The step with the lowest loss, the latest of equals; of all steps, or of some."""
-        steps = [step for step in self if among is None or step in among]
-        return min(steps, key=lambda step: (self[step]["val_loss"], -step), default=None)
+        losses = {s: row["val_loss"] for s, row in self.items() if among is None or s in among}
+        steps = [step for step, loss in losses.items() if not math.isnan(loss)]
+        return min(steps, key=lambda step: (losses[step], -step), default=None)
 
     @property
     def stale(self) -> int:
@@ -187,9 +215,41 @@ class Validations(dict[int, dict[str, float | None]]):
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl, without a last line cut short by a crash."""
-    rows = [row for _, row in read_jsonl(file, cut=True)] if file.exists() else []
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    """Read the rows of a metrics.jsonl, as `read_rows`: numbers, and null for an unknown val_bpb. A
+    float may be NaN or infinite, as in a step that was skipped."""
+
+    def fits(key: str, value: Any) -> bool:
+        small = type(value) is int and abs(value) < 1e100
+        return small or isinstance(value, float) or (value is None and key == "val_bpb")
+
+    return read_rows(file, fits)
+
+
+def read_samples(file: Path) -> list[dict[str, Any]]:
+    """Read the rows of a samples.jsonl, as `read_rows`: step, prompt and text."""
+    return read_rows(file, lambda key, value: key == "step" or isinstance(value, str))
+
+
+def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, Any]]:
+    """Read a .jsonl file of steps, one row per step: a later line of a step adds to an earlier one.
+
+    Lines that are no such row, and values that do not fit (key, value), are left out with one
+    warning that names them: a crash may have cut the last line short. No file is no rows.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    amiss = []
+    for number, row in read_jsonl(file, cut=True) if file.is_file() else ():
+        step = row.get("step") if isinstance(row, dict) else None
+        if type(step) is not int or not 0 <= step < 10**15:
+            amiss.append(f"line {number}")
+            continue
+        amiss += [f"line {number}: {key[:40]!r}" for key in row if not fits(key, row[key])]
+        kept = {key: value for key, value in row.items() if fits(key, value)}
+        rows[step] = rows.get(step, {}) | kept
+    if amiss:
+        more = f" and {len(amiss) - 3} more" if len(amiss) > 3 else ""
+        log.warning(f"{file}: damaged and left out: {', '.join(amiss[:3])}{more}")
+    return [rows[step] for step in sorted(rows)]
 
 
 def environment(device: "torch.device", ranks: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """After a fault a run ends quickly, with the right message, and loses nothing: processes killed at
-random moments and at every file-system call of a save, signals in every part of a run, ranks that
-fail, hang or diverge.
+random moments and at every point and file-system call of a save, signals in every part of a run,
+ranks that fail, hang or diverge.
 
 Random moments come from a seed that is printed; set FAULT_SEED to repeat it. More trials: pytest -m
 full
@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 import pytest
+import soak
 from safetensors.torch import load_file
-from support import ROOT, WAIT, alive, final
+from support import ROOT, WAIT, Forks, alive, final, outcome
 
 from nanonormuon.storage import checkpoints as checkpoint
 
@@ -36,29 +37,25 @@ def seed():
 
 @pytest.fixture(scope="module")
 def short(tiny):
-    """A run that saves often: after every second step."""
-    return [*tiny, f"train.steps={STEPS}", "train.save_every=2", "train.sample_tokens=0"]
+    """A run that saves after every second step, evaluates and samples after every fourth."""
+    often = ["train.save_every=2", "train.sample_every=4", "train.sample_tokens=2"]
+    return [*tiny, f"train.steps={STEPS}", *often]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(short, forks, tmp_path_factory):
-    """The final state of a run without faults, and the seconds that it takes."""
-    out, begin = tmp_path_factory.mktemp("whole") / "run", time.monotonic()
+def whole(short, forks, tmp_path_factory):
+    """The outcome of a run without faults."""
+    out = tmp_path_factory.mktemp("whole") / "run"
     codes, said = forks.run([*short, "--out", out])
     assert codes == [0], said
-    return final(out, STEPS), time.monotonic() - begin
-
-
-@pytest.fixture(scope="module")
-def whole(undisturbed):
-    return undisturbed[0]
+    return outcome(out, STEPS)
 
 
 def ends_alike(forks, short, out, whole):
     """Resume without a fault: the run must end as if nothing had happened."""
     codes, said = forks.run([*short, *(["--resume"] if saved(out) else []), "--out", out])
     assert codes == [0], said
-    assert final(out, STEPS) == whole
+    assert outcome(out, STEPS) == whole
 
 
 def saved(out):
@@ -69,39 +66,39 @@ def saved(out):
 # Killed
 
 
-def kill_and_resume(trials, seed, forks, short, tmp_path, undisturbed):
-    """Kill runs `trials` times, at random moments and alternately at random file-system calls of a
-    save. Each killed run is resumed until it completes."""
-    dice, (whole, seconds), kills, run = random.Random(seed), undisturbed, [], 0
-    while len(kills) < trials:
-        out = tmp_path / f"run{run}"
-        in_save = len(kills) % 2 == 1
-        at = f"disk@{dice.randint(1, 90)}" if in_save else ""
+# in this order, one process after the other: save_every is 2, eval_every and sample_every are 4
+POINTS = ["record:2", "write:2", "retain:4", "evaluated:4", "sample:4", "record:8", "write:8",
+          "evaluation:8", "announce:8", "record:12", "announce:12", "summary:12"]  # fmt: skip
+
+
+def killed_at(points, forks, short, out, whole):
+    """Kill a run and its resumptions at one point after the other: it ends as if none had been."""
+    for point in points:
         more = ["--resume"] if saved(out) else []
-        started = forks.start([*short, *more, "--out", out], fault=at)
-        if not in_save:
-            until = time.monotonic() + dice.uniform(0, 1.2 * seconds)
-            while alive(started.pids[0]) and time.monotonic() < until:
-                time.sleep(0.001)
-            if alive(started.pids[0]):
-                os.kill(started.pids[0], signal.SIGKILL)
-        (code,) = started.wait()
-        assert code in (0, -signal.SIGKILL), started.said
-        if code:
-            kills.append(in_save)
-        if code == 0 or len(kills) == trials:
-            ends_alike(forks, short, out, whole)
-            run += 1
-    return sum(kills)
+        codes, said = forks.run([*short, *more, "--out", out], fault=f"kill@{point}")
+        assert codes == [-signal.SIGKILL], (point, said)
+    ends_alike(forks, short, out, whole)
 
 
-def test_killed_at_random_moments(seed, forks, short, tmp_path, undisturbed):
-    assert kill_and_resume(4, seed, forks, short, tmp_path, undisturbed) == 2
+def test_killed_around_a_save(forks, short, tmp_path, whole):
+    """Between row and checkpoint, between checkpoint and evaluation."""
+    killed_at(["write:4", "evaluation:4"], forks, short, tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_killed_at_each_point_around_a_save(forks, short, tmp_path, whole):
+    killed_at(POINTS, forks, short, tmp_path / "run", whole)
 
 
 @pytest.mark.full
-def test_killed_at_a_hundred_random_moments(seed, forks, short, tmp_path, undisturbed):
-    assert kill_and_resume(100, seed, forks, short, tmp_path, undisturbed) == 50
+def test_killed_at_random_moments(seed, forks, shards, tmp_path):
+    """Half of the time in a save, on one rank and on two; a thousand times: scripts/soak.sh."""
+    (tmp_path / "said").mkdir()
+    own = Forks(tmp_path / "said")
+    found = soak.Soak(tmp_path, own, shards, seed).run(60)
+    own.close()
+    assert found["in_save"] >= 25 and found["runs"] > 3 and found["two_ranks"], found
+    assert found["differences"] == 0, found
 
 
 FILES = {"model.safetensors": [b"wei", b"ghts"], "optimizer.safetensors": b"buffers",
