@@ -6,7 +6,9 @@ directory gets to disk, complete or not at all, is in storage/checkpoints.py.
 
 import json
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from nanonormuon.config import Config, from_dict
 from nanonormuon.errors import CheckpointError
 from nanonormuon.normuon import NorMuon
 from nanonormuon.runtime import distributed
+from nanonormuon.runtime.faults import Stopping
 from nanonormuon.runtime.health import Spikes
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage.huggingface import config_json, to_hf
 from nanonormuon.storage.tensors import (
     TensorFile,
+    copied,
     flatten_tree,
     placed_like,
     stream,
@@ -85,32 +89,63 @@ def size_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
 # Saving and loading tensors
 
 
-def save(
-    folder: Path,
-    step: int,
-    weights: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    description: Callable[[], Mapping[str, bytes]],
-    world: distributed.World,
-) -> None:
-    """Publish a checkpoint: tensors in any layout, and the files that `description` returns.
+class Saver:
+    """Publishes checkpoints, one at a time. Rank 0 writes them: while all ranks wait, or, if
+    `background`, in a thread, from copies in the host's memory, while the ranks go on."""
 
-    All ranks gather the tensors one by one, rank 0 writes, and all ranks raise if it fails.
-    """
-    streams = {
-        "model.safetensors": stream(named_for_hf(weights), keep=world.first),
-        "optimizer.safetensors": stream(buffers, keep=world.first),
-    }
-    failure = None
-    if world.first:
-        try:
-            checkpoints.write(folder, step, streams | description())
-        except Exception as error:
-            failure = error
-    for pieces in streams.values():  # gathering must finish on every rank, also after a failure
-        for _ in pieces:
-            pass
-    distributed.first_does(lambda: raise_if(failure), world.device)
+    def __init__(
+        self, folder: Path, world: distributed.World, stopping: Stopping, background: bool
+    ):
+        self.folder, self.world, self.stopping = folder, world, stopping
+        self.background = background
+        self.thread = ThreadPoolExecutor(1, "save")
+        self.pending: Future[None] | None = None  # on rank 0
+
+    def save(
+        self, step: int, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor],
+        description: Callable[[], Mapping[str, bytes]], retain: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """Publish tensors of any layout and the files that `description` returns, then `retain`.
+
+        Called on all ranks, after `settle`; they gather the tensors one by one. All of them raise
+        if the writing fails: here, or at the next `settle` if it happens in the background.
+        """
+        first, failure = self.world.first, None
+        tensors = {"model": named_for_hf(weights), "optimizer": buffers}
+        if self.background:
+            tensors = {name: copied(group, keep=first) for name, group in tensors.items()}
+        streams = {f"{k}.safetensors": stream(group, keep=first) for k, group in tensors.items()}
+        if first:
+            try:
+                files = streams | description()
+                if self.background:
+                    self.pending = self.thread.submit(self.publish, step, files, retain)
+                    self.pending.add_done_callback(self.end_if_failed)
+                else:
+                    self.publish(step, files, retain)
+            except Exception as error:
+                failure = error
+        if not self.background:
+            for pieces in streams.values():  # gathering must finish on every rank, also after that
+                for _ in pieces:
+                    pass
+        distributed.first_does(lambda: raise_if(failure), self.world.device)
+
+    def publish(self, step: int, files: Mapping[str, Any], retain: Callable[[], None]) -> None:
+        """Write a checkpoint's directory, then delete what need not be kept."""
+        checkpoints.write(self.folder, step, files)
+        retain()
+
+    def end_if_failed(self, saved: Future[None]) -> None:
+        """Have all ranks stop after their step as if by a signal, and so come to `settle`."""
+        if saved.exception():
+            self.stopping.number = self.stopping.number or signal.SIGTERM
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is published. Raises on every rank if that failed."""
+        if self.background:
+            pending, self.pending = self.pending, None
+            distributed.first_does(lambda: pending and pending.result(), self.world.device)
 
 
 def raise_if(failure: BaseException | None) -> None:

@@ -82,6 +82,7 @@ class TrainConfig:
     keep_last: int = 2  # newest checkpoints to keep; 0: all
     keep_every: int = 0  # also keep every checkpoint at a multiple of this step; 0: none
     keep_best: bool = True  # also keep the checkpoint with the lowest validation loss
+    save_async: Literal["auto", "on", "off"] = "auto"  # write in a thread meanwhile; auto: GPUs
     sample_every: int = 0  # steps; 0: only before and after the run
     sample_tokens: int = 128  # per sample; 0: no samples
     sample_prompt: str = ""  # "": samples begin a new document
@@ -122,9 +123,9 @@ OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_
 # What may change on resume; anything else would make another run. Data are compared by content.
 MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
     "steps", "stop_at", "micro_batch", "log_every", "eval_every", "patience", "save_every",
-    "keep_last", "keep_every", "keep_best", "skip_spikes", "time_limit", "sample_every",
-    "sample_tokens", "sample_prompt", "track", "device", "compile", "activation_checkpointing",
-    "parallel", "reshard",
+    "save_async", "keep_last", "keep_every", "keep_best", "skip_spikes", "time_limit",
+    "sample_every", "sample_tokens", "sample_prompt", "track", "device", "compile",
+    "activation_checkpointing", "parallel", "reshard",
 )))  # fmt: skip
 
 AT_LEAST_0 = (lambda value: isinstance(value, str) or value >= 0, "0 or more")

@@ -10,7 +10,9 @@ import json
 import logging
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,6 +113,9 @@ class Trainer:
         self.schedule = Schedule(config.train.steps, config.optim)
         self.guard = Guard(Spikes(config.train.skip_spikes), watch.stopping)
         self.weight_stats = WeightStats(self.engine.optimizers, world.device)
+        wish, gpu = config.train.save_async, world.device.type == "cuda"
+        background = wish == "on" or (wish == "auto" and gpu)
+        self.saver = checkpoint.Saver(run.checkpoints, world, watch.stopping, background)
         self.validations = Validations()
         self.sampled: set[int] = set()  # steps
         self.row: dict[str, Any] = {}  # the latest of metrics.jsonl
@@ -228,6 +233,7 @@ class Trainer:
             if (due := self.due(self.step, verdict.stop)).row:
                 self.follow_up(due, loss, verdict)
         self.bar.close()
+        self.save()
         if self.exhausted and speak:
             best, stale = self.validations.best(), self.validations.stale
             log.info(f"no lower val_loss than step {best}'s in {stale} evaluations: done")
@@ -254,7 +260,7 @@ class Trainer:
         self.row, stop = self.measure(loss, verdict.grad_norm), verdict.stop
         self.run.record(self.row)
         if due.save:
-            self.save()
+            self.save(wait=False)
         if due.evaluate:
             with contextlib.suppress(Interrupted):
                 self.validate()
@@ -358,33 +364,37 @@ class Trainer:
         return 0 < self.config.train.patience <= self.validations.stale
 
     @property
-    def best_kept(self) -> int | None:
-        """The step of the checkpoint with the lowest validation loss, of those on disk."""
-        kept = {checkpoints.step_of(p) for p in checkpoints.all_steps(self.run.checkpoints)}
-        return self.validations.best(kept)
+    def kept(self) -> set[int | None]:
+        """The steps of the checkpoints on disk."""
+        return {checkpoints.step_of(p) for p in checkpoints.all_steps(self.run.checkpoints)}
 
-    def save(self, retain: bool = True) -> None:
+    def save(self, retain: bool = True, wait: bool = True) -> None:
         """Publish a checkpoint of this step, unless there is one, and delete those that need not be
-        kept; every rank takes part. Raises NonFinite or Diverged rather than save bad state."""
-        if self.saved == self.step:
-            return
+        kept; every rank takes part. Raises NonFinite or Diverged rather than save bad state.
+
+        wait: until it is on disk, even if it is written in the background.
+        """
         with self.watch.section("save"):
-            self.batches.split.settle()  # nothing is kept that came of a damaged shard
-            self.run.settle()
-            engine, world, keep = self.engine, self.world, self.config.train
-            weights, buffers = checkpoint.named_state(engine.model, engine.optimizers)
-            health.check_state(weights | buffers, self.step, world)
-            folder = self.run.checkpoints
-            checkpoint.save(folder, self.step, weights, buffers, self.description, world)
-            if retain:
-                distributed.first_does(
-                    lambda: checkpoints.retain(
-                        folder, keep.keep_last, self.step, keep.keep_every,
-                        self.best_kept if keep.keep_best else None,
-                    ),
-                    world.device,
-                )  # fmt: skip
-            self.saved = self.step
+            self.saver.settle()
+            if self.saved != self.step:
+                self.batches.split.settle()  # nothing is kept that came of a damaged shard
+                self.run.settle()
+                weights, buffers = checkpoint.named_state(self.engine.model, self.engine.optimizers)
+                health.check_state(weights | buffers, self.step, self.world)
+                retention = self.retention(retain)
+                self.saver.save(self.step, weights, buffers, self.description, retention)
+                self.saved = self.step
+            if wait:
+                self.saver.settle()
+
+    def retention(self, delete: bool) -> Callable[[], None]:
+        """What deletes the checkpoints that need not be kept beside this step's, if any may be."""
+        keep = self.config.train
+        best = self.validations.best({*self.kept, self.step}) if keep.keep_best else None
+        last = keep.keep_last if delete else 0
+        return partial(
+            checkpoints.retain, self.run.checkpoints, last, self.step, keep.keep_every, best
+        )
 
     def description(self) -> dict[str, bytes]:
         """What a checkpoint says beside its tensors: its files by name."""
@@ -404,7 +414,7 @@ class Trainer:
 
     def summarise(self) -> dict[str, Any]:
         """Write summary.json: where the run stands, after its last step or stop_at."""
-        best, kept = self.validations.best(), self.best_kept
+        best, kept = self.validations.best(), self.validations.best(self.kept)
         summary = {
             "steps": self.step,
             "tokens": self.tokens,

@@ -24,6 +24,23 @@ def whole(t: Tensor) -> Tensor:
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous()
 
 
+def copied(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Copy whole tensors to the host, to page-locked memory from a GPU, whose copies do not wait
+    for each other.
+
+    If any tensor is sharded, every rank must call this; keep=False gathers but copies nothing.
+    """
+    copies = {}
+    for name, t in tensors.items():
+        full = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+        if keep:
+            copies[name] = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
+            copies[name].copy_(full, non_blocking=True)
+    if any(copy.is_pinned() for copy in copies.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
     """Shard and place a whole tensor like another one."""
     if isinstance(like, DTensor):
