@@ -142,7 +142,7 @@ def on_disk(number, folder, of_saves=False):
 
     def count(path):
         frame = sys._getframe()
-        while of_saves and frame and frame.f_code.co_name != "save":
+        while of_saves and frame and frame.f_code.co_name not in ("save", "publish"):
             frame = frame.f_back
         if frame:
             seen.append(path)

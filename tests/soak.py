@@ -2,7 +2,8 @@
 
 usage: scripts/soak.sh [KILLS] [DIR]
 
-Short runs, every fourth on two ranks, save, evaluate and sample often. They are killed by SIGKILL,
+Short runs, every fourth on two ranks, save, evaluate and sample often; every second one saves in
+the background. They are killed by SIGKILL,
 half of the time at a file-system call of a save, else at a random moment, and resumed until they
 complete. Then weights, optimizer state, metrics, samples and summary must be those of a run that
 nothing happened to, but for times. DIR/state.json counts, so that the command can be stopped and
@@ -77,6 +78,7 @@ class Soak:
         in_save = not to_its_end and 2 * state["in_save"] <= state["kills"]
         fault = f"save@{dice.randint(1, CALLS)}" if in_save else ""
         more = ["--resume"] if (out / "config.toml").exists() else []
+        more.append("train.save_async=" + ("on" if state["runs"] % 2 else "off"))
         if out.exists():  # a process of a command that was killed may still be writing
             os.close(lock(out / ".lock", wait=True))
         started = self.forks.start([*self.arguments, *more, "--out", out], ranks, fault)

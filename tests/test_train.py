@@ -293,16 +293,40 @@ def test_nothing_that_is_not_finite_is_saved(where, tiny, tmp_path, monkeypatch)
         run([*tiny, "train.stop_at=5"], tmp_path / "run", resume=True)
 
 
-def test_a_failed_save_is_never_silent(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [[], ["train.save_async=on"]])
+def test_a_failed_save_is_never_silent(more, tiny, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write", full)
         with pytest.raises(OSError, match="No space left"):
-            run(tiny, tmp_path / "run")
+            run([*tiny, *more], tmp_path / "run")
     assert "No space left" in (tmp_path / "run" / "errors" / "rank-0.txt").read_text()
     assert run(tiny, tmp_path / "run", resume=True)["steps"] == 8
+
+
+def test_what_is_saved_in_the_background_is_of_its_step(tiny, tmp_path, monkeypatch):
+    """Though training goes on before it is written."""
+    tiny = [*tiny, "train.keep_last=0"]
+    run(tiny, tmp_path / "a")
+    later, write, take_step = threading.Event(), checkpoint.write, train_module.Trainer.take_step
+
+    def take(self):
+        result = take_step(self)
+        if self.step == 5:
+            later.set()
+        return result
+
+    def wait_and_write(*args):
+        assert later.wait(WAIT)
+        write(*args)
+
+    monkeypatch.setattr(train_module.Trainer, "take_step", take)
+    monkeypatch.setattr(checkpoint, "write", wait_and_write)
+    run([*tiny, "train.save_async=on"], tmp_path / "b")
+    for step in (3, 6, 8):
+        assert final(tmp_path / "b", step) == final(tmp_path / "a", step)
 
 
 def spike_at(spiked, monkeypatch):
