@@ -150,8 +150,8 @@ class RunDirectory:
 
     def write(self, name: str, content: str) -> None:
         """Replace a file of the run, on rank 0."""
-        if self.first:
-            replace_file(self.path / name, content.encode())
+        if self.first:  # half of a surrogate pair, which JSON lines may hold, stays \udXXX
+            replace_file(self.path / name, content.encode(errors="backslashreplace"))
 
     def __enter__(self) -> "RunDirectory":
         return self
