@@ -117,8 +117,6 @@ class Trainer:
         background = wish == "on" or (wish == "auto" and gpu)
         self.saver = checkpoint.Saver(run.checkpoints, world, watch.stopping, background)
         self.validations = Validations()
-        self.sampled: set[int] = set()  # steps
-        self.row: dict[str, Any] = {}  # the latest of metrics.jsonl
 
         self.last_step = config.train.last_step
         self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint
@@ -135,8 +133,8 @@ class Trainer:
         described = environment(self.world.device, self.world.size)
         rows, sampled = distributed.first_does(lambda: self.open_logs(described), self.world.device)
         self.validations.take_up(rows)
-        self.sampled.update(sampled)
-        self.row = {"step": self.step, "tokens": self.tokens}
+        self.sampled = set(sampled)  # steps
+        self.row = {"step": self.step, "tokens": self.tokens}  # the latest of metrics.jsonl
         if rows and rows[-1]["step"] == self.step:
             self.row = rows[-1]
         run.write("groups.txt", aligned(group_rows(engine.optimizers)) + "\n")
@@ -355,10 +353,6 @@ class Trainer:
         return self.earlier_seconds + time.perf_counter() - self.began
 
     @property
-    def last_validation(self) -> dict[str, float | None]:
-        return self.validations.get(self.step, {})
-
-    @property
     def exhausted(self) -> bool:
         """Whether train.patience is at its end."""
         return 0 < self.config.train.patience <= self.validations.stale
@@ -418,7 +412,7 @@ class Trainer:
         summary = {
             "steps": self.step,
             "tokens": self.tokens,
-            **self.last_validation,
+            **self.validations.get(self.step, {}),
             "best_val_loss": None if best is None else self.validations[best]["val_loss"],
             "train_seconds": round(self.seconds, 3),
             "compile_seconds": round(self.compile_seconds, 3),

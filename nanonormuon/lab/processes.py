@@ -110,11 +110,12 @@ class Runner:
             if job.result() is None and (job.path / "config.toml").exists():
                 # once reached, --resume drops it
                 stop_at = config.load(job.arguments)[0].train.stop_at
-                self.start(job, ["--resume", f"train.stop_at={stop_at}"], place)
-                if job.result() is None:  # not every optimizer's state can be saved
+                code = self.start(job, ["--resume", f"train.stop_at={stop_at}"], place)
+                # not every optimizer's state can be saved; of torchrun every code is 1
+                if job.result() is None and code == (4 if self.ranks == 1 else 1):
                     log.warning(f"{job.path}: cannot be resumed, starts over")
                     shutil.rmtree(job.path)
-            if job.result() is None:
+            if job.result() is None and not (job.path / "config.toml").exists():
                 self.start(job, job.arguments, place)
         finally:
             self.places.put(place)
@@ -126,8 +127,9 @@ class Runner:
             shutil.rmtree(job.path / "checkpoints", ignore_errors=True)
         return result
 
-    def start(self, job: Job, arguments: Sequence[str], place: dict[str, str]) -> None:
-        """Run `normuon-train run` to its end. Raises Interrupted if a signal ended it."""
+    def start(self, job: Job, arguments: Sequence[str], place: dict[str, str]) -> int:
+        """Run `normuon-train run` to its end; returns its exit code. Raises Interrupted if a signal
+        ended it."""
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}", "-m"]
         command = [sys.executable, "-m", *(torchrun if self.ranks > 1 else [])]
         command += ["nanonormuon", "run", *arguments, "--out", str(job.path)]
@@ -146,6 +148,7 @@ class Runner:
             replace_file(job.path / "summary.json", b'{"diverged": true}\n')
         elif code and self.stopped:
             raise Interrupted(self.stopped, f"in {job.path.name}; the same command continues it")
+        return code
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

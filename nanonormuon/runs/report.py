@@ -95,7 +95,8 @@ def write(run: Path, out: Path) -> None:
     rows = json.dumps(record.rows).replace("<", "\\u003c")
     title = html.escape(f"{record.name}: nanonormuon")
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out, PAGE.format(title=title, body="\n".join(body), rows=rows).encode())
+    page = PAGE.format(title=title, body="\n".join(body), rows=rows)
+    replace_file(out, page.encode(errors="xmlcharrefreplace"))
 
 
 def key_values(content: dict[str, Any]) -> str:

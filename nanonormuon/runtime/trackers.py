@@ -54,6 +54,7 @@ def tensorboard(run: Path, settings: dict[str, Any]) -> Generator:
             numbers, step = yield
             for key, value in numbers.items():
                 writer.add_scalar(key, value, step)
+            writer.flush()  # it would keep two minutes of rows, which a kill loses
 
 
 def wandb(run: Path, settings: dict[str, Any]) -> Generator:

@@ -97,16 +97,16 @@ class RunDirectory:
         """
         self.write("config.toml", config_toml)
         self.write("environment.json", json.dumps(environment, indent=1) + "\n")
-        rows = self.rewrite("metrics.jsonl", read_metrics, step)
-        sampled = [row["step"] for row in self.rewrite("samples.jsonl", read_samples, step)]
-        file = self.path / "metrics.jsonl"
-        self.metrics = self.resources.enter_context(file.open("a", encoding="utf-8"))
         handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.resources.callback(handler.close)
         self.resources.callback(log.removeHandler, handler)
         log.addHandler(handler)
         log.setLevel(logging.DEBUG)  # for train.log; the console's handler has its own level
+        rows = self.rewrite("metrics.jsonl", read_metrics, step)
+        sampled = [row["step"] for row in self.rewrite("samples.jsonl", read_samples, step)]
+        file = self.path / "metrics.jsonl"
+        self.metrics = self.resources.enter_context(file.open("a", encoding="utf-8"))
         return rows, sampled
 
     def rewrite(
@@ -150,8 +150,8 @@ class RunDirectory:
 
     def write(self, name: str, content: str) -> None:
         """Replace a file of the run, on rank 0."""
-        if self.first:
-            replace_file(self.path / name, content.encode())
+        if self.first:  # half of a surrogate pair, which JSON lines may hold, stays \udXXX
+            replace_file(self.path / name, content.encode(errors="backslashreplace"))
 
     def __enter__(self) -> "RunDirectory":
         return self

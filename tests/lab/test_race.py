@@ -411,6 +411,29 @@ def test_a_run_that_outlives_its_race_is_waited_for(smaller, tmp_path, here):
 
 
 @pytest.mark.parametrize(
+    ("ranks", "code", "anew"), [(1, -9, False), (1, 8, False), (1, 4, True), (2, 1, True)]
+)
+def test_a_run_starts_over_only_if_its_checkpoints_are_refused(
+    ranks, code, anew, smaller, tmp_path, monkeypatch
+):
+    """Killed once more, or on a full disk, it keeps what it has."""
+    job, begun = Job(tmp_path / "a", (*smaller,)), []
+    (job.path / "checkpoints" / "step-000002").mkdir(parents=True)
+    (job.path / "config.toml").touch()
+    job.log_file.write_text("error: what it said\n")
+
+    def start(self, job, arguments, place):
+        begun.append(arguments[0] == "--resume")
+        return code
+
+    monkeypatch.setattr(Runner, "start", start)
+    with pytest.raises(RunError, match="what it said"):
+        Runner(ranks=ranks).carry_out(job)
+    assert (job.path / "checkpoints" / "step-000002").exists() is not anew
+    assert begun == [True, False][: 1 + anew]
+
+
+@pytest.mark.parametrize(
     ("visible", "ranks", "expected"),
     [("", 1, ["0", "1", "2", "3"]), ("4,5,6,7", 2, ["4,5", "6,7"]), ("2,3", 1, ["2", "3"])],
 )

@@ -119,6 +119,44 @@ def test_what_cannot_be_compared(trained, tmp_path, capsys, monkeypatch):
     assert found == 2 and "pip install matplotlib" in err
 
 
+DAMAGED = [b'{"step": 5, "loss": "low", "lr": 0.1}', b'{"step": 10, "seconds": null, "loss": 3}',
+           b'{"step": 15, "val_loss": 1' + b"0" * 400 + b"}", b"[20]", b'{"step": "25"}',
+           b'{"step": 30, "loss": {}, "val_bpb": null}', b'{"step": 35, "loss": 2.5, "lr": \xff',
+           b'{"loss": 2}', b'{"step": true}', b"[" * 2000]  # fmt: skip
+KEPT = b"""{"step": 40, "loss": 1.5, "lr": 0.1, "grad_norm": Infinity, "seconds": NaN}
+{"step": 40, "val_loss": 1.25, "tokens": 1e999}
+{"step": 50, "loss": NaN, "val_loss": NaN, "val_bpb": NaN}
+"""
+
+
+def test_damaged_rows_are_left_out_and_named_once(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    file = run / "metrics.jsonl"
+    file.write_bytes(b"\n".join([*DAMAGED, KEPT]))
+    (run / "samples.jsonl").write_bytes(b'{"step": 7, "text": 8}\n{"step": 9, "text": "all of it"}')
+    where = "line 1: 'loss', line 2: 'seconds', line 3: 'val_loss' and 7 more"
+    metrics = f"{file}: damaged and left out: {where}"
+    samples = f"{run / 'samples.jsonl'}: damaged and left out: line 1: 'text'"
+    code, out, err = called(["compare", run, "--target", 2, "--json"], capsys)
+    assert code == 0 and err.splitlines() == [metrics]
+    (row,) = json.loads(out)
+    assert (row["steps"], row["target_step"], row["val_loss"]) == (50, 40, 1.25)
+    assert called(["compare", run], capsys)[0] == 0
+    code, _, err = called(["report", run, "-o", tmp_path / "r.html"], capsys)
+    assert code == 0 and err.splitlines() == [metrics, samples]
+    page = (tmp_path / "r.html").read_text()
+    assert "NaN" not in page and "Infinity" not in page and "all of it" in page
+    code, _, err = called(["run", "--resume", "--out", run], capsys)
+    assert code == 0 and err.count("damaged and left out") == 2
+    assert metrics in (run / "train.log").read_text()
+    rows = {row["step"]: row for row in read_metrics(file)}
+    assert [*rows] == [5, 10, 15, 30, 40, 50, 60] and rows[5] == {"step": 5, "lr": 0.1}
+    assert {"val_loss", "val_bpb"} < rows[60].keys()  # the last checkpoint's, evaluated again
+    assert rows[40]["loss"] == 1.5 and rows[40]["val_loss"] == 1.25
+    assert json.loads((run / "summary.json").read_text())["best_val_loss"] == rows[60]["val_loss"]
+
+
 @pytest.mark.parametrize("name", ["normuon", "adamw"])
 def test_what_a_row_says_of_the_weights(name, tiny, tmp_path):
     """Beside the weights themselves, before and after each step, logged for whatever reason."""
@@ -159,7 +197,7 @@ def page(trained, tmp_path_factory):
     run = tmp_path_factory.mktemp("page") / "run"
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
     rows = read_metrics(run / "metrics.jsonl")
-    rows[-1]["note"] = "</script><i>"
+    rows[-1]["</script><i>"] = 1
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with open(run / "samples.jsonl", "a") as file:
         file.write(json.dumps({"step": 60, "prompt": "</script><b>", "text": "&amp;\u2028"}) + "\n")

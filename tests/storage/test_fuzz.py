@@ -2,7 +2,8 @@
 end in a documented error or are taken, and names and sizes are checked before anything is opened or
 allocated for them.
 
-The mutations come from a seed that is printed; FAULT_SEED repeats them. More: pytest -m full
+The mutations come from a seed that is printed; FAULT_SEED repeats them. More: pytest -m full, or
+FUZZ_TRIALS=3000 for the files of a run.
 """
 
 import hashlib
@@ -11,7 +12,9 @@ import os
 import random
 import resource
 import shutil
+import signal
 import time
+from collections import Counter
 from dataclasses import fields, replace
 
 import pytest
@@ -30,6 +33,10 @@ from nanonormuon.train import train
 
 HOSTILE = [None, True, -1, 0, 2**31, 2**62, 2**64, 10**30, 1e308, -0.5, float("nan"), "", "x", "..",
            "../../x", "/etc/passwd", "\0", "a" * 5000, [], [[]], {}, {"x": {}}]  # fmt: skip
+
+
+TRIALS = int(os.environ.get("FUZZ_TRIALS", "0"))  # of test_files_of_a_run; 0: its own few
+PIPES = 0  # whether files are replaced by pipes
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +205,128 @@ def test_an_absurd_number_is_refused_at_once(capsys):
     assert "take n_head = 768" in capsys.readouterr().err
 
 
+NUMBERS = ["1" * 5000, "1" + "0" * 400, "1e999", "nan", "-inf", "0x_1", "1979-05-27T07:32:00Z",
+           "[" * 3000, '"\\u0000"', '"\\ud800"', "{a = 1}"]  # fmt: skip
+FIRST = "checkpoints/step-000001/"
+COMMANDS = {
+    # what a hostile value could make last for ever is set here
+    "resume": ["run", "--resume", "train.steps=1", "train.stop_at=0", "train.sample_tokens=0",
+               "train.time_limit=900", "data.val_tokens=64", "--out"],
+    "compare": ["compare", "--target", "3"],
+    "report": ["report", "-o", "page.html"],
+    "sample": ["sample", "--max-tokens", "2"],
+    "evaluate": ["evaluate", "--max-tokens", "64"],
+    "diagnose": ["diagnose", "--json"],
+    "export": ["export", "--to", "exported"],
+}  # fmt: skip
+
+
+def mutate_line(dice, content, toml):
+    """One line of a TOML file or of JSON lines says something else."""
+    lines = content.split(b"\n")
+    full = [i for i, line in enumerate(lines) if (b"=" in line if toml else line)]
+    at = dice.choice(full)
+    if toml:
+        value = dice.choice([*NUMBERS, *(json.dumps(value) for value in HOSTILE)])
+        lines[at] = lines[at].partition(b"=")[0] + b"= " + value.encode()
+    else:
+        row = mutate_json(dice, lines[at]).decode()
+        numbers = [n for n in NUMBERS if n[0] in "1["] if dice.random() < 0.3 else []
+        lines[at] = row.replace("NaN", dice.choice(numbers or ["NaN"])).encode()
+    return b"\n".join(lines)
+
+
+def mutate_file(dice, path):
+    """Another content, encoding or kind of file. Returns what was done."""
+    content, what = path.read_bytes(), dice.choice(["bytes", "lines", "lines", "encoding", "kind"])
+    if what == "kind":
+        path.unlink()
+        what = dice.choice(["missing", "empty", "directory", "loop", "pipe"][: 4 + PIPES])
+        if what == "empty":
+            path.touch()
+        elif what == "directory":
+            path.mkdir()
+        elif what == "loop":
+            path.symlink_to(path.name)
+        elif what == "pipe":
+            os.mkfifo(path)
+        return what
+    if what == "encoding":
+        text = content.decode(errors="replace").encode("utf-16")
+        content = dice.choice([b"\xef\xbb\xbf" + content, text, b"\xff" + content, content * 2])
+    elif what == "bytes":
+        content = mutate_bytes(dice, content)
+    elif path.suffix in (".toml", ".jsonl"):
+        content = mutate_line(dice, content, path.suffix == ".toml")
+    else:
+        content = (mutate_header if path.suffix == ".safetensors" else mutate_json)(dice, content)
+    path.write_bytes(content)
+    return what
+
+
+class Hangs(BaseException):
+    """No Exception, which main() would explain."""
+
+
+def fuzz_run(trials, dice, run, folder, capsys):
+    """Mutate a file of a run directory and give it to a command. Returns how often each exit code
+    came."""
+
+    def expire(*_):
+        raise Hangs
+
+    names = [p.relative_to(run).as_posix() for p in run.rglob("*") if p.suffix and p.is_file()]
+    names = sorted(n for n in names if not n.endswith((".log", ".txt")))
+    codes, before = Counter(), signal.signal(signal.SIGALRM, expire)
+    os.chdir(folder)
+    for trial in range(trials):
+        path = folder / "run"
+        for left in (path, folder / "exported"):
+            shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(run, path)
+        name, command = dice.choice(names), dice.choice([*COMMANDS])
+        what = mutate_file(dice, path / name)
+        own = name.startswith(FIRST) and not name.endswith("manifest.json")
+        if own and (path / name).is_file() and dice.random() < 0.7:
+            sign(path / FIRST)
+        case = f"trial {trial}: {command}, {name}: {what}"
+        signal.alarm(120)
+        try:
+            code = cli.main([*COMMANDS[command], "--debug", str(path)])
+        except Hangs:
+            pytest.fail(f"{case} hangs")
+        finally:
+            signal.alarm(0)
+        err = capsys.readouterr().err
+        assert code in (0, 2, 3, 4, 5, 6, 8), (case, code, err[-2000:])
+        assert code == 0 or "error: " in err, (case, err)
+        codes[code] += 1
+    signal.signal(signal.SIGALRM, before)
+    return codes
+
+
+@pytest.fixture(scope="module")
+def whole_run(bpe_data, tmp_path_factory):
+    """A run directory with every file that a run, an evaluation and a tokenizer leave."""
+    out = tmp_path_factory.mktemp("fuzz") / "run"
+    settings = [*TINY, "train.steps=1", f"data.path={bpe_data}"]
+    train(config.load(settings)[0], out)
+    assert cli.main(["evaluate", "--max-tokens", "64", str(out)]) == 0
+    return out
+
+
+def test_files_of_a_run(dice, whole_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    codes = fuzz_run(TRIALS or 20, dice, whole_run, tmp_path, capsys)
+    print(dict(codes))
+    assert codes[0] and codes[4], codes
+
+
 @pytest.mark.full
-def test_thousands_of_mutations(dice, trained, shards, tmp_path, capsys):
+def test_thousands_of_mutations(dice, trained, whole_run, shards, tmp_path, capsys, monkeypatch):
     (tmp_path / "settings").mkdir()
+    monkeypatch.chdir(tmp_path)
+    fuzz_run(1000, dice, whole_run, tmp_path, capsys)
     fuzz_settings(3000, dice, tmp_path / "settings", capsys)
     assert fuzz_checkpoint(3000, dice, trained, tmp_path) > 1500
     assert fuzz_data(2000, dice, shards, tmp_path / "data") > 600
