@@ -197,7 +197,7 @@ def test_a_group_of_one_rank_computes_what_no_group_does(device, forks, tmp_path
     assert facts["from_first"] == {"a": [1]} and facts["first_does"] == "done"
     assert facts["ddp Engine"] == ["DistributedDataParallel", False]
     assert facts["fsdp Engine"] == ["FSDPGPT", True]
-    assert all(facts["layouts"].values())
+    assert all(facts["layouts"].values()) and facts["cublas"] == ":4096:8"
     limit = 0 if device == "cpu" else 1e-2
     for label, loss in facts["losses"].items():
         assert loss == pytest.approx(facts["losses"]["alone"], rel=limit), label

@@ -379,6 +379,7 @@ def alone(folder, device):
         "off": {},
     }
     for kind, make in (("ddp", Engine), ("fsdp", Engine), ("ddp", Bitwise), ("fsdp", Bitwise)):
+        assert torch.are_deterministic_algorithms_enabled() == ("ddp Bitwise" in facts)
         label = f"{kind} {make.__name__}"
         engine = engine_of(world, kind, torch.bfloat16, make, **sizes)
         losses[label] = engine.accumulate(batches(world), 2).item()
@@ -389,7 +390,7 @@ def alone(folder, device):
         engine.update()
         engine.zero_grad()
         facts[label] = [type(engine.replica).__name__, engine.sharded]
-    facts["losses"] = losses
+    facts["losses"], facts["cublas"] = losses, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     steps = {}
     for name in ("OneProcess", "Replicated", "RowSharded"):
         group, torch_seed = dist.group.WORLD, torch.manual_seed(3)
