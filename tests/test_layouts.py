@@ -180,6 +180,26 @@ def test_compiled_gradients_are_the_eager_ones_though_one_rank_cannot_compile(fo
             assert found["on"][1] == "" and words in found["fails"][1], kind
 
 
+@pytest.mark.slow
+def test_a_compiled_run_under_fsdp_has_the_eager_gradients_also_after_a_resume(
+    tiny, forks, tmp_path
+):
+    """With micro-batches to add up, and the real compiler, which compiles anew after a resume."""
+    norms = {}
+    for wish in ("off", "on"):
+        out = tmp_path / wish
+        common = [*tiny, "model.n_layer=1", "train.parallel=fsdp", f"train.compile={wish}"]
+        common += ["train.sample_tokens=0", "train.micro_batch=3", "train.eval_every=0"]
+        for more in (["train.stop_at=3"], ["train.stop_at=6", "--resume"]):
+            codes, said = forks.run([*common, *more, "--out", out], ranks=2)
+            assert codes == [0, 0], said
+            assert ("compiled in" in said[0]) == (wish == "on")
+        rows = (out / "metrics.jsonl").read_text().splitlines()
+        norms[wish] = [json.loads(row)["grad_norm"] for row in rows]
+    assert len(norms["off"]) == 6
+    assert norms["on"] == pytest.approx(norms["off"], rel=1e-3)
+
+
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
