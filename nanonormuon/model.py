@@ -37,7 +37,7 @@ class GPTConfig:
     n_hidden: int = 0  # width of the MLP; 0: 8/3 n_embd up to a multiple of 64; relu2: 4 n_embd
     tied: bool = False  # head = embedding
     rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6  # 0: torch's default for the dtype
+    norm_eps: float = 1e-6  # 0: float32's epsilon, torch's default in bfloat16 too
     embed_std: float = 0.0  # of the initial embedding; 0: 1 untied, 0.02 tied
     # departures from Qwen3
     mlp: str = "swiglu"  # swiglu | relu2 (two matrices around a squared ReLU)
@@ -107,11 +107,11 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, gain: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size)) if gain else None
-        self.size, self.eps = size, eps or None
+        self.size, self.eps = size, eps or torch.finfo(torch.float32).eps
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.weight is not None:
-            return Normalise.apply(x, self.weight, self.eps or torch.finfo(x.dtype).eps)
+            return Normalise.apply(x, self.weight, self.eps)
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, (self.size,), weight, self.eps)
 

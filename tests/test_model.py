@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, attend
+from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, RMSNorm, attend
 
 SMALL = {"vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
 TRACK3 = {
@@ -145,6 +145,15 @@ def test_in_bfloat16_loss_and_gradients_stay_close_to_float32(settings):
     for name in wanted:
         error = (found[name] - wanted[name]).norm() / wanted[name].norm()
         assert error < 0.1, (name, float(error))
+
+
+@pytest.mark.parametrize("gain", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_epsilon_of_zero_is_torchs_in_every_dtype(dtype, gain):
+    """float32's: rows this small would shrink to a half under bfloat16's."""
+    norm, x = RMSNorm(64, 0.0, gain), 0.05 * torch.randn(3, 5, 64).to(dtype)
+    wanted = torch.nn.RMSNorm(64, None, False, dtype=dtype)(x)
+    assert torch.allclose(norm(x).float(), wanted.float(), rtol=0.01)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
