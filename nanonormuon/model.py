@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 # logits at a time in HeadLoss, 512 rows at least: on a CPU they stay in the cache, a GPU wants
 # larger products
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
+TINY = torch.finfo(torch.float32).tiny  # a smaller number is zero where denormals are flushed
 IGNORE = -1  # a target that counts for nothing (padding of the last validation window)
 REST = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by GPTConfig.embed_dtype
 
@@ -277,7 +278,7 @@ class HeadLoss(torch.autograd.Function):
             p = z.softmax(1)
             counts, y = (y != IGNORE).to(h.dtype), y.clamp_min(0)
             # float32 ends at exp(-87): what is further off counts so, its gradient is exact
-            loss -= (p.gather(1, y).clamp_min(1e-38).log() * counts).sum()
+            loss -= (p.gather(1, y).clamp_min(TINY).log() * counts).sum()
             if to_h or to_W or to_b:
                 dz = p.scatter_add_(1, y, p.new_full(y.shape, -1.0))  # softmax minus one-hot
                 if cap:

@@ -166,12 +166,18 @@ def test_plain_attention_equals_torchs(kv_heads):
     assert torch.allclose(last.float(), exact[:, :, -1], atol=0.03)
 
 
-def test_a_hopeless_target_costs_a_finite_loss():
-    """The head's softmax is float32: the loss of a target beyond exp(-87) is cut there."""
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_hopeless_target_costs_a_finite_loss(flush):
+    """The head's softmax is float32: the loss of a target beyond exp(-87) is cut there, also where
+    denormal numbers count as zero."""
     model = filled()
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
-    loss = model(torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]]))
+    torch.set_flush_denormal(flush)
+    try:
+        loss = model(torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]]))
+    finally:
+        torch.set_flush_denormal(False)
     assert loss.isfinite() and loss > 50
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
