@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, RMSNorm, attend
@@ -23,6 +24,18 @@ TRACK3 = {
     "norm_eps": 0.0,
 }
 VARIANTS = [{}, {"tied": True}, {"n_kv_head": 4, "head_dim": 12}, TRACK3]
+
+
+class Watch(TorchDispatchMode):
+    """Hands the name of every operation to `see`."""
+
+    def __init__(self, see):
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.see(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def filled(settings=None, dtype=torch.float32):
@@ -68,6 +81,23 @@ def test_loss_and_gradients_equal_plain_cross_entropy(settings, reduction, monke
         assert float(model(tokens, targets, reduction=reduction)) == pytest.approx(
             float(plain), rel=1e-6
         )
+
+
+@pytest.mark.parametrize("settings", [{}, TRACK3])
+def test_a_compiled_loss_is_the_eager_one_and_scatters_nothing(settings, monkeypatch):
+    """By the bit. A scatter would write and read each chunk's float32 probabilities."""
+    monkeypatch.setattr("nanonormuon.model.CHUNK", {"cpu": 0})  # 512 rows: two chunks
+    tokens, targets = torch.randint(50, (2, 12, 50))
+    results = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda now=compiling: now)
+        model, seen = filled(settings, torch.bfloat16), []
+        with Watch(seen.append):
+            loss = model(tokens, targets)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+        assert any("scatter" in name for name in seen) != compiling
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
