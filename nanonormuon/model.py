@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 # logits at a time in HeadLoss, 512 rows at least: on a CPU they stay in the cache, a GPU wants
 # larger products
-CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
 TINY = torch.finfo(torch.float32).tiny  # a smaller number is zero where denormals are flushed
 IGNORE = -1  # a target that counts for nothing (padding of the last validation window)
 REST = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by GPTConfig.embed_dtype
@@ -271,7 +271,9 @@ class HeadLoss(torch.autograd.Function):
         # a compiler fuses the passes over a chunk, and p never reaches memory, but for a scatter;
         # without one the scatter is by far the cheaper
         fused, ids = torch.compiler.is_compiling(), torch.arange(W.size(0), device=h.device)
-        rows = max(512, CHUNK.get(h.device.type, 1 << 27) // W.size(0))
+        most = max(512, CHUNK.get(h.device.type, 1 << 28) // W.size(0))
+        parts = -(-len(h) // (1 << most.bit_length() - 1))  # products of 2^k rows are the fastest
+        rows = -(-len(h) // parts)  # in each: a small rest would be slow, and compiled on its own
         for start in range(0, h.size(0), rows):
             x, y = h[start : start + rows], targets[start : start + rows, None]
             z = F.linear(x, W, b).float()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, RMSNorm, attend
+from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, HeadLoss, RMSNorm, attend
 
 SMALL = {"vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
 TRACK3 = {
@@ -62,10 +62,10 @@ def test_no_token_sees_a_later_one(settings):
 @pytest.mark.parametrize("settings", VARIANTS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_loss_and_gradients_equal_plain_cross_entropy(settings, reduction, monkeypatch):
-    monkeypatch.setattr("nanonormuon.model.CHUNK", {"cpu": 50 * 64})  # three chunks, the last short
+    monkeypatch.setattr("nanonormuon.model.CHUNK", {"cpu": 0})  # at most 512 rows: three chunks
     model = filled(settings)
     torch.manual_seed(0)
-    tokens, targets = torch.randint(50, (6, 25)), torch.randint(50, (6, 25))
+    tokens, targets = torch.randint(50, (2, 6, 175))
     targets[1, 3:9] = IGNORE
     loss = model(tokens, targets, reduction=reduction)
     (3 * loss).backward()
@@ -81,6 +81,19 @@ def test_loss_and_gradients_equal_plain_cross_entropy(settings, reduction, monke
         assert float(model(tokens, targets, reduction=reduction)) == pytest.approx(
             float(plain), rel=1e-6
         )
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [(65_536, [4096] * 16), (24_576, [4096] * 6), (5120, [2560] * 2), (8193, [2731] * 3), (9, [9])],
+)
+def test_a_gpus_chunks_are_equal_and_of_4096_rows_at_most(rows, sizes, monkeypatch):
+    found, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, W, b: (found.append(len(x)), linear(x, W, b))[1])
+    with torch.device("meta"):
+        h, W, targets = torch.empty(rows, 8), torch.empty(50_304, 8), torch.empty(rows).long()
+        HeadLoss.apply(h, W, None, targets, 0.0, False)
+    assert found == sizes
 
 
 @pytest.mark.parametrize("settings", [{}, TRACK3])
