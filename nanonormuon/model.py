@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 # logits at a time in HeadLoss, 512 rows at least: on a CPU they stay in the cache, a GPU wants
 # larger products
-CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
+TINY = torch.finfo(torch.float32).tiny  # a smaller number is zero where denormals are flushed
 IGNORE = -1  # a target that counts for nothing (padding of the last validation window)
 REST = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by GPTConfig.embed_dtype
 
@@ -37,7 +38,7 @@ class GPTConfig:
     n_hidden: int = 0  # width of the MLP; 0: 8/3 n_embd up to a multiple of 64; relu2: 4 n_embd
     tied: bool = False  # head = embedding
     rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6  # 0: torch's default for the dtype
+    norm_eps: float = 1e-6  # 0: float32's epsilon, torch's default in bfloat16 too
     embed_std: float = 0.0  # of the initial embedding; 0: 1 untied, 0.02 tied
     # departures from Qwen3
     mlp: str = "swiglu"  # swiglu | relu2 (two matrices around a squared ReLU)
@@ -107,11 +108,11 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, gain: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size)) if gain else None
-        self.size, self.eps = size, eps or None
+        self.size, self.eps = size, eps or torch.finfo(torch.float32).eps
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.weight is not None:
-            return Normalise.apply(x, self.weight, self.eps or torch.finfo(x.dtype).eps)
+            return Normalise.apply(x, self.weight, self.eps)
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return F.rms_norm(x, (self.size,), weight, self.eps)
 
@@ -267,7 +268,12 @@ class HeadLoss(torch.autograd.Function):
         dh = torch.empty_like(h) if to_h else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if to_W else None
         db = torch.zeros_like(bias, dtype=torch.float32) if to_b else None
-        rows = max(512, CHUNK.get(h.device.type, 1 << 27) // W.size(0))
+        # a compiler fuses the passes over a chunk, and p never reaches memory, but for a scatter;
+        # without one the scatter is by far the cheaper
+        fused, ids = torch.compiler.is_compiling(), torch.arange(W.size(0), device=h.device)
+        most = max(512, CHUNK.get(h.device.type, 1 << 28) // W.size(0))
+        parts = -(-len(h) // (1 << most.bit_length() - 1))  # products of 2^k rows are the fastest
+        rows = -(-len(h) // parts)  # in each: a small rest would be slow, and compiled on its own
         for start in range(0, h.size(0), rows):
             x, y = h[start : start + rows], targets[start : start + rows, None]
             z = F.linear(x, W, b).float()
@@ -276,10 +282,12 @@ class HeadLoss(torch.autograd.Function):
                 z = cap * z * shrink
             p = z.softmax(1)
             counts, y = (y != IGNORE).to(h.dtype), y.clamp_min(0)
+            right = p.gather(1, y)
             # float32 ends at exp(-87): what is further off counts so, its gradient is exact
-            loss -= (p.gather(1, y).clamp_min(1e-38).log() * counts).sum()
+            loss -= (right.clamp_min(TINY).log() * counts).sum()
             if to_h or to_W or to_b:
-                dz = p.scatter_add_(1, y, p.new_full(y.shape, -1.0))  # softmax minus one-hot
+                # softmax minus one-hot
+                dz = torch.where(ids == y, p - 1, p) if fused else p.scatter_(1, y, right - 1)
                 if cap:
                     dz *= (cap * shrink) ** 3
                 dz = dz.to(h.dtype)
@@ -288,6 +296,7 @@ class HeadLoss(torch.autograd.Function):
                 if to_W:
                     dW += dz.T @ (x * counts)
                 if to_b:
+                    # no sum: a compiler would join those of all chunks and keep each dz for it
                     db += (dz.T @ counts).flatten()
         ctx.save_for_backward(dh, dW, db)
         return loss

@@ -126,7 +126,7 @@ def neuron_factors(
     norms = torch.linalg.vector_norm(O, dim=-1 if by_row else -2, keepdim=True, dtype=v.dtype)
     squares = norms**2 if by_row else total(norms**2)  # a column's weights lie on several ranks
     v.lerp_(squares / (n if by_row else m), 1 - beta2)
-    inverse = 1 / (v.sqrt() + 1e-10)
+    inverse = (v.sqrt() + 1e-10).reciprocal()
     sums = torch.stack([squares, squares * inverse**2]).sum((-2, -1), keepdim=True)
     if by_row:
         sums = total(sums)  # the whole matrix's norms, exact on any number of ranks
@@ -153,13 +153,12 @@ class Bucket:
 
     def send(self, group: dict, dtype: torch.dtype) -> None:
         """Move the momentum, and send Newton-Schulz's input to the ranks that iterate it."""
-        W, momentum = [local(p) for p in self.params], group["momentum"]
-        X = torch.empty_like(self.M, dtype=dtype)
-        for p, w, M, x in zip(self.params, W, unstack(self.M, W), unstack(X, W)):  # while in cache
-            G = torch.zeros_like(w) if p.grad is None else local(p.grad)
-            M.lerp_(G.to(M.dtype), 1 - momentum)
-            x.copy_(G.to(M.dtype).lerp(M, momentum) if group["nesterov"] else M)
-        self.arriving = self.layout.to_whole(X)
+        momentum = group["momentum"]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        X = stack([local(G) for G in grads]).to(self.M.dtype)
+        self.M.lerp_(X, 1 - momentum)
+        X = X.lerp_(self.M, momentum) if group["nesterov"] else self.M
+        self.arriving = self.layout.to_whole(X.to(dtype))
 
     def orthogonalise(self, triples: Sequence[Sequence[float]]) -> None:
         """Iterate this rank's matrices, and send O to the ranks that hold the weights."""
@@ -249,7 +248,7 @@ class NorMuon(torch.optim.Optimizer):
     def _add_bucket(self, group: dict, params: list[Tensor]) -> None:
         """Make the state of equal matrices: stacks for the step, and views of them in `state`."""
         W, (m, n) = [local(p) for p in params], params[0].shape[-2:]
-        M, v = torch.zeros_like(torch.cat([w if w.ndim == 3 else w[None] for w in W])), None
+        M, v = torch.zeros_like(stack(W)), None
         buffers = [("momentum", M, (m, n))]
         if group["beta2"] is not None:
             by_row = group["neuron_axis"] == "rows" or m >= n
@@ -307,10 +306,14 @@ def wrap_local(part: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:
     return DTensor.from_local(part, p.device_mesh, places, shape=torch.Size(shape), stride=stride)
 
 
-def unstack(stacked: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Views of a stack, one per tensor in `like`, each with as many dimensions as that tensor."""
-    parts = stacked.split([len(t) if t.ndim == 3 else 1 for t in like])
-    return [part if t.ndim == 3 else part[0] for part, t in zip(parts, like)]
+def stack(parts: list[Tensor]) -> Tensor:
+    """Join matrices of one shape, or stacks of them, to one stack."""
+    return torch.stack(parts) if parts[0].ndim == 2 else torch.cat(parts)
+
+
+def unstack(stacked: Tensor, like: list[Tensor]) -> Sequence[Tensor]:
+    """The inverse of `stack`: views of a stack, one per tensor in `like`."""
+    return stacked.unbind() if like[0].ndim == 2 else stacked.split([len(t) for t in like])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, attend
+from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, HeadLoss, RMSNorm, attend
 
 SMALL = {"vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
 TRACK3 = {
@@ -23,6 +24,18 @@ TRACK3 = {
     "norm_eps": 0.0,
 }
 VARIANTS = [{}, {"tied": True}, {"n_kv_head": 4, "head_dim": 12}, TRACK3]
+
+
+class Watch(TorchDispatchMode):
+    """Hands the name of every operation to `see`."""
+
+    def __init__(self, see):
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.see(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def filled(settings=None, dtype=torch.float32):
@@ -49,10 +62,10 @@ def test_no_token_sees_a_later_one(settings):
 @pytest.mark.parametrize("settings", VARIANTS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_loss_and_gradients_equal_plain_cross_entropy(settings, reduction, monkeypatch):
-    monkeypatch.setattr("nanonormuon.model.CHUNK", {"cpu": 50 * 64})  # three chunks, the last short
+    monkeypatch.setattr("nanonormuon.model.CHUNK", {"cpu": 0})  # at most 512 rows: three chunks
     model = filled(settings)
     torch.manual_seed(0)
-    tokens, targets = torch.randint(50, (6, 25)), torch.randint(50, (6, 25))
+    tokens, targets = torch.randint(50, (2, 6, 175))
     targets[1, 3:9] = IGNORE
     loss = model(tokens, targets, reduction=reduction)
     (3 * loss).backward()
@@ -68,6 +81,36 @@ def test_loss_and_gradients_equal_plain_cross_entropy(settings, reduction, monke
         assert float(model(tokens, targets, reduction=reduction)) == pytest.approx(
             float(plain), rel=1e-6
         )
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [(65_536, [4096] * 16), (24_576, [4096] * 6), (5120, [2560] * 2), (8193, [2731] * 3), (9, [9])],
+)
+def test_a_gpus_chunks_are_equal_and_of_4096_rows_at_most(rows, sizes, monkeypatch):
+    found, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, W, b: (found.append(len(x)), linear(x, W, b))[1])
+    with torch.device("meta"):
+        h, W, targets = torch.empty(rows, 8), torch.empty(50_304, 8), torch.empty(rows).long()
+        HeadLoss.apply(h, W, None, targets, 0.0, False)
+    assert found == sizes
+
+
+@pytest.mark.parametrize("settings", [{}, TRACK3])
+def test_a_compiled_loss_is_the_eager_one_and_scatters_nothing(settings, monkeypatch):
+    """By the bit. A scatter would write and read each chunk's float32 probabilities."""
+    monkeypatch.setattr("nanonormuon.model.CHUNK", {"cpu": 0})  # 512 rows: two chunks
+    tokens, targets = torch.randint(50, (2, 12, 50))
+    results = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda now=compiling: now)
+        model, seen = filled(settings, torch.bfloat16), []
+        with Watch(seen.append):
+            loss = model(tokens, targets)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+        assert any("scatter" in name for name in seen) != compiling
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("settings", VARIANTS)
@@ -147,6 +190,15 @@ def test_in_bfloat16_loss_and_gradients_stay_close_to_float32(settings):
         assert error < 0.1, (name, float(error))
 
 
+@pytest.mark.parametrize("gain", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_epsilon_of_zero_is_torchs_in_every_dtype(dtype, gain):
+    """float32's: rows this small would shrink to a half under bfloat16's."""
+    norm, x = RMSNorm(64, 0.0, gain), 0.05 * torch.randn(3, 5, 64).to(dtype)
+    wanted = torch.nn.RMSNorm(64, None, False, dtype=dtype)(x)
+    assert torch.allclose(norm(x).float(), wanted.float(), rtol=0.01)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_plain_attention_equals_torchs(kv_heads):
     torch.manual_seed(7)
@@ -157,12 +209,18 @@ def test_plain_attention_equals_torchs(kv_heads):
     assert torch.allclose(last.float(), exact[:, :, -1], atol=0.03)
 
 
-def test_a_hopeless_target_costs_a_finite_loss():
-    """The head's softmax is float32: the loss of a target beyond exp(-87) is cut there."""
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_hopeless_target_costs_a_finite_loss(flush):
+    """The head's softmax is float32: the loss of a target beyond exp(-87) is cut there, also where
+    denormal numbers count as zero."""
     model = filled()
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
-    loss = model(torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]]))
+    torch.set_flush_denormal(flush)
+    try:
+        loss = model(torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]]))
+    finally:
+        torch.set_flush_denormal(False)
     assert loss.isfinite() and loss > 50
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
