@@ -32,17 +32,13 @@ MAX_ID = (1 << 24) - 1  # tables have a row per id
 
 # The split for trained vocabularies follows GPT-4's: contractions, words with one leading sign,
 # numbers, runs of signs, line ends, spaces. Numbers go by two digits, because a small vocabulary
-# has better uses for a thousand ids than three-digit numbers. A trained token has at most LONGEST
-# characters: a longer run of letters, or of anything but letters and digits, is cut up before
-# training, since a megabyte of one letter would become one token. The patterns avoid possessive
+# has better uses for a thousand ids than three-digit numbers. The patterns avoid possessive
 # quantifiers and PATTERN avoids (?i:...): tiktoken's regex engine and the one of Hugging Face
 # tokenizers understand `{1,3}+` and the case folding of U+017F differently.
 PATTERN = (
     r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LONGEST = 1_024
-_RUN = re.compile(r"[^\W\d_]+|[\W_]+")
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -66,12 +62,13 @@ BYTES = {c: b for b, c in CHARS.items()}
 
 # Long texts are cut where every pattern above has a boundary anyway (after a line that ends in a
 # visible character, before one that starts with neither space nor slash), so that one huge file
-# uses all cores and little memory. Runs of BLANKS white-space characters may be cut as well, since
-# tiktoken's regex engine overflows its stack on a million of them.
-PIECE = 65_536
-BLANKS = 32_768
+# uses all cores and little memory. In a run of letters, or of anything but letters and digits, there
+# may be no boundary. One of RUN characters may be cut: tiktoken's regex engine overflows its stack
+# on a million blanks. To train, one of LONGEST is, so that no token has more characters: a megabyte
+# of one letter would become a token.
+PIECE, RUN, LONGEST = 65_536, 65_536, 512
 _CUT = re.compile(r"(?<=\S\n)(?=[^\s/])")
-_BLANK = re.compile(r"\s+")
+_RUN = re.compile(r"[^\W\d_]+|[\W_]+")
 _SURROGATES = re.compile("([\ud800-\udfff]+)")
 
 Piece = str | bytes | None  # text; bytes that are not UTF-8; the start of a document
@@ -81,7 +78,7 @@ def pieces(text: str | bytes) -> Iterator[str | bytes]:
     """Cut a text so that encoding piece by piece gives the ids of the whole.
 
     Yields `str` (valid Unicode, about PIECE characters) and, where the text is not UTF-8, `bytes`
-    to be encoded one by one. Only runs of BLANKS or more white-space characters are affected.
+    to be encoded one by one. Only runs of RUN / 2 characters and more are affected.
     """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     # "surrogateescape" turns byte b >= 128 that is not UTF-8 into U+DC00 + b and nothing else.
@@ -93,17 +90,15 @@ def pieces(text: str | bytes) -> Iterator[str | bytes]:
         while start < len(part):
             cut = _CUT.search(part, start + PIECE)
             end = cut.start() if cut else len(part)
-            yield from cut_runs(part[start:end], _BLANK, BLANKS)
+            yield from cut_runs(part[start:end], RUN)
             start = end
 
 
-def cut_runs(text: str, run: re.Pattern[str], width: int) -> Iterator[str]:
-    """Cut a text so that what `run` matches is shorter than 2 * width in each part; shorter runs
-    stay whole. Time is linear in the text, and for an ordinary one small: every `width`-th
-    character is looked at."""
-    start = 0
-    for at in range(width, len(text) - width + 1, width):
-        if run.fullmatch(text, at, at + width):
+def cut_runs(text: str, length: int) -> Iterator[str]:
+    """Cut a text so that runs are shorter than `length`. Those of less than half stay whole."""
+    start, step = 0, length // 2
+    for at in range(step, len(text) - step + 1, step):
+        if _RUN.fullmatch(text, at, at + step):
             yield text[start:at]
             start = at
     yield text[start:]
@@ -412,7 +407,7 @@ def train(vocab_size: int, texts: Iterable[str | bytes]) -> BPE:
         for text in texts
         for piece in pieces(text)
         if isinstance(piece, str)
-        for word in cut_runs(piece, _RUN, LONGEST // 2)
+        for word in cut_runs(piece, LONGEST)
     )
     # Batches of 512 pieces of up to 64 Ki characters: what is held in memory stays small.
     trainer.train_from_iterator(words, vocab_size - 1, buffer_size=512, pattern=PATTERN)
