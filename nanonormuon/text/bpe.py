@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 EOT = "<|endoftext|>"
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+MAX_ID = (1 << 24) - 1  # tables have a row per id
 
 # The split for trained vocabularies follows GPT-4's: contractions, words with one leading sign,
 # numbers, runs of signs, line ends, spaces. Numbers go by two digits, because a small vocabulary
@@ -61,10 +62,13 @@ BYTES = {c: b for b, c in CHARS.items()}
 
 # Long texts are cut where every pattern above has a boundary anyway (after a line that ends in a
 # visible character, before one that starts with neither space nor slash), so that one huge file
-# uses all cores and little memory. Runs of PIECE white-space characters are cut as well: tiktoken's
-# regex engine overflows its stack on a million of them.
-PIECE = 65_536
-_CUT = re.compile(rf"(?<=\S\n)(?=[^\s/])|(?<=\s{{{PIECE}}})(?=\s)")
+# uses all cores and little memory. In a run of letters, or of anything but letters and digits, there
+# may be no boundary. One of RUN characters may be cut: tiktoken's regex engine overflows its stack
+# on a million blanks. To train, one of LONGEST is, so that no token has more characters: a megabyte
+# of one letter would become a token.
+PIECE, RUN, LONGEST = 65_536, 65_536, 512
+_CUT = re.compile(r"(?<=\S\n)(?=[^\s/])")
+_RUN = re.compile(r"[^\W\d_]+|[\W_]+")
 _SURROGATES = re.compile("([\ud800-\udfff]+)")
 
 Piece = str | bytes | None  # text; bytes that are not UTF-8; the start of a document
@@ -74,7 +78,7 @@ def pieces(text: str | bytes) -> Iterator[str | bytes]:
     """Cut a text so that encoding piece by piece gives the ids of the whole.
 
     Yields `str` (valid Unicode, about PIECE characters) and, where the text is not UTF-8, `bytes`
-    to be encoded one by one. Only runs of more than PIECE white-space characters are affected.
+    to be encoded one by one. Only runs of RUN / 2 characters and more are affected.
     """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     # "surrogateescape" turns byte b >= 128 that is not UTF-8 into U+DC00 + b and nothing else.
@@ -83,14 +87,43 @@ def pieces(text: str | bytes) -> Iterator[str | bytes]:
             yield part.encode("utf-8", "surrogateescape")
             continue
         start = 0
-        while len(part) - start > PIECE and (cut := _CUT.search(part, start + PIECE)):
-            yield part[start : cut.start()]
-            start = cut.start()
-        if start < len(part):
-            yield part[start:]
+        while start < len(part):
+            cut = _CUT.search(part, start + PIECE)
+            end = cut.start() if cut else len(part)
+            yield from cut_runs(part[start:end], RUN)
+            start = end
+
+
+def cut_runs(text: str, length: int) -> Iterator[str]:
+    """Cut a text so that runs are shorter than `length`. Those of less than half stay whole."""
+    start, step = 0, length // 2
+    for at in range(step, len(text) - step + 1, step):
+        if _RUN.fullmatch(text, at, at + step):
+            yield text[start:at]
+            start = at
+    yield text[start:]
 
 
 # --------------------------------------------------------------------------------- the interface
+
+
+class LostText(ValueError):
+    """The ids of `whole` stand for `found`, another text from `offset` on."""
+
+    def __init__(self, whole: bytes | str, found: bytes | str) -> None:
+        differ = (i for i, (a, b) in enumerate(zip(whole, found)) if a != b)
+        self.offset = at = next(differ, min(len(whole), len(found)))
+        super().__init__(
+            f"encoding loses text: expected {whole[at : at + 20]!r}, found {found[at : at + 20]!r};"
+            f" restore {FILE} or take another tokenizer"
+        )
+
+
+def gave_up(error: BaseException) -> bool:
+    """Whether a text or file is refused, by `check` or by tiktoken or tokenizers: these raise
+    ValueError, a plain Exception or, being written in Rust, a panic, which is no Exception."""
+    kinds = LostText, ValueError, Exception
+    return type(error) in kinds or type(error).__name__ == "PanicException"
 
 
 class Tokenizer:
@@ -98,6 +131,7 @@ class Tokenizer:
     whose tokens have no bytes of their own overrides what uses `table`."""
 
     name: str  # for messages
+    path: Path | None = None  # of the file that it comes from, for messages
     hash: str  # sha256 (hex) of everything that decides the ids; the name is not part of it
     end = EOT  # the token that stands before every document
     eot: int  # its id
@@ -112,22 +146,50 @@ class Tokenizer:
         """The ids of each text. Releases the GIL, so that other threads run meanwhile."""
         raise NotImplementedError
 
-    def encode_job(self, job: Sequence[Piece]) -> np.ndarray:
-        """Ids (n,) uint32 of pieces of text, one after the other; None stands for `eot`."""
-        found = iter(self.encode_texts([piece for piece in job if isinstance(piece, str)]))
+    def check(self, text: str, ids: np.ndarray) -> None:
+        """Raise LostText unless `ids` stand for all of a text. A token is part of the text, so
+        equal lengths prove it."""
+        if self.lengths[ids].sum() != len(whole := text.encode()):
+            raise LostText(whole, self.decode_bytes(ids))
+
+    def encode_job(
+        self, job: Sequence[Piece], names: Sequence[str] = (), offset: int = 0
+    ) -> np.ndarray:
+        """Ids (n,) uint32 of pieces of text, one after the other; None stands for `eot`.
+
+        Raises TokenizerError with document and offset for text that the ids would not stand for.
+        `names` are the documents of the job, which may begin `offset` bytes into the first one.
+        """
         parts = [np.zeros(0, np.uint32)]
-        for piece in job:
-            if piece is None:
-                ids = [self.eot]
-            elif isinstance(piece, bytes):
-                ids = [self._byte_ids[b] for b in piece]
-            else:
-                ids = next(found)
-            parts.append(np.asarray(ids, np.uint32))
+        try:
+            found = iter(self.encode_texts([piece for piece in job if isinstance(piece, str)]))
+            for piece in job:
+                parts.append(self._encode_piece(piece, found))
+        except BaseException as error:
+            if not gave_up(error):
+                raise
+            place = _place(job, len(parts) - 1, getattr(error, "offset", 0), names, offset)
+            raise TokenizerError(f"{place}: {error} ({self})") from None
         return np.concatenate(parts)
 
+    def _encode_piece(self, piece: Piece, found: Iterator[Any]) -> np.ndarray:
+        """Ids of a piece; a text's are the next ones found."""
+        if isinstance(piece, str):
+            ids = np.asarray(next(found), np.uint32)
+            self.check(piece, ids)
+            return ids
+        if piece is None:
+            return np.array([self.eot], np.uint32)
+        if not self.byte_ids:
+            raise ValueError(
+                f"byte 0x{piece[0]:02x} is not UTF-8, and cannot be represented; convert the text"
+                " or take a byte-level tokenizer"
+            )
+        return np.array([self.byte_ids[b] for b in piece], np.uint32)
+
     @cached_property
-    def _byte_ids(self) -> dict[int, int]:
+    def byte_ids(self) -> dict[int, int]:
+        """The token of each single byte."""
         return {token[0]: i for i, token in self.table.items() if len(token) == 1}
 
     def encode(self, text: str | bytes) -> list[int]:
@@ -154,19 +216,25 @@ class Tokenizer:
         """A decoder of tokens that come one at a time, after the tokens `before`."""
         return Stream(self)
 
-    def token_lengths(self) -> np.ndarray | None:
-        """Bytes of text behind each id (vocab_size,), 0 for a special token. None if tokens have
-        no length of their own, so that bits per byte of a part of a split are unknown."""
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Bytes of text behind each id (vocab_size,), 0 for a special token."""
         lengths = np.zeros(self.vocab_size, np.int64)
         for i in self.table.keys() - self.special_ids:
             lengths[i] = len(self.table[i])
         return lengths
+
+    def token_lengths(self) -> np.ndarray | None:
+        """`lengths`; None if tokens have none of their own, so that bits per byte of a part of a
+        split are unknown."""
+        return self.lengths
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json, the same bytes every time."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "nanonormuon_name": self.name,
+            "nanonormuon_hash": self.hash,
             **({"nanonormuon_foreign": True} if self.foreign else {}),
             "bos_token": self.end,
             "eos_token": self.end,
@@ -185,6 +253,23 @@ class Tokenizer:
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
             replace_file(Path(directory, name), content)
+
+    def __str__(self) -> str:
+        return f"tokenizer {self.name}" + (f", {self.path}" if self.path else "")
+
+
+def _place(
+    job: Sequence[Piece], number: int, offset: int, names: Sequence[str], before: int
+) -> str:
+    """The document and its byte that is `offset` bytes into a piece of `Tokenizer.encode_job`'s,
+    whose first document has `before` bytes before the job."""
+    for piece in reversed(job[:number]):
+        if piece is None:
+            before = 0
+            break
+        offset += len(piece if isinstance(piece, bytes) else piece.encode())
+    document = f"{names[-1 - job[number:].count(None)]}: " if names else ""
+    return f"{document}offset {before + offset}"
 
 
 class Stream:
@@ -220,8 +305,10 @@ class BPE(Tokenizer):
         self.ranks = {token: i for i, token in enumerate(tokens)}
         if {t for t, i in self.ranks.items() if i < 256} != {bytes([b]) for b in range(256)}:
             raise TokenizerError(f"tokenizer {name}: ids 0..255 are not the 256 single bytes")
-        if eot < len(self.ranks):
-            raise TokenizerError(f"tokenizer {name}: {EOT} has the id {eot}, a token's")
+        if type(eot) is not int or not len(self.ranks) <= eot <= MAX_ID:
+            raise TokenizerError(
+                f"tokenizer {name}: {EOT} has the id {eot}, expected {len(self.ranks)} to {MAX_ID}"
+            )
         self.vocab_size, self.special_ids = eot + 1, {eot}
         self.table = {i: token for token, i in self.ranks.items()} | {eot: EOT.encode()}
 
@@ -242,7 +329,7 @@ class BPE(Tokenizer):
         )
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
-        return [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        return (self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -280,12 +367,14 @@ def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     """
     for token, rank in islice(ranks.items(), 256, None):
         parts = [token[i : i + 1] for i in range(len(token))]
+        found = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
         while len(parts) > 2:
-            found = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
             i = found.index(min(found))
-            if found[i] >= rank:
+            if found.pop(i) >= rank:
                 raise TokenizerError(f"token {rank} is not the union of two earlier tokens")
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            for j in range(max(0, i - 1), min(i + 1, len(found))):
+                found[j] = ranks.get(parts[j] + parts[j + 1], rank)
         yield parts[0], parts[1]
 
 
@@ -299,17 +388,27 @@ def read(content: dict[str, Any], name: str) -> BPE:
     found = BPE(name, str(pattern), (bytes(BYTES[c] for c in t) for t in texts), eot)
     if found.content != content:
         raise TokenizerError("merges, ids or settings differ from what its vocabulary says")
+    single = dict(islice(found.ranks.items(), 256))
+    # ValueError here, rather than with the first text, for a regex that cannot be compiled
+    tiktoken.Encoding(name, pat_str=found.pattern, mergeable_ranks=single, special_tokens={})
     return found
 
 
 def train(vocab_size: int, texts: Iterable[str | bytes]) -> BPE:
     """Learn vocab_size - 257 merges; the last id is <|endoftext|>. Bytes not UTF-8 are left out.
 
-    A text too short for so many merges gives a smaller vocabulary, named by its true size.
+    A text too short for so many merges gives a smaller vocabulary, named by its true size. Tokens
+    have at most LONGEST characters.
     """
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every percent
     trainer = rustbpe.Tokenizer()
-    words = (piece for text in texts for piece in pieces(text) if isinstance(piece, str))
+    words = (
+        word
+        for text in texts
+        for piece in pieces(text)
+        if isinstance(piece, str)
+        for word in cut_runs(piece, LONGEST)
+    )
     # Batches of 512 pieces of up to 64 Ki characters: what is held in memory stays small.
     trainer.train_from_iterator(words, vocab_size - 1, buffer_size=512, pattern=PATTERN)
     tokens = [bytes(token) for token, _ in trainer.get_mergeable_ranks()]  # in order of id

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanonormuon.errors import DataError, TokenizerError
+from nanonormuon.errors import DataError
 from nanonormuon.storage import shards
 from nanonormuon.storage.files import naming, replace_file, settle
 from nanonormuon.text.bpe import Piece, Tokenizer
@@ -120,26 +120,30 @@ class Writer:
         self.version = 1 if vocabulary.vocab_size <= 65_536 else 2
         self.job: list[Piece] = []
         self.job_bytes = 0
+        self.names: list[str] = []  # of the documents in the job
+        self.offset = 0  # bytes of the first of them that are in earlier jobs
         self.waiting: deque[Future] = deque()
         self.file, self.digest, self.tokens = path.open("wb"), hashlib.sha256(), 0
         self.file.write(bytes(shards.HEADER_BYTES))
 
     def add(self, document: Document) -> None:
-        """Append a document. Raises TokenizerError with its name."""
-        try:
-            self.job.append(None)
-            for piece in self.vocabulary.pieces(document.data):
-                self.job.append(piece)
-                self.job_bytes += len(piece)
-                if self.job_bytes >= JOB_BYTES:
-                    self._send_job(self.ahead)
-        except TokenizerError as error:
-            raise TokenizerError(f"{document.name}: {error}") from None
+        """Append a document. Raises TokenizerError for the oldest one that cannot be encoded."""
+        self.job.append(None)
+        self.names.append(document.name)
+        done = 0
+        for piece in self.vocabulary.pieces(document.data):
+            self.job.append(piece)
+            size = len(piece.encode() if isinstance(piece, str) else piece)
+            self.job_bytes, done = self.job_bytes + size, done + size
+            if self.job_bytes >= JOB_BYTES:
+                self._send_job(self.ahead)
+                self.names, self.offset = [document.name], done
 
     def _send_job(self, left: int) -> None:
         """Have the job encoded; write the ids of the oldest ones until `left` wait."""
-        self.waiting.append(self.pool.submit(self.vocabulary.encode_job, self.job))
-        self.job, self.job_bytes = [], 0
+        job = self.job, self.names, self.offset
+        self.waiting.append(self.pool.submit(self.vocabulary.encode_job, *job))
+        self.job, self.job_bytes, self.names, self.offset = [], 0, [], 0
         while len(self.waiting) > left:
             ids = self.waiting.popleft().result()
             content = ids.astype(shards.DTYPES[self.version]).tobytes()

@@ -10,22 +10,26 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
 
 from nanonormuon.errors import TokenizerError
 from nanonormuon.runtime.packages import need
-from nanonormuon.text.bpe import BYTES, Stream, Tokenizer
+from nanonormuon.text.bpe import BYTES, MAX_ID, LostText, Stream, Tokenizer, gave_up
 
 log = logging.getLogger(__name__)
 
 # tokens that end a text, where tokenizer_config.json names none
 ENDS = "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>"
 ENDS += "[EOS]", "[SEP]"
-MAX_ID = (1 << 24) - 1
-# steps of a normalizer that are SentencePiece's way to write blanks, or no step at all
-REVERSIBLE = {"Sequence", "Prepend", "Replace"}
+# steps of a normalizer that decoding takes back: SentencePiece's way to write blanks
+REVERSIBLE = (
+    {"type": "Prepend", "prepend": "\u2581"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+)
 
 
 class ByteLevel(Tokenizer):
@@ -54,23 +58,68 @@ class ByteLevel(Tokenizer):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
-        found = self._library.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        # one by one, so that an error is that of one text; all the same fast in several threads
+        encode = partial(self._library.encode_batch_fast, add_special_tokens=False)
+        return (encode([text])[0].ids for text in texts)
+
+    def normalize(self, text: str) -> str:
+        """What the tokenizer makes of a text before it looks for tokens."""
+        normalizer = self._library.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
+
+    def check(self, text: str, ids: np.ndarray) -> None:
+        whole = self.normalize(text)
+        # the second look is for added tokens, which are found in the text as it was
+        if self.lengths[ids].sum() != len(whole.encode()) and (
+            self.normalize(found := self.decode(ids)) != whole
+        ):
+            raise LostText(whole.encode(), found.encode())
 
 
 class OtherKind(ByteLevel):
     """A tokenizer whose tokens mean something only beside each other."""
 
+    byte_ids: ClassVar[dict[int, int]] = {}
+
     def pieces(self, text: str | bytes) -> Iterator[str | bytes]:
-        """The whole text: a cut could put a blank where there is none."""
+        """The whole text: a cut could put a blank where there is none. Or the text up to the first
+        byte that is not UTF-8, and the rest."""
         text = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         try:
             yield text.decode()
         except UnicodeDecodeError as error:
-            raise TokenizerError(
-                f"offset {error.start}: byte 0x{text[error.start]:02x} is not UTF-8, and tokenizer"
-                f" {self.name} cannot represent it; convert the text or take a byte-level tokenizer"
-            ) from None
+            yield from (text[: error.start].decode(), text[error.start :])
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str]:
+        """What decoding may add or take away: blanks and their sign, the marks in and after a word,
+        and two letters, because WordPiece's decoder writes "don't" for "do not"."""
+        model = self.content["model"]
+        marks = [model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]
+        marks += ["o'"] if model.get("type") == "WordPiece" else []
+        return re.compile(rf"[\s\u2581{re.escape(''.join(filter(None, marks)))}]+")
+
+    @cached_property
+    def _unknown(self) -> str:
+        """The text of the token for unknown characters; if there is none, what no text contains."""
+        model = self.content["model"]
+        if model.get("type") == "Unigram" and model.get("unk_id") is not None:
+            return model["vocab"][model["unk_id"]][0]
+        return model.get("unk_token") or "\ud800"
+
+    def check(self, text: str, ids: np.ndarray) -> None:
+        """Look for the parts of the decoded text between unknown characters, in order."""
+        back, at = self._library.decode(ids.tolist(), skip_special_tokens=False), 0
+        whole = f"\0{self._marks.sub('', self.normalize(text))}\0"
+        for part in f"\0{back}\0".split(self._unknown):
+            part = self._marks.sub("", part)
+            if (found := whole.find(part, at)) < 0:
+                lost = LostText(whole[at:], part)
+                letters = [i for i, c in enumerate(text) if not self._marks.match(c)]
+                near = [*letters, len(text)][: at + lost.offset][-1]
+                lost.offset = len(text[:near].encode())
+                raise lost
+            at = found + len(part)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         ids = [int(i) for i in ids]
@@ -120,7 +169,7 @@ def vocabulary(content: dict[str, Any]) -> dict[str, int]:
     tokens = content["model"]["vocab"]
     if not isinstance(tokens, dict):  # Unigram: [token, score] in order of id
         tokens = {token: i for i, (token, _) in enumerate(tokens)}
-    return tokens | {str(t["content"]): int(t["id"]) for t in content["added_tokens"]}
+    return tokens | {t["content"]: t["id"] for t in content["added_tokens"]}
 
 
 def read(content: dict[str, Any], config: dict[str, Any], path: Path) -> Tokenizer:
@@ -144,20 +193,31 @@ def read(content: dict[str, Any], config: dict[str, Any], path: Path) -> Tokeniz
         )
     try:
         library = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises no narrower class
+    except BaseException as error:
+        if not gave_up(error):
+            raise
         raise ValueError(f"tokenizers {tokenizers.__version__}: {error}") from None
+    for token in content["added_tokens"]:
+        if library.token_to_id(token["content"]) != token["id"]:
+            raise ValueError(f"added token {token['content']!r} has another id in the vocabulary")
     library.no_truncation()
     library.no_padding()
     library.encode_special_tokens = True  # as ordinary text
     kind = ByteLevel if _is_byte_level(content, tokens) else OtherKind
-    normalizer = json.dumps(content.get("normalizer"))
-    changes = sorted(set(re.findall(r'"type": "([A-Z]\w+)"', normalizer)) - REVERSIBLE)
+    changes = sorted({s["type"] for s in _steps(content.get("normalizer")) if s not in REVERSIBLE})
     if kind is OtherKind and not model.get("byte_fallback"):
         changes.append("the loss of characters that it lacks")
     if changes:
         warn_once(f"{path}: changes text by {', '.join(changes)}")
     name = str(config.get("nanonormuon_name") or path.resolve().parent.name)
     return kind(name, content, end, library)
+
+
+def _steps(normalizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    parts = normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else None
+    if parts is None:
+        return [normalizer] if normalizer else []
+    return [step for part in parts for step in _steps(part)]
 
 
 def _is_byte_level(content: dict[str, Any], tokens: dict[str, int]) -> bool:

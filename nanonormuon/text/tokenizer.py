@@ -15,8 +15,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanonormuon.errors import MissingPackage, TokenizerError
+from nanonormuon.storage.files import read_file
 from nanonormuon.text import bpe
 from nanonormuon.text.bpe import BYTES, CL100K, CONFIG, EOT, FILE, GPT2, O200K, PATTERN, Tokenizer
 
@@ -24,6 +26,8 @@ __all__ = ["CONFIG", "EOT", "FILE", "PUBLISHED", "Tokenizer", "get", "load", "tr
 
 MAX_IDS = 9_999_999  # of a trained vocabulary
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)  # of a JSON file
+# bytes: ten million ids take 0.6 GB of JSON; of tokenizer_config.json and the published files
+LARGEST, LARGEST_OTHER = 1 << 30, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,10 @@ def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokeniz
         return bpe.train(size, texts)
     if Path(spec).exists():
         return load(spec)
-    near = difflib.get_close_matches(spec, ["byte", *PUBLISHED, "bpe:4096"], 1, cutoff=0.4)
+    near = difflib.get_close_matches(spec, ["byte", *PUBLISHED], 1, cutoff=0.4)
+    if match := re.fullmatch("bpe[^0-9]*([0-9]*)(k?).*", spec, re.IGNORECASE):
+        size = int(f"0{match[1]}"[:9]) * (1024 if match[2] else 1)
+        near = [f"bpe:{size if 257 <= size <= MAX_IDS else 4096}"]
     raise TokenizerError(
         f"tokenizer {spec!r}: neither byte, {', '.join(PUBLISHED)}, bpe:N nor an existing path"
         + (f"; did you mean {near[0]}?" if near else "")
@@ -110,24 +117,28 @@ def load(path: str | Path) -> Tokenizer:
     file (vocab.bpe, *.tiktoken), known by its sha256.
 
     A file that `BPE.save` wrote must equal what it would write for the table in it, so a changed
-    letter anywhere is refused; any other goes to the `tokenizers` library. Raises TokenizerError.
+    letter anywhere is refused; any other goes to the `tokenizers` library. Either must have the
+    hash in tokenizer_config.json, if there is one. Raises TokenizerError, OSError.
     """
     path = Path(path, FILE) if Path(path).is_dir() else Path(path)
     try:
-        data = path.read_bytes()
+        data, config = read_file(path, LARGEST), {}
         found = hashlib.sha256(data).hexdigest()
         for name, published in PUBLISHED.items():
             if published.sha256 == found:
                 return published.build(name, data)
-        content, file = json.loads(data), path.with_name(CONFIG)
-        config = json.loads(file.read_bytes()) if file.exists() else {}
-        if "nanonormuon_foreign" not in config:
-            # without a mark the file may be of either kind
-            with suppress(*() if "nanonormuon_name" in config else DAMAGE):
-                return bpe.read(content, str(config.get("nanonormuon_name", "custom")))
-        from nanonormuon.text import huggingface  # most runs do without it
-
-        return huggingface.read(content, config, path)
+        with suppress(FileNotFoundError):
+            config = json.loads(read_file(path.with_name(CONFIG), LARGEST_OTHER))
+        found = _read(json.loads(data), config, path)
+        expected = config.get("nanonormuon_hash", found.hash)
+        if found.hash != expected:
+            raise TokenizerError(
+                f"hash {found.hash}, expected {expected} ({CONFIG}); restore the file"
+            )
+        # it goes into messages and files
+        found.name = "".join(c if c.isprintable() else "?" for c in found.name)
+        found.path = path
+        return found
     except FileNotFoundError:
         raise TokenizerError(f"{path}: no such file; expected a saved {FILE}") from None
     except MissingPackage:
@@ -139,6 +150,17 @@ def load(path: str | Path) -> Tokenizer:
         raise TokenizerError(f"{path}: damaged, or of an unknown kind ({problem})") from None
 
 
+def _read(content: Any, config: Any, path: Path) -> Tokenizer:
+    """The tokenizer in the content of a tokenizer.json and the tokenizer_config.json beside it."""
+    if "nanonormuon_foreign" not in config:
+        # without a mark the file may be of either kind
+        with suppress(*() if "nanonormuon_name" in config else DAMAGE):
+            return bpe.read(content, str(config.get("nanonormuon_name", "custom")))
+    from nanonormuon.text import huggingface  # most runs do without it
+
+    return huggingface.read(content, config, path)
+
+
 def _from_cache(name: str) -> Tokenizer:
     """Build a published encoding from tiktoken's cache file, which is read here because tiktoken
     would delete one with a wrong checksum and download it again."""
@@ -146,13 +168,16 @@ def _from_cache(name: str) -> Tokenizer:
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     path = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
     path = path / hashlib.sha1(published.address.encode()).hexdigest()
-    if not path.is_file():
+    try:
+        data = read_file(path, LARGEST_OTHER)
+    except FileNotFoundError:
         raise TokenizerError(
             f"tokenizer {name}: {path} is not there and nothing is downloaded here; save"
             f" {published.address} under that name (set TIKTOKEN_CACHE_DIR to use another"
             " directory), or anywhere, and give its path"
-        )
-    data = path.read_bytes()
+        ) from None
+    except ValueError as error:
+        raise TokenizerError(f"tokenizer {name}: {error}") from None
     if (found := hashlib.sha256(data).hexdigest()) != published.sha256:
         raise TokenizerError(
             f"tokenizer {name}: {path} is damaged, sha256 {published.sha256} expected, {found}"

@@ -511,9 +511,9 @@ def test_finished_shards_are_kept_and_damaged_ones_made_anew(
     first.write_bytes(raw)
     encoded, original = [], bpe_module.BPE.encode_job
 
-    def counted(self: bpe_module.BPE, job: list[Any]) -> np.ndarray:
+    def counted(self: bpe_module.BPE, job: list[Any], *names: Any) -> np.ndarray:
         encoded.append(len(job))
-        return original(self, job)
+        return original(self, job, *names)
 
     monkeypatch.setattr(bpe_module.BPE, "encode_job", counted)
     monkeypatch.setattr(module, "get_tokenizer", None)  # trained already
