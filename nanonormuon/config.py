@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import re
+import shlex
 import tomllib
 import typing
 from collections.abc import Callable, Collection, Sequence
@@ -21,6 +22,7 @@ from typing import Any, Literal
 from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPTConfig
 from nanonormuon.normuon import coefficients
+from nanonormuon.storage.files import read_file
 
 
 @dataclass(frozen=True)
@@ -127,19 +129,36 @@ MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
     "parallel", "reshard",
 )))  # fmt: skip
 
-AT_LEAST_0 = (lambda value: isinstance(value, str) or value >= 0, "0 or more")
-AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
-BELOW_1 = (lambda value: 0 <= value < 1, "0 <= value < 1")
-LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {  # all others: AT_LEAST_0
-    **dict.fromkeys(("data.seq_len", "train.steps", "train.batch_tokens"), AT_LEAST_1),
+Limit = tuple[Callable[[Any], bool], str]
+
+
+def within(low: int, high: int) -> Limit:
+    return lambda value: low <= value <= high, f"{low} to {high}"
+
+
+AT_LEAST_0: Limit = (
+    lambda v: isinstance(v, str) or (v >= 0 and (isinstance(v, float) or v < 1 << 63)),
+    "0 or more and below 2^63",
+)
+AT_LEAST_1: Limit = (lambda value: 1 <= value < 1 << 63, "at least 1, and below 2^63")
+BELOW_1: Limit = (lambda value: 0 <= value < 1, "0 <= value < 1")
+WIDTH = within(0, 1 << 20)
+LIMITS: dict[str, Limit] = {  # all others: AT_LEAST_0
+    **dict.fromkeys(("train.steps", "train.log_every"), AT_LEAST_1),
     **dict.fromkeys(("optim.momentum", "optim.momentum_start", "optim.beta2"), BELOW_1),
     **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2"), BELOW_1),
-    "train.log_every": AT_LEAST_1,
+    # beyond any model, and small enough to be counted without overflow or hours of waiting
+    **dict.fromkeys(("model.n_head", "model.n_kv_head", "model.n_embd", "model.head_dim"), WIDTH),
+    "model.vocab_size": within(0, 1 << 32),  # ids in shards have 32 bits
+    "model.n_layer": within(1, 10_000),
+    "model.n_hidden": within(0, 1 << 24),
+    "model.attn_scale": (lambda value: True, "any number"),
+    "data.seq_len": within(1, 1 << 24),
+    "train.batch_tokens": within(1, 10**12),
     "data.tuning": (BELOW_1[0], "a share of the training tokens, 0 <= value < 1"),
-    "optim.ns_steps": (lambda value: 1 <= value <= 1000, "1 to 1000"),  # a list is that long
+    "optim.ns_steps": within(1, 1000),  # a list is that long
     "optim.decay": (lambda value: 0 <= value <= 1, "a share of the run, 0 to 1"),
     "train.micro_batch": (lambda value: value == "auto" or value >= 1, "at least 1, or auto"),
-    "train.seed": (lambda value: 0 <= value < 1 << 63, "0 or more and below 2^63"),
 }
 
 
@@ -151,7 +170,8 @@ def nearest(name: str, valid: Collection[str]) -> str:
 
 def divisors(n: int) -> list[int]:
     """All divisors of n >= 1, rising."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def recipes() -> dict[str, Path]:
@@ -165,10 +185,12 @@ def is_setting(argument: str) -> bool:
     return re.match(r"\s*[\w.]+\s*=", argument) is not None
 
 
-def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
+def load(arguments: Sequence[str], to_run: bool = False) -> tuple[Config, dict[str, str]]:
     """Recipes, TOML files, key=value arguments -> the configuration, and each set key's origin.
 
-    Raises ConfigError naming the argument or file, what was found and what is valid there.
+    to_run: refuse another package's optimizer unless an argument itself names it, since files come
+    from anywhere and importing a module runs its code. Raises ConfigError naming the argument or
+    file, what was found and what is valid there.
     """
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -189,23 +211,33 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
             elsewhere = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
             hint = f'did you mean "{elsewhere[0]}"?' if elsewhere else nearest(name, KINDS)
             raise ConfigError(f'{origin[name]}: unknown key "{name}": {hint}')
-        changed[section][key] = coerce(value, KINDS[name], f"{origin[name]}: {name}")
+        where = f"{origin[name]}: {name}"
+        changed[section][key] = found = coerce(value, KINDS[name], where)
+        possible, expected = LIMITS.get(name, AT_LEAST_0)
+        if not possible(found):
+            raise ConfigError(f"{where} = {found!s:.60}: expected {expected}")
     try:
         config = Config(**{section: kind(**changed[section]) for section, kind in SECTIONS.items()})
     except ValueError as error:  # GPTConfig checks itself
         raise ConfigError(f"model: {error}") from None
     check(config, origin)
+    name, where = config.optim.name, origin.get("optim.name")
+    if to_run and ":" in name and where != "command line":
+        raise ConfigError(
+            f"{where}: optim.name = {name}: that module's code would run, so the command itself must "
+            f"name it: if you trust it, add {shlex.quote(f'optim.name={name}')}"
+        )
     return config, origin
 
 
 def read_toml(source: str) -> dict[str, Any]:
     """The content of a recipe or TOML file. Raises ConfigError."""
     try:
-        return tomllib.loads((recipes().get(source) or Path(source)).read_text(encoding="utf-8"))
+        return tomllib.loads(read_file(recipes().get(source) or source, 1 << 20).decode())
     except FileNotFoundError:
         hint = f'no file "{source}"' if source.endswith(".toml") else nearest(source, recipes())
         raise ConfigError(f'unknown recipe "{source}": {hint}') from None
-    except (OSError, ValueError) as error:  # not UTF-8, not TOML, a number of 5,000 digits
+    except (OSError, ValueError, RecursionError) as error:  # also: a number of 5,000 digits
         raise ConfigError(f"{source}: not a readable TOML file: {error}") from None
 
 
@@ -218,8 +250,8 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
         return value if value in typing.get_args(words) else coerce(value, number, where)
     if choices and value not in choices:
         raise ConfigError(f'{where} = "{value}": {nearest(str(value), choices)}')
-    if kind is str and isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-        raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG)")
+    if kind is str and isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG), no \\0")
     if choices or (kind is str and isinstance(value, str)):
         return value
     if kind is bool and str(value).lower() in ("true", "false"):
@@ -263,10 +295,6 @@ def check(config: Config, origin: dict[str, str]) -> None:
         value = attrgetter(name)(config)
         raise ConfigError(f"{origin.get(name, 'default')}: {name} = {value}: expected {expected}")
 
-    for name in KINDS:
-        possible, expected = LIMITS.get(name, AT_LEAST_0)
-        if not name.startswith("model.") and not possible(attrgetter(name)(config)):
-            refuse(name, expected)
     o, t, T = config.optim, config.train, config.data.seq_len
     if t.canonical and t.micro_batch == "auto":
         refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")

@@ -47,7 +47,10 @@ def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.O
     dtype = distributed.compute_dtype(config.train.dtype, here())
     with device:
         model = GPT(config.model, dtype)
-    return model, optim.make_optimizers(model, config.optim, dtype)
+    settings = config.optim
+    if ":" in settings.name:  # counted as if it were AdamW: to import a module is to run its code
+        settings = replace(settings, name="adamw", options="")
+    return model, optim.make_optimizers(model, settings, dtype)
 
 
 def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = False) -> Estimate:
@@ -101,9 +104,11 @@ def report(config: Config) -> list[str]:
         fitting = (n for n in divisors(per_rank) if n * T <= memory.CPU_TOKENS)
         micro = max(fitting, default=1)
     found = estimate(config, micro)
+    assumed = f"; {config.optim.name} is not imported, and counted as AdamW"
     roles = ", ".join(f"{role} {n:,}" for role, n in found.parameters.items())
     lines = [
-        f"parameters: {sum(found.parameters.values()):,} ({roles})",
+        f"parameters: {sum(found.parameters.values()):,} ({roles})"
+        + (assumed if ":" in config.optim.name else ""),
         f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
         f"{found.flops_per_token / 1e6:.4g} MFLOP per token = {found.flops:.3g} FLOP",
     ]

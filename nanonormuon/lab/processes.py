@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -82,7 +83,7 @@ class Runner:
         and Interrupted after a signal, once the other runs have saved. A later call continues them.
         """
         for job in jobs:
-            config.load(job.arguments)
+            config.load(job.arguments, to_run=True)
         missing = [job for job in dict.fromkeys(jobs) if job.result() is None]
         error: BaseException | None = None
         with self.listening(), ThreadPoolExecutor(self.parallel) as pool:
@@ -110,7 +111,8 @@ class Runner:
             if job.result() is None and (job.path / "config.toml").exists():
                 # once reached, --resume drops it
                 stop_at = config.load(job.arguments)[0].train.stop_at
-                self.start(job, ["--resume", f"train.stop_at={stop_at}"], place)
+                named = [a for a in job.arguments if re.match(r"\s*optim\.name\s*=", a)]
+                self.start(job, ["--resume", *named, f"train.stop_at={stop_at}"], place)
                 if job.result() is None:  # not every optimizer's state can be saved
                     log.warning(f"{job.path}: cannot be resumed, starts over")
                     shutil.rmtree(job.path)
@@ -131,13 +133,16 @@ class Runner:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}", "-m"]
         command = [sys.executable, "-m", *(torchrun if self.ranks > 1 else [])]
         command += ["nanonormuon", "run", *arguments, "--out", str(job.path)]
-        following = {"NANONORMUON_FOLLOW": "1"}  # the run stops if this process is killed
+        # the run stops if this process is killed, and imports from where this one does: left alone,
+        # `python -m` would also take modules that lie in the current directory
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        own = {"NANONORMUON_FOLLOW": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
         with open(job.log_file, "ab") as output:
             if self.stopped:
                 raise Interrupted(self.stopped, f"before {job.path.name}")
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=os.environ | place | following, start_new_session=True,
+                env=os.environ | place | own, start_new_session=True,
             )  # fmt: skip
             self.children.add(child)
             code = child.wait()

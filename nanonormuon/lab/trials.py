@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nanonormuon import config
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim
 from nanonormuon.lab.significance import verdict
 from nanonormuon.storage.files import replace_file
@@ -19,6 +20,7 @@ def run(
     OUT/trial-000/ is a run directory, OUT/trial-000.txt its self-contained log, OUT/trials.json the
     verdict. A larger n adds to the runs of a smaller one. Raises what Runner.run raises.
     """
+    config.load(arguments, to_run=True)
     seeds = f"the trials have the seeds 0 to {n - 1} (--n)"
     settings = claim(out / "plan.json", arguments, seeds).train
     jobs = [

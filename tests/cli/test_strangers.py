@@ -1,0 +1,89 @@
+"""What a stranger has made, be it a run directory, a model or a configuration, is read and never
+run; what has no end is not even read."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+
+import pytest
+
+from nanonormuon.cli import app as cli
+from nanonormuon.config import load
+from nanonormuon.lab.processes import Job, Runner
+from nanonormuon.train import train
+
+
+@pytest.fixture
+def theirs(trained, tmp_path, monkeypatch):
+    """A trained run that names a module beside it as its optimizer, and that module."""
+    home = shutil.copytree(trained, tmp_path / "theirs")
+    (tmp_path / "decoy.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (home / "checkpoints" / "step-000040" / "state.json").unlink()  # the newest is what counts
+    for file in (home / "config.toml", home / "checkpoints" / "step-000060" / "state.json"):
+        text = file.read_text()
+        assert '"normuon"' in text
+        file.write_text(text.replace('"normuon"', '"decoy:X"'))
+    listing = file.with_name("manifest.json")
+    manifest = json.loads(listing.read_text())
+    entry = {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    manifest["files"]["state.json"] = entry
+    listing.write_text(json.dumps(manifest))
+    yield home
+    sys.modules.pop("decoy", None)
+
+
+@pytest.mark.parametrize(
+    ("code", "command"),
+    [
+        (2, "run RUN/config.toml --out new"),
+        (2, "run --resume --out RUN"),
+        (2, "trials RUN/config.toml --n 1 --target 3 --out new"),
+        (0, "run RUN/config.toml train.device=cuda --dry-run"),
+        (0, "run optim.name=decoy:X train.device=cuda --dry-run"),
+        (0, "show RUN/config.toml"),
+        (0, "sample RUN --max-tokens 1"),
+        (0, "evaluate RUN --max-tokens 10"),
+        (0, "compare RUN"),
+        (0, "report RUN --out page.html"),
+        (0, "diagnose RUN"),
+    ],
+)
+def test_a_strangers_optimizer_is_not_imported(code, command, theirs, capsys):
+    assert cli.main(command.replace("RUN", str(theirs)).split()) == code
+    said = capsys.readouterr()
+    assert not os.path.exists("executed") and not os.path.exists("new")
+    if code:  # the setting to add is in the message
+        assert "config.toml: optim.name = decoy:X" in said.err
+        assert said.err.endswith("add optim.name=decoy:X\n")
+    if "--dry-run" in command:
+        assert "decoy:X is not imported" in said.out
+    with pytest.raises(ValueError, match="has no attribute 'X'"):  # the decoy does work
+        train(load([str(theirs / "config.toml")])[0], theirs.parent / "new")
+    assert os.path.exists("executed")
+
+
+def test_an_optimizer_named_in_the_command_goes_on_under_a_race(tiny, tmp_path, monkeypatch):
+    """A file's name for it does not get to the processes that a race starts, its own does."""
+    begun = []
+    monkeypatch.setattr(Runner, "start", lambda _, job, given, place: begun.append(list(given)))
+    name = "optim.name=torch.optim:Adagrad"
+    job = Job(tmp_path / "a", (*tiny, name))
+    job.path.mkdir()
+    (job.path / "config.toml").write_text("")
+    with pytest.raises(ValueError, match="no output"):
+        job.log_file.touch()
+        Runner().carry_out(job)
+    resumed, afresh = begun
+    assert resumed[:2] == ["--resume", name] and name in afresh
+
+
+def test_a_named_optimizer_trains_and_resumes(tiny, tmp_path, capsys):
+    out, named = ["--out", str(tmp_path / "run")], "optim.name=torch.optim:Adagrad"
+    short = [*tiny, "train.steps=2", "train.sample_tokens=0"]
+    assert cli.main(["run", *short, named, "train.stop_at=1", *out]) == 0
+    assert cli.main(["run", "--resume", *out]) == 2
+    assert cli.main(["run", "--resume", *out, capsys.readouterr().err.split()[-1]]) == 0
