@@ -9,7 +9,6 @@ import difflib
 import json
 import math
 import re
-import shlex
 import tomllib
 import typing
 from collections.abc import Callable, Collection, Sequence
@@ -180,17 +179,22 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 
+class FromFile(str):
+    """A module:Class that a file names and no argument of the command. Files come from anywhere,
+    and importing a module runs its code, so optim.py refuses these."""
+
+    file: str
+
+
 def is_setting(argument: str) -> bool:
     """Whether an argument is key=value, not a recipe or a file (whose path may contain = too)."""
     return re.match(r"\s*[\w.]+\s*=", argument) is not None
 
 
-def load(arguments: Sequence[str], to_run: bool = False) -> tuple[Config, dict[str, str]]:
+def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
     """Recipes, TOML files, key=value arguments -> the configuration, and each set key's origin.
 
-    to_run: refuse another package's optimizer unless an argument itself names it, since files come
-    from anywhere and importing a module runs its code. Raises ConfigError naming the argument or
-    file, what was found and what is valid there.
+    Raises ConfigError naming the argument or file, what was found and what is valid there.
     """
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -216,17 +220,14 @@ def load(arguments: Sequence[str], to_run: bool = False) -> tuple[Config, dict[s
         possible, expected = LIMITS.get(name, AT_LEAST_0)
         if not possible(found):
             raise ConfigError(f"{where} = {found!s:.60}: expected {expected}")
+        if name == "optim.name" and ":" in found and origin[name] != "command line":
+            changed[section][key] = FromFile(found)
+            changed[section][key].file = origin[name]
     try:
         config = Config(**{section: kind(**changed[section]) for section, kind in SECTIONS.items()})
     except ValueError as error:  # GPTConfig checks itself
         raise ConfigError(f"model: {error}") from None
     check(config, origin)
-    name, where = config.optim.name, origin.get("optim.name")
-    if to_run and ":" in name and where != "command line":
-        raise ConfigError(
-            f"{where}: optim.name = {name}: that module's code would run, so the command itself must "
-            f"name it: if you trust it, add {shlex.quote(f'optim.name={name}')}"
-        )
     return config, origin
 
 

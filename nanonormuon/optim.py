@@ -11,6 +11,7 @@ import ast
 import importlib
 import inspect
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from nanonormuon.config import OptimConfig
+from nanonormuon.config import FromFile, OptimConfig
 from nanonormuon.errors import ConfigError, out_of_memory
 from nanonormuon.normuon import NorMuon
 
@@ -147,13 +148,22 @@ def split_group(group: dict, pattern: str) -> list[dict]:
     return list(parts.values())
 
 
+def check_trusted(name: str) -> None:
+    """Raise ConfigError for an optimizer of another package that only a file names."""
+    if isinstance(name, FromFile):
+        raise ConfigError(
+            f"{name.file}: optim.name = {name}: that module's code would run, so the command "
+            f"itself must name it: if you trust it, add {shlex.quote(f'optim.name={name}')}"
+        )
+
+
 def external_optimizer(name: str, options: str, groups: list[dict]) -> Optimizer:
     """An optimizer of another package, imported as "module:Class".
 
     options: its arguments as in a call, with literal values. Raises ValueError for a name that
-    cannot be imported or is not an optimizer, and for arguments that the class does not have. Only
-    for a name that the user has given (config.load, to_run), since an import runs code.
+    cannot be imported or is not an optimizer, and for arguments that the class does not have.
     """
+    check_trusted(name)
     module, _, attribute = name.partition(":")
     try:
         cls = getattr(importlib.import_module(module), attribute)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanonormuon import build, checkpoint, evaluate, sample
+from nanonormuon import build, checkpoint, evaluate, optim, sample
 from nanonormuon.config import Config, to_toml
 from nanonormuon.data import Batches, Loader
 from nanonormuon.errors import ConfigError, Interrupted, NonFinite, OutOfMemory
@@ -43,6 +43,7 @@ def train(
     one line that says what to do, and Interrupted after a signal. stopping: already watches for
     signals.
     """
+    optim.check_trusted(config.optim.name)
     limit = config.train.time_limit
     watching = contextlib.nullcontext(stopping) if stopping else Stopping()
     with watching as stopping, Watch(limit, stopping) as watch:

@@ -50,7 +50,7 @@ def run(
         arguments.insert(0, "finetune" if init_from else "demo")
     if init_from is not None:
         arguments.append(f"train.init_from={init_from}")
-    loaded, origin = config.load(arguments, to_run=not dry_run)
+    loaded, origin = config.load(arguments)
     first = os.environ.get("RANK", "0") == "0"
     for line in config.without_effect(loaded, origin) if first else ():
         log.warning(f"{line}; it does nothing")

@@ -21,9 +21,11 @@ import torch
 from tqdm import tqdm
 
 from nanonormuon import config
-from nanonormuon.errors import ConfigError, Interrupted, RunError
+from nanonormuon.errors import CheckpointError, ConfigError, Interrupted, RunError
+from nanonormuon.optim import check_trusted
 from nanonormuon.runs import compare
-from nanonormuon.storage.files import lock, replace_file
+from nanonormuon.storage.checkpoints import read_json
+from nanonormuon.storage.files import lock, read_file, replace_file
 
 log = logging.getLogger(__name__)
 # settings for runs of which only the losses matter
@@ -47,11 +49,13 @@ class Job:
         """summary.json and the curve of val_loss as [step, loss]; None before the run's end. The
         loss of a run that diverged is infinite."""
         try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            summary = read_json(self.path / "summary.json")
+        except (OSError, CheckpointError):
             return None
         if summary.get("diverged"):
             return {"val_loss": float("inf"), "curve": []}
+        if not isinstance(summary.get("val_loss"), float | int):  # no run wrote that
+            return None
         return summary | {"curve": [*zip(*compare.read(self.path).curve("val_loss"))]}
 
 
@@ -83,7 +87,7 @@ class Runner:
         and Interrupted after a signal, once the other runs have saved. A later call continues them.
         """
         for job in jobs:
-            config.load(job.arguments, to_run=True)
+            check_trusted(config.load(job.arguments)[0].optim.name)
         missing = [job for job in dict.fromkeys(jobs) if job.result() is None]
         error: BaseException | None = None
         with self.listening(), ThreadPoolExecutor(self.parallel) as pool:
@@ -121,7 +125,7 @@ class Runner:
         finally:
             self.places.put(place)
         if (result := job.result()) is None:
-            text = job.log_file.read_text(encoding="utf-8", errors="replace").strip()
+            text = read_file(job.log_file).decode(errors="replace").strip()
             last = (text.splitlines() or ["no output"])[-1].removeprefix("error: ")
             raise RunError(f"{job.path.name}: {last} (see {job.log_file})")
         if not job.keep:
@@ -186,9 +190,9 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:
             raise RunError(f"{out}: not empty, and no {file.name} there; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         replace_file(file, text.encode())
-    elif (found := file.read_text(encoding="utf-8")) != text:
+    elif (found := read_file(file).decode(errors="replace")) != text:
         raise RunError(
-            f"{file}: {json.dumps(json.loads(found))}, expected {json.dumps(content)}: "
+            f"{file}: {' '.join(found.split())[:999]}, expected {json.dumps(content)}: "
             "another comparison is there; choose another --out"
         )
     return shared

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nanonormuon.errors import DataError
+
 
 def write_durably(path: Path, content: bytes | Iterable[Any]) -> dict[str, Any]:
     """Write a file, whole or piece by piece, and wait until it is on disk.
@@ -72,8 +74,8 @@ def replace_file(path: Path, content: bytes) -> None:
 def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
     """Read a whole file that somebody names, or that lies in a directory from elsewhere.
 
-    Raises ValueError for anything but a regular file of at most `limit` bytes: a pipe would make
-    the reader wait, a device has no end. Raises OSError.
+    Raises DataError for anything but a regular file of at most `limit` bytes: a pipe would make the
+    reader wait, a device has no end. Raises OSError.
     """
 
     def without_waiting(path: str, flags: int) -> int:  # as opening a pipe does, for its writer
@@ -82,20 +84,20 @@ def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
     with open(path, "rb", opener=without_waiting) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path}: expected a regular file, not a pipe or device")
+            raise DataError(f"{path}: expected a regular file, not a pipe or device")
         if found.st_size > limit:
-            raise ValueError(f"{path}: expected at most {limit:,} bytes, found {found.st_size:,}")
+            raise DataError(f"{path}: expected at most {limit:,} bytes, found {found.st_size:,}")
         return file.read(limit)
 
 
 def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
     """Yield line number (from 1) and value of each line of JSON. Only "\\n" ends a line, since a
-    string may contain U+2028 and the like.
+    string may contain U+2028 and the like. Raises what read_file raises.
 
     cut: skip invalid lines, such as the one a crash leaves. Otherwise raises ValueError naming file
     and line. Raises OSError.
     """
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_file(path, 1 << 30).split(b"\n"), 1):
         try:
             if line.strip():
                 yield number, json.loads(line.decode(errors="replace" if cut else "strict"))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nanonormuon.errors import RunError, explained
 from nanonormuon.storage import checkpoints
-from nanonormuon.storage.files import lock, read_jsonl, replace_file
+from nanonormuon.storage.files import lock, read_file, read_jsonl, replace_file
 
 if TYPE_CHECKING:
     import torch  # slow to import; --help must not wait for it
@@ -72,7 +72,7 @@ class RunDirectory:
         try:
             handle = lock(file)
         except BlockingIOError:
-            owner = file.read_text().strip() or "unknown"
+            owner = read_file(file, 99).decode().strip() or "unknown"
             raise RunError(
                 f"{self.path} is being written by process {owner}: wait, or choose another --out"
             ) from None

@@ -10,8 +10,11 @@ import sys
 import pytest
 
 from nanonormuon.cli import app as cli
-from nanonormuon.config import load
+from nanonormuon.config import OptimConfig, load
+from nanonormuon.errors import ConfigError
 from nanonormuon.lab.processes import Job, Runner
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.optim import make_optimizers
 from nanonormuon.train import train
 
 
@@ -61,8 +64,13 @@ def test_a_strangers_optimizer_is_not_imported(code, command, theirs, capsys):
         assert said.err.endswith("add optim.name=decoy:X\n")
     if "--dry-run" in command:
         assert "decoy:X is not imported" in said.out
-    with pytest.raises(ValueError, match="has no attribute 'X'"):  # the decoy does work
+    with pytest.raises(ConfigError, match=r"add optim\.name=decoy:X"):
         train(load([str(theirs / "config.toml")])[0], theirs.parent / "new")
+    assert not os.path.exists("executed")
+    with pytest.raises(ValueError, match="has no attribute 'X'"):  # the decoy does work
+        make_optimizers(
+            GPT(GPTConfig(vocab_size=9, n_layer=1, n_head=1, n_embd=8)), OptimConfig(name="decoy:X")
+        )
     assert os.path.exists("executed")
 
 
