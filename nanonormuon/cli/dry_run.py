@@ -4,7 +4,6 @@ The model is built without storage and counted; a forward pass on fake tensors r
 keeps. Times are measured on models of one and two blocks.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,8 @@ from nanonormuon.config import Config, divisors
 from nanonormuon.model import GPT
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.activations import chunk_bytes, here, kept
+from nanonormuon.storage.shards import MANIFEST, read_manifest
+from nanonormuon.text.tokenizer import trained_size
 
 TRIAL_SECONDS = 0.5  # of each measurement, at least
 LONGEST_TRIAL = 2e11  # most FLOP of a block and a micro-batch that a CPU tries
@@ -84,13 +85,15 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = F
 
 def with_vocabulary(config: Config) -> tuple[Config, int | None]:
     """Fill in the data's vocabulary; also returns the number of training tokens. Without prepared
-    data the vocabulary follows from the tokenizer's name, and the number is None."""
-    try:
-        manifest = json.loads((Path(config.data.path) / "manifest.json").read_bytes())
+    data the vocabulary follows from the tokenizer's name, and the number is None. Raises
+    TokenizerError, and DataError for a damaged manifest."""
+    path = Path(config.data.path)
+    if config.data.format == "shards" and (path / MANIFEST).exists():
+        manifest = read_manifest(path)
         found, tokens = manifest["tokenizer"]["vocab_size"], manifest["train"]["tokens"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name, _, size = config.data.tokenizer.partition(":")
-        found, tokens = VOCABULARIES.get(name, int(size) if size.isdigit() else 50_257), None
+    else:
+        name, tokens = config.data.tokenizer, None
+        found = VOCABULARIES.get(name) or trained_size(name) or 50_257
     vocab_size = config.model.vocab_size or -(-found // 64) * 64
     return replace(config, model=replace(config.model, vocab_size=vocab_size)), tokens
 

@@ -25,7 +25,7 @@ from nanonormuon.errors import CheckpointError, ConfigError, Interrupted, RunErr
 from nanonormuon.optim import check_trusted
 from nanonormuon.runs import compare
 from nanonormuon.storage.checkpoints import read_json
-from nanonormuon.storage.files import lock, read_file, replace_file
+from nanonormuon.storage.files import check_plain, lock, read_file, replace_file
 
 log = logging.getLogger(__name__)
 # settings for runs of which only the losses matter
@@ -125,7 +125,7 @@ class Runner:
         finally:
             self.places.put(place)
         if (result := job.result()) is None:
-            text = read_file(job.log_file).decode(errors="replace").strip()
+            text = read_file(job.log_file, 1 << 30).decode(errors="replace").strip()
             last = (text.splitlines() or ["no output"])[-1].removeprefix("error: ")
             raise RunError(f"{job.path.name}: {last} (see {job.log_file})")
         if not job.keep:
@@ -183,6 +183,7 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:
         if argument.partition("=")[0].strip() == "train.seed":
             raise ConfigError(f"{argument}: {seeds}")
     shared, out = config.load(arguments)[0], file.parent
+    check_plain([*out.glob("*.log"), *out.glob("*/*.log")])
     content = {"arguments": arguments, "steps": shared.train.steps}
     text = json.dumps(content, indent=1) + "\n"
     if not file.exists():

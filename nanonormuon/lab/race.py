@@ -188,7 +188,9 @@ class Race:
             "arguments": self.arguments,
             "steps": self.steps,
             "tokens": self.steps * self.batch_tokens,
-            **{key: sorted({environment[key] for environment in found}) for key in several},
+            **{
+                key: sorted({str(environment.get(key)) for environment in found}) for key in several
+            },
             "optimizers": judge(self.field, self.steps),
         }
         if (count := len(results["source_sha256"])) > 1:

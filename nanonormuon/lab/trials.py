@@ -39,7 +39,7 @@ def run(
         "steps": settings.last_step,
         "seconds": [result.get("train_seconds") for result in results],
         "arguments": [*arguments],
-        "source_sha256": environment["source_sha256"],
+        "source_sha256": environment.get("source_sha256"),
     }
     replace_file(out / "trials.json", (json.dumps(found, indent=1) + "\n").encode())
     return found

@@ -90,6 +90,14 @@ def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
         return file.read(limit)
 
 
+def check_plain(paths: Iterable[Path]) -> None:
+    """Raise DataError for one that is there and is no regular file of its own, before something is
+    appended to it: a pipe would make the writer wait, a symbolic link leads elsewhere."""
+    for path in paths:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise DataError(f"{path}: expected a regular file, not a link or pipe: remove it")
+
+
 def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
     """Yield line number (from 1) and value of each line of JSON. Only "\\n" ends a line, since a
     string may contain U+2028 and the like. Raises what read_file raises.
@@ -132,8 +140,9 @@ def lock(path: Path, wait: bool = False) -> int | None:
     """Take an exclusive lock on a file, created if missing, or on an existing directory.
 
     Returns the descriptor that holds the lock until it is closed, at the latest when the process
-    ends, however it ends; None on Windows, which has no flock. Raises BlockingIOError if another
-    process holds the lock, unless `wait`.
+    ends, however it ends; None on Windows, which has no flock, and for a directory on a file system
+    that cannot lock one (NFS). Raises BlockingIOError if another process holds the lock, unless
+    `wait`.
     """
     try:
         import fcntl
@@ -142,8 +151,10 @@ def lock(path: Path, wait: bool = False) -> int | None:
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except OSError as error:
         os.close(handle)
+        if path.is_dir() and not isinstance(error, BlockingIOError):
+            return None
         raise
     return handle
 

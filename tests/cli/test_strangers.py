@@ -5,16 +5,19 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 
 import pytest
 
 from nanonormuon.cli import app as cli
 from nanonormuon.config import OptimConfig, load
-from nanonormuon.errors import ConfigError
+from nanonormuon.errors import ConfigError, RunError
 from nanonormuon.lab.processes import Job, Runner
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.optim import make_optimizers
+from nanonormuon.storage.files import lock
+from nanonormuon.storage.run import RunDirectory
 from nanonormuon.train import train
 
 
@@ -46,7 +49,9 @@ def theirs(trained, tmp_path, monkeypatch):
         (2, "run --resume --out RUN"),
         (2, "trials RUN/config.toml --n 1 --target 3 --out new"),
         (0, "run RUN/config.toml train.device=cuda --dry-run"),
-        (0, "run optim.name=decoy:X train.device=cuda --dry-run"),
+        pytest.param(
+            0, "run optim.name=decoy:X train.device=cuda --dry-run", marks=pytest.mark.slow
+        ),
         (0, "show RUN/config.toml"),
         (0, "sample RUN --max-tokens 1"),
         (0, "evaluate RUN --max-tokens 10"),
@@ -95,3 +100,90 @@ def test_a_named_optimizer_trains_and_resumes(tiny, tmp_path, capsys):
     assert cli.main(["run", *short, named, "train.stop_at=1", *out]) == 0
     assert cli.main(["run", "--resume", *out]) == 2
     assert cli.main(["run", "--resume", *out, capsys.readouterr().err.split()[-1]]) == 0
+
+
+HOSTILE = {"pipe": os.mkfifo, "endless": lambda path: path.symlink_to("/dev/zero")}
+
+
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(
+    ("code", "name", "command"),
+    [
+        (2, "my.toml", "show my.toml"),
+        (2, "config.toml", "show RUN/config.toml"),
+        (2, "config.toml", "compare RUN"),
+        (3, "metrics.jsonl", "run --resume --out RUN"),
+        (3, "train.log", "run --resume --out RUN"),
+        (3, "samples.jsonl", "run --resume --out RUN"),
+        (3, ".lock", "run --resume --out RUN"),
+        (4, "checkpoints/step-000060/manifest.json", "sample RUN/checkpoints/step-000060"),
+        (4, "checkpoints/step-000060/state.json", "sample RUN/checkpoints/step-000060"),
+        (4, "evaluations.json", "evaluate RUN"),
+        (4, "summary.json", "report RUN --out page.html"),
+        (4, "model/config.json", "sample RUN/model"),
+        (4, "model/model.safetensors", "sample RUN/model"),
+        (2, "prompt", "sample RUN --file RUN/prompt"),
+        (3, "questions", "evaluate RUN --choices RUN/questions"),
+        (3, "a-labels.lst", "evaluate RUN --choices RUN/a.jsonl"),
+        (3, "manifest.json", "run data.path=RUN --dry-run"),
+        (3, "plan.json", "trials demo --n 1 --target 3 --out RUN"),
+        (3, "trial-000.log", "trials demo --n 1 --target 3 --out RUN"),
+    ],
+)
+def test_nothing_waits_for_a_pipe_or_reads_without_end(
+    make, code, name, command, trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    home = shutil.copytree(trained, tmp_path / "run")
+    newest = home / "checkpoints" / "step-000060"
+    shutil.copytree(newest, home / "model", ignore=shutil.ignore_patterns("manifest.json"))
+    path = tmp_path / name if name == "my.toml" else home / name
+    path.unlink(missing_ok=True)
+    make(path)
+    signal.alarm(60)  # a hang ends the tests
+    try:
+        found = cli.main(command.replace("RUN", "run").split())
+    finally:
+        signal.alarm(0)
+    said = capsys.readouterr().err
+    assert found == code and path.name in said, said
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "notes.txt", "src/a.py"])
+@pytest.mark.parametrize(
+    "command", ["run demo", "race demo", "trials demo --n 1 --target 3", "export RUN"]
+)
+def test_a_directory_of_something_else_is_left_alone(command, name, trained, tmp_path, capsys):
+    file = tmp_path / "mine" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine\n")
+    out = "--to" if "export" in command else "--out"
+    arguments = [*command.replace("RUN", str(trained)).split(), out, str(tmp_path / "mine")]
+    if command == "run demo":
+        arguments += ["data.tokenizer=byte", "train.device=cpu"]
+    assert cli.main(arguments) == 2
+    assert str(tmp_path / "mine") in capsys.readouterr().err
+    assert file.read_text() == "mine\n" and len(list(tmp_path.rglob("*"))) == 2 + name.count("/")
+
+
+def test_a_lock_outlives_its_file(tmp_path):
+    """Deleted under a live run, the file lets nobody else in; with it, its owner is named."""
+    with RunDirectory(tmp_path / "run") as run:
+        run.acquire(resume=False)
+        for owner in (str(os.getpid()), "unknown"):
+            with (
+                pytest.raises(RunError, match=f"by process {owner}"),
+                RunDirectory(run.path) as two,
+            ):
+                two.acquire(resume=True)
+            (run.path / ".lock").unlink(missing_ok=True)
+    old = tmp_path / "old"  # an earlier version locks this file alone
+    old.mkdir()
+    handle = lock(old / ".lock")
+    with pytest.raises(RunError, match="being written"), RunDirectory(old) as run:
+        run.acquire(resume=False)
+    os.close(handle)
+    assert (old / ".lock").exists()
+    with RunDirectory(old) as run:
+        run.acquire(resume=False)
+    assert not old.exists()  # nothing was written to it
