@@ -116,6 +116,7 @@ KINDS: dict[str, Any] = {  # "section.key" of every setting -> its type
     for section, table in SECTIONS.items()
     for key, kind in typing.get_type_hints(table).items()
 }
+SHARES = 1_000_000  # the shares of a mixture are whole numbers of millionths
 OPTIMIZERS = ("normuon", "muon", "adamw")
 OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings that other optimizers do not have
 OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
@@ -276,6 +277,21 @@ def parse_number(text: str) -> int | float | None:
     return int(number) if whole and abs(number) < 10**19 else float(number)  # 2^63 is exact
 
 
+def mixture(mix: str) -> list[tuple[str, int]]:
+    """Parse data.mix, "DIR=0.2, DIR=0.1": directories and their shares in millionths. Raises
+    ConfigError."""
+    found = []
+    for item in filter(None, map(str.strip, mix.split(","))):
+        name, _, text = (part.strip() for part in item.rpartition("="))
+        share = parse_number(text) or 0
+        if not name or not 0 < share < 1 or not (parts := round(share * SHARES)):
+            raise ConfigError(f'data.mix: "{item}": expected DIRECTORY=SHARE, 0 < share < 1')
+        found.append((name, parts))
+    if sum(parts for _, parts in found) >= SHARES:
+        raise ConfigError(f'data.mix = "{mix}": expected shares of less than 1 in all')
+    return found
+
+
 def without_effect(config: Config, origin: dict[str, str]) -> list[str]:
     """List the settings of the command line that this run ignores, and why.
 
@@ -301,6 +317,8 @@ def check(config: Config, origin: dict[str, str]) -> None:
         refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")
     if ":" in o.name and t.parallel == "fsdp":
         refuse("train.parallel", f"ddp: {o.name} needs whole matrices on every rank")
+    if mixture(config.data.mix) and config.data.order != "shuffled":
+        raise ConfigError("data.mix: expected with data.order = shuffled only")
     if ":" not in o.name and o.name not in OPTIMIZERS:
         hint = nearest(o.name, OPTIMIZERS)
         refuse("optim.name", f"{', '.join(OPTIMIZERS)} or module:Class; {hint}")
@@ -316,7 +334,8 @@ def check(config: Config, origin: dict[str, str]) -> None:
             f"{', '.join(given)}; the recipe finetune has no [model]"
         )
     try:
-        coefficients(o.ns_coefficients, 1)
+        if not all(map(math.isfinite, coefficients(o.ns_coefficients, 1)[0])):
+            raise ValueError(f"ns_coefficients = {o.ns_coefficients}: expected finite numbers")
     except ValueError as error:
         raise ConfigError(f"{origin.get('optim.ns_coefficients')}: optim.{error}") from None
 

@@ -93,6 +93,7 @@ class Trainer:
         self.run, self.world, self.watch, self.resume = run, world, watch, resume
         self.data, self.tokenizer = open_corpus(config, world)
         self.config = config = build.complete(config, self.data)
+        build.refuse_absurd(config, world)
         self.text_bytes = bytes_of_validation(config, self.data, self.tokenizer)
         self.per_rank = build.split_batch(config, world.size)
         self.batches = Batches(
@@ -153,7 +154,9 @@ class Trainer:
         """On rank 0: make sure of the disk's room, open the logs, return the rows there are."""
         settings = self.config.train
         size = checkpoint.size_of(self.engine.model, self.engine.optimizers)
-        checkpoints.check_space(self.run.checkpoints, size, settings.keep_last)
+        left = self.last_step - self.step
+        saves = -(-left // (settings.save_every or max(left, 1)))
+        checkpoints.check_space(self.run.checkpoints, size, settings.keep_last, saves)
         rows = self.run.open(to_toml(self.config), described, self.step)
         if settings.track:
             from nanonormuon.runtime import trackers  # few runs have one

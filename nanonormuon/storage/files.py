@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import stat
 import sys
@@ -157,6 +158,18 @@ def lock(path: Path, wait: bool = False) -> int | None:
             return None
         raise
     return handle
+
+
+def in_units(size: float) -> str:
+    """Write a number of bytes with three digits and the unit that fits."""
+    units = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+    unit = next((unit for unit, scale in units.items() if size >= scale), "kB")
+    return f"{size / units[unit]:.3g} {unit}"
+
+
+def in_shell(path: Path) -> str:
+    """Quote a path for a command line, where a leading dash would make it an option."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def cache_directory() -> Path:
