@@ -21,6 +21,7 @@ from typing import Any, Literal
 from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPTConfig
 from nanonormuon.normuon import coefficients
+from nanonormuon.storage.files import read_file
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ KINDS: dict[str, Any] = {  # "section.key" of every setting -> its type
     for section, table in SECTIONS.items()
     for key, kind in typing.get_type_hints(table).items()
 }
+SHARES = 1_000_000  # the shares of a mixture are whole numbers of millionths
 OPTIMIZERS = ("normuon", "muon", "adamw")
 OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings that other optimizers do not have
 OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
@@ -128,19 +130,36 @@ MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
     "activation_checkpointing", "parallel", "reshard",
 )))  # fmt: skip
 
-AT_LEAST_0 = (lambda value: isinstance(value, str) or value >= 0, "0 or more")
-AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
-BELOW_1 = (lambda value: 0 <= value < 1, "0 <= value < 1")
-LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {  # all others: AT_LEAST_0
-    **dict.fromkeys(("data.seq_len", "train.steps", "train.batch_tokens"), AT_LEAST_1),
+Limit = tuple[Callable[[Any], bool], str]
+
+
+def within(low: int, high: int) -> Limit:
+    return lambda value: low <= value <= high, f"{low} to {high}"
+
+
+AT_LEAST_0: Limit = (
+    lambda v: isinstance(v, str) or (v >= 0 and (isinstance(v, float) or v < 1 << 63)),
+    "0 or more and below 2^63",
+)
+AT_LEAST_1: Limit = (lambda value: 1 <= value < 1 << 63, "at least 1, and below 2^63")
+BELOW_1: Limit = (lambda value: 0 <= value < 1, "0 <= value < 1")
+WIDTH = within(0, 1 << 20)
+LIMITS: dict[str, Limit] = {  # all others: AT_LEAST_0
+    **dict.fromkeys(("train.steps", "train.log_every"), AT_LEAST_1),
     **dict.fromkeys(("optim.momentum", "optim.momentum_start", "optim.beta2"), BELOW_1),
     **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2"), BELOW_1),
-    "train.log_every": AT_LEAST_1,
+    # beyond any model, and small enough to be counted without overflow or hours of waiting
+    **dict.fromkeys(("model.n_head", "model.n_kv_head", "model.n_embd", "model.head_dim"), WIDTH),
+    "model.vocab_size": within(0, 1 << 32),  # ids in shards have 32 bits
+    "model.n_layer": within(1, 10_000),
+    "model.n_hidden": within(0, 1 << 24),
+    "model.attn_scale": (lambda value: True, "any number"),
+    "data.seq_len": within(1, 1 << 24),
+    "train.batch_tokens": within(1, 10**12),
     "data.tuning": (BELOW_1[0], "a share of the training tokens, 0 <= value < 1"),
-    "optim.ns_steps": (lambda value: 1 <= value <= 1000, "1 to 1000"),  # a list is that long
+    "optim.ns_steps": within(1, 1000),  # a list is that long
     "optim.decay": (lambda value: 0 <= value <= 1, "a share of the run, 0 to 1"),
     "train.micro_batch": (lambda value: value == "auto" or value >= 1, "at least 1, or auto"),
-    "train.seed": (lambda value: 0 <= value < 1 << 63, "0 or more and below 2^63"),
 }
 
 
@@ -152,13 +171,21 @@ def nearest(name: str, valid: Collection[str]) -> str:
 
 def divisors(n: int) -> list[int]:
     """All divisors of n >= 1, rising."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def recipes() -> dict[str, Path]:
     """Name -> file of every recipe in the package."""
     folder = Path(__file__).parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
+
+
+class FromFile(str):
+    """A module:Class that a file names and no argument of the command. Files come from anywhere,
+    and importing a module runs its code, so optim.py refuses these."""
+
+    file: str
 
 
 def is_setting(argument: str) -> bool:
@@ -190,7 +217,14 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
             elsewhere = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
             hint = f'did you mean "{elsewhere[0]}"?' if elsewhere else nearest(name, KINDS)
             raise ConfigError(f'{origin[name]}: unknown key "{name}": {hint}')
-        changed[section][key] = coerce(value, KINDS[name], f"{origin[name]}: {name}")
+        where = f"{origin[name]}: {name}"
+        changed[section][key] = found = coerce(value, KINDS[name], where)
+        possible, expected = LIMITS.get(name, AT_LEAST_0)
+        if not possible(found):
+            raise ConfigError(f"{where} = {found!s:.60}: expected {expected}")
+        if name == "optim.name" and ":" in found and origin[name] != "command line":
+            changed[section][key] = FromFile(found)
+            changed[section][key].file = origin[name]
     try:
         config = Config(**{section: kind(**changed[section]) for section, kind in SECTIONS.items()})
     except ValueError as error:  # GPTConfig checks itself
@@ -202,11 +236,11 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
 def read_toml(source: str) -> dict[str, Any]:
     """The content of a recipe or TOML file. Raises ConfigError."""
     try:
-        return tomllib.loads((recipes().get(source) or Path(source)).read_text(encoding="utf-8"))
+        return tomllib.loads(read_file(recipes().get(source) or source, 1 << 20).decode())
     except FileNotFoundError:
         hint = f'no file "{source}"' if source.endswith(".toml") else nearest(source, recipes())
         raise ConfigError(f'unknown recipe "{source}": {hint}') from None
-    except (OSError, ValueError) as error:  # not UTF-8, not TOML, a number of 5,000 digits
+    except (OSError, ValueError, RecursionError) as error:  # also: a number of 5,000 digits
         raise ConfigError(f"{source}: not a readable TOML file: {error}") from None
 
 
@@ -219,8 +253,8 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
         return value if value in typing.get_args(words) else coerce(value, number, where)
     if choices and value not in choices:
         raise ConfigError(f'{where} = "{value}": {nearest(str(value), choices)}')
-    if kind is str and isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-        raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG)")
+    if kind is str and isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG), no \\0")
     if choices or (kind is str and isinstance(value, str)):
         return value
     if kind is bool and str(value).lower() in ("true", "false"):
@@ -244,6 +278,21 @@ def parse_number(text: str) -> int | float | None:
     return int(number) if whole and abs(number) < 10**19 else float(number)  # 2^63 is exact
 
 
+def mixture(mix: str) -> list[tuple[str, int]]:
+    """Parse data.mix, "DIR=0.2, DIR=0.1": directories and their shares in millionths. Raises
+    ConfigError."""
+    found = []
+    for item in filter(None, map(str.strip, mix.split(","))):
+        name, _, text = (part.strip() for part in item.rpartition("="))
+        share = parse_number(text) or 0
+        if not name or not 0 < share < 1 or not (parts := round(share * SHARES)):
+            raise ConfigError(f'data.mix: "{item}": expected DIRECTORY=SHARE, 0 < share < 1')
+        found.append((name, parts))
+    if sum(parts for _, parts in found) >= SHARES:
+        raise ConfigError(f'data.mix = "{mix}": expected shares of less than 1 in all')
+    return found
+
+
 def without_effect(config: Config, origin: dict[str, str]) -> list[str]:
     """List the settings of the command line that this run ignores, and why.
 
@@ -264,15 +313,13 @@ def check(config: Config, origin: dict[str, str]) -> None:
         value = attrgetter(name)(config)
         raise ConfigError(f"{origin.get(name, 'default')}: {name} = {value}: expected {expected}")
 
-    for name in KINDS:
-        possible, expected = LIMITS.get(name, AT_LEAST_0)
-        if not name.startswith("model.") and not possible(attrgetter(name)(config)):
-            refuse(name, expected)
     o, t, T = config.optim, config.train, config.data.seq_len
     if t.canonical and t.micro_batch == "auto":
         refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")
     if ":" in o.name and t.parallel == "fsdp":
         refuse("train.parallel", f"ddp: {o.name} needs whole matrices on every rank")
+    if mixture(config.data.mix) and config.data.order != "shuffled":
+        raise ConfigError("data.mix: expected with data.order = shuffled only")
     if ":" not in o.name and o.name not in OPTIMIZERS:
         hint = nearest(o.name, OPTIMIZERS)
         refuse("optim.name", f"{', '.join(OPTIMIZERS)} or module:Class; {hint}")
@@ -288,7 +335,8 @@ def check(config: Config, origin: dict[str, str]) -> None:
             f"{', '.join(given)}; the recipe finetune has no [model]"
         )
     try:
-        coefficients(o.ns_coefficients, 1)
+        if not all(map(math.isfinite, coefficients(o.ns_coefficients, 1)[0])):
+            raise ValueError(f"ns_coefficients = {o.ns_coefficients}: expected finite numbers")
     except ValueError as error:
         raise ConfigError(f"{origin.get('optim.ns_coefficients')}: optim.{error}") from None
 

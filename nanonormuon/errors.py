@@ -102,7 +102,10 @@ def describe(error: BaseException) -> str:
     if exit_code(error) is None:
         text = f"{type(error).__name__}: {text} (--debug shows the traceback)"
     elif out_of_memory(error) and not isinstance(error, OutOfMemory):
-        text = f"out of memory: {text}; lower train.micro_batch, which leaves the batch as it is"
+        text = (
+            f"out of memory: {text or 'not even a message'}; a smaller model, vocabulary or input "
+        )
+        text += "needs less, a run also with a lower train.micro_batch, the batch staying as it is"
     elif lost_peer(error):
         text = f"another rank failed or is gone, see its message ({text})"
     return f"{error.place}: {text}" if hasattr(error, "place") else text

@@ -11,6 +11,7 @@ import ast
 import importlib
 import inspect
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from nanonormuon.config import OptimConfig
-from nanonormuon.errors import ConfigError
+from nanonormuon.config import FromFile, OptimConfig
+from nanonormuon.errors import ConfigError, out_of_memory
 from nanonormuon.normuon import NorMuon
 
 ROLES = ("matrix", "embedding", "head", "vector")
@@ -147,26 +148,36 @@ def split_group(group: dict, pattern: str) -> list[dict]:
     return list(parts.values())
 
 
+def check_trusted(name: str) -> None:
+    """Raise ConfigError for an optimizer of another package that only a file names."""
+    if isinstance(name, FromFile):
+        raise ConfigError(
+            f"{name.file}: optim.name = {name}: that module's code would run, so the command "
+            f"itself must name it: if you trust it, add {shlex.quote(f'optim.name={name}')}"
+        )
+
+
 def external_optimizer(name: str, options: str, groups: list[dict]) -> Optimizer:
     """An optimizer of another package, imported as "module:Class".
 
     options: its arguments as in a call, with literal values. Raises ValueError for a name that
     cannot be imported or is not an optimizer, and for arguments that the class does not have.
     """
+    check_trusted(name)
     module, _, attribute = name.partition(":")
     try:
         cls = getattr(importlib.import_module(module), attribute)
         if not issubclass(cls, Optimizer):
             raise TypeError(f"{attribute} is no torch.optim.Optimizer")
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        expected = f"expected module:Class of an optimizer ({error})"
+    except (Exception, SystemExit) as error:  # the module may raise anything
+        expected = f"expected module:Class of an optimizer ({type(error).__name__}: {error})"
         raise ValueError(f'name = "{name}": {expected}') from None
     try:
         call = ast.parse(f"f({options})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise SyntaxError("positional")
-        arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError):
+        arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # the last: nesting
         raise ValueError(f'options = "{options}": expected KEY=VALUE, KEY=VALUE, ...') from None
     known = inspect.signature(cls).parameters  # a **kwargs would swallow a misspelt name
     if unknown := arguments.keys() - known.keys():
@@ -175,8 +186,10 @@ def external_optimizer(name: str, options: str, groups: list[dict]) -> Optimizer
         group["use_muon"] = True  # some packages' Muons ask for it; to all others it is a name
     try:
         optimizer = cls(groups, lr=groups[0]["lr"], **arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}({options}): {error}") from None
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise ValueError(f"{name}({options}): {type(error).__name__}: {error}") from None
     if "weight_decay" not in known and groups[0]["weight_decay"]:
         raise ValueError(f"{name} has no weight decay: expected optim.weight_decay=0")
     return optimizer

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanonormuon import build, checkpoint, evaluate, sample
+from nanonormuon import build, checkpoint, evaluate, optim, sample
 from nanonormuon.config import Config, to_toml
 from nanonormuon.data import Batches, Loader
 from nanonormuon.errors import ConfigError, Interrupted, NonFinite, OutOfMemory
@@ -45,6 +45,7 @@ def train(
     one line that says what to do, and Interrupted after a signal. stopping: already watches for
     signals.
     """
+    optim.check_trusted(config.optim.name)
     limit = config.train.time_limit
     watching = contextlib.nullcontext(stopping) if stopping else Stopping()
     with watching as stopping, Watch(limit, stopping) as watch:
@@ -94,6 +95,7 @@ class Trainer:
         self.run, self.world, self.watch, self.resume = run, world, watch, resume
         self.data, self.tokenizer = open_corpus(config, world)
         self.config = config = build.complete(config, self.data)
+        build.refuse_absurd(config, world)
         self.text_bytes = bytes_of_validation(config, self.data, self.tokenizer)
         self.per_rank = build.split_batch(config, world.size)
         self.batches = Batches(
@@ -165,7 +167,9 @@ class Trainer:
         the steps of the samples."""
         settings = self.config.train
         size = checkpoint.size_of(self.engine.model, self.engine.optimizers)
-        checkpoints.check_space(self.run.checkpoints, size, settings.keep_last)
+        left = self.last_step - self.step
+        saves = -(-left // (settings.save_every or max(left, 1)))
+        checkpoints.check_space(self.run.checkpoints, size, settings.keep_last, saves)
         found = self.run.open(to_toml(self.config), described, self.step)
         if settings.track:
             from nanonormuon.runtime import trackers  # few runs have one

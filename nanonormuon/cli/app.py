@@ -69,12 +69,28 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if hasattr(error, "show"):  # typer's own: a misspelt option, a missing argument
             error.show()
+            print(hint(error, arguments), end="", file=sys.stderr)
             return error.exit_code
         if debug:
             traceback.print_exc()
         code, message = errors.exit_code(error) or 1, f"error: {errors.describe(error)}"
     print(message, file=sys.stderr)
     return code
+
+
+def hint(error: Exception, arguments: list[str]) -> str:
+    """A line with the setting that was probably meant by an option that there is not, else ""."""
+    key = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
+    command = error.ctx.info_name if getattr(error, "ctx", None) else ""
+    if not key or command not in ("run", "show", "race", "trials"):
+        return ""
+    from nanonormuon.config import KINDS
+
+    given = next((a for a in arguments if a.lstrip("-").replace("-", "_").startswith(key)), "")
+    after = arguments[arguments.index(given) + 1 :] if given else []
+    value = given.partition("=")[2] or next((a for a in after if a[:1] != "-"), "VALUE")
+    names = [name for name in KINDS if name.partition(".")[2] == key]
+    return "".join(f"settings have no dashes: did you mean {name}={value}?\n" for name in names)
 
 
 def entry(arguments: list[str] | None = None) -> NoReturn:

@@ -180,7 +180,7 @@ def handshake(seconds: float = 90.0) -> Outcome:
     backend = "nccl" if torch.cuda.device_count() > 1 and dist.is_nccl_available() else "gloo"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", HANDSHAKE, os.path.join(folder, "meeting"), backend]
+        command = [sys.executable, "-P", "-c", HANDSHAKE, os.path.join(folder, "meeting"), backend]
         processes = [subprocess.Popen([*command, rank], **pipes) for rank in "01"]
         try:
             outputs = [p.communicate(timeout=seconds)[0] for p in processes]

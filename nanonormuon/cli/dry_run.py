@@ -4,19 +4,22 @@ The model is built without storage and counted; a forward pass on fake tensors r
 keeps. Times are measured on models of one and two blocks.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
 
 from nanonormuon import checkpoint, optim
+from nanonormuon.build import memory_of, split_batch
 from nanonormuon.config import Config, divisors
 from nanonormuon.model import GPT
+from nanonormuon.pretrained import models
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.activations import chunk_bytes, here, kept
+from nanonormuon.storage.shards import MANIFEST, read_manifest
+from nanonormuon.text.tokenizer import trained_size
 
 TRIAL_SECONDS = 0.5  # of each measurement, at least
 LONGEST_TRIAL = 2e11  # most FLOP of a block and a micro-batch that a CPU tries
@@ -47,7 +50,10 @@ def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.O
     dtype = distributed.compute_dtype(config.train.dtype, here())
     with device:
         model = GPT(config.model, dtype)
-    return model, optim.make_optimizers(model, config.optim, dtype)
+    settings = config.optim
+    if ":" in settings.name:  # counted as if it were AdamW: to import a module is to run its code
+        settings = replace(settings, name="adamw", options="")
+    return model, optim.make_optimizers(model, settings, dtype)
 
 
 def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = False) -> Estimate:
@@ -79,15 +85,26 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = F
     return Estimate(parameters, model.flops_per_token(T), tokens, parts, saved)
 
 
+def with_model(config: Config, origin: dict[str, str]) -> tuple[Config, dict[str, str]]:
+    """Fill in the model that --init-from names, and where each setting comes from."""
+    source = config.train.init_from
+    if not source or config.model.vocab_size:
+        return config, origin
+    model = models.model_config(models.find_checkpoint(Path(source)))
+    return replace(config, model=model), origin | {f"model.{key}": source for key in asdict(model)}
+
+
 def with_vocabulary(config: Config) -> tuple[Config, int | None]:
     """Fill in the data's vocabulary; also returns the number of training tokens. Without prepared
-    data the vocabulary follows from the tokenizer's name, and the number is None."""
-    try:
-        manifest = json.loads((Path(config.data.path) / "manifest.json").read_bytes())
+    data the vocabulary follows from the tokenizer's name, and the number is None. Raises
+    TokenizerError, and DataError for a damaged manifest."""
+    path = Path(config.data.path)
+    if config.data.format == "shards" and (path / MANIFEST).exists():
+        manifest = read_manifest(path)
         found, tokens = manifest["tokenizer"]["vocab_size"], manifest["train"]["tokens"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name, _, size = config.data.tokenizer.partition(":")
-        found, tokens = VOCABULARIES.get(name, int(size) if size.isdigit() else 50_257), None
+    else:
+        name, tokens = config.data.tokenizer, None
+        found = VOCABULARIES.get(name) or trained_size(name) or 50_257
     vocab_size = config.model.vocab_size or -(-found // 64) * 64
     return replace(config, model=replace(config.model, vocab_size=vocab_size)), tokens
 
@@ -96,14 +113,16 @@ def report(config: Config) -> list[str]:
     """The lines that --dry-run prints below the configuration; needs no data, starts no ranks."""
     config, data_tokens = with_vocabulary(config)
     t, T, ranks = config.train, config.data.seq_len, distributed.size()
-    per_rank, micro = max(1, t.batch_tokens // T // ranks), t.micro_batch
+    per_rank, micro = split_batch(config, ranks), t.micro_batch
     if micro == "auto":  # a GPU takes more, which only a probe can find
         fitting = (n for n in divisors(per_rank) if n * T <= memory.CPU_TOKENS)
         micro = max(fitting, default=1)
     found = estimate(config, micro)
+    assumed = f"; {config.optim.name} is not imported, and counted as AdamW"
     roles = ", ".join(f"{role} {n:,}" for role, n in found.parameters.items())
     lines = [
-        f"parameters: {sum(found.parameters.values()):,} ({roles})",
+        f"parameters: {sum(found.parameters.values()):,} ({roles})"
+        + (assumed if ":" in config.optim.name else ""),
         f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
         f"{found.flops_per_token / 1e6:.4g} MFLOP per token = {found.flops:.3g} FLOP",
     ]
@@ -126,7 +145,8 @@ def report(config: Config) -> list[str]:
 def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str:
     """Time models of one and of two blocks; every further block adds their difference."""
     per_block = found.flops_per_token / config.model.n_layer  # an upper bound: all outside counts
-    if here().type == "cpu" and per_block * micro * config.data.seq_len > LONGEST_TRIAL:
+    too_long = here().type == "cpu" and per_block * micro * config.data.seq_len > LONGEST_TRIAL
+    if too_long or found.memory > memory_of(here()):
         return "time: not tried, one micro-batch is too much for this device"
     (passes, update), (passes_2, update_2) = (timed(config, layers, micro) for layers in (1, 2))
     more = config.model.n_layer - 1

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from typer import Argument, Option
 from nanonormuon import errors
 from nanonormuon.cli import options
 from nanonormuon.runtime import faults
+from nanonormuon.storage.files import in_shell
 
 log = logging.getLogger("nanonormuon")
 HELP = "Recipes, TOML files and single settings, merged from left to right."
@@ -55,8 +55,9 @@ def run(
     for line in config.without_effect(loaded, origin) if first else ():
         log.warning(f"{line}; it does nothing")
     if dry_run:
-        from nanonormuon.cli.dry_run import report
+        from nanonormuon.cli.dry_run import report, with_model
 
+        loaded, origin = with_model(loaded, origin)
         typer.echo(config.to_toml(loaded, origin))
         typer.echo("\n".join(f"# {line}" for line in report(loaded)))
         return
@@ -108,7 +109,7 @@ def describe(summary: dict, out: Path, of_code: bool) -> str:
     if best not in (None, summary["checkpoint"]):
         lines.append(f"best: {out / best}: val_loss {summary['best_val_loss']:.4f}")
     prompt = " --prompt 'def '" if of_code else ""
-    return "\n".join([*lines, f"next: normuon-train sample {shlex.quote(str(out))}{prompt}"])
+    return "\n".join([*lines, f"next: normuon-train sample {in_shell(out)}{prompt}"])
 
 
 def recipes() -> None:

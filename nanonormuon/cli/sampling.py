@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import UsageError
+from nanonormuon.errors import DataError, UsageError
 from nanonormuon.model import GPT
 from nanonormuon.sample import Text, write
+from nanonormuon.storage.files import read_file
 from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -28,9 +29,11 @@ def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
             yield line.rstrip("\n")
     elif file is not None:
         try:
-            yield file.read_text(encoding="utf-8")
+            yield read_file(file).decode()
         except UnicodeDecodeError as error:
             raise UsageError(f"{file}: not UTF-8 at offset {error.start}") from None
+        except DataError as error:
+            raise UsageError(f"--file {error}") from None
         except OSError as error:
             raise UsageError(f"--file {file}: {error.strerror}, expected a text file") from None
     else:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,11 @@ import torch
 from tqdm import tqdm
 
 from nanonormuon import config
-from nanonormuon.errors import ConfigError, Interrupted, RunError
+from nanonormuon.errors import CheckpointError, ConfigError, Interrupted, RunError
+from nanonormuon.optim import check_trusted
 from nanonormuon.runs import compare
-from nanonormuon.storage.files import lock, replace_file
+from nanonormuon.storage.checkpoints import read_json
+from nanonormuon.storage.files import check_plain, lock, read_file, replace_file
 
 log = logging.getLogger(__name__)
 # settings for runs of which only the losses matter
@@ -46,11 +49,13 @@ class Job:
         """summary.json and the curve of val_loss as [step, loss]; None before the run's end. The
         loss of a run that diverged is infinite."""
         try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            summary = read_json(self.path / "summary.json")
+        except (OSError, CheckpointError):
             return None
         if summary.get("diverged"):
             return {"val_loss": float("inf"), "curve": []}
+        if not isinstance(summary.get("val_loss"), float | int):  # no run wrote that
+            return None
         return summary | {"curve": [*zip(*compare.read(self.path).curve("val_loss"))]}
 
 
@@ -82,7 +87,7 @@ class Runner:
         and Interrupted after a signal, once the other runs have saved. A later call continues them.
         """
         for job in jobs:
-            config.load(job.arguments)
+            check_trusted(config.load(job.arguments)[0].optim.name)
         missing = [job for job in dict.fromkeys(jobs) if job.result() is None]
         error: BaseException | None = None
         with self.listening(), ThreadPoolExecutor(self.parallel) as pool:
@@ -110,7 +115,8 @@ class Runner:
             if job.result() is None and (job.path / "config.toml").exists():
                 # once reached, --resume drops it
                 stop_at = config.load(job.arguments)[0].train.stop_at
-                code = self.start(job, ["--resume", f"train.stop_at={stop_at}"], place)
+                named = [a for a in job.arguments if re.match(r"\s*optim\.name\s*=", a)]
+                code = self.start(job, ["--resume", *named, f"train.stop_at={stop_at}"], place)
                 # not every optimizer's state can be saved; of torchrun every code is 1
                 if job.result() is None and code == (4 if self.ranks == 1 else 1):
                     log.warning(f"{job.path}: cannot be resumed, starts over")
@@ -120,7 +126,7 @@ class Runner:
         finally:
             self.places.put(place)
         if (result := job.result()) is None:
-            text = job.log_file.read_text(encoding="utf-8", errors="replace").strip()
+            text = read_file(job.log_file, 1 << 30).decode(errors="replace").strip()
             last = (text.splitlines() or ["no output"])[-1].removeprefix("error: ")
             raise RunError(f"{job.path.name}: {last} (see {job.log_file})")
         if not job.keep:
@@ -133,13 +139,16 @@ class Runner:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}", "-m"]
         command = [sys.executable, "-m", *(torchrun if self.ranks > 1 else [])]
         command += ["nanonormuon", "run", *arguments, "--out", str(job.path)]
-        following = {"NANONORMUON_FOLLOW": "1"}  # the run stops if this process is killed
+        # the run stops if this process is killed, and imports from where this one does: left alone,
+        # `python -m` would also take modules that lie in the current directory
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        own = {"NANONORMUON_FOLLOW": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
         with open(job.log_file, "ab") as output:
             if self.stopped:
                 raise Interrupted(self.stopped, f"before {job.path.name}")
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=os.environ | place | following, start_new_session=True,
+                env=os.environ | place | own, start_new_session=True,
             )  # fmt: skip
             self.children.add(child)
             code = child.wait()
@@ -177,6 +186,7 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:
         if argument.partition("=")[0].strip() == "train.seed":
             raise ConfigError(f"{argument}: {seeds}")
     shared, out = config.load(arguments)[0], file.parent
+    check_plain([*out.glob("*.log"), *out.glob("*/*.log")])
     content = {"arguments": arguments, "steps": shared.train.steps}
     text = json.dumps(content, indent=1) + "\n"
     if not file.exists():
@@ -184,9 +194,9 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:
             raise RunError(f"{out}: not empty, and no {file.name} there; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         replace_file(file, text.encode())
-    elif (found := file.read_text(encoding="utf-8")) != text:
+    elif (found := read_file(file).decode(errors="replace")) != text:
         raise RunError(
-            f"{file}: {json.dumps(json.loads(found))}, expected {json.dumps(content)}: "
+            f"{file}: {' '.join(found.split())[:999]}, expected {json.dumps(content)}: "
             "another comparison is there; choose another --out"
         )
     return shared

@@ -26,6 +26,7 @@ from nanonormuon import config
 from nanonormuon.errors import ConfigError, MissingPackage
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim
 from nanonormuon.lab.results import Entry, draw, judge, markdown
+from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import replace_file
 
 log = logging.getLogger(__name__)
@@ -180,14 +181,16 @@ class Race:
     def report(self) -> dict[str, Any]:
         """Write results.json, results.md and race.png; returns the content of the first."""
         files = sorted(self.out.glob("*/*/environment.json"))
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        found = [read_json(file) for file in files]
         several = ("source_sha256", "device", "torch")
         results = {
             "command": f"normuon-train {shlex.join(sys.argv[1:])}",
             "arguments": self.arguments,
             "steps": self.steps,
             "tokens": self.steps * self.batch_tokens,
-            **{key: sorted({environment[key] for environment in found}) for key in several},
+            **{
+                key: sorted({str(environment.get(key)) for environment in found}) for key in several
+            },
             "optimizers": judge(self.field, self.steps),
         }
         if (count := len(results["source_sha256"])) > 1:

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nanonormuon import config
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim
 from nanonormuon.lab.significance import verdict
-from nanonormuon.storage.files import replace_file
+from nanonormuon.optim import check_trusted
+from nanonormuon.storage.checkpoints import read_json
+from nanonormuon.storage.files import read_file, replace_file
 from nanonormuon.storage.run import read_metrics, source_files
 
 
@@ -19,6 +22,7 @@ def run(
     OUT/trial-000/ is a run directory, OUT/trial-000.txt its self-contained log, OUT/trials.json the
     verdict. A larger n adds to the runs of a smaller one. Raises what Runner.run raises.
     """
+    check_trusted(config.load(arguments)[0].optim.name)
     seeds = f"the trials have the seeds 0 to {n - 1} (--n)"
     settings = claim(out / "plan.json", arguments, seeds).train
     jobs = [
@@ -29,13 +33,13 @@ def run(
     for job in jobs:
         replace_file(job.path.with_suffix(".txt"), self_contained(job).encode())
     losses = [result["val_loss"] for result in results]
-    environment = json.loads((jobs[0].path / "environment.json").read_text(encoding="utf-8"))
+    environment = read_json(jobs[0].path / "environment.json")
     found = verdict(losses, target) | {
         "losses": losses,
         "steps": settings.last_step,
         "seconds": [result.get("train_seconds") for result in results],
         "arguments": [*arguments],
-        "source_sha256": environment["source_sha256"],
+        "source_sha256": environment.get("source_sha256"),
     }
     replace_file(out / "trials.json", (json.dumps(found, indent=1) + "\n").encode())
     return found
@@ -45,7 +49,7 @@ def self_contained(job: Job) -> str:
     """A trial as one text: command, environment, configuration, metrics, and the source code."""
     parts = {"command": " ".join(("normuon-train run", *job.arguments))}
     for name in ("environment.json", "config.toml", "summary.json"):
-        parts[name] = (job.path / name).read_text(encoding="utf-8")
+        parts[name] = read_file(job.path / name).decode()
     parts["metrics.jsonl"] = "\n".join(map(json.dumps, read_metrics(job.path / "metrics.jsonl")))
     for name, file in source_files().items():
         parts[f"nanonormuon/{name}"] = file.read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nanonormuon.errors import DataError
 from nanonormuon.model import GPT
-from nanonormuon.storage.files import read_jsonl
+from nanonormuon.storage.files import read_file, read_jsonl
 from nanonormuon.text.tokenizer import Tokenizer
 
 BATCH = 16  # sequences at a time
@@ -40,7 +40,7 @@ def read(file: Path) -> list[Question]:
     NAME-labels.lst beside NAME.jsonl), or {"context", "choices", "answer"}. Raises DataError naming
     the line."""
     labels = file.with_name(f"{file.stem}-labels.lst")
-    answers = labels.read_text().split() if labels.is_file() else None
+    answers = read_file(labels).decode().split() if labels.exists() else None
     try:
         rows = list(read_jsonl(file))
     except ValueError as error:

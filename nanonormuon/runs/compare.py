@@ -10,6 +10,7 @@ from typing import Any
 
 from nanonormuon.errors import RunError
 from nanonormuon.runs.pictures import picture
+from nanonormuon.storage.files import read_file
 from nanonormuon.storage.run import aligned, read_metrics
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -34,8 +35,8 @@ class RunRecord:
 def read(path: Path) -> RunRecord:
     """Read a run directory. Raises RunError if it is not one, or has no metrics yet."""
     try:
-        config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        config = tomllib.loads(read_file(path / "config.toml").decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: not a run directory: {error}") from None
     rows = read_metrics(path / "metrics.jsonl")
     if not rows:

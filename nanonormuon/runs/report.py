@@ -11,7 +11,7 @@ from nanonormuon.errors import UsageError
 from nanonormuon.pretrained.judge import RESULTS, kept
 from nanonormuon.runs.compare import RunRecord, read, row_of, spell
 from nanonormuon.storage.checkpoints import read_json
-from nanonormuon.storage.files import replace_file
+from nanonormuon.storage.files import read_file, replace_file
 from nanonormuon.storage.run import read_samples
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 260, 64, 30, 10
@@ -90,7 +90,7 @@ def write(run: Path, out: Path) -> None:
         if (run / name).exists():
             tables = kept(run / name) if name == RESULTS else [read_json(run / name)]
             body += [f"<h2>{name.split('.')[0].capitalize()}</h2>", *map(key_values, tables)]
-    config = (run / "config.toml").read_text(encoding="utf-8")
+    config = read_file(run / "config.toml").decode()
     body += ["<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>"]
     rows = json.dumps(record.rows).replace("<", "\\u003c")
     title = html.escape(f"{record.name}: nanonormuon")

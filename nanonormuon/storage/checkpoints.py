@@ -22,8 +22,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import CheckpointError
-from nanonormuon.storage.files import publish, sync_directory, write_durably
+from nanonormuon.errors import CheckpointError, DataError
+from nanonormuon.storage.files import in_units, publish, read_file, sync_directory, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +97,13 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of limited size from a plain file. Raises CheckpointError."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete")
-    if not path.is_file() or path.stat().st_size > JSON_LIMIT:
-        raise CheckpointError(f"{path}: expected a plain file of at most {JSON_LIMIT} bytes")
+    """Read a JSON object of limited size from a plain file. Raises CheckpointError, OSError."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path, JSON_LIMIT))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete") from None
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
@@ -153,15 +153,15 @@ def retain(
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def check_space(folder: Path, size: int, keep_last: int) -> None:
-    """Raise OSError unless the disk has room for the checkpoints still to come: those to be kept
-    and one more, since a new one is written before the oldest is deleted."""
-    copies = max(1, (keep_last or 1) + 1 - len(all_steps(folder)))
+def check_space(folder: Path, size: int, keep_last: int, saves: int) -> None:
+    """Raise OSError unless the disk has room for the checkpoints still to come, `saves` in all:
+    those to be kept and one more, since a new one is written before the oldest is deleted."""
+    copies = min(saves, max(1, (keep_last or 1) + 1 - len(all_steps(folder))))
     place = next(p for p in (folder, *folder.parents) if p.exists())
     if (free := shutil.disk_usage(place).free) < copies * size:
         raise OSError(
             errno.ENOSPC,
-            f"{free / 1e9:.2f} GB free, expected room for {copies} checkpoints of "
-            f"{size / 1e9:.2f} GB; free some space, lower train.keep_last, or choose another --out",
+            f"{in_units(free)} free, expected room for {copies} checkpoints of "
+            f"{in_units(size)}; free some space, lower train.keep_last, or choose another --out",
             str(folder),
         )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import stat
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from nanonormuon.errors import DataError
 
 
 def write_durably(path: Path, content: bytes | Iterable[Any]) -> dict[str, Any]:
@@ -72,8 +75,8 @@ def replace_file(path: Path, content: bytes) -> None:
 def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
     """Read a whole file that somebody names, or that lies in a directory from elsewhere.
 
-    Raises ValueError for anything but a regular file of at most `limit` bytes: a pipe would make
-    the reader wait, a device has no end. Raises OSError.
+    Raises DataError for anything but a regular file of at most `limit` bytes: a pipe would make the
+    reader wait, a device has no end. Raises OSError.
     """
 
     def without_waiting(path: str, flags: int) -> int:  # as opening a pipe does, for its writer
@@ -82,20 +85,28 @@ def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
     with open(path, "rb", opener=without_waiting) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path}: expected a regular file, not a pipe or device")
+            raise DataError(f"{path}: expected a regular file, not a pipe or device")
         if found.st_size > limit:
-            raise ValueError(f"{path}: expected at most {limit:,} bytes, found {found.st_size:,}")
+            raise DataError(f"{path}: expected at most {limit:,} bytes, found {found.st_size:,}")
         return file.read(limit)
+
+
+def check_plain(paths: Iterable[Path]) -> None:
+    """Raise DataError for one that is there and is no regular file of its own, before something is
+    appended to it: a pipe would make the writer wait, a symbolic link leads elsewhere."""
+    for path in paths:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise DataError(f"{path}: expected a regular file, not a link or pipe: remove it")
 
 
 def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
     """Yield line number (from 1) and value of each line of JSON. Only "\\n" ends a line, since a
-    string may contain U+2028 and the like.
+    string may contain U+2028 and the like. Raises what read_file raises.
 
     cut: yield None for an invalid line, such as the one a crash leaves. Otherwise raises ValueError
     naming file and line. Raises OSError.
     """
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_file(path, 1 << 30).split(b"\n"), 1):
         try:
             if line.strip():
                 yield number, json.loads(line.decode(errors="replace" if cut else "strict"))
@@ -131,8 +142,9 @@ def lock(path: Path, wait: bool = False) -> int | None:
     """Take an exclusive lock on a file, created if missing, or on an existing directory.
 
     Returns the descriptor that holds the lock until it is closed, at the latest when the process
-    ends, however it ends; None on Windows, which has no flock. Raises BlockingIOError if another
-    process holds the lock, unless `wait`.
+    ends, however it ends; None on Windows, which has no flock, and for a directory on a file system
+    that cannot lock one (NFS). Raises BlockingIOError if another process holds the lock, unless
+    `wait`.
     """
     try:
         import fcntl
@@ -141,10 +153,24 @@ def lock(path: Path, wait: bool = False) -> int | None:
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except OSError as error:
         os.close(handle)
+        if path.is_dir() and not isinstance(error, BlockingIOError):
+            return None
         raise
     return handle
+
+
+def in_units(size: float) -> str:
+    """Write a number of bytes with three digits and the unit that fits."""
+    units = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+    unit = next((unit for unit, scale in units.items() if size >= scale), "kB")
+    return f"{size / units[unit]:.3g} {unit}"
+
+
+def in_shell(path: Path) -> str:
+    """Quote a path for a command line, where a leading dash would make it an option."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def cache_directory() -> Path:

@@ -20,9 +20,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from nanonormuon.errors import RunError, explained
+from nanonormuon.errors import DataError, RunError, explained
 from nanonormuon.storage import checkpoints
-from nanonormuon.storage.files import lock, read_jsonl, replace_file, settle
+from nanonormuon.storage.files import (
+    check_plain,
+    lock,
+    read_file,
+    read_jsonl,
+    replace_file,
+    settle,
+)
 
 if TYPE_CHECKING:
     import torch  # slow to import; --help must not wait for it
@@ -57,6 +64,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, first: bool = True):
         self.path, self.first = path, first
+        self.owned = False  # whether this process has acquired it
         self.checkpoints = path / "checkpoints"
         self.metrics: TextIO | None = None
         self.sink: Any = None  # a runtime.trackers.Tracker, called with every row of metrics
@@ -65,27 +73,49 @@ class RunDirectory:
     def acquire(self, resume: bool) -> None:
         """Create the directory and lock it for this process; called on rank 0.
 
-        Raises RunError if another process has the lock, or if the directory holds a run and
-        `resume` is False; OSError if it cannot be created.
+        It holds a run if it has config.toml or checkpoints/. A new run takes a directory that is
+        empty but for hidden files and errors/, which is all that a run leaves that fails early.
+        Raises RunError if another process has the lock, if the directory holds a run and `resume`
+        is False, or if it holds something else; DataError for a pipe or link in a log's place;
+        OSError if it cannot be created.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / ".lock"
-        try:
-            handle = lock(file)
-        except BlockingIOError:
-            owner = file.read_text().strip() or "unknown"
+        self.hold(self.path)  # .lock may be deleted under the run, the directory is noticed
+        if (self.path / "config.toml").exists() or self.checkpoints.exists():
+            if not resume:
+                raise RunError(
+                    f"{self.path} already holds a run: continue it with --resume, "
+                    "or choose another --out"
+                )
+        elif foreign := {n for n in os.listdir(self.path) if n[0] != "." and n != "errors"}:
             raise RunError(
-                f"{self.path} is being written by process {owner}: wait, or choose another --out"
+                f"{self.path}: holds no run but {min(foreign)}, which a run could overwrite: "
+                "choose another --out"
+            )
+        file = self.path / ".lock"
+        logs = (
+            path for pattern in ("*.log", "*.jsonl", "errors/*") for path in self.path.glob(pattern)
+        )
+        check_plain([file, *logs])
+        self.hold(file)  # for file systems that cannot lock a directory, and earlier versions
+        file.write_text(f"{os.getpid()}\n")
+        self.owned = True
+        checkpoints.sweep(self.checkpoints)
+
+    def hold(self, path: Path) -> None:
+        """Lock a path until the `with` block ends. Raises RunError naming who has the lock."""
+        try:
+            handle = lock(path)
+        except BlockingIOError:
+            owner = ""
+            with suppress(OSError, DataError):
+                owner = read_file(self.path / ".lock", 99).decode(errors="replace").strip()
+            raise RunError(
+                f"{self.path} is being written by process {owner or 'unknown'}: wait, or choose "
+                "another --out"
             ) from None
         if handle is not None:
             self.resources.callback(os.close, handle)
-            file.write_text(f"{os.getpid()}\n")
-        if not resume and ((self.path / "config.toml").exists() or self.checkpoints.exists()):
-            raise RunError(
-                f"{self.path} already holds a run: continue it with --resume, "
-                "or choose another --out"
-            )
-        checkpoints.sweep(self.checkpoints)
 
     def open(
         self, config_toml: str, environment: dict[str, Any], step: int
@@ -163,7 +193,7 @@ class RunDirectory:
             self.sink.close()
         self.metrics = self.sink = None
         self.resources.close()
-        if self.first and self.path.is_dir() and os.listdir(self.path) == [".lock"]:
+        if self.owned and self.path.is_dir() and os.listdir(self.path) == [".lock"]:
             (self.path / ".lock").unlink()
             self.path.rmdir()
 

@@ -33,7 +33,6 @@ MANIFEST_SHAPE = {
 }
 MANIFEST_LIMIT = 64 << 20  # bytes; a manifest of 100,000 shards has 20 MB
 FULL_CHECK_LIMIT = 256 << 20  # bytes; hashing this much takes about 0.3 s, so it is always done
-SHARES = 1_000_000  # the shares of a mixture are whole numbers of millionths
 CHUNK = 1 << 22  # tokens looked at together when a whole shard is scanned
 
 

@@ -135,6 +135,8 @@ class TensorFile:
     """
 
     def __init__(self, path: Path):
+        if not path.is_file():  # opening a pipe would wait for its writer
+            raise CheckpointError(f"{path}: missing, or not a regular file")
         self.path, size = path, path.stat().st_size
         self.entries: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}  # offset in the file
         kinds = {text: dtype for dtype, text in DTYPES.items()}

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from nanonormuon.config import Config, parse_number
+from nanonormuon.config import Config, mixture
 from nanonormuon.errors import ConfigError, DataError, TokenizerError
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.distributed import World
-from nanonormuon.storage.shards import MANIFEST, SHARES, Data, Split, open_data
+from nanonormuon.storage.shards import MANIFEST, Data, Split, open_data
 from nanonormuon.text.tokenizer import FILE, Tokenizer
 from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer
@@ -67,11 +67,7 @@ def open_directory(config: Config, path: Path) -> tuple[Data, Tokenizer | None, 
 def mix(config: Config, data: Data, tokenizer: Tokenizer | None) -> None:
     """Add the train splits that data.mix names; their tokenizer must be the data's."""
     identity: list[Any] = [data.fingerprint]
-    for item in filter(None, map(str.strip, config.data.mix.split(","))):
-        name, _, text = (part.strip() for part in item.rpartition("="))
-        share = round((parse_number(text) or 0) * SHARES)
-        if not name or not 0 < share < SHARES:
-            raise ConfigError(f'data.mix: "{item}": expected DIRECTORY=SHARE, 0 < share < 1')
+    for name, share in mixture(config.data.mix):
         other, its, _ = open_directory(config, Path(name))
         if (its and its.hash) != (tokenizer and tokenizer.hash):
             raise DataError(
@@ -80,13 +76,8 @@ def mix(config: Config, data: Data, tokenizer: Tokenizer | None) -> None:
             )
         data.mix.append((other.train, share))
         identity.append([other.fingerprint, share])
-    if not data.mix:
-        return
-    if sum(share for _, share in data.mix) >= SHARES:
-        raise ConfigError(f'data.mix = "{config.data.mix}": expected shares of less than 1 in all')
-    if config.data.order != "shuffled":
-        raise ConfigError("data.mix: expected with data.order = shuffled only")
-    data.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    if data.mix:
+        data.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def separator(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | None:

@@ -113,7 +113,8 @@ def prepare_documents(
             shutil.rmtree(partial, ignore_errors=True)
             raise
         except BaseException:
-            log.warning("prepare: stopped; the same command goes on from what is in %s", partial)
+            if partial.is_dir():
+                log.warning("prepare: stopped; the same command goes on from %s", partial)
             raise
         manifest = {
             "format": shards.FORMAT,

@@ -478,7 +478,7 @@ def test_any_optimizer_trains_and_resumes_bitwise(name, smaller, tmp_path):
     whole = run(arguments, tmp_path / "a")
     assert whole["val_loss"] < 5.3  # from ln 256 = 5.5
     run([*arguments, "train.stop_at=2"], tmp_path / "b")
-    run([str(tmp_path / "b/config.toml"), "train.stop_at=0"], tmp_path / "b", True)
+    run([str(tmp_path / "b/config.toml"), arguments[-2], "train.stop_at=0"], tmp_path / "b", True)
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
 
 
@@ -486,7 +486,11 @@ def test_state_that_needs_pickle_is_not_resumed(tiny, tmp_path):
     arguments = [*tiny, "optim.name=test_race:Nested", "optim.options=thing=1, power=0.5"]
     run([*arguments, "train.stop_at=3"], tmp_path / "a")
     with pytest.raises(errors.CheckpointError, match=r"Nested.*keeps a object.*init-from"):
-        run([str(tmp_path / "a/config.toml"), "train.stop_at=0"], tmp_path / "a", True)
+        run(
+            [str(tmp_path / "a/config.toml"), arguments[-2], "train.stop_at=0"],
+            tmp_path / "a",
+            True,
+        )
 
 
 @pytest.mark.parametrize(

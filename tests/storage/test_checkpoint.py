@@ -214,9 +214,9 @@ def test_a_disk_without_room_is_refused_with_numbers(tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=7_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     folder = tmp_path / "not" / "there" / "yet"
-    checkpoint.check_space(folder, 2_000_000_000, keep_last=2)
+    checkpoint.check_space(folder, 2_000_000_000, keep_last=2, saves=9)
     with pytest.raises(OSError, match=r"7\.00 GB free, .*3 checkpoints of 2\.40 GB"):
-        checkpoint.check_space(folder, 2_400_000_000, keep_last=2)
+        checkpoint.check_space(folder, 2_400_000_000, keep_last=2, saves=9)
 
 
 @pytest.fixture
