@@ -95,8 +95,8 @@ def test_the_training_loop_loads_few_modules():
 
 
 def everything():
-    """Python files and recipes, by their path in the package."""
-    files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.toml")]
+    """Python files, recipes and templates, by their path in the package."""
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     return sorted(path.relative_to(PACKAGE).as_posix() for path in files)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from nanonormuon.errors import UsageError
@@ -27,55 +28,6 @@ CHARTS = (
     ("Tokens per second", ("tokens_per_second",)),
 )
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 800px; margin: 2em auto; padding: 0 1em;
-  color: #1f2328; background: #fff; }}
-h1 {{ font-size: 1.5em; }} h2 {{ font-size: 1.15em; margin: 2em 0 .3em; }}
-table {{ border-collapse: collapse; }}
-td, th {{ text-align: left; padding: .15em 1.2em .15em 0; vertical-align: top; }}
-th {{ font-weight: 600; color: #59636e; }}
-svg {{ width: 100%; height: auto; }} svg text {{ font-size: 11px; fill: #59636e; }}
-.grid {{ stroke: #d1d9e0; }} .cursor {{ stroke: #59636e; visibility: hidden; }}
-.curve {{ fill: none; stroke-width: 1.6; }}
-.legend span {{ margin-right: 1.2em; }}
-.readout {{ min-height: 1.5em; font-variant-numeric: tabular-nums; color: #59636e; }}
-pre {{ background: #f6f8fa; padding: .8em; overflow-x: auto; white-space: pre-wrap;
-  overflow-wrap: anywhere; font-size: 13px; }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-<script type="application/json" id="rows">{rows}</script>
-<script>
-const rows = JSON.parse(document.getElementById("rows").textContent);
-const text = (v) => Math.abs(v) >= 1000 ? Math.round(v).toLocaleString("en") : +v.toPrecision(5);
-for (const svg of document.querySelectorAll("svg[data-keys]")) {{
-  const keys = svg.dataset.keys.split(" ");
-  const [low, high, left, right] = svg.dataset.range.split(" ").map(Number);
-  const own = rows.filter((r) => keys.some((k) => r[k] != null));
-  const cursor = svg.querySelector(".cursor"), readout = svg.nextElementSibling;
-  svg.addEventListener("pointermove", (event) => {{
-    const box = svg.getBoundingClientRect();
-    const at = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
-    const step = low + (at - left) / (right - left) * (high - low);
-    const near = (a, b) => Math.abs(b.step - step) < Math.abs(a.step - step) ? b : a;
-    const row = own.reduce(near);
-    const x = left + (row.step - low) / (high - low || 1) * (right - left);
-    cursor.setAttribute("x1", x); cursor.setAttribute("x2", x);
-    cursor.style.visibility = "visible";
-    readout.textContent = ["step", "tokens", "seconds", ...keys].filter((k) => row[k] != null)
-      .map((k) => k + " " + text(row[k])).join("   ");
-  }});
-  svg.addEventListener("pointerleave", () => {{
-    cursor.style.visibility = "hidden"; readout.textContent = "";
-  }});
-}}
-</script></body></html>
-"""
-
 
 def write(run: Path, out: Path) -> None:
     """Write the page of a run directory. Raises RunError, CheckpointError, UsageError, OSError."""
@@ -95,7 +47,8 @@ def write(run: Path, out: Path) -> None:
     rows = json.dumps(record.rows).replace("<", "\\u003c")
     title = html.escape(f"{record.name}: nanonormuon")
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out, PAGE.format(title=title, body="\n".join(body), rows=rows).encode())
+    page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    replace_file(out, page.substitute(title=title, body="\n".join(body), rows=rows).encode())
 
 
 def key_values(content: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nanonormuon")
 PACKAGE = Path(__file__).parents[1]
+SOURCES = (".py", ".toml", ".md", ".html")
 
 
 class Console(logging.Handler):
@@ -226,9 +227,9 @@ def git_commit(checkout: Path) -> str | None:
 
 
 def source_files() -> dict[str, Path]:
-    """The package's Python files and recipes, by path relative to the package."""
-    files = [*PACKAGE.rglob("*.py"), *PACKAGE.glob("recipes/*.toml")]
-    return {file.relative_to(PACKAGE).as_posix(): file for file in sorted(files)}
+    """The package's Python files, recipes and templates, by path relative to the package."""
+    files = [file for file in sorted(PACKAGE.rglob("*.*")) if file.suffix in SOURCES]
+    return {file.relative_to(PACKAGE).as_posix(): file for file in files}
 
 
 def source_hash() -> str:
