@@ -37,11 +37,11 @@ def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.inf
 
 
-def judge(entries: Sequence[Entry], steps: int) -> list[dict[str, Any]]:
-    """The rows of results.json, one per entry. The baseline is the best of all but the first.
-    Differences and steps saved are between runs with equal seeds, which share initialisation and
-    data order."""
-    ran = [e for e in entries[1:] if e.runs]
+def judge(entries: Sequence[Entry], steps: int, named: str = "") -> list[dict[str, Any]]:
+    """The rows of results.json, one per entry. The baseline is the entry with the label `named`,
+    else the best of all but the first. Differences and steps saved are between runs with equal
+    seeds, which share initialisation and data order."""
+    ran = [e for e in entries[not named :] if e.runs and named in ("", e.label)]
     baseline = min(ran, key=lambda e: mean(e.losses), default=None)
     rows = []
     for e in entries:

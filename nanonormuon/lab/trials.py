@@ -1,14 +1,17 @@
 """One recipe with n seeds against a target loss. Each trial leaves a self-contained log."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.lab.processes import QUIET, Job, Runner, claim
+from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
 from nanonormuon.lab.significance import verdict
 from nanonormuon.storage.files import replace_file
 from nanonormuon.storage.run import read_metrics, source_files
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -20,7 +23,9 @@ def run(
     verdict. A larger n adds to the runs of a smaller one. Raises what Runner.run raises.
     """
     seeds = f"the trials have the seeds 0 to {n - 1} (--n)"
-    settings = claim(out / "plan.json", arguments, seeds).train
+    resolve(arguments)
+    settings = claim(out / "plan.json", arguments, seeds)
+    log.info(f"plan: {cost(settings, n, runner.parallel)}")
     jobs = [
         Job(out / f"trial-{seed:03d}", (*QUIET, *arguments, f"train.seed={seed}"))
         for seed in range(n)
@@ -32,7 +37,7 @@ def run(
     environment = json.loads((jobs[0].path / "environment.json").read_text(encoding="utf-8"))
     found = verdict(losses, target) | {
         "losses": losses,
-        "steps": settings.last_step,
+        "steps": settings.train.last_step,
         "seconds": [result.get("train_seconds") for result in results],
         "arguments": [*arguments],
         "source_sha256": environment["source_sha256"],
