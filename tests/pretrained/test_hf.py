@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanonormuon import model, sample
+from nanonormuon import model, param_groups, sample
 from nanonormuon.checkpoint import named_for_hf
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
@@ -91,6 +91,17 @@ def test_what_hugging_face_cannot_load_is_named():
     assert hf.gpt_config(content) == GPTConfig(vocab_size=64, bias=True).resolved()
     with pytest.raises(ValueError, match='section "nanonormuon" not usable'):
         hf.gpt_config({"nanonormuon": {"n_layers": 3}})
+
+
+def test_gpt2s_layers_are_known_by_their_class():
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 40, "bos_token_id": 0}
+    config = transformers.GPT2Config(**sizes, eos_token_id=0)
+    groups = {g["role"]: g for g in param_groups(transformers.GPT2LMHeadModel(config))}
+    assert groups.keys() == {"columns", "embedding", "vector"}
+    found = {name.split(".", 3)[3] for name in groups["columns"]["names"]}
+    assert found == {
+        f"{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
 
 
 # ------------------------------------------------------------------------------------------ export

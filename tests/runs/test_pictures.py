@@ -55,6 +55,31 @@ def test_the_table_and_the_target(trained, tmp_path, capsys):
     assert json.loads(out)[0]["target_step"] is None
 
 
+@pytest.mark.parametrize(
+    ("setting", "checkpoints", "words"),
+    [
+        ("", True, ""),  # equal fingerprints under two paths are one set
+        ("", False, "other: /elsewhere"),
+        ("val_tokens = 9", True, "first 9 tokens"),
+        ("tuning = 0.5", True, "0.5 of its training text"),
+        ("seq_len = 16", True, "windows of 32; other"),
+        ('mix = "a=0.1"', False, "/elsewhere"),
+    ],
+)
+def test_losses_on_different_tokens_are_called_so(
+    setting, checkpoints, words, trained, tmp_path, capsys
+):
+    other = tmp_path / "other"
+    out = None if checkpoints else shutil.ignore_patterns("checkpoints")
+    shutil.copytree(trained, other, ignore=out)
+    config = re.sub(r'(?m)^path = ".*"', 'path = "/elsewhere"', (other / "config.toml").read_text())
+    if setting:
+        config = re.sub(rf"(?m)^{setting.split()[0]} = .*", setting, config)
+    (other / "config.toml").write_text(config)
+    code, out, err = called(["compare", trained, other], capsys)
+    assert code == 0 and len(out.splitlines()) == 3 and (words in err if words else not err)
+
+
 def test_sparklines():
     assert compare.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert compare.sparkline([5.0, 5.0]) == "▁▁" and compare.sparkline([]) == ""
