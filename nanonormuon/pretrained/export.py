@@ -39,9 +39,9 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     """
     target = to.resolve()
     if target == Path.cwd():
-        raise UsageError(f"{to}: the current directory: name a new one, as --to models/mine")
+        raise UsageError(f"{to}: the current directory: name a new one, as --out models/mine")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{to}: exists already: choose another --to, or remove it")
+        raise UsageError(f"{to}: exists already: choose another --out, or remove it")
     model, tokenizer, found = models.load_run(path, torch.float32, torch.device("cpu"))
     if odd := hf.obstacles(model.config):
         raise UsageError(f"{found}: neither Qwen3 nor Llama can express {', '.join(odd)}")

@@ -1,5 +1,6 @@
 """A run as one self-contained HTML page: curves to hover over, samples, configuration."""
 
+import hashlib
 import html
 import json
 import math
@@ -30,10 +31,15 @@ CHARTS = (
 
 
 def write(run: Path, out: Path) -> None:
-    """Write the page of a run directory. Raises RunError, CheckpointError, UsageError, OSError."""
+    """Write the page of a run directory, or replace the one of the same directory. Raises RunError,
+    CheckpointError, UsageError, OSError."""
     record = read(run)
     if out.is_dir():
         raise UsageError(f"--out {out}: a directory, expected a page's name, as {out}/run.html")
+    origin = hashlib.sha256(str(run.resolve()).encode()).hexdigest()
+    mark = f'content="{origin}"'.encode()
+    if out.exists() and not (out.is_file() and mark in out.read_bytes()[:1000]):
+        raise UsageError(f"--out {out}: exists and is not a page of {run}: choose another name")
     body = [key_values({k: spell(k, v) for k, v in row_of(record, None).items()})]
     for title, keys in CHARTS:
         body += chart(record, title, keys)
@@ -48,7 +54,9 @@ def write(run: Path, out: Path) -> None:
     title = html.escape(f"{record.name}: nanonormuon")
     out.parent.mkdir(parents=True, exist_ok=True)
     page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    replace_file(out, page.substitute(title=title, body="\n".join(body), rows=rows).encode())
+    replace_file(
+        out, page.substitute(origin=origin, title=title, body="\n".join(body), rows=rows).encode()
+    )
 
 
 def key_values(content: dict[str, Any]) -> str:

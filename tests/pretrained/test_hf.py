@@ -177,7 +177,7 @@ print(model.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1]:].
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "story"
-    assert cli.main(["export", str(trained), "--to", str(out)]) == 0
+    assert cli.main(["export", str(trained), "--out", str(out)]) == 0
     return out
 
 

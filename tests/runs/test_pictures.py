@@ -259,6 +259,17 @@ def test_the_page_holds_everything_and_refers_to_nothing(page):
     assert any("torch" in t for t in elements.text["th"])  # environment.json
 
 
+def test_a_page_replaces_its_own_run_s_page_only(page, trained, tmp_path, capsys):
+    run, _ = page
+    out = tmp_path / "report.html"
+    for source, code in ((run, 0), (run, 0), (trained, 2)):
+        assert cli.main(["report", str(source), "--out", str(out)]) == code
+    assert f"{out}: exists and is not a page of {trained}" in capsys.readouterr().err
+    assert "<h1>run: nanonormuon</h1>" in out.read_text()
+    out.write_text("my own")
+    assert cli.main(["report", str(run), "-o", str(out)]) == 2 and out.read_text() == "my own"
+
+
 def test_ticks_are_round_and_inside():
     assert report.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert report.ticks(2.3, 2.9) == pytest.approx([2.4, 2.6, 2.8])
@@ -352,5 +363,12 @@ def test_the_picture_and_a_run_without_second_moments(trained, tmp_path, capsys)
     (tmp_path / "plain").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(found / name, tmp_path / "plain")
+    code, out, err = called(["diagnose", tmp_path / "plain"], capsys)  # no momentum, but weights
+    assert code == 0 and "row spread weights" in out and "momentum" not in out, err
+    profile = spectra.diagnose(tmp_path / "plain")["layers.0.mlp.up_proj.weight"]["weights"]
+    W = read_tensors(found / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    norms = W.norm(dim=1)
+    assert torch.allclose(profile.row_norms, norms / norms.square().mean().sqrt())
+    shutil.copy(found / "state.json", tmp_path / "plain")
     code, _, err = called(["diagnose", tmp_path / "plain"], capsys)
     assert code == 4 and "expected a run's checkpoint" in err
