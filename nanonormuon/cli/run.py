@@ -137,7 +137,7 @@ def recipes(
 
 
 def show(settings: Settings = None) -> None:
-    """Print a configuration: each value, where it comes from, and what the setting means.
+    """Print each setting, where its value comes from, what it means.
 
     \b
     normuon-train show demo optim.lr=0.01
