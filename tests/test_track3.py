@@ -346,6 +346,9 @@ def test_the_speedrun_script_says_what_it_would_do():
         "normuon-train", "trials", "track3-normuon", "--n", "10", "--target", "3.28",
         "--ranks", "8", "--out", "runs/track3-normuon",
     ]  # fmt: skip
+    code, dry, said = speedrun(GPUS="", PATH="/usr/bin:/bin")  # a machine without any
+    assert code == 0 and [x[0] for x in dry[-3:]] == [x[0] for x in lines[-3:]]
+    assert "about 11.2 GPU-hours" in said and "11.2 h on 1 GPU, 1.4 h on 8" in said
     for gpus, ranks in zip("1234567", "1224444"):
         code, lines, said = speedrun("track3-muon", "3", GPUS=gpus, FROM="/a b", OUT="x")
         assert code == 0 and lines[-1][3:] == ["--n", "3", "--target", "3.28", "--ranks", ranks,

@@ -40,7 +40,7 @@ def run(
         "steps": settings.train.last_step,
         "seconds": [result.get("train_seconds") for result in results],
         "arguments": [*arguments],
-        "source_sha256": environment["source_sha256"],
+        **{key: environment[key] for key in ("device", "source_sha256")},
     }
     replace_file(out / "trials.json", (json.dumps(found, indent=1) + "\n").encode())
     return found

@@ -201,7 +201,12 @@ def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
 
     packages = ("torch", "numpy", "safetensors", "tiktoken")
     cuda = device.type == "cuda"  # platform.processor() and .platform() would start a process
-    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    name, processor = torch.cuda.get_device_name(device) if cuda else "", platform.machine()
+    with suppress(
+        OSError, StopIteration
+    ):  # Linux has the file, an ARM processor no such line in it
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": git_commit(PACKAGE.parent),
@@ -210,7 +215,8 @@ def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: import_module(package).__version__ for package in packages},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "device": f"{device} {name}".strip(),
+        "device": f"{device} {name or processor}",
+        "processor": processor,
         "cpu_threads": torch.get_num_threads(),
         "ranks": ranks,
     }

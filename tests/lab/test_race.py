@@ -6,6 +6,8 @@ import importlib.util
 import json
 import math
 import os
+import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -176,6 +178,10 @@ def test_steps_are_those_taken(smaller, tmp_path, here):
     arguments = [*smaller, "train.steps=8", "train.stop_at=4"]
     found = trials.run(arguments, 2, 9.0, tmp_path / "t", Runner())
     assert found["steps"] == 4 and found["n"] == 2
+    environment = json.loads((tmp_path / "t/trial-000/environment.json").read_text())
+    known = re.search(r"(?m)^model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    assert environment["processor"] == (known[1].strip() if known else platform.machine())
+    assert found["device"] == f"cpu {environment['processor']}" == environment["device"]
     assert found["mean"] == statistics.fmean(found["losses"])
     field = race.entries(arguments, "normuon", ["0.02"])
     found = race.Race(arguments, field, 1, tmp_path / "r").run(Runner())
