@@ -202,9 +202,8 @@ def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
     packages = ("torch", "numpy", "safetensors", "tiktoken")
     cuda = device.type == "cuda"  # platform.processor() and .platform() would start a process
     name, processor = torch.cuda.get_device_name(device) if cuda else "", platform.machine()
-    with suppress(
-        OSError, StopIteration
-    ):  # Linux has the file, an ARM processor no such line in it
+    # only Linux has this file, and on some ARM processors it has no such line
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     return {
