@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanonormuon.errors import CheckpointError, RunError
-from nanonormuon.runs.pictures import picture
+from nanonormuon.runs.pictures import picture, short
 from nanonormuon.storage.checkpoints import all_steps, read_json
 from nanonormuon.storage.run import aligned, read_metrics
 
@@ -147,5 +147,6 @@ def plot(runs: Sequence[RunRecord], file: Path, target: float | None = None) -> 
                 x, y = run.curve(key, over)
                 axis.plot(x, y, label=run.name, marker="." if len(x) < 40 else None)
             if target is not None and key == "val_loss":
-                axis.axhline(target, color="grey", linestyle="--", linewidth=1)
+                axis.axhline(target, color="grey", linewidth=1, label=f"target {target:g}")
             axis.set(xlabel=over, ylabel=key)
+            axis.xaxis.set_major_formatter(short)

@@ -13,11 +13,13 @@ from typing import Any
 from nanonormuon.errors import UsageError
 from nanonormuon.pretrained.judge import RESULTS, kept
 from nanonormuon.runs.compare import RunRecord, read, row_of, spell
+from nanonormuon.runs.pictures import short
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import read_jsonl, replace_file
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 260, 64, 30, 10
-COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700")
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 760, 274, 72, 34, 44, 10
+# by curve: its colour and its dashes, between which another that lies under it shows
+STYLES = (("#1f6feb", ""), ("#d1242f", "7 3"), ("#1a7f37", "2 3"), ("#9a6700", "9 3 2 3"))
 WHICH = ("min", "mean", "max")
 CHARTS = (
     ("Loss", ("loss", "val_loss")),
@@ -86,7 +88,7 @@ def chart(run: RunRecord, title: str, keys: Sequence[str]) -> list[str]:
     if top - bottom < 1e-12 * max(1.0, abs(top)):
         bottom, top = bottom - 0.5 * (abs(bottom) or 1), top + 0.5 * (abs(top) or 1)
     first, last = run.rows[0]["step"], run.rows[-1]["step"]  # equal in all charts
-    right, floor = WIDTH - 10, HEIGHT - BOTTOM
+    right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def x_at(x: float) -> float:
         return LEFT + (x - first) / ((last - first) or 1) * (right - LEFT)
@@ -97,15 +99,16 @@ def chart(run: RunRecord, title: str, keys: Sequence[str]) -> list[str]:
     def label(x: float, y: float, text: str, anchor: str = "end") -> str:
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
 
-    parts = [label(LEFT - 6, HEIGHT - 10, "step")]
-    parts += [label(x_at(x), HEIGHT - 10, f"{x:,.6g}", "middle") for x in ticks(first, last)]
+    parts = [label((LEFT + right) / 2, HEIGHT - 6, "step", "middle")]
+    parts += [label(x_at(x), floor + 18, short(x), "middle") for x in ticks(first, last)]
     for y in ticks(bottom, top):
         grid = f'class="grid" x1="{LEFT}" x2="{right}" y1="{y_at(y):.1f}" y2="{y_at(y):.1f}"'
-        parts += [f"<line {grid}/>", label(LEFT - 6, y_at(y) + 4, f"{y:,.6g}")]
-    for (x, y), colour in zip(curves.values(), COLOURS):
+        parts += [f"<line {grid}/>", label(LEFT - 6, y_at(y) + 4, short(y))]
+    for (x, y), (colour, dashes) in zip(curves.values(), STYLES):
         points = " ".join(f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(x, y) if math.isfinite(b))
-        parts.append(f'<polyline class="curve" stroke="{colour}" points="{points}"/>')
-    names = [f'<span style="color:{c}">{key}</span>' for key, c in zip(curves, COLOURS)]
+        style = f'stroke="{colour}" stroke-dasharray="{dashes}"'
+        parts.append(f'<polyline class="curve" {style} points="{points}"/>')
+    names = [f'<span style="color:{c}">{key}</span>' for key, (c, _) in zip(curves, STYLES)]
     return [
         f"<h2>{title}</h2>",
         f'<div class="legend">{" ".join(names)}</div>' if len(names) > 1 else "",
