@@ -2,6 +2,7 @@
 
 role        parameters                                          optimizer
 matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon, AdamW or module:Class
+columns     such weights stored (inputs, outputs)               as matrix, with neurons as columns
 embedding   weights of nn.Embedding, also when the head is tied AdamW
 head        the linear layer that ends in the vocabulary        AdamW
 vector      gains, biases, matrices of one row or one column    AdamW
@@ -19,35 +20,40 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from nanonormuon.config import FromFile, OptimConfig
 from nanonormuon.errors import ConfigError, out_of_memory
 from nanonormuon.normuon import NorMuon
 
-ROLES = ("matrix", "embedding", "head", "vector")
+ROLES = ("matrix", "columns", "embedding", "head", "vector")
+HIDDEN = ROLES[:2]
 # NorMuon's arguments that are settings of the same name
 OWN = ("momentum", "nesterov", "neuron_axis", "adjust_lr_fn", "ns_coefficients", "ns_steps",
        "cautious")  # fmt: skip
 
 
 def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[dict]:
-    """Sort a module's trainable parameters by role: one dict {role, names, params} per role in use.
+    """Sort a module's trainable parameters by role: one dict {role, names, params} per role in use;
+    that of "columns" also has NorMuon's neuron_axis.
 
     Works on any module. An embedding is known by its type. The head is what get_output_embeddings()
     returns (our model and transformers' have it), else the only linear layer with as many outputs
-    as an embedding has rows, unless the two are tied. roles = {name pattern: role} overrides these
-    rules, and covers raw 2-D parameters, whose rows may not be neurons.
+    as an embedding has rows, unless the two are tied. transformers' Conv1D (GPT-2's) stores its
+    weight (inputs, outputs). roles = {name pattern: role} overrides these rules, and covers raw 2-D
+    parameters, whose rows may not be neurons.
 
-    Raises ValueError for a parameter without a rule and for a pattern that matches no parameter.
+    Raises ValueError naming all parameters without a rule, and for a pattern that matches none.
     """
     roles = roles or {}
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     tables = {id(m.weight): m.num_embeddings for m in embeddings}
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     linear = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    transposed = {id(m.weight) for m in model.modules() if is_conv1d(m)}
     heads = find_heads(model, tables)
+    unknown: dict[str, str] = {}  # a pattern for parameters without a rule -> their first shape
     found: dict[str, dict] = {role: {"role": role, "names": [], "params": []} for role in ROLES}
     unused = set(roles)
     for name, p in model.named_parameters():  # a tied weight comes once
@@ -63,16 +69,32 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
             role = "vector"
         elif id(p) in linear:
             role = "head" if id(p) in heads else "matrix"
+        elif id(p) in transposed:
+            role = "columns"
         else:
-            raise ValueError(
-                f"{name}, shape {tuple(p.shape)}, is in no nn.Linear or nn.Embedding: say what it "
-                f'is, as roles={{"{name}": "matrix"}} if its rows are output neurons'
-            )
+            unknown.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), str(tuple(p.shape)))
+            continue
         found[role]["names"].append(name)
         found[role]["params"].append(p)
+    if unknown:
+        raise ValueError(
+            f"{', '.join(f'{name} {shape}' for name, shape in unknown.items())}: in no nn.Linear, "
+            f"Conv1D or nn.Embedding. Say what each is, as roles={dict.fromkeys(unknown, 'matrix')}"
+            ': "matrix" if its rows are output neurons, "columns" if it is stored (inputs, '
+            'outputs), "embedding" or "vector" to leave it to AdamW'
+        )
     if unused:
         raise ValueError(f"roles: {', '.join(sorted(unused))} match no parameter of the model")
+    if found["columns"]["params"]:
+        found["columns"]["neuron_axis"] = "columns"
     return [group for group in found.values() if group["params"]]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer whose weight is (inputs, outputs)."""
+    weight = getattr(module, "weight", None)
+    known = type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2
+    return known and getattr(module, "nf", None) == weight.size(1)
 
 
 def find_heads(model: nn.Module, tables: Mapping[int, int]) -> set[int]:
@@ -111,10 +133,15 @@ def make_optimizers(
 def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype) -> list[Optimizer]:
     """Optimizers for the groups of param_groups. Raises ValueError."""
     s = settings
-    lrs = {"matrix": s.lr, "embedding": s.embed_lr, "head": s.head_lr, "vector": s.vector_lr}
+    lrs = {
+        **dict.fromkeys(HIDDEN, s.lr),
+        "embedding": s.embed_lr,
+        "head": s.head_lr,
+        "vector": s.vector_lr,
+    }
     matrices, others = [], []
     for group in groups:
-        is_matrix = group["role"] == "matrix"
+        is_matrix = group["role"] in HIDDEN
         group["lr"] = group["initial_lr"] = lrs[group["role"]]
         group["weight_decay"] = s.weight_decay if is_matrix else s.adam_weight_decay
         (matrices if is_matrix and s.name != "adamw" else others).append(group)
@@ -124,7 +151,8 @@ def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype)
     elif matrices:
         own: dict[str, Any] = {key: getattr(s, key) for key in OWN}
         own["beta2"] = s.beta2 if s.name == "normuon" else None
-        optimizers.append(NorMuon(split_group(matrices[0], s.beta2_on), ns_dtype=ns_dtype, **own))
+        parts = [part for group in matrices for part in split_group(group, s.beta2_on)]
+        optimizers.append(NorMuon(parts, ns_dtype=ns_dtype, **own))
     if others:
         fused = all(p.device.type in ("cpu", "cuda") for g in others for p in g["params"])
         betas = (s.adam_beta1, s.adam_beta2)

@@ -160,3 +160,17 @@ def relative(a, b):
     """How far a is from b, in units of b's norm."""
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return ((a - b).norm() / b.norm()).item()
+
+
+SOURCES = """
+tests/golden/normuon.safetensors has what the authors' published code (official_*) and the paper's
+Algorithm 1 in float64 (paper) compute; tests/twin.py is the same update in a few plain lines. If
+the update was changed on purpose: change the twin in the same way, then `python tests/twin.py`
+writes new golden numbers. They are the twin's then, and no longer show agreement with the authors:
+say so in README.md, "NorMuon in one box"."""
+
+
+def agree(found, wanted, tolerance, where):
+    """Compare with the golden numbers, or the twin; a failure says where these come from."""
+    error = relative(found, wanted)
+    assert error < tolerance, f"{where}: off by {error:.2g}, expected {tolerance:g}{SOURCES}"

@@ -6,6 +6,7 @@ import graphlib
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,8 @@ def test_the_training_loop_loads_few_modules():
 
 
 def everything():
-    """Python files and recipes, by their path in the package."""
-    files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.toml")]
+    """Python files, recipes and templates, by their path in the package."""
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     return sorted(path.relative_to(PACKAGE).as_posix() for path in files)
 
 
@@ -143,6 +144,25 @@ def test_an_installation_contains_every_file(tmp_path):
     built = {p.relative_to(tmp_path / "built" / "nanonormuon").as_posix() for p in
              (tmp_path / "built").rglob("*.*")}  # fmt: skip
     assert set(everything()) <= built
+
+
+@pytest.mark.slow
+def test_a_source_distribution_is_a_checkout(tmp_path):
+    """Tests, their golden numbers and all that they run are in it."""
+    pytest.importorskip("setuptools")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs a checkout")
+    files = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as content:
+        found = {name.partition("/")[2] for name in content.getnames()}
+    assert set(files) <= found
 
 
 # ------------------------------------------------------------------------------------------------

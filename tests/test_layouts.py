@@ -8,7 +8,7 @@ import pytest
 import torch
 import worker
 from safetensors.torch import load_file
-from support import relative
+from support import agree, relative
 from twin import Twin
 
 from nanonormuon.engine import shard
@@ -69,7 +69,7 @@ def test_weights_equal_the_plain_twin(answers, wanted):
     for key, found in tensors.items():
         dtype, kind, rest = key.split(".", 2)
         if dtype == "fp32":
-            assert relative(found, wanted[rest]) < 1e-5, f"{world} ranks, {kind}, {rest}"
+            agree(found, wanted[rest], 1e-5, f"{world} ranks, {kind}, {rest}")
             compared += 1
     assert compared == len(wanted) * (4 if world == 4 else 3)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import agree, relative
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
-from twin import Twin, orthogonalise
+from twin import Twin, orthogonalise, trajectories
 
 from nanonormuon import NorMuon, normuon
 from nanonormuon.normuon import MUON, POLAR_EXPRESS, newton_schulz
@@ -23,10 +24,6 @@ VARIANTS = {
     "official_bf16": ({"lr": 0.02}, 2e-2),
     "paper": (PAPER, 1e-5),
 }
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def train(W, grads, optimizer=NorMuon, **settings):
@@ -49,7 +46,19 @@ def test_golden_trajectories(case, variant):
     found = list(train(W, grads, weight_decay=0.1, **settings))
     assert len(found) == len(wanted) == 6
     for step, (a, b) in enumerate(zip(found, wanted)):
-        assert relative(a, b) < tolerance, f"step {step}"
+        agree(a, b, tolerance, f"case {case}, {variant}, step {step}")
+
+
+def test_the_golden_numbers_can_be_made_anew():
+    """As twin.py does when an update is changed on purpose; a failure says how."""
+    made = trajectories(GOLDEN)
+    assert made.keys() == GOLDEN.keys()
+    for name, wanted in GOLDEN.items():
+        agree(made[name], wanted, 2e-3 if "bf16" in name else 1e-6, name)
+    with pytest.raises(
+        AssertionError, match=r"(?s)off by .*authors' published code.*tests/twin\.py"
+    ):
+        agree(made["case0.paper"] + 1, GOLDEN["case0.paper"], 1e-6, "case 0")
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 10), (10, 24), (2, 40)])
@@ -64,7 +73,7 @@ def test_equals_the_plain_twin(shape, axis, adjust, nesterov, cautious):
     twin = Twin(W, axis=axis, adjust=adjust, **shared)
     ours = train(W, grads, neuron_axis=axis, adjust_lr_fn=adjust, ns_dtype=torch.float64, **shared)
     for G, found in zip(grads, ours):
-        assert relative(found, twin.step(G)) < 1e-6  # the second moment is float32
+        agree(found, twin.step(G), 1e-6, "twin")  # the second moment is float32
 
 
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])

@@ -1,6 +1,9 @@
 """Every parameter has exactly one optimizer, found by role on any module; schedules are functions
 of the step that reach every group."""
 
+import ast
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from torch import nn
 from nanonormuon import NorMuon, param_groups
 from nanonormuon.config import OptimConfig
 from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.normuon import CHOICES
 from nanonormuon.optim import Schedule, group_rows, make_optimizers
 
 SMALL = GPTConfig(vocab_size=40, n_layer=2, n_head=2, n_embd=16)
@@ -46,12 +50,65 @@ def test_roles_of_a_foreign_module_by_type_and_tying():
         assert found.get("out.weight") == (None if tied else "head")
         assert found["gate.weight"] == found["body.norm1.weight"] == found["out.bias"] == "vector"
         assert found["body.linear1.weight"] == found["body.self_attn.out_proj.weight"] == "matrix"
-    with pytest.raises(ValueError, match=r"in_proj_weight.*say what"):
+    with pytest.raises(ValueError, match=r"in_proj_weight \(24, 8\).*Say what"):
         param_groups(Foreign(True))
     with pytest.raises(ValueError, match="match no parameter"):
         param_groups(GPT(SMALL), {"layers.9.*": "matrix"})
     with pytest.raises(ValueError, match="expected one of matrix"):
         param_groups(GPT(SMALL), {"embed*": "table"})
+
+
+class Conv1D(nn.Module):
+    """As transformers has it: y = x weight + bias, weight (inputs, outputs)."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.nf, self.nx = outputs, inputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+
+def test_matrices_stored_by_input_have_their_neurons_in_columns():
+    (columns, biases) = param_groups(nn.ModuleList([Conv1D(6, 4)]))
+    assert columns["role"] == columns["neuron_axis"] == "columns" and biases["role"] == "vector"
+    square = Conv1D(4, 4)
+    square.nf = 5  # another class of that name
+    with pytest.raises(ValueError, match="Say what"):
+        param_groups(nn.ModuleList([square]))
+
+
+def test_all_parameters_without_a_rule_are_named_with_patterns_that_do():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = (nn.Parameter(torch.randn(s)) for s in ((4, 8), (8, 4)))
+
+    model = nn.ModuleDict({"h": nn.ModuleList(Raw() for _ in range(3))})
+    with pytest.raises(ValueError) as found:
+        param_groups(model)
+    assert "h.*.up (4, 8), h.*.down (8, 4)" in str(found.value)
+    pattern = re.search(r"roles=({.*?})", str(found.value))[1]
+    (group,) = param_groups(model, ast.literal_eval(pattern))
+    assert group["role"] == "matrix" and len(group["params"]) == 6
+    (group,) = param_groups(model, {"h.*": "columns"})
+    assert group["role"] == group["neuron_axis"] == "columns"
+
+
+@pytest.mark.skipif("columns" not in CHOICES["neuron_axis"], reason="NorMuon has no columns")
+@pytest.mark.parametrize("settings", [{}, {"beta2": None}, {"adjust_lr_fn": "match_rms_adamw"}])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_a_matrix_stored_by_input_moves_as_its_transpose_does(shape, settings):
+    torch.manual_seed(0)
+    layer = nn.ModuleList([Conv1D(*shape)])
+    twin = nn.Parameter(layer[0].weight.detach().T.clone())
+    (group, _) = param_groups(layer)
+    exact = {"ns_dtype": torch.float32, **settings}
+    for _ in range(2):
+        G = torch.randn(shape)
+        for p, grad, options in ((group["params"][0], G.T, group), (twin, G, {})):
+            p.grad = grad.clone()
+            NorMuon([{**options, "params": [p]}], **exact).step()
+    assert torch.allclose(group["params"][0].T, twin, rtol=1e-5, atol=1e-6)
 
 
 def test_a_hidden_layer_as_wide_as_the_vocabulary_is_no_head():

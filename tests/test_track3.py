@@ -13,7 +13,7 @@ import pytest
 import torch
 import worker
 from safetensors.torch import load_file
-from support import ROOT
+from support import ROOT, agree, relative
 from twin import Twin
 
 from nanonormuon import build as plan
@@ -35,10 +35,6 @@ PUBLISHED = {
     "track3-adamw": ((0.001, 1.0, 4950), (0.7, 0.004, 0.015), 0.002),
 }
 BATCH = 8 * 64 * 1024
-
-
-def relative(a, b):
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -281,7 +277,7 @@ def test_three_steps_equal_the_plain_update(name):
             optimizer.zero_grad()
         for key, p in model.named_parameters():
             assert p.dtype == plain[key].W.dtype
-            assert relative(p, plain[key].W) < 1e-5, (step, key)
+            agree(p, plain[key].W, 1e-5, (step, key))
 
 
 def test_eps_of_means_and_of_sums_give_the_same_bits():
@@ -346,6 +342,9 @@ def test_the_speedrun_script_says_what_it_would_do():
         "normuon-train", "trials", "track3-normuon", "--n", "10", "--target", "3.28",
         "--ranks", "8", "--out", "runs/track3-normuon",
     ]  # fmt: skip
+    code, dry, said = speedrun(GPUS="", PATH="/usr/bin:/bin")  # a machine without any
+    assert code == 0 and [x[0] for x in dry[-3:]] == [x[0] for x in lines[-3:]]
+    assert "about 11.2 GPU-hours" in said and "11.2 h on 1 GPU, 1.4 h on 8" in said
     for gpus, ranks in zip("1234567", "1224444"):
         code, lines, said = speedrun("track3-muon", "3", GPUS=gpus, FROM="/a b", OUT="x")
         assert code == 0 and lines[-1][3:] == ["--n", "3", "--target", "3.28", "--ranks", ranks,

@@ -1,5 +1,10 @@
 """A plain NorMuon, one matrix at a time, straight from the paper's formulas: the reference that the
-fast and distributed one is compared with. It shares no code with the package."""
+fast and distributed one is compared with. It shares no code with the package.
+
+`python tests/twin.py` puts this twin's trajectories into golden/normuon.safetensors, in the place
+of those that the authors' published code and the paper's Algorithm 1 gave."""
+
+from pathlib import Path
 
 import torch
 
@@ -59,3 +64,34 @@ class Twin:
             self.W = (1 - decay) * self.W
         self.W = self.W - self.lr * U
         return self.W
+
+
+GOLDEN = Path(__file__).parent / "golden" / "normuon.safetensors"
+VARIANTS = {
+    "official_fp32": {"lr": 0.02},
+    "official_fp32_no_nesterov": {"lr": 0.02, "nesterov": False},
+    "official_bf16": {"lr": 0.02, "ns_dtype": torch.bfloat16},
+    "paper": {"lr": 0.004, "nesterov": False, "adjust": "match_rms_adamw"},
+}
+
+
+def trajectories(tensors):
+    """The golden tensors with the twin's weights after each step, from their own start and
+    gradients."""
+    found = dict(tensors)
+    for start in [name for name in tensors if name.endswith(".weight0")]:
+        case = start.removesuffix("weight0")
+        for variant, settings in VARIANTS.items():
+            twin = Twin(tensors[start].double(), **settings)
+            steps = [twin.step(G.double()) for G in tensors[f"{case}grads"]]
+            found[case + variant] = torch.stack(steps).float()
+    return found
+
+
+if __name__ == "__main__":
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(GOLDEN, "pt") as file:
+        metadata = file.metadata()
+    save_file(trajectories(load_file(GOLDEN)), GOLDEN, metadata)

@@ -17,6 +17,8 @@ Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through tor
 Strings = list[str] | None
 OPTIMIZERS = "normuon, muon, adamw or module:Class, each with +SETTING=VALUE; joined by commas."
 RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
+GROW = "Lengthen a grid, by 4 rates at most, while its best rate is its first or last."
+BASELINE = "Optimizer that the others are measured against; else the best of all but the first."
 AXIS = "Values of another setting to try: SECTION.KEY=A,B,C; repeatable."
 
 
@@ -27,6 +29,8 @@ def race(
     lr: Annotated[Strings, Option(help=RATES)] = None,
     wd: Annotated[str, Option(help='Weight decays to try, as "0,0.1".')] = "",
     sweep: Annotated[Strings, Option(help=AXIS)] = None,
+    grow: Annotated[bool, Option("--grow/--no-grow", help=GROW)] = True,
+    baseline: Annotated[str, Option(help=BASELINE)] = "",
     seeds: Annotated[int, Option(min=0, help="Seeds of the final runs; 0: only tune.")] = 5,
     tuning_seeds: Annotated[int, Option(min=1, help="Seeds per setting in the tuning.")] = 1,
     parallel: Parallel = 0,
@@ -36,7 +40,8 @@ def race(
     """Compare optimizers, each at its best settings.
 
     Settings are tuned on a held-out part of the training text. The final runs have new seeds and
-    are judged on the validation split. Repeat an interrupted command to continue it.
+    are judged on the validation split. The plan and its cost are shown before the first run. Repeat
+    an interrupted command to continue it.
 
     \b
     normuon-train race shakespeare-char train.steps=500 --seeds 5 --out runs/race
@@ -47,7 +52,7 @@ def race(
 
     runner = processes.Runner(parallel, ranks)
     field = race.entries(recipe, optimizers, lr or (), wd, sweep or ())
-    found = race.Race(recipe, field, seeds, out, tuning_seeds).run(runner)
+    found = race.Race(recipe, field, seeds, out, tuning_seeds, baseline, grow).run(runner)
     files = f"results: {out / 'results.json'}, {out / 'race.png'}"
     options.show(found, f"{results.markdown(found)}\n{files}", as_json)
 

@@ -26,7 +26,8 @@ def sample(
 ) -> None:
     """Continue a text with a trained model.
 
-    Needs only the run directory. Equal seeds give equal text.
+    Needs only the run directory. Equal seeds give equal text; with --interactive each further
+    prompt has further seeds.
 
     \b
     normuon-train sample runs/demo-20260101-120000 --prompt "def main():" --num 3
@@ -49,10 +50,14 @@ def sample(
     settings["context"] = models.context_of(found)
     for text in sampling.prompts(prompt, file, interactive):
         sampling.show(model, tokenizer, text, max_tokens, num, stop or (), as_json, **settings)
+        settings["seed"] = (settings["seed"] + num) % (1 << 63)
 
 
 Paths = list[Path] | None
-CHOICES = "Multiple-choice questions: JSONL of HellaSwag, ARC or PIQA as published; repeatable."
+CHOICES = (
+    "Multiple-choice questions: JSONL of HellaSwag, ARC or PIQA as published, or "
+    '{"question", "choices", "answer"}; repeatable.'
+)
 STRIDE = "Tokens predicted per window; 0: all. A smaller stride gives each token more context."
 
 
@@ -88,7 +93,8 @@ def evaluate(
 
 def export(
     path: options.Run,
-    to: Annotated[Path, Option(help="Model directory to create.")],
+    out: Annotated[Path | None, Option(help="Model directory to create; required.")] = None,
+    older: options.Older = None,
     dtype: Annotated[str, Option(help="Of the weights: fp32 or bf16.")] = "fp32",
     data: Annotated[Path | None, Option(help="Data to verify on; else the run's own.")] = None,
     as_json: options.AsJson = False,
@@ -98,13 +104,15 @@ def export(
     The directory is kept only if transformers computes the run's own logits from it.
 
     \b
-    normuon-train export RUN --to models/mine
-    normuon-train export RUN/checkpoints/step-000500 --to models/mine --dtype bf16
+    normuon-train export RUN --out models/mine
+    normuon-train export RUN/checkpoints/step-000500 --out models/mine --dtype bf16
     """
     from nanonormuon.pretrained import export as exporting
 
     if dtype not in exporting.DTYPES:
         raise typer.BadParameter(f"--dtype {dtype}: expected fp32 or bf16")
+    if (to := out or older) is None:
+        raise typer.BadParameter("Missing option '--out'.")
     report = exporting.export(path, to, dtype, data)
     size = f"{report['parameters'] / 1e6:.2f}M parameters, weights {report['dtype']}"
     if cut := report["rows_cut"]:
@@ -120,8 +128,16 @@ def export(
 
 def started(device: str) -> Any:
     """Start on the device that --device names; returns a distributed.World."""
+    import torch
+
     from nanonormuon.runtime import distributed
 
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device in there and not there[device]():
+        raise typer.BadParameter(
+            f"--device {device}: torch finds none here (see normuon-train doctor); expected auto "
+            "or cpu"
+        )
     try:
         return distributed.start(device)
     except ValueError as error:

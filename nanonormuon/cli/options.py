@@ -11,6 +11,7 @@ SETTINGS = "RECIPE|FILE.toml|SECTION.KEY=VALUE"
 Run = Annotated[Path, Argument(metavar="RUN", help="Run, checkpoint or model directory.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or mps.")]
 Plot = Annotated[Path | None, Option(help="Also draw a picture: a .png, .svg or .pdf file.")]
+Older = Annotated[Path | None, Option("--to", "-o", hidden=True)]  # --out's former names
 AsJson = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
 
 

@@ -1,7 +1,9 @@
 """Train a model; before that, inspect recipes, settings and the machine."""
 
+import inspect
 import logging
 import os
+import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -112,11 +114,22 @@ def describe(summary: dict, out: Path, of_code: bool) -> str:
     return "\n".join([*lines, f"next: normuon-train sample {in_shell(out)}{prompt}"])
 
 
-def recipes() -> None:
-    """List the recipes in the package."""
+def recipes(
+    name: Annotated[str, Argument(metavar="[NAME]", help="Recipe to print; else a list.")] = "",
+) -> None:
+    """List the recipes in the package, or print one.
+
+    \b
+    normuon-train recipes track3-normuon
+    """
     from nanonormuon import config
     from nanonormuon.storage.run import aligned
 
+    if name and name not in config.recipes():
+        raise errors.ConfigError(f'no recipe "{name}": {config.nearest(name, config.recipes())}')
+    if name:
+        typer.echo(config.recipes()[name].read_text(encoding="utf-8"), nl=False)
+        return
     rows = [
         (name, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
         for name, path in config.recipes().items()
@@ -125,14 +138,26 @@ def recipes() -> None:
 
 
 def show(settings: Settings = None) -> None:
-    """Print a configuration and where its values come from.
+    """Print each setting, where its value comes from, what it means.
 
     \b
     normuon-train show demo optim.lr=0.01
     """
     from nanonormuon import config
 
-    typer.echo(config.to_toml(*config.load(settings or ())), nl=False)
+    lines, meanings = config.to_toml(*config.load(settings or ())).splitlines(), {}
+    for i, line in enumerate(lines):
+        if line.startswith("["):
+            meanings = comments(config.SECTIONS[line[1:-1]])
+        elif meaning := meanings.get(line.partition(" ")[0]):
+            lines[i] = f"{line:<54}  {meaning}"
+    typer.echo("\n".join(lines))
+
+
+def comments(table: type) -> dict[str, str]:
+    """The comment behind each setting in the source of its dataclass."""
+    found = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(table), re.MULTILINE)
+    return dict(found)
 
 
 def doctor(as_json: options.AsJson = False) -> None:

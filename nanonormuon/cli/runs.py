@@ -32,18 +32,20 @@ def compare(
 
 def report(
     path: Annotated[Path, Argument(metavar="RUN", help="Run directory.")],
-    out: Annotated[Path, Option("--out", "-o", help="Page to write.")] = Path("report.html"),
+    out: Annotated[Path, Option(help="Page to write.")] = Path("report.html"),
+    older: options.Older = None,
 ) -> None:
     """Write a run as one HTML page.
 
     The page shows curves, samples over time, configuration and environment, and needs no other
-    files.
+    files. A page is replaced only if it was written for the same run.
 
     \b
-    normuon-train report RUN -o report.html
+    normuon-train report RUN --out report.html
     """
     from nanonormuon.runs.report import write
 
+    out = older or out
     write(path, out)
     typer.echo(f"{out}: open it in a browser")
 
@@ -57,7 +59,7 @@ def diagnose(
     """Show how even the optimizer's updates are.
 
     For each matrix, prints singular values and neuron norms of the momentum, of Muon's update and
-    of NorMuon's update.
+    of NorMuon's update; of the weights if RUN is a model directory, which has no momentum.
 
     \b
     normuon-train diagnose RUN

@@ -21,6 +21,7 @@ def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
     """Yield the prompts of one command: `prompt`, or standard input if it is "-"; the text of a
     file; or each line typed until the end of input. Raises UsageError."""
     if interactive:
+        log.info("Type a prompt and press Enter. The end of input (Ctrl-D) or Ctrl-C ends this.")
         while True:
             print("prompt> ", end="", file=sys.stderr, flush=True)
             if not (line := sys.stdin.readline()):

@@ -8,11 +8,14 @@ import queue
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ from tqdm import tqdm
 
 from nanonormuon import config
 from nanonormuon.errors import CheckpointError, ConfigError, Interrupted, RunError
-from nanonormuon.optim import check_trusted
+from nanonormuon.model import GPT
+from nanonormuon.optim import check_trusted, make_optimizers
+from nanonormuon.pretrained import models
 from nanonormuon.runs import compare
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import check_plain, lock, read_file, replace_file
@@ -40,6 +45,11 @@ class Job:
     path: Path
     arguments: tuple[str, ...]
     keep: bool = True
+
+    @property
+    def setting(self) -> str:
+        """The name without the seed; "" for trials, which differ in nothing else."""
+        return self.path.name.rpartition("+seed=")[0]
 
     @property
     def log_file(self) -> Path:
@@ -62,8 +72,9 @@ class Job:
 class Runner:
     """Carries out jobs, several at a time if there are several devices.
 
-    parallel: jobs at a time, which share the CPU's cores; 0: one per `ranks` CUDA devices, or one
-    on a CPU. ranks: processes of each run, started by torchrun.
+    parallel: jobs at a time, which share the CPU's cores unless OMP_NUM_THREADS gives each its
+    threads; 0: one per `ranks` CUDA devices, or one on a CPU. ranks: processes of each run, started
+    by torchrun. One progress bar serves all calls of `run`.
     """
 
     def __init__(self, parallel: int = 0, ranks: int = 1):
@@ -75,33 +86,64 @@ class Runner:
         self.places: queue.Queue[dict[str, str]] = queue.Queue()  # environment variables
         for _ in range(self.parallel):
             mine = ",".join(dict.fromkeys(islice(devices, ranks)))
-            on_cpu = {"OMP_NUM_THREADS": str(threads)}
+            on_cpu = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
             self.places.put({"CUDA_VISIBLE_DEVICES": mine} if mine else on_cpu)
         self.children: set[subprocess.Popen] = set()
         self.stopped = 0
+        self.known = self.carried_out = 0  # runs with a result, and those of them in this process
+        # by kind of run, then by setting, one per seed
+        self.losses: dict[Path, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self.began = time.perf_counter()
+        self.bar: tqdm | None = None
 
-    def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    def run(self, jobs: Sequence[Job], later: int = 0) -> list[dict[str, Any]]:
         """Carry out the jobs that have no result yet; return the results of all, in order.
 
-        Raises ConfigError before the first run; RunError with the last line of a run that failed,
-        and Interrupted after a signal, once the other runs have saved. A later call continues them.
+        later: how many runs are known to follow in other calls. Raises ConfigError before the first
+        run; RunError with the last line of a run that failed, and Interrupted after a signal, once
+        the other runs have saved. A later call continues them.
         """
         for job in jobs:
             check_trusted(config.load(job.arguments)[0].optim.name)
-        missing = [job for job in dict.fromkeys(jobs) if job.result() is None]
+        missing = []
+        for job in dict.fromkeys(jobs):
+            if (result := job.result()) is None:
+                missing.append(job)
+            else:
+                self.losses[job.path.parent][job.setting].append(result["val_loss"])
+        self.known += len(set(jobs)) - len(missing)
+        total = self.known + len(missing) + later
+        if self.bar is None:
+            self.bar = tqdm(initial=self.known, total=total, unit="run", leave=False, disable=None)
         error: BaseException | None = None
         with self.listening(), ThreadPoolExecutor(self.parallel) as pool:
-            started = {pool.submit(self.carry_out, job): job.path.name for job in missing}
-            ended = as_completed(started)
-            for run in tqdm(ended, total=len(started), unit="run", leave=False, disable=None):
+            started = {pool.submit(self.carry_out, job): job for job in missing}
+            for run in as_completed(started):
                 if failure := run.exception():
                     error = error or failure
                     self.stop(signal.SIGTERM)
-                else:
-                    log.info(f"{started[run]}: val_loss {run.result()['val_loss']:.4f}")
+                    continue
+                self.tell(started[run], run.result()["val_loss"], total)
+        if error is not None or not later:
+            self.bar = self.bar.close()
         if error is not None:
             raise error
         return [job.result() or {} for job in jobs]
+
+    def tell(self, job: Job, loss: float, total: int) -> None:
+        """Show how many of `total` runs have ended, who leads, and how long the rest takes."""
+        self.known += 1
+        self.carried_out += 1
+        losses = self.losses[job.path.parent]
+        losses[job.setting].append(loss)
+        best = min(losses, key=lambda setting: statistics.fmean(losses[setting]))
+        mean = f"{statistics.fmean(losses[best]):.4f} (n = {len(losses[best])})"
+        leader = f"{best} leads with {mean}" if len(losses) > 1 else f"mean {mean}"
+        self.bar.n, self.bar.total = self.known, total
+        self.bar.set_postfix_str(leader)
+        seconds = (time.perf_counter() - self.began) / self.carried_out * (total - self.known)
+        left = f"; about {tqdm.format_interval(seconds)} to go" if total > self.known else ""
+        log.info(f"{self.known}/{total} {job.path.name}: val_loss {loss:.4f}; {leader}{left}")
 
     def carry_out(self, job: Job) -> dict[str, Any]:
         """Run a job in its own process, from its newest checkpoint if there is one."""
@@ -174,6 +216,28 @@ class Runner:
         self.stopped = self.stopped or number
         for child in list(self.children):
             child.send_signal(signal.SIGTERM)  # does nothing to a child that has ended
+
+
+def resolve(arguments: Sequence[str]) -> config.Config:
+    """Load a configuration and make its optimizers for a model without storage, so that a run of it
+    cannot fail for a name or a setting. Raises ConfigError, CheckpointError."""
+    found = config.load(arguments)[0]
+    if found.train.init_from and not found.model.vocab_size:
+        model = models.model_config(models.find_checkpoint(Path(found.train.init_from)))
+    else:  # the data decide the vocabulary
+        model = replace(found.model, vocab_size=found.model.vocab_size or 64)
+    with torch.device("meta"), contextlib.suppress(RuntimeError):  # some optimizers need storage
+        make_optimizers(GPT(model), found.optim)
+    return found
+
+
+def cost(settings: config.Config, runs: int, at_once: int) -> str:
+    """How much `runs` runs are, in a few words."""
+    steps, tokens = settings.train.last_step, settings.train.batch_tokens
+    return (
+        f"{runs} runs of {steps:,} steps of {tokens:,} tokens: {runs * steps * tokens / 1e6:,.4g}M "
+        f"tokens, {at_once} at a time; the time is estimated once the first run has ended"
+    )
 
 
 def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:

@@ -24,7 +24,7 @@ from typing import Any
 
 from nanonormuon import config
 from nanonormuon.errors import ConfigError, MissingPackage
-from nanonormuon.lab.processes import QUIET, Job, Runner, claim
+from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
 from nanonormuon.lab.results import Entry, draw, judge, markdown
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import replace_file
@@ -85,7 +85,7 @@ def entry_of(
     taken = {"optim.lr": "--lr has the rates"} | dict.fromkeys(keys, "set it in one of them")
     for combination in others:
         refuse(f"--sweep or --wd, and {where}", combination, SHARED | taken)
-        config.load([*arguments, *settings, *combination])
+        resolve([*arguments, *settings, *combination])
     usual = config.load([*arguments, *settings])[0].optim.lr
     if "optim.lr" not in keys and name not in ("normuon", "muon"):
         usual = ADAMW_LR
@@ -131,12 +131,20 @@ class Race:
     """A comparison in the directory `out`; `run` completes it, however often it was interrupted."""
 
     def __init__(self, arguments: Sequence[str], field: Sequence[Entry], seeds: int, out: Path,
-                 tuning_seeds: int = 1):  # fmt: skip
+                 tuning_seeds: int = 1, baseline: str = "", grow: bool = True):  # fmt: skip
+        """baseline, grow: see results.judge and `beyond`. Raises ConfigError."""
         self.arguments, self.field, self.out = tuple(arguments), field, out
+        self.baseline, self.longer = baseline, LONGER if grow else 0
         self.seeds = range(seeds)
         self.tuning_seeds = range(TUNING_SEED, TUNING_SEED + tuning_seeds)
-        settings = config.load(arguments)[0].train
-        self.steps, self.batch_tokens = settings.last_step, settings.batch_tokens
+        self.settings = config.load(arguments)[0]
+        self.steps, self.batch_tokens = (
+            self.settings.train.last_step,
+            self.settings.train.batch_tokens,
+        )
+        if baseline and baseline not in (labels := [entry.label for entry in field]):
+            hint = config.nearest(baseline, labels)
+            raise ConfigError(f'--baseline "{baseline}": none of --optimizers; {hint}')
 
     def job(self, kind: str, entry: Entry, trial: Mapping[str, Any], seed: int) -> Job:
         """A run of the kind "tuning" or "seeds", in a directory named after its settings."""
@@ -161,22 +169,44 @@ class Race:
             entry.tuning = [{"lr": r, "settings": o, "val_loss": []} for r, o in grid]
         pending = [(e, trial) for e in self.field for trial in e.tuning
                    if len(e.tuning) > 1 or not self.seeds]  # fmt: skip
+        final = len(self.seeds) * len(self.field)
+        for line in self.plan(len(pending) * len(self.tuning_seeds), final, runner.parallel):
+            log.info(line)
         while pending:
             jobs = [self.job("tuning", *p, seed) for p in pending for seed in self.tuning_seeds]
-            log.info(f"{len(jobs)} runs to choose the settings")
-            losses = iter([result["val_loss"] for result in runner.run(jobs)])
+            losses = iter([result["val_loss"] for result in runner.run(jobs, final)])
             for _, trial in pending:
                 trial["val_loss"] = [next(losses) for _ in self.tuning_seeds]
-            pending = [(e, trial) for e in self.field for trial in beyond(e)]
+            pending = [(e, trial) for e in self.field for trial in beyond(e, self.longer)]
             for entry, trial in pending:
                 entry.tuning.append(trial)
         jobs = [self.job("seeds", e, e.best, seed) for seed in self.seeds for e in self.field]
-        if jobs:
-            log.info(f"{len(jobs)} runs with the chosen settings")
+        for e in self.field if jobs else ():
+            log.info(f"chosen: {self.job('seeds', e, e.best, 0).setting}")
         results = runner.run(jobs)
         for i, entry in enumerate(self.field):
             entry.runs = results[i :: len(self.field)]
         return self.report()
+
+    def plan(self, tuning: int, final: int, at_once: int) -> list[str]:
+        """What is about to be run and what it costs. tuning, final: how many runs."""
+        grids = ", ".join(f"{e.label} {len(e.tuning)}" for e in self.field)
+        seeds = len(self.tuning_seeds)
+        lines = [
+            f"plan: {cost(self.settings, tuning + final, at_once)}",
+            f"{tuning} to choose among settings ({grids}; seeds per setting: {seeds}), "
+            f"{final} with the chosen ones (seeds: {len(self.seeds)})",
+        ]
+        if tuning and self.longer:
+            more = self.longer * seeds
+            lines.append(
+                f"up to {more} more per optimizer, as long as its best rate is at the end of its "
+                "grid (--no-grow forbids that)"
+            )
+        if final and len(self.field) > 1:
+            rule = self.baseline or "the best of all but the first, known at the end"
+            lines.append(f"baseline: {rule}")
+        return lines
 
     def report(self) -> dict[str, Any]:
         """Write results.json, results.md and race.png; returns the content of the first."""
@@ -191,7 +221,7 @@ class Race:
             **{
                 key: sorted({str(environment.get(key)) for environment in found}) for key in several
             },
-            "optimizers": judge(self.field, self.steps),
+            "optimizers": judge(self.field, self.steps, self.baseline),
         }
         if (count := len(results["source_sha256"])) > 1:
             log.warning(f"{self.out}: its runs come from {count} versions of the source")
@@ -204,12 +234,12 @@ class Race:
         return results
 
 
-def beyond(entry: Entry) -> list[dict[str, Any]]:
+def beyond(entry: Entry, most: int = LONGER) -> list[dict[str, Any]]:
     """The setting to try next if the best rate so far is the lowest or highest tried, since the
-    optimum may then lie outside the grid; else none."""
+    optimum may then lie outside the grid; else none. most: rates that the grid may grow by."""
     best, tried = entry.best, sorted({trial["lr"] for trial in entry.tuning})
     rate, longer = best["lr"], len(tried) - len(entry.rates)
-    may_grow = len(tried) >= 2 and longer < LONGER and all(map(math.isfinite, best["val_loss"]))
+    may_grow = len(tried) >= 2 and longer < most and all(map(math.isfinite, best["val_loss"]))
     if not may_grow or rate not in (tried[0], tried[-1]):
         return []
     step = tried[1] / tried[0] if rate == tried[0] else tried[-1] / tried[-2]

@@ -37,11 +37,11 @@ def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.inf
 
 
-def judge(entries: Sequence[Entry], steps: int) -> list[dict[str, Any]]:
-    """The rows of results.json, one per entry. The baseline is the best of all but the first.
-    Differences and steps saved are between runs with equal seeds, which share initialisation and
-    data order."""
-    ran = [e for e in entries[1:] if e.runs]
+def judge(entries: Sequence[Entry], steps: int, named: str = "") -> list[dict[str, Any]]:
+    """The rows of results.json, one per entry. The baseline is the entry with the label `named`,
+    else the best of all but the first. Differences and steps saved are between runs with equal
+    seeds, which share initialisation and data order."""
+    ran = [e for e in entries[not named :] if e.runs and named in ("", e.label)]
     baseline = min(ran, key=lambda e: mean(e.losses), default=None)
     rows = []
     for e in entries:
@@ -160,7 +160,8 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
             means = [mean([p[step] for p in points]) for step in late]
             sds = [spread([p[step] for p in points]) or 0.0 for step in late]
             label = f"{r['optimizer']}, n = {len(points)}" if points else r["optimizer"]
-            (line,) = curves.plot(late, means, label=label)
+            marker = "." if len(late) < 40 else None  # a single point has no line
+            (line,) = curves.plot(late, means, marker=marker, label=label)
             low, high = ([m + sign * s for m, s in zip(means, sds)] for sign in (-1, 1))
             curves.fill_between(late, low, high, alpha=0.25, color=line.get_color())
             best: dict[float, float] = {}  # by rate, over the other axes
@@ -178,6 +179,8 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
 def by_rates(axis: Any) -> None:
     """Make the x-axis one of learning rates, whose labels do not overlap."""
     axis.set_xscale("log")
-    axis.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    low, high = axis.get_xlim()
+    fewer = int(high > 50 * low) + int(high > 3000 * low)
+    axis.xaxis.get_major_locator().set_params(subs=((1, 2, 5), (1, 3), (1,))[fewer])
     axis.xaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()

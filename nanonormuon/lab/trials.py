@@ -1,17 +1,20 @@
 """One recipe with n seeds against a target loss. Each trial leaves a self-contained log."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanonormuon import config
-from nanonormuon.lab.processes import QUIET, Job, Runner, claim
+from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
 from nanonormuon.lab.significance import verdict
 from nanonormuon.optim import check_trusted
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import read_file, replace_file
 from nanonormuon.storage.run import read_metrics, source_files
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -24,7 +27,9 @@ def run(
     """
     check_trusted(config.load(arguments)[0].optim.name)
     seeds = f"the trials have the seeds 0 to {n - 1} (--n)"
-    settings = claim(out / "plan.json", arguments, seeds).train
+    resolve(arguments)
+    settings = claim(out / "plan.json", arguments, seeds)
+    log.info(f"plan: {cost(settings, n, runner.parallel)}")
     jobs = [
         Job(out / f"trial-{seed:03d}", (*QUIET, *arguments, f"train.seed={seed}"))
         for seed in range(n)
@@ -36,10 +41,10 @@ def run(
     environment = read_json(jobs[0].path / "environment.json")
     found = verdict(losses, target) | {
         "losses": losses,
-        "steps": settings.last_step,
+        "steps": settings.train.last_step,
         "seconds": [result.get("train_seconds") for result in results],
         "arguments": [*arguments],
-        "source_sha256": environment.get("source_sha256"),
+        **{key: environment.get(key) for key in ("device", "source_sha256")},
     }
     replace_file(out / "trials.json", (json.dumps(found, indent=1) + "\n").encode())
     return found

@@ -2,13 +2,14 @@
 logits from it."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanonormuon.config import to_toml
 from nanonormuon.data import validation_batches
@@ -26,43 +27,6 @@ from nanonormuon.text.tokenizer import Tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TABLES = ("embed_tokens.weight", "lm_head.weight")  # one row per token id
 TOLERANCE = 1e-4  # between two float32 implementations, per unit of the largest logit (at least 1)
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [nanonormuon, normuon]
----
-
-# {name}
-
-A language model of {millions:.2f}M parameters ({config.n_layer} layers, width {config.n_embd}, \
-vocabulary {config.vocab_size}), trained with nanonormuon. Architecture {report[architecture]}, \
-weights {report[dtype]}. It continues text; it has no chat format.
-
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("Once")["input_ids"]]])
-print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
-```
-
-Checked on {report[tokens_compared]} tokens of validation text: logits as transformers computes \
-them differ by at most {report[largest_difference]:.2g} from nanonormuon's with these weights, by \
-{report[largest_difference_to_run]:.2g} from the run's own.
-"""
-RECIPE = """
-## Recipe
-
-After step {step:,}, {tokens:,} tokens.
-
-```toml
-{toml}```
-
-Data fingerprint `{data}`,
-tokenizer hash `{tokenizer}`.
-"""
 
 
 def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) -> dict[str, Any]:
@@ -75,9 +39,9 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     """
     target = to.resolve()
     if target == Path.cwd():
-        raise UsageError(f"{to}: the current directory: name a new one, as --to models/mine")
+        raise UsageError(f"{to}: the current directory: name a new one, as --out models/mine")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{to}: exists already: choose another --to, or remove it")
+        raise UsageError(f"{to}: exists already: choose another --out, or remove it")
     model, tokenizer, found = models.load_run(path, torch.float32, torch.device("cpu"))
     if odd := hf.obstacles(model.config):
         raise UsageError(f"{found}: neither Qwen3 nor Llama can express {', '.join(odd)}")
@@ -104,7 +68,7 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
         report = verify(partial, transformers, model, tokenizer, tokens)
         report |= {"to": str(to), "checkpoint": str(found), "dtype": dtype}
         report["rows_cut"] = model.config.vocab_size - rows
-        card = model_card(config, report, state, models.run_of(path))
+        card = model_card(config, report, tokenizer, state, models.run_of(path))
         write_durably(partial / "README.md", card.encode())
     return report
 
@@ -135,9 +99,10 @@ def verify(
     difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
     allowed = TOLERANCE * max(1.0, largest)
     if not difference <= allowed:  # also if it is NaN
+        where = first_difference(exported, loaded, tokens)
         raise UsageError(
             f"transformers computes other logits: largest difference {difference:.3g}, expected at "
-            f"most {allowed:.3g}; nothing was exported"
+            f"most {allowed:.3g}; {where}; nothing was exported"
         )
     text = tokenizer.decode([t for t in tokens.flatten().tolist() if t != tokenizer.eot])
     other = transformers.AutoTokenizer.from_pretrained(folder)
@@ -153,36 +118,97 @@ def verify(
     }
 
 
+def first_difference(ours: GPT, theirs: nn.Module, tokens: Tensor) -> str:
+    """Where two models with equal weights begin to compute different things. Modules outside and
+    directly inside a block have equal names in both."""
+    names = [n for n, _ in ours.named_modules() if n and n != "layers" and n.count(".") <= 2]
+    found: dict[nn.Module, dict[str, Tensor]] = {ours: {}, theirs: {}}
+    for model, base in ((ours, ours), (theirs, theirs.base_model)):
+        for name in names:
+            module = (model if name == "lm_head" else base).get_submodule(name)
+
+            def keep(_module, _in, out, name: str = name, kept: dict = found[model]) -> None:
+                kept[name] = out[0] if isinstance(out, tuple) else out
+
+            module.register_forward_hook(keep)
+        model(tokens)
+    for name, a in found[ours].items():  # in the order of computation
+        b = found[theirs][name]
+        if not torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(b.abs().max())):
+            kind, other = (type(m.get_submodule(name)).__name__ for m in (ours, theirs.base_model))
+            return f"first in {name}: model.py's {kind} is not what {other} computes"
+    return "after the last norm: model.py's GPT.logits computes something else"
+
+
 def model_card(
-    config: GPTConfig, report: dict[str, Any], state: dict[str, Any] | None, run: Path | None
+    config: GPTConfig,
+    report: dict[str, Any],
+    tokenizer: Tokenizer,
+    state: dict[str, Any] | None,
+    run: Path | None,
 ) -> str:
     """The README.md of a model directory: what the model is, its results, how it was trained."""
     name, millions = run.resolve().name if run else "model", report["parameters"] / 1e6
-    card = CARD.format(name=name, millions=millions, config=config, report=report)
-    curve = [r for r in read_metrics(run / "metrics.jsonl") if "val_loss" in r] if run else []
-    if curve:
-        every = -(-len(curve) // 12)
-        forms = {"step": "", "tokens": ",", "val_loss": ".4f", "val_bpb": ".4f"}
-        rows = [
-            ["" if row.get(key) is None else format(row[key], form) for key, form in forms.items()]
-            for row in reversed(curve[::-every])  # with the last
-        ]
-        card += table("Validation", ("step", "tokens", "loss (nats)", "bits per byte"), rows)
-    if results := judge.kept(run / judge.RESULTS) if run else []:
-        measures = ("loss" if "loss" in r else "accuracy" for r in results)
-        rows = [(r["set"], f"{m} {r[m]:.4f}") for r, m in zip(results, measures)]
-        card += table("Evaluations", ("set", "result"), rows)
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    card = template.format(
+        name=name, millions=millions, config=config, report=report, tokenizer=tokenizer.name
+    )
+    if run:
+        step = state["step"] if state else 0
+        card += validations(read_metrics(run / "metrics.jsonl"), step)
+        card += evaluations(judge.kept(run / judge.RESULTS), step)
     if state:
-        private = ("path", "init_from")  # where files lay on the machine is nobody's business
-        recipe = {
-            section: {k: Path(v).name if k in private else v for k, v in values.items()}
-            for section, values in state["config"].items()
-        }
-        card += RECIPE.format(toml=to_toml(recipe), **state)
+        recipe = to_toml(published(state["config"], tokenizer))
+        card += (
+            f"\n## Recipe\n\nAfter step {state['step']:,}, {state['tokens']:,} tokens.\n\n"
+            f"```toml\n{recipe}```\n\nData fingerprint `{state['data']}`,\n"
+            f"tokenizer hash `{state['tokenizer']}`.\n"
+        )
     return card
 
 
+def validations(rows: Sequence[dict[str, Any]], step: int) -> str:
+    """A table of some 12 validations up to `step`, the last one among them."""
+    curve = [row for row in rows if "val_loss" in row and row["step"] <= step]
+    every = max(1, -(-len(curve) // 12))
+    forms = {"step": "", "tokens": ",", "val_loss": ".4f", "val_bpb": ".4f"}
+    lines = [
+        ["" if row.get(key) is None else format(row[key], form) for key, form in forms.items()]
+        for row in reversed(curve[::-every])
+    ]
+    return table("Validation", ("step", "tokens", "loss (nats)", "bits per byte"), lines)
+
+
+def evaluations(results: Sequence[dict[str, Any]], step: int) -> str:
+    """A table of the evaluations at `step`: for each set and window, the one on most of the set."""
+    fullest: dict[tuple, list[str]] = {}
+
+    def count(result: dict[str, Any]) -> int:
+        return result.get("questions") or result.get("tokens") or 0
+
+    for r in sorted(results, key=count):
+        window, stride = (str(r.get(key, "-")) for key in ("window", "stride"))
+        measure, unit = ("loss", "tokens") if "loss" in r else ("accuracy", "questions")
+        error = f" ± {r['accuracy_stderr']:.4f}" if "accuracy_stderr" in r else ""
+        if r.get("step") == step:
+            cells = [f"{measure} {r[measure]:.4f}{error}", f"{count(r):,} {unit}", window, stride]
+            fullest[r.get("path"), window, stride] = [Path(r["set"]).name, *cells]
+    return table("Evaluations", ("set", "result", "n", "window", "stride"), [*fullest.values()])
+
+
+def published(config: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """A run's configuration with its own tokenizer's name, which prepared data decide, and without
+    the folders that files lay in on the machine."""
+    data, train = config["data"], config["train"]
+    mine = {"path": Path(data["path"]).name, "tokenizer": tokenizer.name}
+    mine["mix"] = re.sub(r"[^,=]*/", "", data.get("mix", ""))
+    source = {"init_from": Path(train.get("init_from", "")).name}
+    return {**config, "data": {**data, **mine}, "train": {**train, **source}}
+
+
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table under a heading."""
+    """A Markdown table under a heading; nothing if it has no rows."""
+    if not rows:
+        return ""
     lines = [header, ["---"] * len(header), *rows]
     return f"\n## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -37,8 +37,8 @@ class Question:
 
 def read(file: Path) -> list[Question]:
     """Read questions from a JSONL file: HellaSwag, ARC or PIQA as published (with PIQA's answers in
-    NAME-labels.lst beside NAME.jsonl), or {"context", "choices", "answer"}. Raises DataError naming
-    the line."""
+    NAME-labels.lst beside NAME.jsonl), or objects with "context" or "question", "choices" and
+    "answer", the right one's index. Raises DataError naming the line."""
     labels = file.with_name(f"{file.stem}-labels.lst")
     answers = read_file(labels).decode().split() if labels.exists() else None
     try:
@@ -56,9 +56,10 @@ def read(file: Path) -> list[Question]:
                 row["label"] = answers[len(questions)]
             questions.append(parse(row))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
+            what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
-                f"{file}: line {number}: {type(error).__name__}: {error}; expected HellaSwag, ARC, "
-                'PIQA (with its -labels.lst) or {"context", "choices", "answer"}'
+                f"{file}: line {number}: {what}; expected HellaSwag, ARC, PIQA (with its "
+                '-labels.lst) or {"question" or "context", "choices": [...], "answer": index}'
             ) from None
     return questions
 
@@ -81,7 +82,8 @@ def parse(row: dict[str, Any]) -> Question:
         names = [c["label"] for c in choices]
         texts = [c["text"] for c in choices]
         return Question(f"Question: {stem}\nAnswer:", texts, names.index(row["answerKey"]))
-    return Question(row["context"], list(row["choices"]), int(row["answer"]))
+    asked = row["context"] if "context" in row else f"Question: {row['question']}\nAnswer:"
+    return Question(asked, list(row["choices"]), int(row["answer"]))
 
 
 def without_markup(text: str) -> str:

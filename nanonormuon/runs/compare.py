@@ -1,18 +1,22 @@
 """Compare run directories: a table for the terminal, curves, where a loss was reached."""
 
+import logging
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import RunError
-from nanonormuon.runs.pictures import picture
+from nanonormuon.errors import CheckpointError, RunError
+from nanonormuon.runs.pictures import picture, short
+from nanonormuon.storage.checkpoints import all_steps, read_json
 from nanonormuon.storage.files import read_file
 from nanonormuon.storage.run import aligned, read_metrics
 
+log = logging.getLogger(__name__)
 BARS = "▁▂▃▄▅▆▇█"
 KNOWN = {"step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "lr", "tokens_per_second"}
 
@@ -48,10 +52,34 @@ def read(path: Path) -> RunRecord:
 
 
 def read_all(paths: Sequence[Path]) -> list[RunRecord]:
-    """Read several runs. Runs with equal names are named by their paths as given."""
+    """Read several runs. Runs with equal names are named by their paths as given. Logs a warning if
+    their validation losses are not of the same tokens in the same windows."""
     runs = [read(path) for path in paths]
     count = Counter(run.name for run in runs)
-    return [replace(r, name=str(r.path)) if count[r.name] > 1 else r for r in runs]
+    runs = [replace(r, name=str(r.path)) if count[r.name] > 1 else r for r in runs]
+    if len({*(sets := validation_sets(runs))}) > 1:
+        each = "; ".join(f"{run.name}: {name}" for run, name in zip(runs, sets))
+        log.warning(f"warning: val_loss does not compare, it is on different tokens: {each}")
+    return runs
+
+
+def validation_sets(runs: Sequence[RunRecord]) -> list[str]:
+    """What each run validates on. Data are told apart by their fingerprint, which a checkpoint has;
+    by their path if one of the runs has none, or mixes other directories into its fingerprint."""
+    tables, prints = [run.config.get("data", {}) for run in runs], []
+    for run, table in zip(runs, tables):
+        saved = [] if table.get("mix") else all_steps(run.path / "checkpoints")[-1:]
+        with suppress(CheckpointError, OSError):
+            prints += [str(read_json(path / "state.json").get("data"))[:12] for path in saved]
+    sets = []
+    for i, table in enumerate(tables):
+        known = len(prints) == len(runs)
+        name = f"data {prints[i]}" if known else str(table.get("path"))
+        tokens = f"first {n:,} tokens" if (n := table.get("val_tokens")) else ""
+        share = f"{share:g} of its training text" if (share := table.get("tuning")) else ""
+        windows = f"windows of {table.get('seq_len')}"
+        sets.append(", ".join(filter(None, (name, share, tokens, windows))))
+    return sets
 
 
 def row_of(run: RunRecord, target: float | None) -> dict[str, Any]:
@@ -123,5 +151,6 @@ def plot(runs: Sequence[RunRecord], file: Path, target: float | None = None) -> 
                 x, y = run.curve(key, over)
                 axis.plot(x, y, label=run.name, marker="." if len(x) < 40 else None)
             if target is not None and key == "val_loss":
-                axis.axhline(target, color="grey", linestyle="--", linewidth=1)
+                axis.axhline(target, color="grey", linewidth=1, label=f"target {target:g}")
             axis.set(xlabel=over, ylabel=key)
+            axis.xaxis.set_major_formatter(short)

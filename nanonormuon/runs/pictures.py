@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,22 @@ def picture(file: Path, rows: int, columns: int, width: float, height: float) ->
 
     size = columns * width, rows * height
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    colours = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
+    styles = [*islice(cycle(("-", "--", "-.", ":")), len(colours))]
+    for axis in axes.flat:  # a curve shows between the dashes of another that lies on it
+        axis.set_prop_cycle(color=colours, linestyle=styles)
     yield axes
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.set_visible(axis.has_data())
-    axes[0, 0].legend()
+    axes[0, 0].legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+
+
+def short(x: float, _position: int | None = None) -> str:
+    """The label of a tick: 1.5M for 1,500,000, so that neighbours do not overlap."""
+    sizes = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, ""))
+    size, letter = next((pair for pair in sizes if abs(x) >= pair[0]), sizes[-1])
+    return f"{x / size:g}{letter}"

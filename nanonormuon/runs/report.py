@@ -1,21 +1,25 @@
 """A run as one self-contained HTML page: curves to hover over, samples, configuration."""
 
+import hashlib
 import html
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from nanonormuon.errors import UsageError
 from nanonormuon.pretrained.judge import RESULTS, kept
 from nanonormuon.runs.compare import RunRecord, read, row_of, spell
+from nanonormuon.runs.pictures import short
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import read_file, replace_file
 from nanonormuon.storage.run import read_samples
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 260, 64, 30, 10
-COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700")
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 760, 274, 72, 34, 44, 10
+# by curve: its colour and its dashes, between which another that lies under it shows
+STYLES = (("#1f6feb", ""), ("#d1242f", "7 3"), ("#1a7f37", "2 3"), ("#9a6700", "9 3 2 3"))
 WHICH = ("min", "mean", "max")
 CHARTS = (
     ("Loss", ("loss", "val_loss")),
@@ -27,61 +31,17 @@ CHARTS = (
     ("Tokens per second", ("tokens_per_second",)),
 )
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 800px; margin: 2em auto; padding: 0 1em;
-  color: #1f2328; background: #fff; }}
-h1 {{ font-size: 1.5em; }} h2 {{ font-size: 1.15em; margin: 2em 0 .3em; }}
-table {{ border-collapse: collapse; }}
-td, th {{ text-align: left; padding: .15em 1.2em .15em 0; vertical-align: top; }}
-th {{ font-weight: 600; color: #59636e; }}
-svg {{ width: 100%; height: auto; }} svg text {{ font-size: 11px; fill: #59636e; }}
-.grid {{ stroke: #d1d9e0; }} .cursor {{ stroke: #59636e; visibility: hidden; }}
-.curve {{ fill: none; stroke-width: 1.6; }}
-.legend span {{ margin-right: 1.2em; }}
-.readout {{ min-height: 1.5em; font-variant-numeric: tabular-nums; color: #59636e; }}
-pre {{ background: #f6f8fa; padding: .8em; overflow-x: auto; white-space: pre-wrap;
-  overflow-wrap: anywhere; font-size: 13px; }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-<script type="application/json" id="rows">{rows}</script>
-<script>
-const rows = JSON.parse(document.getElementById("rows").textContent);
-const text = (v) => Math.abs(v) >= 1000 ? Math.round(v).toLocaleString("en") : +v.toPrecision(5);
-for (const svg of document.querySelectorAll("svg[data-keys]")) {{
-  const keys = svg.dataset.keys.split(" ");
-  const [low, high, left, right] = svg.dataset.range.split(" ").map(Number);
-  const own = rows.filter((r) => keys.some((k) => r[k] != null));
-  const cursor = svg.querySelector(".cursor"), readout = svg.nextElementSibling;
-  svg.addEventListener("pointermove", (event) => {{
-    const box = svg.getBoundingClientRect();
-    const at = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
-    const step = low + (at - left) / (right - left) * (high - low);
-    const near = (a, b) => Math.abs(b.step - step) < Math.abs(a.step - step) ? b : a;
-    const row = own.reduce(near);
-    const x = left + (row.step - low) / (high - low || 1) * (right - left);
-    cursor.setAttribute("x1", x); cursor.setAttribute("x2", x);
-    cursor.style.visibility = "visible";
-    readout.textContent = ["step", "tokens", "seconds", ...keys].filter((k) => row[k] != null)
-      .map((k) => k + " " + text(row[k])).join("   ");
-  }});
-  svg.addEventListener("pointerleave", () => {{
-    cursor.style.visibility = "hidden"; readout.textContent = "";
-  }});
-}}
-</script></body></html>
-"""
-
 
 def write(run: Path, out: Path) -> None:
-    """Write the page of a run directory. Raises RunError, CheckpointError, UsageError, OSError."""
+    """Write the page of a run directory, or replace the one of the same directory. Raises RunError,
+    CheckpointError, UsageError, OSError."""
     record = read(run)
     if out.is_dir():
         raise UsageError(f"--out {out}: a directory, expected a page's name, as {out}/run.html")
+    origin = hashlib.sha256(str(run.resolve()).encode()).hexdigest()
+    mark = f'content="{origin}"'.encode()
+    if out.exists() and not (out.is_file() and mark in out.read_bytes()[:1000]):
+        raise UsageError(f"--out {out}: exists and is not a page of {run}: choose another name")
     body = [key_values({k: spell(k, v) for k, v in row_of(record, None).items()})]
     for title, keys in CHARTS:
         body += chart(record, title, keys)
@@ -95,7 +55,8 @@ def write(run: Path, out: Path) -> None:
     rows = json.dumps(record.rows).replace("<", "\\u003c")
     title = html.escape(f"{record.name}: nanonormuon")
     out.parent.mkdir(parents=True, exist_ok=True)
-    page = PAGE.format(title=title, body="\n".join(body), rows=rows)
+    page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    page = page.substitute(origin=origin, title=title, body="\n".join(body), rows=rows)
     replace_file(out, page.encode(errors="xmlcharrefreplace"))
 
 
@@ -125,7 +86,7 @@ def chart(run: RunRecord, title: str, keys: Sequence[str]) -> list[str]:
     if top - bottom < 1e-12 * max(1.0, abs(top)):
         bottom, top = bottom - 0.5 * (abs(bottom) or 1), top + 0.5 * (abs(top) or 1)
     first, last = run.rows[0]["step"], run.rows[-1]["step"]  # equal in all charts
-    right, floor = WIDTH - 10, HEIGHT - BOTTOM
+    right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def x_at(x: float) -> float:
         return LEFT + (x - first) / ((last - first) or 1) * (right - LEFT)
@@ -136,15 +97,16 @@ def chart(run: RunRecord, title: str, keys: Sequence[str]) -> list[str]:
     def label(x: float, y: float, text: str, anchor: str = "end") -> str:
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
 
-    parts = [label(LEFT - 6, HEIGHT - 10, "step")]
-    parts += [label(x_at(x), HEIGHT - 10, f"{x:,.6g}", "middle") for x in ticks(first, last)]
+    parts = [label((LEFT + right) / 2, HEIGHT - 6, "step", "middle")]
+    parts += [label(x_at(x), floor + 18, short(x), "middle") for x in ticks(first, last)]
     for y in ticks(bottom, top):
         grid = f'class="grid" x1="{LEFT}" x2="{right}" y1="{y_at(y):.1f}" y2="{y_at(y):.1f}"'
-        parts += [f"<line {grid}/>", label(LEFT - 6, y_at(y) + 4, f"{y:,.6g}")]
-    for (x, y), colour in zip(curves.values(), COLOURS):
+        parts += [f"<line {grid}/>", label(LEFT - 6, y_at(y) + 4, short(y))]
+    for (x, y), (colour, dashes) in zip(curves.values(), STYLES):
         points = " ".join(f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(x, y))
-        parts.append(f'<polyline class="curve" stroke="{colour}" points="{points}"/>')
-    names = [f'<span style="color:{c}">{key}</span>' for key, c in zip(curves, COLOURS)]
+        style = f'stroke="{colour}" stroke-dasharray="{dashes}"'
+        parts.append(f'<polyline class="curve" {style} points="{points}"/>')
+    names = [f'<span style="color:{c}">{key}</span>' for key, (c, _) in zip(curves, STYLES)]
     return [
         f"<h2>{title}</h2>",
         f'<div class="legend">{" ".join(names)}</div>' if len(names) > 1 else "",

@@ -3,7 +3,7 @@ from a checkpoint (figure 1 of arXiv 2510.05491).
 
 Muon makes the singular values equal, but not the neurons' norms; NorMuon makes both equal. The
 updates are those of a step along the momentum, since a checkpoint has no gradient for Nesterov's
-look-ahead.
+look-ahead. A model directory has weights alone.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,8 @@ class Profile:
 
     @classmethod
     def of(cls, X: Tensor) -> "Profile":
-        s, r = torch.linalg.svdvals(X.float()), torch.linalg.vector_norm(X.float(), dim=1)
+        X = X.detach().float()
+        s, r = torch.linalg.svdvals(X), torch.linalg.vector_norm(X, dim=1)
         return cls(*(t / t.square().mean().sqrt().clamp_min(1e-30) for t in (s, r)))
 
     def numbers(self) -> dict[str, float]:
@@ -48,15 +49,20 @@ class Profile:
 
 def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     """Profile each hidden matrix of a run's newest checkpoint: "momentum" (of AdamW, the first
-    moment), "muon" and, if the run kept second moments, "normuon". Raises CheckpointError."""
+    moment), "muon" and, if the run kept second moments, "normuon"; of a model directory's matrices
+    the "weights". Raises CheckpointError."""
     found = models.find_checkpoint(path)
     state = models.state_of(found)
-    if state is None or not (found / "optimizer.safetensors").is_file():
+    model = models.load_model(found, torch.float32, torch.device("cpu"))
+    (group,) = (g for g in optim.param_groups(model) if g["role"] == "matrix")
+    if state is None:
+        return {
+            name: {"weights": Profile.of(p)} for name, p in zip(group["names"], group["params"])
+        }
+    if not (found / "optimizer.safetensors").is_file():
         raise CheckpointError(f"{found}: no optimizer.safetensors: expected a run's checkpoint")
     buffers = read_tensors(found / "optimizer.safetensors")
-    settings = state["config"]["optim"]
-    model = models.load_model(found, torch.float32, torch.device("cpu"))
-    (matrices,) = (g["names"] for g in optim.param_groups(model) if g["role"] == "matrix")
+    settings, matrices = state["config"]["optim"], group["names"]
     triples = coefficients(settings["ns_coefficients"], settings["ns_steps"])
     profiles = {}
     for name in tqdm(matrices, unit="matrix", leave=False, disable=None):
@@ -111,3 +117,6 @@ def draw(profiles: dict[str, dict[str, Profile]], file: Path, layers: Sequence[i
                     axis.set_title(f"{i}: {short}, {what.replace('_', ' ')}", fontsize=8)
                     axis.set_ylim(bottom=0)
                     axis.tick_params(labelsize=7)
+                    axis.set_ylabel("over their rms", fontsize=7)
+                    if row + 1 == len(shown[i]):
+                        axis.set_xlabel("share of them, from the largest", fontsize=7)

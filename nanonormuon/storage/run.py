@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nanonormuon")
 PACKAGE = Path(__file__).parents[1]
+SOURCES = (".py", ".toml", ".md", ".html")
 
 
 class Console(logging.Handler):
@@ -290,7 +291,11 @@ def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
 
     packages = ("torch", "numpy", "safetensors", "tiktoken")
     cuda = device.type == "cuda"  # platform.processor() and .platform() would start a process
-    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    name, processor = torch.cuda.get_device_name(device) if cuda else "", platform.machine()
+    # only Linux has this file, and on some ARM processors it has no such line
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": git_commit(PACKAGE.parent),
@@ -299,7 +304,8 @@ def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: import_module(package).__version__ for package in packages},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "device": f"{device} {name}".strip(),
+        "device": f"{device} {name or processor}",
+        "processor": processor,
         "cpu_threads": torch.get_num_threads(),
         "ranks": ranks,
     }
@@ -316,9 +322,9 @@ def git_commit(checkout: Path) -> str | None:
 
 
 def source_files() -> dict[str, Path]:
-    """The package's Python files and recipes, by path relative to the package."""
-    files = [*PACKAGE.rglob("*.py"), *PACKAGE.glob("recipes/*.toml")]
-    return {file.relative_to(PACKAGE).as_posix(): file for file in sorted(files)}
+    """The package's Python files, recipes and templates, by path relative to the package."""
+    files = [file for file in sorted(PACKAGE.rglob("*.*")) if file.suffix in SOURCES]
+    return {file.relative_to(PACKAGE).as_posix(): file for file in files}
 
 
 def source_hash() -> str:

@@ -70,7 +70,7 @@ def called(arguments, capsys):
             "optim.momentum = 'much': expected a number",
         ),
         (["evaluate", "OUT"], 4, "neither a run directory"),
-        (["export", "OUT"], 2, "--to"),
+        (["export", "OUT"], 2, "--out"),
         (["export", "OUT", "--to", "new"], 4, "neither a run directory"),
         (["export", "OUT", "--to", "new", "--dtype", "fp16"], 2, "expected fp32 or bf16"),
         (["run", "train.track=tensorbord"], 2, 'did you mean "tensorboard"'),
@@ -278,6 +278,9 @@ def test_help_names_every_command_and_gives_examples(capsys):
 
 def test_recipes_and_show(capsys, monkeypatch):
     monkeypatch.setattr(dry_run, "TRIAL_SECONDS", 0.01)
+    assert cli.main(["recipes", "dem"]) == 2 and '"demo"' in capsys.readouterr().err
+    assert cli.main(["recipes", "demo"]) == 0
+    assert capsys.readouterr().out == config.recipes()["demo"].read_text()
     assert cli.main(["recipes"]) == 0
     listed = [re.match(r"(\S+) +(?=\S)", line) for line in capsys.readouterr().out.splitlines()]
     names = [found.group(1) for found in listed]
@@ -285,12 +288,15 @@ def test_recipes_and_show(capsys, monkeypatch):
     assert names.index("gpt2-124m-mini") == names.index("gpt2-124m") + 1  # a twin after its recipe
     assert cli.main(["show", "demo", "optim.lr=0.5", "train.batch_tokens=1024"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"^lr = 0.5 +# command line$", shown, re.M)
+    assert re.search(r"^lr = 0.5 +# command line +for the hidden matrices$", shown, re.M)
     assert re.search(r"^n_layer = \d+ +# demo$", shown, re.M)
+    assert re.search(r"^n_head = \d+ +# demo +query heads$", shown, re.M)  # in model.py
     assert re.search(r"^nesterov = true +# default$", shown, re.M)
+    assert config.tomllib.loads(shown)["optim"]["lr"] == 0.5
     assert cli.main(["run", "demo", "optim.lr=0.5", "train.batch_tokens=1024", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(shown) and "\n# parameters: " in said
+    bare = [re.sub(r"(# (default|demo|command line)) .*", r"\1", x) for x in shown.splitlines()]
+    assert said.splitlines()[: len(bare)] == bare and "\n# parameters: " in said
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import math
 import os
+import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -176,6 +178,10 @@ def test_steps_are_those_taken(smaller, tmp_path, here):
     arguments = [*smaller, "train.steps=8", "train.stop_at=4"]
     found = trials.run(arguments, 2, 9.0, tmp_path / "t", Runner())
     assert found["steps"] == 4 and found["n"] == 2
+    environment = json.loads((tmp_path / "t/trial-000/environment.json").read_text())
+    known = re.search(r"(?m)^model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    assert environment["processor"] == (known[1].strip() if known else platform.machine())
+    assert found["device"] == f"cpu {environment['processor']}" == environment["device"]
     assert found["mean"] == statistics.fmean(found["losses"])
     field = race.entries(arguments, "normuon", ["0.02"])
     found = race.Race(arguments, field, 1, tmp_path / "r").run(Runner())
@@ -186,9 +192,9 @@ class Pretended:
     """A runner whose runs end with the loss that a function of their settings gives."""
 
     def __init__(self, loss):
-        self.loss, self.jobs = loss, []
+        self.loss, self.jobs, self.parallel = loss, [], 1
 
-    def run(self, jobs):
+    def run(self, jobs, later=0):
         self.jobs += jobs
         found = []
         for job in jobs:
@@ -221,6 +227,79 @@ def test_a_grid_grows_until_its_best_rate_lies_inside(tmp_path):
     endless = race.Race(["demo"], field[:1], 0, tmp_path / "b")
     endless.run(Pretended(lambda s: -float(s["optim.lr"])))
     assert len(field[0].tuning) == 3 + race.LONGER
+    fixed = race.Race(["demo"], field[:1], 0, tmp_path / "d", grow=False)
+    fixed.run(Pretended(lambda s: -float(s["optim.lr"])))
+    assert len(field[0].tuning) == 3
+
+
+def test_the_plan_says_what_a_race_costs(tmp_path, caplog):
+    """Every run is counted, those after a grid has grown too; the baseline is named."""
+    caplog.set_level("INFO", "nanonormuon")
+    field = race.entries(["demo"], "normuon,muon", ["muon=0.1,0.2"], sweep=["optim.ns_steps=4,5"])
+    races = race.Race(["demo", "train.steps=10"], field, 3, tmp_path, 2)
+    begun = Pretended(lambda s: 1.0)
+    races.run(begun)
+    plan = [record.getMessage() for record in caplog.records]
+    assert plan[0].startswith(f"plan: {(3 + 2) * 2 * 2 + 3 * 2} runs of 10 steps of 4,096 tokens")
+    assert "normuon 6, muon 4; seeds per setting: 2" in plan[1] and "--no-grow" in plan[2]
+    assert "best of all but the first" in plan[3]
+    named = race.Race(["demo", "train.steps=10"], field, 3, tmp_path, 2, "normuon", grow=False)
+    found = named.run(Pretended(lambda s: 1.0))
+    assert [row["baseline"] for row in found["optimizers"]] == ["normuon", "normuon"]
+    with pytest.raises(ConfigError, match=r'--baseline "normoun".*did you mean "normuon"'):
+        race.Race(["demo"], field, 3, tmp_path, 2, "normoun")
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "sweep", "message"),
+    [
+        ("normuon,torch.optim:Adammm", "optim.beta2=0.9", "Adammm"),
+        ("normuon,torch.optim:Adagrad+options=epsilon=1", "optim.cautious=true", "no epsilon"),
+        ("normuon,muon", "optim.beta2_on=*.mlpp.*", "matches no matrix"),
+        ("normuon,muon", "optim.ns_coefficients=muon,2", "three numbers"),
+    ],
+)
+def test_every_candidate_is_made_before_the_first_run(optimizers, sweep, message):
+    with pytest.raises(ConfigError, match=message):
+        race.entries(["demo"], optimizers, sweep=[sweep])
+
+
+def test_who_leads_is_shown_and_a_continued_race_counts_what_it_has(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "nanonormuon")
+    losses = {"a+seed=0": 3.0, "b+seed=0": 2.0, "a+seed=1": 0.5, "b+seed=1": 2.0}
+
+    def carry_out(self, job):
+        job.path.mkdir(parents=True)
+        (job.path / "metrics.jsonl").write_text('{"step": 1, "val_loss": 1}')
+        (job.path / "config.toml").write_text("")
+        summary = {"val_loss": losses[job.path.name]}
+        (job.path / "summary.json").write_text(json.dumps(summary))
+        return summary
+
+    monkeypatch.setattr(Runner, "carry_out", carry_out)
+    jobs = [Job(tmp_path / "seeds" / name, ("demo",)) for name in losses]
+    Runner(1).run(jobs[:1])
+    runner = Runner(1)
+    runner.run(jobs[:2], later=2)
+    runner.run(jobs[2:])
+    first, *others = [r.getMessage() for r in caplog.records]
+    assert first == "1/1 a+seed=0: val_loss 3.0000; mean 3.0000 (n = 1)"
+    assert [line.partition(":")[0] for line in others] == [
+        "2/4 b+seed=0", "3/4 a+seed=1", "4/4 b+seed=1",
+    ]  # fmt: skip
+    assert "b leads with 2.0000 (n = 1); about 00:00 to go" in others[0]
+    assert "a leads with 1.7500 (n = 2)" in others[1] and "to go" not in others[2]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "2"), ("5", "5")])
+def test_threads_that_the_user_gives_are_kept(given, expected, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    places = list(Runner(4).places.queue)
+    assert places == [{"OMP_NUM_THREADS": expected}] * 4
 
 
 def test_the_judgement_by_hand():

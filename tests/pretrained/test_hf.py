@@ -3,6 +3,7 @@ and generates the same tokens, alone in a process too; its Qwen3 and Llama direc
 what does not fit is named."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanonormuon import sample
+from nanonormuon import model, param_groups, sample
 from nanonormuon.checkpoint import named_for_hf
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
 from nanonormuon.errors import CheckpointError
-from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.model import GPT, MLP, GPTConfig
 from nanonormuon.pretrained import export, models
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.tensors import serialise
@@ -92,13 +93,22 @@ def test_what_hugging_face_cannot_load_is_named():
         hf.gpt_config({"nanonormuon": {"n_layers": 3}})
 
 
+def test_gpt2s_layers_are_known_by_their_class():
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 40, "bos_token_id": 0}
+    config = transformers.GPT2Config(**sizes, eos_token_id=0)
+    groups = {g["role"]: g for g in param_groups(transformers.GPT2LMHeadModel(config))}
+    assert groups.keys() == {"columns", "embedding", "vector"}
+    found = {name.split(".", 3)[3] for name in groups["columns"]["names"]}
+    assert found == {
+        f"{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+
+
 # ------------------------------------------------------------------------------------------ export
 
 
 def with_noise(run, out, **settings):
     """A checkpoint like `run`'s, of another shape, in which no parameter is zero."""
-    import shutil
-
     from nanonormuon.storage.checkpoints import all_steps, read_json, write
 
     source = all_steps(run / "checkpoints")[-1]
@@ -167,7 +177,7 @@ print(model.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1]:].
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "story"
-    assert cli.main(["export", str(trained), "--to", str(out)]) == 0
+    assert cli.main(["export", str(trained), "--out", str(out)]) == 0
     return out
 
 
@@ -192,10 +202,32 @@ def test_the_model_card_says_what_it_is(exported, trained, bpe_data):
     assert "Qwen3ForCausalLM" in card and "steps = 60" in card and "| 60 | 30,720 |" in card
     assert json.loads((trained / "checkpoints/step-000060/state.json").read_text())["data"] in card
     assert str(bpe_data.parent) not in card  # where the data lay is nobody's business
+    assert card.count("bpe:300") == 2 and "bpe:2048" not in card  # the data's, not the recipe's
     assert sorted(p.name for p in exported.iterdir()) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+
+
+def test_the_card_has_the_fullest_evaluations_of_its_own_step(trained, tmp_path):
+    run, (first, last) = tmp_path / "run", ("step-000040", "step-000060")
+    shutil.copytree(trained, run)
+    whole = {"set": "/home/me/book.txt", "path": "/home/me/book.txt", "loss": 1.5, "tokens": 900,
+             "window": 32, "stride": 8, "step": 60}  # fmt: skip
+    asked = {"set": "q.jsonl", "path": "/home/me/q.jsonl", "accuracy": 0.5, "window": 32,
+             "accuracy_stderr": 0.05, "questions": 100, "step": 60}  # fmt: skip
+    one = asked | {"accuracy": 1.0, "questions": 1, "accuracy_stderr": 0.0}
+    found = [whole, asked, whole | {"loss": 1.1, "tokens": 9}, one, whole | {"step": 40, "loss": 2}]
+    (run / "evaluations.json").write_text(json.dumps({"results": found}))
+    cards = {}
+    for step in (first, last):
+        export.export(run / "checkpoints" / step, tmp_path / step)
+        cards[step] = (tmp_path / step / "README.md").read_text().partition("## Recipe")[0]
+    rows = [line for line in cards[last].splitlines() if "32 |" in line]
+    assert rows == ["| q.jsonl | accuracy 0.5000 ± 0.0500 | 100 questions | 32 | - |",
+                    "| book.txt | loss 1.5000 | 900 tokens | 32 | 8 |"]  # fmt: skip
+    assert "| 40 | 20,480 |" in cards[first] and "| 60 |" not in cards[first]
+    assert "loss 2.0000" in cards[first] and "q.jsonl" not in cards[first]
 
 
 # llama.cpp's names for a Qwen3 model's tensors (gguf-py/gguf/constants.py, MODEL_TENSORS of
@@ -253,6 +285,16 @@ def test_what_export_refuses(trained, exported, tmp_path, monkeypatch, capsys):
     forward = GPT.logits
     monkeypatch.setattr(GPT, "logits", lambda self, h: forward(self, h) + 0.01)
     refused("transformers computes other logits")
+    refused("model.py's GPT.logits computes something else")
+    monkeypatch.setattr(model, "rotate", lambda x, cos, sin: x)
+    refused("first in layers.0.self_attn: model.py's Attention is not what Qwen3Attention")
+    gelu = torch.nn.functional.gelu
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(
+        MLP, "forward", lambda self, x: self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
+    )
+    refused("first in layers.0.mlp: model.py's MLP is not what Qwen3MLP computes")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused("pip install transformers")

@@ -109,7 +109,7 @@ def test_what_evaluation_refuses(trained, shards, tmp_path, capsys):
         (["--text", tmp_path / "no.txt"], 3, "no.txt"),
         (["--text", tmp_path / "empty.txt"], 3, "empty"),
         (["--window", 8, "--stride", 9], 2, "--stride 9: expected 1 to --window 8"),
-        (["--choices", tmp_path / "bad.jsonl"], 3, "bad.jsonl: line 2: KeyError: 'context'"),
+        (["--choices", tmp_path / "bad.jsonl"], 3, "bad.jsonl: line 2: no field 'question'"),
         (["--choices", tmp_path / "cut.jsonl"], 3, "cut.jsonl: line 2: 'utf-8' codec"),
         (["--choices", tmp_path / "none.jsonl"], 3, "no questions"),
         (["--choices", tmp_path / "far.jsonl"], 3, "answer 2 of 2 choices"),
@@ -189,6 +189,9 @@ def test_published_layouts(tmp_path):
                   {**flat, "answerKey": "2"})  # fmt: skip
     expected = choices.Question("Question: Which is hot?\nAnswer:", ["ice", "fire"], 1)
     assert a == b == expected
+    own = {"choices": ["ice", "fire"], "answer": 1}
+    c, d = parsed("own.jsonl", {"question": "Which is hot?", **own}, {"context": "x", **own})
+    assert c == expected and d.context == "x"
     (tmp_path / "valid-labels.lst").write_text("1\n0\n")
     piqa = [{"goal": f"open a jar {i}", "sol1": "hit it", "sol2": "turn it"} for i in (0, 1)]
     found = parsed("valid.jsonl", *piqa)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
 from nanonormuon.errors import RunError
+from nanonormuon.lab import results
 from nanonormuon.runs import compare, report, spectra
 from nanonormuon.runtime import health
 from nanonormuon.storage.checkpoints import all_steps, read_json, write
@@ -55,6 +57,31 @@ def test_the_table_and_the_target(trained, tmp_path, capsys):
     assert json.loads(out)[0]["target_step"] is None
 
 
+@pytest.mark.parametrize(
+    ("setting", "checkpoints", "words"),
+    [
+        ("", True, ""),  # equal fingerprints under two paths are one set
+        ("", False, "other: /elsewhere"),
+        ("val_tokens = 9", True, "first 9 tokens"),
+        ("tuning = 0.5", True, "0.5 of its training text"),
+        ("seq_len = 16", True, "windows of 32; other"),
+        ('mix = "a=0.1"', False, "/elsewhere"),
+    ],
+)
+def test_losses_on_different_tokens_are_called_so(
+    setting, checkpoints, words, trained, tmp_path, capsys
+):
+    other = tmp_path / "other"
+    out = None if checkpoints else shutil.ignore_patterns("checkpoints")
+    shutil.copytree(trained, other, ignore=out)
+    config = re.sub(r'(?m)^path = ".*"', 'path = "/elsewhere"', (other / "config.toml").read_text())
+    if setting:
+        config = re.sub(rf"(?m)^{setting.split()[0]} = .*", setting, config)
+    (other / "config.toml").write_text(config)
+    code, out, err = called(["compare", trained, other], capsys)
+    assert code == 0 and len(out.splitlines()) == 3 and (words in err if words else not err)
+
+
 def test_sparklines():
     assert compare.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert compare.sparkline([5.0, 5.0]) == "▁▁" and compare.sparkline([]) == ""
@@ -87,6 +114,37 @@ def test_plots(trained, tmp_path, capsys, monkeypatch):
         assert drawn[key, "step"] == [[[r["step"], r[key]] for r in rows]]
     assert called(["compare", trained, "--plot", tmp_path / "a.svg"], capsys)[0] == 0
     assert "<svg" in (tmp_path / "a.svg").read_text()[:2000]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("span", "ratio"), [(1, 4), (700, 90), (1 << 28, 1e4)])
+def test_labels_do_not_overlap_and_every_line_has_a_name(span, ratio, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    seen = []
+    close = pyplot.close
+
+    def look(figure):
+        for axis in filter(lambda axis: axis.get_visible(), figure.axes):
+            labels = [text for text in axis.get_xticklabels() if text.get_text()]
+            boxes = sorted((text.get_window_extent() for text in labels), key=lambda b: b.x0)
+            shown = [b for b in boxes if axis.bbox.x0 - 5 <= (b.x0 + b.x1) / 2 <= axis.bbox.x1 + 5]
+            assert len(shown) > 1 and all(a.x1 < b.x0 for a, b in pairwise(shown))
+            assert len({line.get_linestyle() for line in axis.lines}) >= 2
+        seen.extend(text.get_text() for text in figure.axes[0].get_legend().get_texts())
+        close(figure)
+
+    monkeypatch.setattr(pyplot, "close", look)
+    rows = [{"step": i * span, "val_loss": 1 / i, "tokens": i * 3 * span, "seconds": i / span}
+            for i in range(1, 9)]  # fmt: skip
+    equal = [compare.RunRecord(tmp_path, name, {}, rows) for name in "ab"]
+    compare.plot(equal, tmp_path / "a.png", 0.5)
+    assert seen == ["a", "b", "target 0.5"]
+    rates = [1e-5 * ratio ** (i / 4) for i in range(5)]
+    tuning = [{"lr": rate, "val_loss": [1.0]} for rate in rates]
+    optimizers = [{"optimizer": name, "tuning": tuning, "curves": [[[span, 1.0]]]} for name in "ab"]
+    results.draw({"steps": span, "optimizers": optimizers}, tmp_path / "b.png")
 
 
 def test_what_cannot_be_compared(trained, tmp_path, capsys, monkeypatch):
@@ -272,6 +330,37 @@ def test_the_page_holds_everything_and_refers_to_nothing(page):
     assert any("torch" in t for t in elements.text["th"])  # environment.json
 
 
+def test_a_page_replaces_its_own_run_s_page_only(page, trained, tmp_path, capsys):
+    run, _ = page
+    out = tmp_path / "report.html"
+    for source, code in ((run, 0), (run, 0), (trained, 2)):
+        assert cli.main(["report", str(source), "--out", str(out)]) == code
+    assert f"{out}: exists and is not a page of {trained}" in capsys.readouterr().err
+    assert "<h1>run: nanonormuon</h1>" in out.read_text()
+    out.write_text("my own")
+    assert cli.main(["report", str(run), "-o", str(out)]) == 2 and out.read_text() == "my own"
+
+
+@pytest.mark.parametrize("scale", [1, 20_000])
+def test_no_label_of_a_chart_lies_on_another_or_outside(scale, tmp_path):
+    rows = [{"step": i * scale, "loss": i / scale, "val_loss": i / scale} for i in range(1, 61)]
+    run = compare.RunRecord(tmp_path, "a", {}, rows)
+    text = "".join(report.chart(run, "Loss", ("loss", "val_loss")))
+    boxes = []
+    for x, y, anchor, label in re.findall(
+        r'<text x="(.*?)" y="(.*?)" text-anchor="(.*?)">(.*?)<', text
+    ):
+        width = 6.5 * len(label)  # 11 pixels high
+        left = float(x) - width / (2 if anchor == "middle" else 1)
+        boxes.append((left, float(y) - 9, left + width, float(y) + 2))
+        assert left >= 0 and left + width <= report.WIDTH and float(y) + 2 <= report.HEIGHT
+    for i, a in enumerate(boxes):
+        assert not [
+            b for b in boxes[:i] if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+        ]
+    assert len(boxes) > 5 and len({*re.findall(r'stroke-dasharray="(.*?)"', text)}) == 2
+
+
 def test_ticks_are_round_and_inside():
     assert report.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert report.ticks(2.3, 2.9) == pytest.approx([2.4, 2.6, 2.8])
@@ -365,5 +454,12 @@ def test_the_picture_and_a_run_without_second_moments(trained, tmp_path, capsys)
     (tmp_path / "plain").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(found / name, tmp_path / "plain")
+    code, out, err = called(["diagnose", tmp_path / "plain"], capsys)  # no momentum, but weights
+    assert code == 0 and "row spread weights" in out and "momentum" not in out, err
+    profile = spectra.diagnose(tmp_path / "plain")["layers.0.mlp.up_proj.weight"]["weights"]
+    W = read_tensors(found / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    norms = W.norm(dim=1)
+    assert torch.allclose(profile.row_norms, norms / norms.square().mean().sqrt())
+    shutil.copy(found / "state.json", tmp_path / "plain")
     code, _, err = called(["diagnose", tmp_path / "plain"], capsys)
     assert code == 4 and "expected a run's checkpoint" in err
