@@ -22,7 +22,6 @@ from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage.files import replace_file
 from nanonormuon.storage.shards import Split
-from nanonormuon.text.corpus import count_bytes
 from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ def on_split(
     split.vocab_size = min(ids, split.vocab_size or ids)  # each batch is checked for larger ids
     text_bytes = None if limit else split.bytes
     if text_bytes is None:
-        text_bytes = count_bytes(split, tokenizer.token_lengths(), limit)
+        text_bytes = split.count_bytes(tokenizer.token_lengths(), limit)
     expected = validation_targets(split, limit)
     batch = max(1, min(64, 8192 // window, expected // stride))
     with tqdm(total=expected, unit="token", unit_scale=True, leave=False, disable=None) as bar:

@@ -80,7 +80,7 @@ def open_regular(path: str | Path) -> BufferedReader:
     def without_waiting(path: str, flags: int) -> int:  # as opening a pipe does, for its writer
         return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
-    file = open(path, "rb", opener=without_waiting)
+    file = open(path, "rb", opener=without_waiting)  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()

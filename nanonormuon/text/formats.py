@@ -26,8 +26,8 @@ DEEPEST = 1000  # lists and objects within each other in a JSON array
 
 def _too_long(where: str, limit: int) -> DataError:
     return DataError(
-        f"{where}: a record of more than {limit / (1 << 20):g} MB; --max-record MB allows more, for"
-        " about 24 times as much memory"
+        f"{where}: a record of more than {limit / (1 << 20):g} MB; prepare --max-record MB allows"
+        " more, for about 24 times as much memory"
     )
 
 
@@ -168,7 +168,7 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
                 if (needed := packed + 2 * size) > PAGE * limit:
                     raise DataError(
                         f"{name}: row group {group}: a page of {size >> 20} MB of text;"
-                        f" --max-record {-(-needed // (PAGE << 20))} allows it"
+                        f" prepare --max-record {-(-needed // (PAGE << 20))} allows it"
                     )
             rows = max(1, min(128, 2 * limit // largest))  # each may hold a whole page's bytes
             for batch in table.iter_batches(rows, [group], [text_field], use_threads=False):
@@ -182,7 +182,7 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
     except DataError:
         raise
     except (pyarrow.ArrowException, *DAMAGE) as error:
-        raise DataError(f"{name}: after row {row}: damaged Parquet: {str(error)[:200]}") from None
+        raise DataError(f"{name}: near row {row}: damaged Parquet: {str(error)[:200]}") from None
 
 
 def _pages(file: Any, group: Any, text_field: str) -> Iterator[tuple[int, int]]:

@@ -32,7 +32,6 @@ from nanonormuon.storage import files, shards
 from nanonormuon.text import bpe as bpe_module
 from nanonormuon.text import builtin, encode, inspection, sources, tokenizer
 from nanonormuon.text import prepare as module
-from nanonormuon.text.corpus import count_bytes
 from nanonormuon.text.prepare import prepare
 from nanonormuon.text.sources import Document, documents
 
@@ -197,7 +196,7 @@ def test_a_tokenizer_whose_tokens_are_no_bytes(corpus: Path, tmp_path: Path) -> 
     files = {p.read_bytes() for p in corpus.rglob("*.txt") if p.stem.isdigit()}
     assert {*texts(tmp_path / "out", "train"), *texts(tmp_path / "out", "val")} == files
     data = shards.open_data(tmp_path / "out")
-    assert count_bytes(data.val, words.token_lengths(), 100) is None
+    assert data.val.count_bytes(words.token_lengths(), 100) is None
     found = inspection.inspect(tmp_path / "out")
     assert all("too few" in p for p in found["problems"]) and found["train"]["bytes_per_token"] > 0
     (corpus / "sub" / "bad.txt").write_bytes(b"x" * 5000 + b"\xff and more")
@@ -239,7 +238,10 @@ def test_walk(
     (corpus / "linked").symlink_to(corpus / "sub")
     names = [d.name for d in documents([corpus], corpus / "out", log_passed=True)]
     assert names == sorted(names) and len(names) == 120 and str(corpus / "sub/001.txt") in names
-    assert "passed over 3 names, no text or linked directories, the first is" in caplog.text
+    says = caplog.text
+    assert "read 120 .txt" in says and f"1 linked directories ({corpus / 'linked'})" in says
+    for kind in ("2 hidden", "2 not text", "1 empty", "1 of no known format, .png", "1 the output"):
+        assert kind in says
 
     def refuse(folder: str, scandir: Any = os.scandir) -> Any:
         if Path(folder) == corpus / "sub":
@@ -289,7 +291,7 @@ def test_damaged_output_is_not_reused(corpus: Path, tmp_path: Path) -> None:
     path.write_bytes(raw)
     prepare([corpus], tmp_path / "out", tokenizer="byte")
     tokenizer.get("bpe:300", ["some text"]).save(tmp_path / "out")
-    with pytest.raises(DataError, match=r"another tokenizer in tokenizer\.json"):
+    with pytest.raises(DataError, match=r"hash .* expected by manifest\.json"):
         prepare([corpus], tmp_path / "out", tokenizer="byte")
 
 
@@ -403,7 +405,6 @@ def mixed(root: Path, megabytes: float) -> Path:
 
 MEASURED = """
 import resource, sys
-from nanonormuon.text.corpus import count_bytes
 from nanonormuon.text.prepare import prepare
 root, out, tokenizer, workers, shard_bytes = sys.argv[1:]
 prepare([root], out, tokenizer, workers=int(workers), shard_bytes=int(shard_bytes))
@@ -531,7 +532,7 @@ def test_only_one_process_prepares_in_a_directory(corpus: Path, tmp_path: Path) 
         prepare([corpus], tmp_path / "out", tokenizer="byte")
 
 
-def test_copies_are_counted_and_named_where_they_cross_the_split(
+def test_copies_are_counted_and_do_not_cross_the_split(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -540,9 +541,9 @@ def test_copies_are_counted_and_named_where_they_cross_the_split(
     assert prepare([tmp_path], tmp_path / "out", "byte", 0.3)["copies"] == 30
     assert "30 of 40 documents are exact copies" in caplog.text
     assert not set(texts(tmp_path / "out", "train")) & set(texts(tmp_path / "out", "val"))
-    assert "train has copies" not in caplog.text
     prepare([tmp_path], tmp_path / "tail", "byte", 1e-9)
-    assert "train has copies" in caplog.text
+    assert set(texts(tmp_path / "tail", "val")) == {b"0"}  # of four copies alike
+    assert texts(tmp_path / "tail", "train").count(b"text 0" * 8 + b"text ") == 4
 
 
 @pytest.mark.parametrize("second", [[b"a" * 99, b"B"], [b"a" * 99], [b"a" * 99, b"b", b"c"]])
