@@ -73,7 +73,7 @@ def prepare(
     `out` holds this very preparation already, it is verified and kept; a directory with other
     visible files is refused. Raises DataError, TokenizerError, OSError.
     """
-    if "" in (out, tokenizer):
+    if "" in (out, tokenizer):  # Path("") is the working directory
         raise DataError("prepare: a name expected for --out and --tokenizer, '' found")
     out, readings = Path(out), count()
     names = ["standard input" if str(t) == "-" else Path(os.path.realpath(t)).name for t in texts]
