@@ -70,8 +70,9 @@ def replace_file(path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
-def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file that somebody names, or that lies in a directory from elsewhere, for reading.
+def open_regular(path: str | Path, buffer: int = -1) -> BufferedReader:
+    """Open a file that somebody names, or that lies in a directory from elsewhere, for reading,
+    with a buffer of so many bytes (-1: the system's choice).
 
     Raises ValueError for anything but a regular file: a pipe would make the reader wait, a device
     has no end. Raises OSError.
@@ -80,7 +81,7 @@ def open_regular(path: str | Path) -> BufferedReader:
     def without_waiting(path: str, flags: int) -> int:  # as opening a pipe does, for its writer
         return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
-    file = open(path, "rb", opener=without_waiting)  # noqa: SIM115
+    file = open(path, "rb", buffer, opener=without_waiting)  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()

@@ -41,6 +41,7 @@ PACKED = (".gz", ".zst")
 LARGE = 16 << 20  # bytes; a longer document is cut into parts
 PART = 1 << 20  # bytes; a part has one to two times this
 PACKED_PARQUET_LIMIT = 256 << 20  # bytes
+PEEK = 1 << 16  # bytes that a format is recognised by
 SHOWN = 8  # kinds of files that the log names
 BAD_SHARE = 0.001  # of a text file's bytes may be invalid UTF-8
 _PARAGRAPH = re.compile(rb"\n[ \t\r]*\n+")
@@ -214,11 +215,11 @@ def _texts(
 def _opened(file: Path | IO[bytes]) -> Any:
     if isinstance(file, Path):
         try:
-            return open_regular(file)
+            return open_regular(file, PEEK)
         except ValueError:  # a pipe could not be read three times
             raise NotText(f"{file}: not a regular file; pipe it in with -") from None
     file.seek(0)
-    return io.BufferedReader(io.FileIO(file.fileno(), closefd=False))
+    return io.BufferedReader(io.FileIO(file.fileno(), closefd=False), PEEK)
 
 
 def _unpacked(raw: IO[bytes], name: str) -> Any:
@@ -245,7 +246,7 @@ def _kind(file: Any, name: str) -> str:
         return "text"
     if suffix in RECORDS:
         return RECORDS[suffix]
-    start = file.peek(1 << 16)
+    start = file.peek(PEEK)
     if start.startswith(b"PAR1"):
         return "parquet"
     start = start.removeprefix(codecs.BOM_UTF8).lstrip()
