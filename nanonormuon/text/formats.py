@@ -17,9 +17,9 @@ from typing import Any
 from nanonormuon.errors import DataError
 from nanonormuon.runtime.packages import need
 
-# bytes; a record is parsed as a whole, and [] takes 20 times as much memory as in JSON
-RECORD_LIMIT = 32 << 20
-PAGE = 24  # times as much memory as a record, at most, for a page of Parquet
+# bytes; a record is parsed as a whole, and a list of [] takes 28 times as much memory as in JSON
+RECORD_LIMIT = 24 << 20
+PAGE = 32  # times as much memory as a record, at most, for a page of Parquet
 DAMAGE = (ValueError, LookupError, ArithmeticError, RecursionError)  # of a file's structure
 DEEPEST = 1000  # lists and objects within each other in a JSON array
 
@@ -27,7 +27,7 @@ DEEPEST = 1000  # lists and objects within each other in a JSON array
 def _too_long(where: str, limit: int) -> DataError:
     return DataError(
         f"{where}: a record of more than {limit / (1 << 20):g} MB; prepare --max-record MB allows"
-        " more, for about 24 times as much memory"
+        " more, for about 30 times as much memory"
     )
 
 
