@@ -204,8 +204,11 @@ class Survey:
         # their hash says
         self.cut: set[int] = set()
         self.moved: set[int] = set()
-        for index in [] if whole or len(self.numbers) == 1 else longest:
-            self._balance(index)
+        if not whole and len(self.numbers) > 1:
+            for index in longest:
+                self._cut_large(*self._source(index))
+            for index in longest:
+                self._balance(*self._source(index))
         self.method = "hash of each document"
         if self.cut or self.moved:
             self.method += f", {len(self.cut)} cut, {len(self.moved)} moved"
@@ -216,27 +219,36 @@ class Survey:
         # how many documents are exact copies of an earlier one
         self.copies = len(self.numbers) - len(np.unique(np.asarray(self.numbers)))
 
-    def _balance(self, index: int) -> None:
-        """Give validation its share of a source."""
+    def _source(self, index: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Numbers and sizes of a source's documents, and validation's share of its bytes."""
         here = np.asarray(self.of) == index
-        numbers, sizes = np.asarray(self.numbers)[here], np.asarray(self.sizes)[here]
-        share = self.val * sizes.sum()
+        sizes = np.asarray(self.sizes)[here]
+        return np.asarray(self.numbers)[here], sizes, self.val * sizes.sum()
+
+    def _cut_large(self, numbers: np.ndarray, sizes: np.ndarray, share: float) -> None:
         large = (sizes > 2 * share) & (self.val * sizes >= TAIL_BYTES)
         self.cut.update(numbers[large].tolist())
-        found = self.val * sizes[large].sum() + sizes[~large & (numbers < self.bound)].sum()
+
+    def _balance(self, numbers: np.ndarray, sizes: np.ndarray, share: float) -> None:
+        """Move documents that are not cut until validation has half to twice its share."""
+        cut, moved = (np.fromiter(found, np.uint64) for found in (self.cut, self.moved))
+        large = np.isin(numbers, cut)
+        held_out = (numbers < self.bound) ^ np.isin(numbers, moved)
+        found = self.val * sizes[large].sum() + sizes[~large & held_out].sum()
         if share / 2 <= found <= 2 * share:
             return
         # each of the others once, in order of its number, and the bytes of all its copies
         numbers, which = np.unique(numbers[~large], return_inverse=True)
-        total, hashed = np.bincount(which, sizes[~large]), numbers < self.bound
-        for i in np.flatnonzero(~hashed & (total <= 2 * share)):
+        total = np.bincount(which, sizes[~large])
+        held_out = (numbers < self.bound) ^ np.isin(numbers, moved)
+        for i in np.flatnonzero(~held_out & (total <= 2 * share)):
             if found >= share / 2:
                 break
-            self.moved.add(int(numbers[i]))
+            self.moved ^= {int(numbers[i])}
             found += total[i]
-        for i in np.flatnonzero(hashed)[::-1]:
+        for i in np.flatnonzero(held_out)[::-1]:
             if found > 2 * share and found - total[i] >= share / 2:
-                self.moved.add(int(numbers[i]))
+                self.moved ^= {int(numbers[i])}
                 found -= total[i]
 
     def _side(self, number: int) -> str:

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,86 @@ def test_few_files_keep_the_others_whole(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     with pytest.raises(DataError, match="1 characters cannot be split"):
         prepare([tmp_path / "a"], tmp_path / "one", tokenizer="byte")
+
+
+def records(sizes: list[int], source: int = 0, seed: str = "") -> list[Document]:
+    """Documents of these sizes, each of its own letters."""
+    texts = (hashlib.sha256(f"{seed}{source} {i}".encode()).hexdigest() for i in range(len(sizes)))
+    data = [(text * (size // 64 + 1))[:size].encode() for text, size in zip(texts, sizes)]
+    return [Document(f"{source}/{i}", source, text) for i, text in enumerate(data)]
+
+
+SHAPES = {  # documents' sizes in each source
+    "a large file and lines": [[550_000], [450] * 1000],
+    "two files": [[900_000], [200_000]],
+    "a directory with one large file": [[550_000, *[450] * 1000]],
+    "a file in parts": [[200_000] * 15],
+    "some dozens": [[9_000] * 40],
+    "few": [[20_000] * 12],
+    "one file": [[500_000]],
+}
+
+
+@pytest.mark.parametrize("val", [0.02, 0.1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_validation_has_its_share_of_every_source(shape: str, val: float) -> None:
+    """Whatever the texts; each document is on one side, or cut at the end as its copies are."""
+    for seed in "abc":
+        sources = [records(sizes, i, seed) for i, sizes in enumerate(SHAPES[shape])]
+        copied = max((d.data for d in sources[0]), key=len)
+        sources.append([Document("copy", len(sources), copied)])
+        documents = list(chain.from_iterable(sources))
+        survey = module.Survey(documents, [str(i) for i in range(len(sources))], val)
+        found = list(survey.split(documents))
+        for i, source in enumerate(sources):
+            held_out = sum(len(d.data) for side, d in found if side == "val" and d.source == i)
+            share = held_out / sum(len(d.data) for d in source)
+            if i < len(sources) - 1 or len(source[0].data) > 256 / val:
+                assert val / 2.1 <= share <= 2.1 * val, (shape, seed, i, share)
+        sides = [{d.data for side, d in found if side == name} for name in ("train", "val")]
+        assert not sides[0] & sides[1]
+        assert b"".join(d.data for _, d in found) == b"".join(d.data for d in documents)
+
+
+def test_hashes_alone_split_the_demo_and_small_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they did for the published figures."""
+    documents = records([90_000, *[1000] * 900])
+    survey = module.Survey(documents, ["x"], 0.02, whole=True)
+    small = module.Survey(records([1000] * 900), ["x"], 0.02)
+    assert not survey.cut and not survey.moved and not small.cut and not small.moved
+    asked: list[Any] = []
+    monkeypatch.setattr(builtin, "python_sources", lambda: iter(documents[:9]))
+    monkeypatch.setattr(builtin, "prepare_documents", lambda *_, **options: asked.append(options))
+    builtin.builtin_python("byte")
+    assert asked == [{"whole": True}]
+
+
+def test_splits_that_are_too_small_are_named(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = prepare([corpus], tmp_path / "out", tokenizer="byte")
+    found = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert found == [
+        f"prepare: val: {manifest['val']['tokens']:,} tokens are too few to learn or judge by"
+    ]
+
+
+@pytest.mark.parametrize("there", ["notes.md", ".partial/notes.md", ".partial", "sub/notes.md"])
+def test_a_directory_with_other_files_is_refused(there: str, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / there).parent.mkdir(parents=True)
+    (out / there).write_text("precious")
+    (out / ".download").touch()  # hidden files are in nobody's way
+    with pytest.raises(DataError, match=f"{out / there.partition('/')[0]}: in the way"):
+        prepare([corpus], out, tokenizer="byte")
+    assert (out / there).read_text() == "precious"
+    (out / there).unlink()
+    for folder in {out / there, (out / there).parent} - {out, out / there}:
+        folder.rmdir()
+    prepare([corpus], out, tokenizer="byte")
+    for wrong in ({"out": ""}, {"out": tmp_path / "new", "tokenizer": ""}):
+        with pytest.raises(DataError, match="a name expected"):
+            prepare([corpus], **wrong)
 
 
 def test_large_vocabulary_uses_version_2(
