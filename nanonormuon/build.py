@@ -25,7 +25,7 @@ from nanonormuon.runtime.distributed import World
 from nanonormuon.storage import huggingface
 from nanonormuon.storage.files import in_units
 from nanonormuon.storage.run import aligned
-from nanonormuon.storage.shards import Data
+from nanonormuon.storage.shards import Data, too_few
 from nanonormuon.text import corpus
 from nanonormuon.text.tokenizer import Tokenizer
 
@@ -277,6 +277,8 @@ def introduction(
         f"plan: {t.steps:,} steps of {t.batch_tokens:,} tokens ({micro_batch} sequences at a time "
         f"per rank) = {epochs:.2f} epochs, {work(config, model):.2g} FLOP",
     ]
+    few = too_few(train=data.train.tokens, val=data.val.tokens)
+    lines += [f"warning: {problem}" for problem in few]
     if odd := huggingface.obstacles(m):
         lines.append(f"warning: Hugging Face's Qwen3 cannot load this model: {', '.join(odd)}")
     if epochs > 4:

@@ -53,6 +53,8 @@ def sample(
         settings["seed"] = (settings["seed"] + num) % (1 << 63)
 
 
+DATA = "Prepared directory (its val split); repeatable."
+TEXT = "File or directory as `prepare` takes them; repeatable."
 Paths = list[Path] | None
 CHOICES = (
     "Multiple-choice questions: JSONL of HellaSwag, ARC or PIQA as published, or "
@@ -63,8 +65,9 @@ STRIDE = "Tokens predicted per window; 0: all. A smaller stride gives each token
 
 def evaluate(
     path: options.Run,
-    data: Annotated[Paths, Option(help="Prepared directory (its val split); repeatable.")] = None,
-    text: Annotated[Paths, Option(help="Text file; repeatable.")] = None,
+    data: Annotated[Paths, Option(help=DATA, parser=options.named)] = None,
+    text: Annotated[Paths, Option(help=TEXT, parser=options.named)] = None,
+    text_field: Annotated[str, Option(help="Field or column with a record's text.")] = "text",
     choices: Annotated[Paths, Option(help=CHOICES)] = None,
     window: Annotated[int, Option(min=0, help="Tokens of context; 0: as in training.")] = 0,
     stride: Annotated[int, Option(min=0, help=STRIDE)] = 0,
@@ -86,7 +89,7 @@ def evaluate(
 
     started(device)
     results = judge.evaluate(
-        path, data or (), text or (), choices or (), window, stride, max_tokens, device
+        path, data or (), text or (), choices or (), window, stride, max_tokens, device, text_field
     )
     options.show(results, "\n".join(map(judge.describe, results)), as_json)
 

@@ -7,8 +7,18 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+
+def named(value: str) -> Path:
+    """A path that must have a name: Path("") is the whole working directory."""
+    if not value:
+        raise typer.BadParameter("a path expected, '' found; . is the working directory")
+    return Path(value)
+
+
 SETTINGS = "RECIPE|FILE.toml|SECTION.KEY=VALUE"
-Run = Annotated[Path, Argument(metavar="RUN", help="Run, checkpoint or model directory.")]
+Run = Annotated[
+    Path, Argument(metavar="RUN", help="Run, checkpoint or model directory.", parser=named)
+]
 Device = Annotated[str, Option(help="auto, cpu, cuda or mps.")]
 Plot = Annotated[Path | None, Option(help="Also draw a picture: a .png, .svg or .pdf file.")]
 Older = Annotated[Path | None, Option("--to", "-o", hidden=True)]  # --out's former names

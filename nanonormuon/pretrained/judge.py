@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage.files import replace_file
 from nanonormuon.storage.shards import Split
-from nanonormuon.text.corpus import count_bytes
+from nanonormuon.text.sources import documents
 from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,12 @@ def evaluate(
     stride: int = 0,
     max_tokens: int = 0,
     device: str = "auto",
+    text_field: str = "text",
 ) -> list[dict[str, Any]]:
-    """Measure a model on each set: the validation splits of prepared directories, text files, files
-    of multiple-choice questions. Without any set, on the validation split of the run's own data
-    (even if the run validated on a part of its training text: data.tuning).
+    """Measure a model on each set: the validation splits of prepared directories; the documents of
+    files and directories, as sources.documents reads them; files of multiple-choice questions.
+    Without any set, on the validation split of the run's own data (even if the run validated on a
+    part of its training text: data.tuning).
 
     window: the most tokens that the model sees (0: as in training). stride: tokens that each window
     predicts (0: window); see evaluate.validation_loss. max_tokens: targets per set (0: all).
@@ -73,12 +76,13 @@ def evaluate(
         name = home.name if own else str(source)
         results.append({"set": name, **measure(split), "path": home})
     for file in texts:
-        results.append({"set": str(file), **measure(read_text(file, tokenizer)), "path": file})
+        split = read_text(file, tokenizer, text_field)
+        results.append({"set": str(file), **measure(split), "path": file})
     for file in questions:
         scores = multiple_choice.accuracy(model, tokenizer, multiple_choice.read(file), window)
         results.append({"set": str(file), **scores, "window": window, "path": file})
     for result in results:
-        result["path"] = str(result["path"].resolve())
+        result["path"] = os.path.realpath(result["path"])
         result["step"] = state["step"] if state else None
         result["dtype"] = str(model.compute_dtype).removeprefix("torch.")
     if run:
@@ -103,7 +107,7 @@ def on_split(
     split.vocab_size = min(ids, split.vocab_size or ids)  # each batch is checked for larger ids
     text_bytes = None if limit else split.bytes
     if text_bytes is None:
-        text_bytes = count_bytes(split, tokenizer.token_lengths(), limit)
+        text_bytes = split.count_bytes(tokenizer.token_lengths(), limit)
     expected = validation_targets(split, limit)
     batch = max(1, min(64, 8192 // window, expected // stride))
     with tqdm(total=expected, unit="token", unit_scale=True, leave=False, disable=None) as bar:
@@ -124,16 +128,16 @@ def on_split(
     }
 
 
-def read_text(file: Path, tokenizer: Tokenizer) -> Split:
-    """A text file as a split of one shard, a single document. Raises DataError."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}, expected a text file") from None
-    if not content:
+def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Split:
+    """The documents of a file or directory, one after the other, as a split of one shard. Raises
+    DataError."""
+    parts, size = [], 0
+    for document in documents([file], text_field=text_field):
+        parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data)]))
+        size += len(document.data)
+    if not parts:
         raise DataError(f"{file}: empty, expected text")
-    tokens = np.array([tokenizer.eot, *tokenizer.encode(content)])
-    return Split([file], [tokens], bytes=len(content))
+    return Split([file], [np.concatenate(parts)], bytes=size)
 
 
 def describe(result: dict[str, Any]) -> str:

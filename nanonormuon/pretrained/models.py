@@ -178,4 +178,5 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
             f"{path}: made with tokenizer {made_with[:12]}, the model's is {tokenizer.hash[:12]}: "
             "prepare the text with the model's own tokenizer, or evaluate with --text"
         )
+    data.check_tokenizer(tokenizer)
     return data

@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -72,22 +73,30 @@ def replace_file(path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
-def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
-    """Read a whole file that somebody names, or that lies in a directory from elsewhere.
+def open_regular(path: str | Path, buffer: int = -1) -> BufferedReader:
+    """Open a file that somebody names, or that lies in a directory from elsewhere, for reading,
+    with a buffer of so many bytes (-1: the system's choice).
 
-    Raises DataError for anything but a regular file of at most `limit` bytes: a pipe would make the
-    reader wait, a device has no end. Raises OSError.
+    Raises DataError for anything but a regular file: a pipe would make the reader wait, a device
+    has no end. Raises OSError.
     """
 
     def without_waiting(path: str, flags: int) -> int:  # as opening a pipe does, for its writer
         return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
-    with open(path, "rb", opener=without_waiting) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{path}: expected a regular file, not a pipe or device")
-        if found.st_size > limit:
-            raise DataError(f"{path}: expected at most {limit:,} bytes, found {found.st_size:,}")
+    file = open(path, "rb", buffer, opener=without_waiting)  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise DataError(f"{path}: expected a regular file, not a pipe or device")
+
+
+def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
+    """Read a whole file as `open_regular` opens it. Raises DataError if it has more than `limit`
+    bytes. Raises OSError."""
+    with open_regular(path) as file:
+        if (found := os.fstat(file.fileno()).st_size) > limit:
+            raise DataError(f"{path}: expected at most {limit:,} bytes, found {found:,}")
         return file.read(limit)
 
 

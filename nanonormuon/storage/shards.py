@@ -33,6 +33,7 @@ MANIFEST_SHAPE = {
 }
 MANIFEST_LIMIT = 64 << 20  # bytes; a manifest of 100,000 shards has 20 MB
 FULL_CHECK_LIMIT = 256 << 20  # bytes; hashing this much takes about 0.3 s, so it is always done
+FEW = 10_000  # tokens: fewer are too few to learn or judge by
 CHUNK = 1 << 22  # tokens looked at together when a whole shard is scanned
 
 
@@ -208,6 +209,26 @@ class Split:
             tokens = max(0, tokens - len(shard))
         return self._of(first), self._of(rest)
 
+    def count_bytes(self, token_lengths: np.ndarray | None, max_tokens: int = 0) -> int | None:
+        """UTF-8 bytes of the text behind the targets, or the first `max_tokens` of them, from the
+        length of each token; None where tokens have no length of their own."""
+        if token_lengths is None:
+            return None
+        total, left = 0, max_tokens or self.tokens
+        for path, shard in zip(self.paths, self.shards):
+            for start in range(1, len(shard), CHUNK):  # a shard's first token is never a target
+                part = shard[start : min(len(shard), start + CHUNK, start + left)]
+                if not len(part):
+                    return total
+                if int(part.max()) >= len(token_lengths):
+                    raise DataError(
+                        f"{path.name}: id {int(part.max())} found, data.tokenizer has only "
+                        f"{len(token_lengths)}: it is not what made these shards"
+                    )
+                total += int(token_lengths[part].sum())
+                left -= len(part)
+        return total
+
     def check(self, shard: int) -> None:
         """Call before reading a shard; costs a stat(). Raises DataError as File.check does."""
         self.files[shard].check()
@@ -231,6 +252,22 @@ class Data:
     vocab_size: int | None
     fingerprint: str
     mix: list[tuple[Split, int]] = field(default_factory=list)  # see data.Batches
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise DataError if the manifest, where there is one, does not fit its tokenizer."""
+        if not self.manifest:
+            return
+        keys = ("hash", "vocab_size", "eot")
+        pairs = {key: (self.manifest["tokenizer"][key], getattr(tokenizer, key)) for key in keys}
+        if "sha256" not in self.manifest:  # an older one, whose numbers only a count can check
+            counted = self.val.count_bytes(tokenizer.token_lengths())
+            pairs["val.bytes"] = self.val.bytes, self.val.bytes if counted is None else counted
+        for key, (expected, found) in pairs.items():
+            if found != expected:
+                raise DataError(
+                    f"{self.path}: {key} {expected} expected by {MANIFEST}, {found} found by the"
+                    " tokenizer; prepare the data again"
+                )
 
 
 def open_data(
@@ -303,6 +340,11 @@ def _open_split(
     shards = [np.asarray(read_shard(p, headerless)) for p in paths]
     for file, shard in zip(files, shards):
         file.compare(tokens=len(shard), size=file.found[0])
+        if entry and shard.dtype != DTYPES[1 if vocab_size <= 65_536 else 2]:
+            raise DataError(
+                f"{file.path}: {shard.dtype} tokens do not fit the {vocab_size} ids of {MANIFEST};"
+                " prepare the data again"
+            )
     return Split(paths, shards, vocab_size, entry and entry["bytes"], files)
 
 
@@ -316,7 +358,11 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         check_shape(manifest, MANIFEST_SHAPE, "manifest")
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {FORMAT} expected, {manifest['format']} found")
+        if (expected := manifest.get("sha256", digest(manifest))) != digest(manifest):
+            raise ValueError(f"sha256 {expected} expected, {digest(manifest)} found")
         vocab_size = manifest["tokenizer"]["vocab_size"]
+        if not manifest["tokenizer"]["eot"] < vocab_size <= 2**32:
+            raise ValueError(f"eot < vocab_size <= 2**32 expected, found {manifest['tokenizer']}")
         for split in ("train", "val"):
             shards = manifest[split]["shards"]
             names = [shard["name"] for shard in shards]
@@ -332,6 +378,21 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {error}; prepare the data again") from None
     return manifest
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """The sha256 of a manifest without its own, which older ones lack."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def too_few(**tokens: int) -> list[str]:
+    """A line for each split, by its name, that has too few tokens to learn or judge by."""
+    return [
+        f"{name}: {count:,} tokens are too few to learn or judge by"
+        for name, count in tokens.items()
+        if count < FEW
+    ]
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:

@@ -6,14 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nanonormuon.config import Config, mixture
 from nanonormuon.errors import ConfigError, DataError, TokenizerError
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.distributed import World
-from nanonormuon.storage.shards import MANIFEST, Data, Split, open_data
-from nanonormuon.text.tokenizer import FILE, Tokenizer
+from nanonormuon.storage.shards import MANIFEST, Data, open_data
+from nanonormuon.text.tokenizer import Tokenizer
 from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer
 
@@ -48,12 +46,7 @@ def open_directory(config: Config, path: Path) -> tuple[Data, Tokenizer | None, 
     """One data directory; its tokenizer, or why there is none."""
     if (path / MANIFEST).exists() and config.data.format == "shards":
         data, tokenizer = open_data(path, None, config.data.verify), load_tokenizer(path)
-        expected = data.manifest["tokenizer"]["hash"]
-        if tokenizer.hash != expected:
-            raise DataError(
-                f"{path / FILE}: hash {tokenizer.hash}, expected {expected} "
-                f"({MANIFEST}); prepare the data again"
-            )
+        data.check_tokenizer(tokenizer)
         return data, tokenizer, ""
     try:
         tokenizer, problem = get_tokenizer(config.data.tokenizer), ""
@@ -98,25 +91,4 @@ def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None)
         return data.val.bytes
     if tokenizer is None:
         return None
-    return count_bytes(data.val, tokenizer.token_lengths(), limit)
-
-
-def count_bytes(split: Split, token_lengths: np.ndarray | None, max_tokens: int = 0) -> int | None:
-    """UTF-8 bytes of the text behind a split's targets, from the length of each token; None where
-    tokens have no length of their own."""
-    if token_lengths is None:
-        return None
-    total, left = 0, max_tokens or split.tokens
-    for i, shard in enumerate(split.shards):
-        for start in range(1, len(shard), 1 << 24):  # the first token of a shard is never a target
-            part = shard[start : min(len(shard), start + (1 << 24), start + left)]
-            if not len(part):
-                return total
-            if int(part.max()) >= len(token_lengths):
-                raise DataError(
-                    f"{split.names[i]}: id {int(part.max())} found, data.tokenizer has only "
-                    f"{len(token_lengths)}: it is not what made these shards"
-                )
-            total += int(token_lengths[part].sum())
-            left -= len(part)
-    return total
+    return data.val.count_bytes(tokenizer.token_lengths(), limit)

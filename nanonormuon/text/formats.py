@@ -1,8 +1,9 @@
 """The text in files of records: JSON lines and arrays, CSV, Parquet.
 
-Each reader takes an open binary file, its name for messages, and the field that holds the text. It
-yields the texts one by one, with one record in memory, and raises DataError naming the line. TSV
-has no quoting: a quote is text, and a field holds neither tabs nor line ends.
+Each reader takes an open binary file, its name for messages, the field that holds the text, and the
+most bytes that a record may have. It yields the texts one by one, with one record in memory, and
+raises DataError naming the line. TSV has no quoting: a quote is text, and a field holds neither
+tabs nor line ends.
 """
 
 import codecs
@@ -10,40 +11,49 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 from nanonormuon.errors import DataError
 from nanonormuon.runtime.packages import need
 
-RECORD_LIMIT = 64 << 20  # bytes; a record is parsed as a whole
+# bytes; a record is parsed as a whole, and a list of [] takes 28 times as much memory as in JSON
+RECORD_LIMIT = 24 << 20
+PAGE = 32  # times as much memory as a record, at most, for a page of Parquet
+DAMAGE = (ValueError, LookupError, ArithmeticError, RecursionError)  # of a file's structure
 DEEPEST = 1000  # lists and objects within each other in a JSON array
 
 
-def _lines(file: Any, name: str) -> Iterator[bytes]:
-    for number, line in enumerate(iter(partial(file.readline, RECORD_LIMIT), b""), 1):
-        if len(line) == RECORD_LIMIT:
-            raise DataError(f"{name}:{number}: a line of more than {RECORD_LIMIT >> 20} MB")
+def _too_long(where: str, limit: int) -> DataError:
+    return DataError(
+        f"{where}: a record of more than {limit / (1 << 20):g} MB; prepare --max-record MB allows"
+        " more, for about 30 times as much memory"
+    )
+
+
+def _lines(file: Any, name: str, limit: int) -> Iterator[bytes]:
+    for number, line in enumerate(iter(partial(file.readline, limit), b""), 1):
+        if len(line) == limit:
+            raise _too_long(f"{name}:{number}", limit)
         yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
-def _json_lines(file: Any, name: str, text_field: str) -> Iterator[bytes]:
-    for number, line in enumerate(_lines(file, name), 1):
+def _json_lines(file: Any, name: str, text_field: str, limit: int) -> Iterator[bytes]:
+    for number, line in enumerate(_lines(file, name, limit), 1):
         where = f"{name}:{number}"
         if line.strip():
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: a JSON record expected: {error}") from None
+                raise DataError(f"{where}: a JSON record expected: {str(error)[:200]}") from None
             yield _field(record, text_field, where)
 
 
-def _json_array(file: Any, name: str, text_field: str) -> Iterator[bytes]:
+def _json_array(file: Any, name: str, text_field: str, limit: int) -> Iterator[bytes]:
     # ijson's faster backend in C changes lone surrogates, and deep nesting takes all memory there
     parser = need("ijson.backends.python", f"{name}: a JSON array")
-    errors = (need("ijson", name).JSONError, ValueError, RecursionError)
-    number, left = 0, RECORD_LIMIT
+    errors = (need("ijson", name).JSONError, *DAMAGE)
+    number, left = 0, limit
 
     def read(size: int) -> bytes:
         nonlocal left
@@ -63,13 +73,15 @@ def _json_array(file: Any, name: str, text_field: str) -> Iterator[bytes]:
     try:
         events = parser.basic_parse(SimpleNamespace(read=read))
         for record in parser.items(parser.parse(shallow(events)), "item"):
-            number, left = number + 1, RECORD_LIMIT
+            number, left = number + 1, limit
             yield _field(record, text_field, f"{name}: item {number}")
     except DataError:
         raise
     except errors as error:
-        problem = "no valid JSON" if left >= 0 else f"more than {RECORD_LIMIT >> 20} MB"
-        raise DataError(f"{name}: after item {number}: {problem}: {error}") from None
+        where = f"{name}: after item {number}"
+        if left < 0:
+            raise _too_long(where, limit) from None
+        raise DataError(f"{where}: no valid JSON: {str(error)[:200]}") from None
 
 
 def _field(record: Any, text_field: str, where: str) -> bytes:
@@ -93,43 +105,131 @@ def _missing(where: str, text_field: str, found: Iterable[str]) -> str:
     return f"{where}: no field {text_field!r}, found {names}; name one with --text-field"
 
 
-def _csv(file: Any, name: str, text_field: str, delimiter: str = ",") -> Iterator[bytes]:
-    csv.field_size_limit(RECORD_LIMIT)
+def _csv(
+    file: Any, name: str, text_field: str, limit: int, delimiter: str = ","
+) -> Iterator[bytes]:
+    csv.field_size_limit(limit)
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    lines = map(bytes.decode, _lines(file, name))
-    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    left = limit
+
+    def decoded() -> Iterator[str]:
+        nonlocal left
+        for line in _lines(file, name, limit):
+            if (left := left - len(line)) < 0:  # a quoted field goes on over many lines
+                raise _too_long(f"{name}:{rows.line_num}", limit)
+            yield line.decode()
+
+    rows = csv.reader(decoded(), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         header = next(rows, [])
-        if header and text_field not in header:
-            raise DataError(_missing(name, text_field, header))
-        for row in filter(None, rows):
-            if len(row) != len(header):
+        column = _column(header, text_field, name) if header else 0
+        for row in rows:
+            left = limit
+            if row and len(row) != len(header):
                 raise DataError(
                     f"{name}:{rows.line_num}: {len(header)} columns expected, {len(row)} found"
                 )
-            yield row[header.index(text_field)].encode()
+            if row:
+                yield row[column].encode()
     except csv.Error as error:
         raise DataError(f"{name}:{rows.line_num}: {error}") from None
     except UnicodeDecodeError as error:  # in the line after those that are counted
         raise DataError(f"{name}:{rows.line_num + 1}: {error}") from None
 
 
-def _parquet(file: Any, name: str, text_field: str) -> Iterator[bytes]:
+def _column(names: list[str], text_field: str, name: str) -> int:
+    """The position of the one column of this name."""
+    found = [i for i, column in enumerate(names) if column == text_field]
+    if not found:
+        raise DataError(_missing(name, text_field, names))
+    if len(found) > 1:
+        positions = " and ".join(str(i + 1) for i in found)
+        raise DataError(f"{name}: columns {positions} are both {text_field!r}; rename all but one")
+    return found[0]
+
+
+def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[bytes]:
     parquet, pyarrow = need("pyarrow.parquet", f"{name}: Parquet"), need("pyarrow", name)
+    row = 0
     try:
         # a buffer, or whole column chunks are read at once
         table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-        if text_field not in (names := table.schema_arrow.names):
-            raise DataError(_missing(name, text_field, names))
-        batches = table.iter_batches(128, columns=[text_field], use_threads=False)
-        values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-        for row, value in enumerate(values, 1):
-            yield _field(value, text_field, f"{name}: row {row}")
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{name}: damaged Parquet: {str(error)[:200]}") from None
+        column = table.schema_arrow.field(_column(table.schema_arrow.names, text_field, name))
+        kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+        if str(kind) not in ("string", "large_string", "string_view", "null"):
+            raise DataError(
+                f"{name}: text expected in {text_field!r}, {column.type} found;"
+                " name another with --text-field"
+            )
+        for group in range(table.num_row_groups):
+            largest = 1
+            for packed, size in _pages(file, table.metadata.row_group(group), text_field):
+                largest = max(largest, size)
+                if (needed := packed + 2 * size) > PAGE * limit:
+                    raise DataError(
+                        f"{name}: row group {group}: a page of {size >> 20} MB of text;"
+                        f" prepare --max-record {-(-needed // (PAGE << 20))} allows it"
+                    )
+            rows = max(1, min(128, 2 * limit // largest))  # each may hold a whole page's bytes
+            for batch in table.iter_batches(rows, [group], [text_field], use_threads=False):
+                for value in batch.column(0).cast(kind):
+                    row += 1
+                    if value.is_valid:
+                        if (text := value.as_buffer()).size > limit:
+                            raise _too_long(f"{name}: row {row}", limit)
+                        str(text, "utf-8")  # Parquet's libraries do not look
+                        yield text.to_pybytes()
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, *DAMAGE) as error:
+        raise DataError(f"{name}: near row {row}: damaged Parquet: {str(error)[:200]}") from None
 
 
-READ: dict[str, Callable[[Any, str, str], Iterator[bytes]]] = {
+def _pages(file: Any, group: Any, text_field: str) -> Iterator[tuple[int, int]]:
+    """The bytes of each page of a column, packed and unpacked, from the pages' headers (PageHeader
+    in parquet.thrift): a page is unpacked as a whole, and the file's footer does not tell its size.
+    """
+    for chunk in map(group.column, range(group.num_columns)):
+        if chunk.path_in_schema == text_field:
+            at = chunk.dictionary_page_offset or chunk.data_page_offset
+            end = at + chunk.total_compressed_size
+            while at < end:
+                file.seek(at)
+                header = _thrift(file)
+                yield header[3], header[2]
+                at = file.tell() + header[3]
+
+
+def _thrift(file: Any) -> dict[int, int]:
+    """The numbers of a structure in Thrift's compact protocol by their fields' numbers; its other
+    fields are passed over. LookupError or ArithmeticError if it is none."""
+
+    def number() -> int:
+        total = 0
+        for shift in range(0, 70, 7):
+            byte = file.read(1)[0]
+            total |= (byte & 127) << shift
+            if byte < 128:
+                return total
+        raise OverflowError("a number of more than ten bytes")
+
+    found: dict[int, int] = {}
+    field = 0
+    while kind := file.read(1)[0]:
+        field = field + (kind >> 4) if kind >> 4 else number() >> 1
+        kind &= 15
+        if kind in (4, 5, 6):  # an integer, with its sign in the last bit
+            found[field] = number() >> 1
+        elif kind == 8:  # bytes
+            file.seek(number(), 1)
+        elif kind == 12:
+            _thrift(file)
+        elif kind not in (1, 2):  # true, false
+            raise LookupError(f"a field of kind {kind}")
+    return found
+
+
+READ: dict[str, Callable[[Any, str, str, int], Iterator[bytes]]] = {
     "lines": _json_lines,
     "array": _json_array,
     "csv": _csv,

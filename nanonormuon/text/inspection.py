@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanonormuon.errors import DataError
-from nanonormuon.storage.shards import CHUNK, Split, open_data
+from nanonormuon.storage.shards import CHUNK, Split, open_data, too_few
 from nanonormuon.text.tokenizer import FILE, Tokenizer, get, load
 
 COUNTS = ("documents", "tokens", "shards", "bytes", "bytes_per_token", "copies")
@@ -31,6 +31,8 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
         if tokenizer or (directory / FILE).exists():
             words = get(tokenizer) if tokenizer else load(directory)
         data = open_data(directory, words and words.vocab_size, "full", headerless)
+        if data.manifest and words and words.hash == data.manifest["tokenizer"]["hash"]:
+            data.check_tokenizer(words)
     except DataError as error:
         return {"path": str(directory), "problems": [str(error)]}
     result: dict[str, Any] = {"path": str(directory), "fingerprint": data.fingerprint}
@@ -76,12 +78,8 @@ def describe(
         found["documents"] = len(digests)
         found["copies"] = len(digests) - len(np.unique(np.asarray(digests)))
     if words is not None:
-        if (text_bytes := split.bytes) is None and (lengths := words.token_lengths()) is not None:
-            text_bytes = sum(
-                int(lengths[shard[i : i + CHUNK]].sum())
-                for shard in split.shards
-                for i in range(0, len(shard), CHUNK)
-            )
+        if (text_bytes := split.bytes) is None:
+            text_bytes = split.count_bytes(words.token_lengths())
         if text_bytes is not None:
             found["bytes_per_token"] = round(text_bytes / split.tokens, 3)
         found["longest"] = [
@@ -108,14 +106,12 @@ def documents(split: Split, eot: int) -> Iterator[np.ndarray]:
 
 def find_problems(result: dict[str, Any]) -> list[str]:
     """Warnings about copies and about too few tokens."""
-    problems = []
+    problems = too_few(train=result["train"]["tokens"], val=result["val"]["tokens"])
     for name in ("train", "val"):
         part = result[name]
         if part["copies"] > 0.1 * part["documents"]:
             share = part["copies"] / part["documents"]
             problems.append(f"{name}: {share:.0%} of the documents are copies of another")
-        if part["tokens"] < 10_000:
-            problems.append(f"{name}: {part['tokens']:,} tokens are too few to learn or judge by")
     if shared := result["val"]["also_in_train"]:
         problems.append(
             f"val: {shared} of {result['val']['documents']} documents are in train too, so the"

@@ -1,20 +1,21 @@
 """Documents in, verified token shards out.
 
-    documents -> split by content hash -> token ids, in batches -> shards, read back -> manifest
+    documents -> split by content -> token ids, in batches -> shards, read back -> manifest
 
 The text is read three times (survey, training the tokenizer, encoding) and never held as a whole:
-memory holds a few documents, a few batches and eight bytes per document.
+memory holds a few documents, a few batches and twenty bytes per document.
 
 Everything is written into OUT/.partial; `plan.json` there says what is being made and which shards
 are finished, so that the same command continues after an interruption. Then the files are moved
-into place, `manifest.json` last. OUT may hold other files, such as the text itself, so it cannot
-appear by one renaming of a directory.
+into place, `manifest.json` last. OUT may hold hidden files, such as a download, so it cannot appear
+by one renaming of a directory.
 """
 
 import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from hashlib import sha256
 from itertools import count, zip_longest
+from math import ceil
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +36,7 @@ from nanonormuon.errors import DataError, TokenizerError
 from nanonormuon.storage import shards
 from nanonormuon.storage.files import lock, replace_file, sync_directory
 from nanonormuon.storage.shards import MANIFEST, PARTIAL
+from nanonormuon.text import formats
 from nanonormuon.text.bpe import CONFIG, FILE, Tokenizer, pieces
 from nanonormuon.text.encode import encode, read_plan
 from nanonormuon.text.sources import Document, documents
@@ -43,6 +46,9 @@ from nanonormuon.text.tokenizer import load, trained_size
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 << 20  # of text; a shard ends with the document that reaches it
+TAIL_BYTES = 256  # at least, of a document's tail that is validation
+SPLIT = 2  # changes with Survey's rule, so that no shards of another are kept
+OURS = re.compile(r"(plan|manifest|tokenizer(_config)?)\.json|(train|val)_\d+\.bin|\..*\.tmp")
 SAMPLE_BYTES = 64 << 20  # what BPE is trained on at most, spread evenly over the training text
 
 
@@ -56,25 +62,29 @@ def prepare(
     separator: str = "",
     workers: int = 0,
     shard_bytes: int = SHARD_BYTES,
+    skip_bad: bool = False,
+    max_record: int = formats.RECORD_LIMIT,
 ) -> dict[str, Any]:
     """Tokenise the documents of `texts` (see sources.documents; "-" is standard input, of which a
     nameless copy is kept on the disk meanwhile) into the data directory `out`.
 
-    A document belongs to validation if the sha256 of its content, read as a number in [0, 1), is
-    below `val`: it stays on its side when other files come or go, and so do its copies. If that
-    leaves a split empty, validation is the tail of the longest document. `workers` is the number of
-    threads that encode (they run without Python's lock), 0 one per core. Returns the manifest.
-    If `out` holds this very preparation already, it is verified and kept.
-    Raises DataError, TokenizerError, OSError.
+    Validation has the share `val` of each source's bytes (see Survey). `workers` is the number of
+    threads that encode (they run without Python's lock), 0 one per core. Returns the manifest. If
+    `out` holds this very preparation already, it is verified and kept; a directory with other
+    visible files is refused. Raises DataError, TokenizerError, OSError.
     """
+    if "" in (out, tokenizer):  # Path("") is the working directory
+        raise DataError("prepare: a name expected for --out and --tokenizer, '' found")
     out, readings = Path(out), count()
-    names = ["standard input" if str(t) == "-" else Path(t).resolve().name for t in texts]
+    names = ["standard input" if str(t) == "-" else Path(os.path.realpath(t)).name for t in texts]
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(_spool(out)) if str(t) == "-" else t for t in texts]
 
         def read() -> Iterator[Document]:
-            log_passed = next(readings) == 0
-            return documents(opened, out, text_field, separator.encode(), log_passed)
+            first = next(readings) == 0
+            return documents(
+                opened, out, text_field, separator.encode(), first, skip_bad, max_record
+            )
 
         return prepare_documents(read, names, out, tokenizer, val, workers, shard_bytes)
 
@@ -87,8 +97,10 @@ def prepare_documents(
     val: float,
     workers: int = 0,
     shard_bytes: int = SHARD_BYTES,
+    whole: bool = False,
 ) -> dict[str, Any]:
-    """`prepare` for any documents that can be read repeatedly: each `read()` begins anew."""
+    """`prepare` for any documents that can be read repeatedly: each `read()` begins anew. `whole`:
+    hashes alone decide on the split (see Survey)."""
     if not 0 < val < 1 or shard_bytes < 1 or workers < 0:
         raise DataError(
             "prepare: 0 < val < 1 <= shard_bytes, workers >= 0 expected,"
@@ -96,7 +108,8 @@ def prepare_documents(
         )
     # errors of the tokenizer come before any work
     vocabulary = None if trained_size(spec) else get_tokenizer(spec)
-    survey = Survey(read(), names, val)
+    refuse_foreign(out)
+    survey = Survey(read(), names, val, whole)
     request = {"tokenizer": vocabulary.hash if vocabulary else str(spec), "val": val}
     asked = {"request": request | {"shard_bytes": shard_bytes}, "sources": survey.sources}
     with alone(out):
@@ -120,12 +133,15 @@ def prepare_documents(
             "format": shards.FORMAT,
             "tool": f"nanonormuon {__version__}",
             "tokenizer": {k: getattr(vocabulary, k) for k in ("name", "hash", "vocab_size", "eot")},
-            "method": "tail of the longest document" if survey.tail else "hash of each document",
+            "method": survey.method,
             "copies": survey.copies,
             **splits,
             **asked,
         }
+        manifest["sha256"] = shards.digest(manifest)
         _publish(partial, out, manifest)
+    for problem in shards.too_few(**{name: found["tokens"] for name, found in splits.items()}):
+        log.warning("prepare: %s", problem)
     for name, found in splits.items():
         counts = (found[key] for key in ("documents", "tokens", "bytes"))
         log.info("prepare: %s documents=%d tokens=%d bytes=%d", name, *counts)
@@ -137,73 +153,139 @@ def prepare_documents(
 
 class Survey:
     """One pass over the documents: how many there are, and to which split each belongs. DataError
-    if there is no text in them."""
+    if there is no text in them.
 
-    def __init__(self, documents: Iterable[Document], names: list[str], val: float) -> None:
-        self.val, self.longest, self.longest_name, longest_bytes = val, 0, "", 0
+    A document belongs to validation if the sha256 of its content, read as a number in [0, 1), is
+    below `val`: it stays on its side when other files come or go. A few large documents make that
+    a lottery, so unless `whole`, in each source
+
+    * a document with more than twice validation's share of the bytes is cut, and its tail, a share
+      `val` of its characters, is validation;
+    * if validation still has less than half its share, or more than twice, documents whose hashes
+      are nearest to the boundary change sides.
+
+    Copies count as one document, and what is decided of a text in one source holds in all, so that
+    copies are on one side, or cut alike. If a split is left empty, the longest document is cut.
+
+    A corpus of one document, such as Shakespeare, is cut in any case, as nanoGPT cuts it; one of
+    many small documents is split by hash alone; the demo's asks for that by `whole`.
+    """
+
+    def __init__(
+        self, documents: Iterable[Document], names: list[str], val: float, whole: bool = False
+    ) -> None:
+        self.val, self.bound = val, ceil(val * 2**64)  # validation's numbers are below it
         self.numbers = array("Q")  # of each document: the first eight bytes of its sha256
+        self.sizes, self.of = array("Q"), array("I")  # of each document: bytes, source
         self.sources: list[dict[str, Any]] = [
             {"name": n, "documents": 0, "bytes": 0} for n in names
         ]
+        longest: dict[int, tuple[int, int, str]] = {}  # of each source: bytes, number, name
         hashes = [sha256() for _ in names]  # over the documents' sha256 (binary, in order)
         with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
             for document in documents:
                 digest, size = sha256(document.data).digest(), len(document.data)
-                self.sources[document.source]["documents"] += 1
-                self.sources[document.source]["bytes"] += size
-                hashes[document.source].update(digest)
-                if size > longest_bytes:
-                    self.longest, self.longest_name = len(self.numbers), document.name
-                    longest_bytes = size
-                self.numbers.append(int.from_bytes(digest[:8], "big"))
+                number, index = int.from_bytes(digest[:8], "big"), document.source
+                self.sources[index]["documents"] += 1
+                self.sources[index]["bytes"] += size
+                hashes[index].update(digest)
+                if size > longest.get(index, (0,))[0]:
+                    longest[index] = size, number, document.name
+                self.numbers.append(number)
+                self.sizes.append(size)
+                self.of.append(index)
                 bar.update(size)
-        if not longest_bytes:
+        if not longest:
             names = names or ["prepare"]
             raise DataError(f"{', '.join(names)}: no text found; name files that have some")
         for source, digests in zip(self.sources, hashes):
             source["sha256"] = digests.hexdigest()
         self.bytes = sum(source["bytes"] for source in self.sources)
-        # whether hashes leave a split empty, so that validation is the longest document's tail
-        self.tail = len(set(map(self._side, self.numbers))) < 2
+        # the numbers of documents whose tail is validation, and of those on the other side than
+        # their hash says
+        self.cut: set[int] = set()
+        self.moved: set[int] = set()
+        if not whole and len(self.numbers) > 1:
+            for index in longest:
+                self._cut_large(*self._source(index))
+            for index in longest:
+                self._balance(*self._source(index))
+        self.method = "hash of each document"
+        if self.cut or self.moved:
+            self.method += f", {len(self.cut)} cut, {len(self.moved)} moved"
+        if not self.cut and len(set(map(self._side, self.numbers))) < 2:
+            self.method = "tail of the longest document"
+            self.cut = {max(longest.values(), key=lambda found: found[0])[1]}
+        self.tails = [name for _, number, name in longest.values() if number in self.cut]
         # how many documents are exact copies of an earlier one
         self.copies = len(self.numbers) - len(np.unique(np.asarray(self.numbers)))
 
+    def _source(self, index: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Numbers and sizes of a source's documents, and validation's share of its bytes."""
+        here = np.asarray(self.of) == index
+        sizes = np.asarray(self.sizes)[here]
+        return np.asarray(self.numbers)[here], sizes, self.val * sizes.sum()
+
+    def _cut_large(self, numbers: np.ndarray, sizes: np.ndarray, share: float) -> None:
+        large = (sizes > 2 * share) & (self.val * sizes >= TAIL_BYTES)
+        self.cut.update(numbers[large].tolist())
+
+    def _balance(self, numbers: np.ndarray, sizes: np.ndarray, share: float) -> None:
+        """Move documents that are not cut until validation has half to twice its share."""
+        cut, moved = (np.fromiter(found, np.uint64) for found in (self.cut, self.moved))
+        large = np.isin(numbers, cut)
+        held_out = (numbers < self.bound) ^ np.isin(numbers, moved)
+        found = self.val * sizes[large].sum() + sizes[~large & held_out].sum()
+        if share / 2 <= found <= 2 * share:
+            return
+        # each of the others once, in order of its number, and the bytes of all its copies
+        numbers, which = np.unique(numbers[~large], return_inverse=True)
+        total = np.bincount(which, sizes[~large])
+        held_out = (numbers < self.bound) ^ np.isin(numbers, moved)
+        for i in np.flatnonzero(~held_out & (total <= 2 * share)):
+            if found >= share / 2:
+                break
+            self.moved ^= {int(numbers[i])}
+            found += total[i]
+        for i in np.flatnonzero(held_out)[::-1]:
+            if found > 2 * share and found - total[i] >= share / 2:
+                self.moved ^= {int(numbers[i])}
+                found -= total[i]
+
     def _side(self, number: int) -> str:
-        return "val" if number < self.val * 2**64 else "train"
+        return "val" if (number < self.bound) != (number in self.moved) else "train"
 
     def log_split(self) -> None:
         """Log what a user should know about the split."""
         if self.copies:
             log.info(
                 "prepare: %d of %d documents are exact copies of another; all copies of a document"
-                " are on the same side of the split", self.copies, len(self.numbers),
+                " are on one side of the split, or cut alike", self.copies, len(self.numbers),
             )  # fmt: skip
-        if self.tail:
-            share, name = self.val, self.longest_name
-            log.info("prepare: val is the last %g of the longest document, %s", share, name)
-            if self.numbers.count(self.numbers[self.longest]) > 1:
-                log.warning("prepare: train has copies of %s, and so all of val", name)
+        if self.cut:
+            log.info(
+                "prepare: val has the last %g of %d large documents: %s",
+                self.val, len(self.cut), ", ".join(self.tails[:3]) or "in parts",
+            )  # fmt: skip
 
     def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
         """Each document with its split, in order; DataError if they are not the surveyed ones."""
-        for i, (document, number) in enumerate(zip_longest(documents, self.numbers)):
+        for document, number in zip_longest(documents, self.numbers):
             # either is None where the other reading has more documents
             found = document and int.from_bytes(sha256(document.data).digest()[:8], "big")
             if found != number:
                 names = ", ".join(source["name"] for source in self.sources)
                 raise DataError(f"{names}: changed during preparation; run it again")
-            if not self.tail:
+            if number not in self.cut:
                 yield self._side(number), document
-            elif i != self.longest:
-                yield "train", document
-            else:
-                text = document.data.decode("utf-8", "surrogateescape")
-                at = max(1, int(len(text) * (1 - self.val)))  # in characters, as nanoGPT cuts
-                if at >= len(text):
-                    name, length = document.name, len(text)
-                    raise DataError(f"{name}: {length} characters cannot be split in two")
-                for side, part in (("train", text[:at]), ("val", text[at:])):
-                    yield side, replace(document, data=part.encode("utf-8", "surrogateescape"))
+                continue
+            text = document.data.decode("utf-8", "surrogateescape")
+            at = max(1, int(len(text) * (1 - self.val)))  # in characters, as nanoGPT cuts
+            if at >= len(text):
+                name, length = document.name, len(text)
+                raise DataError(f"{name}: {length} characters cannot be split in two")
+            for side, part in (("train", text[:at]), ("val", text[at:])):
+                yield side, replace(document, data=part.encode("utf-8", "surrogateescape"))
 
 
 def _trained(
@@ -272,9 +354,7 @@ def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
         manifest = shards.read_manifest(out)
         if other := [key for key in asked if manifest.get(key) != asked[key]]:
             raise DataError(f"it was prepared with another {', '.join(other)}")
-        shards.open_data(out, verify="full")
-        if load(out).hash != manifest["tokenizer"]["hash"]:
-            raise DataError(f"another tokenizer in {FILE}")
+        shards.open_data(out, verify="full").check_tokenizer(load(out))
     except DataError as error:
         raise DataError(
             f"{out}: already holds prepared data; remove it or choose another --out: {error}"
@@ -284,10 +364,23 @@ def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
+def refuse_foreign(out: Path) -> None:
+    """Raise DataError for a directory with visible files, unless a preparation has been made there
+    or is under way. Nothing of it has been touched by then."""
+    if (out / MANIFEST).exists() or not out.is_dir():
+        return
+    partial = out / PARTIAL
+    if partial.is_dir() and all(OURS.fullmatch(path.name) for path in partial.iterdir()):
+        return
+    if foreign := sorted(p for p in out.iterdir() if p == partial or p.name[0] != "."):
+        raise DataError(f"{foreign[0]}: in the way, not of a preparation; use another --out")
+
+
 def _begin(out: Path, asked: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Make OUT/.partial, or continue with what an interrupted run of the same preparation left
     there, and the plan. Removes what a different preparation left there, and nothing else."""
-    partial, asked = out / PARTIAL, {"tool": __version__, **asked}
+    refuse_foreign(out)
+    partial, asked = out / PARTIAL, {"tool": __version__, "split": SPLIT, **asked}
     if (partial / MANIFEST).exists():  # stopped while moving files: the listed ones are ours
         for name in _products(shards.read_manifest(partial)):
             if (out / name).exists():

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from nanonormuon.errors import DataError
 from nanonormuon.runtime.packages import need
+from nanonormuon.storage.files import open_regular
 from nanonormuon.text import formats
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ PACKED = (".gz", ".zst")
 LARGE = 16 << 20  # bytes; a longer document is cut into parts
 PART = 1 << 20  # bytes; a part has one to two times this
 PACKED_PARQUET_LIMIT = 256 << 20  # bytes
+PEEK = 1 << 16  # bytes that a format is recognised by
+SHOWN = 8  # kinds of files that the log names
 BAD_SHARE = 0.001  # of a text file's bytes may be invalid UTF-8
 _PARAGRAPH = re.compile(rb"\n[ \t\r]*\n+")
 
@@ -65,75 +68,115 @@ def documents(
     text_field: str = "text",
     separator: bytes = b"",
     log_passed: bool = False,
+    skip_bad: bool = False,
+    max_record: int = formats.RECORD_LIMIT,
 ) -> Iterator[Document]:
     """The documents of all sources, in order; blank ones are left out.
 
     A source is a file, a directory (walked in name order, without the directory `skip`), a pattern
     like "notes/**/*.md", or an open binary file, which is rewound. A text file is a document, or
-    one between each two `separator`s; records give the document in their field `text_field`. A file
-    that is named must be text; a walk passes over hidden, binary and empty ones, and with
-    `log_passed` the log says how many. Raises DataError.
+    one between each two `separator`s; records, of at most `max_record` bytes, give the document in
+    their field `text_field`. A file that is named must be text; a walk passes over hidden, binary
+    and empty ones. A file that cannot be read ends the reading, or with `skip_bad` itself alone.
+    With `log_passed` the log says what was read of a directory, and what was not. Raises DataError.
     """
     for index, source in enumerate(sources):
         walked = isinstance(source, str | Path) and Path(source).is_dir()
-        passed = []
-        for file in _find(source, skip):
+        read, passed = Tally(), Tally()
+        for file in _find(source, skip, passed):
             name = str(file) if isinstance(file, Path) else "standard input"
+            taken = 0
             try:
-                for text in _texts(file, name, text_field, separator):
+                for text in _texts(file, name, text_field, separator, max_record):
+                    taken += 1
                     if text.strip():
                         yield Document(name, index, text)
-            except NotText:
-                if not walked:
-                    raise
-                passed.append(name)
-        if passed and log_passed:
-            log.info(
-                "prepare: %s: passed over %d names, no text or linked directories, the first is %s",
-                source, len(passed), passed[0],
-            )  # fmt: skip
+                read.add(_suffix(Path(name)), name)
+            except DataError as error:
+                if walked and isinstance(error, NotText):
+                    passed.add("not text", name)
+                elif not skip_bad:
+                    hint = " (prepare --skip-bad goes on without it)" if walked else ""
+                    raise type(error)(f"{error}{hint}") from None
+                elif log_passed:
+                    passed.add("bad", name)
+                    log.warning("prepare: skipped from document %d on: %s", taken + 1, error)
+        if walked and log_passed:
+            log.info("prepare: %s: read %s; passed over %s", source, read, passed)
 
 
-def _find(source: Source, skip: Path | None) -> Sequence[Path | IO[bytes]]:
-    """The files of a source."""
+class Tally(dict[str, tuple[int, str]]):
+    """How many files there are of each kind, and the first of them."""
+
+    def add(self, kind: str, name: str) -> None:
+        count, first = self.get(kind, (0, name))
+        self[kind] = count + 1, first
+
+    def __str__(self) -> str:
+        shown = sorted(self.items(), key=lambda item: -item[1][0])
+        parts = [f"{count} {kind} ({first})" for kind, (count, first) in shown[:SHOWN]]
+        rest = sum(count for _, (count, _) in shown[SHOWN:])
+        return ", ".join([*parts, *([f"{rest} others"] if rest else [])]) or "nothing"
+
+
+def _find(source: Source, skip: Path | None, passed: Tally) -> Sequence[Path | IO[bytes]]:
+    """The files of a source; adds what a walk passes over."""
     if not isinstance(source, str | Path):
         return [source]
     path = Path(source)
+    if not str(source):
+        raise DataError("a source without a name; . is the working directory")
     if path.is_dir():
-        return walk(path, skip)
+        return walk(path, skip, passed)
     if path.exists():
         return [path]
     if glob.has_magic(str(source)):
         found = {Path(name) for name in glob.glob(str(source), recursive=True)}
-        own = skip.resolve() if skip else None  # a repeated run does not take its own output
-        found = {p for p in found if not (own and p.resolve().is_relative_to(own))}
+        own = os.path.realpath(skip) if skip else None  # a repeated run leaves out its own output
+        found = {p for p in found if not (own and Path(os.path.realpath(p)).is_relative_to(own))}
         if files := sorted(filter(Path.is_file, found)):
             return files
         raise DataError(f"{source}: the pattern matches no file (directories are named without *)")
+    if path.is_symlink():
+        raise DataError(f"{path}: a link that leads to no file")
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, 1)
     hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
     raise DataError(f"{path}: no such file or directory{hint}")
 
 
-def walk(root: Path, skip: Path | None = None) -> list[Path]:
-    """Visible, non-empty files of known formats below a directory, in name order on every
-    system, and links to directories, which are not followed. Raises DataError."""
+def walk(root: Path, skip: Path | None, passed: Tally) -> list[Path]:
+    """Visible, non-empty files of known formats below a directory, in name order on every system;
+    adds the others. Links to directories are not followed. Raises DataError."""
 
     def fail(error: OSError) -> None:
         raise DataError(
             f"{error.filename}: cannot be read: {error.strerror}; allow it or name other sources"
         )
 
-    def is_own(path: Path) -> bool:
-        return skip is not None and skip.exists() and skip.samefile(path)
+    def problem(path: Path) -> str:
+        """Why a path is passed over; "" if it is not."""
+        if path.name.startswith("."):
+            return "hidden"
+        if path.is_dir():
+            own = skip is not None and skip.exists() and skip.samefile(path)
+            return "the output" if own else "linked directories" * path.is_symlink()
+        if (suffix := _suffix(path)) not in known:
+            return f"of no known format, {suffix or 'no suffix'}"
+        if not path.is_file():
+            return "no regular file"
+        return "" if path.stat().st_size else "empty"
 
     files, known = [], {*TEXT, *RECORDS, ".json"}
     for folder, below, names in os.walk(root, onerror=fail):
-        below[:] = [n for n in below if not (n.startswith(".") or is_own(Path(folder, n)))]
-        files += [path for name in below if (path := Path(folder, name)).is_symlink()]
-        for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if _suffix(path) in known and path.is_file() and path.stat().st_size:
+        paths = [Path(folder, name) for name in sorted((*below, *names))]
+        below.clear()
+        for path in paths:
+            if reason := problem(path):
+                passed.add(reason, str(path))
+            elif path.is_dir():
+                below.append(path.name)
+            else:
                 files.append(path)
     return sorted(files, key=lambda path: path.parts)
 
@@ -146,7 +189,9 @@ def _suffix(path: Path) -> str:
 # --------------------------------------------------------------------------- one file's documents
 
 
-def _texts(file: Path | IO[bytes], name: str, text_field: str, separator: bytes) -> Iterator[bytes]:
+def _texts(
+    file: Path | IO[bytes], name: str, text_field: str, separator: bytes, max_record: int
+) -> Iterator[bytes]:
     """The documents of one file, whatever its format; DataError names what is wrong where."""
     try:
         with _opened(file) as raw:
@@ -159,7 +204,7 @@ def _texts(file: Path | IO[bytes], name: str, text_field: str, separator: bytes)
                 content = io.BytesIO(content.read(PACKED_PARQUET_LIMIT + 1))
                 if content.getbuffer().nbytes > PACKED_PARQUET_LIMIT:
                     raise DataError(f"{name}: Parquet is compressed in itself; unpack this file")
-            for text in formats.READ[kind](content, name, text_field):
+            for text in formats.READ[kind](content, name, text_field, max_record):
                 yield from _cut(text, 2 * PART) if len(text) > LARGE else [text]
     except (EOFError, zlib.error, OSError) as error:
         if reason := getattr(error, "strerror", None):  # the system's; libraries set none
@@ -169,11 +214,12 @@ def _texts(file: Path | IO[bytes], name: str, text_field: str, separator: bytes)
 
 def _opened(file: Path | IO[bytes]) -> Any:
     if isinstance(file, Path):
-        if file.exists() and not file.is_file():  # a pipe could not be read three times
-            raise NotText(f"{file}: not a regular file; pipe it in with -")
-        return file.open("rb")
+        try:
+            return open_regular(file, PEEK)
+        except ValueError:  # a pipe could not be read three times
+            raise NotText(f"{file}: not a regular file; pipe it in with -") from None
     file.seek(0)
-    return io.BufferedReader(io.FileIO(file.fileno(), closefd=False))
+    return io.BufferedReader(io.FileIO(file.fileno(), closefd=False), PEEK)
 
 
 def _unpacked(raw: IO[bytes], name: str) -> Any:
@@ -200,7 +246,7 @@ def _kind(file: Any, name: str) -> str:
         return "text"
     if suffix in RECORDS:
         return RECORDS[suffix]
-    start = file.peek(1 << 16)
+    start = file.peek(PEEK)
     if start.startswith(b"PAR1"):
         return "parquet"
     start = start.removeprefix(codecs.BOM_UTF8).lstrip()
@@ -211,7 +257,7 @@ def _kind(file: Any, name: str) -> str:
         try:
             json.loads(line)
             return "lines"
-        except ValueError:
+        except (ValueError, RecursionError):
             if not end and len(start) > 1 << 12:  # a first record longer than what was peeked at
                 return "lines"
     if suffix == ".json":

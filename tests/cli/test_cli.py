@@ -118,7 +118,7 @@ def test_what_is_there_but_not_what_was_asked_for(shards, trained, tmp_path, cap
         ),
         (["sample", trained, "--file", tmp_path / "no"], 2, "no: No such file or directory, expec"),
         (["sample", trained, "--file", tmp_path], 2, "Is a directory, expected a text file"),
-        (["evaluate", trained, "--text", tmp_path / "no"], 3, "expected a text file"),
+        (["evaluate", trained, "--text", tmp_path / "no"], 3, "no such file"),
         (["evaluate", trained, "--choices", tmp_path / "no"], 3, "expected a JSONL file"),
         (["report", trained, "--out", tmp_path], 2, f"--out {tmp_path}: a directory"),
     ):

@@ -2,8 +2,10 @@
 probabilities say, and results are kept."""
 
 import errno
+import gzip
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -70,6 +72,31 @@ def test_raw_text_is_tokenized_whole_and_counted_in_bytes(trained, tmp_path):
     size = len(content.encode())
     assert (found["tokens"], found["bytes"]) == (len(ids) - 1, size)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_text_is_read_as_prepare_reads_it(trained, tmp_path, capsys):
+    """Records, compressed files and directories; what is no text is refused."""
+    texts = ["the cat sat on a mat.\n" * 9, "the dog ran home.\n" * 5]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        (folder / f"{i}.txt").write_text(text)
+    lines = "".join(json.dumps({"body": text, "n": 1}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    given = ["--text", folder, "--text", tmp_path / "a.jsonl.gz", "--text-field", "body", "--json"]
+    assert cli.main(["evaluate", str(trained), *map(str, given)]) == 0
+    found = [
+        {key: value for key, value in result.items() if key not in ("set", "path")}
+        for result in json.loads(capsys.readouterr().out)
+    ]
+    assert found[0] == found[1] and found[0]["bytes"] == sum(map(len, texts))
+    (tmp_path / "b.txt").write_bytes(b"\0\1\2" * 99)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("b.txt", "pipe", "loop", "/dev/zero", "a.jsonl.gz"):
+        assert cli.main(["evaluate", str(trained), "--text", str(tmp_path / name)]) == 3
+        assert name in capsys.readouterr().err
+    assert cli.main(["evaluate", str(trained), "--text", ""]) == 2
 
 
 def test_an_id_that_the_model_lacks_is_refused(tmp_path):

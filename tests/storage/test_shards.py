@@ -274,11 +274,70 @@ def shard_field(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda m: m.pop("tokenizer"), "tokenizer: dict expected, 'None' found"),
         (lambda m: m.pop("val"), "val: dict expected"),
         (lambda m: m["val"].update(tokens=0, shards=[]), "here, but not listed"),
+        (lambda m: m["tokenizer"].update(eot=100), "eot < vocab_size"),
+        (lambda m: m["tokenizer"].update(vocab_size=10**12), "eot < vocab_size <= 2"),
+        (lambda m: m["tokenizer"].update(vocab_size=10**6), "uint16 tokens do not fit the 1000000"),
+        (lambda m: m.update(sha256=None), "sha256 None expected"),
     ],
 )
 def test_manifest_is_checked(directory: Path, change: Callable[[Any], Any], says: str) -> None:
     edit(directory, change)
     refused(directory, says)
+
+
+def places(value: Any, path: tuple = ()) -> list[tuple]:
+    """The way to each number, string and list in a manifest."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    nested = [(key, item) for key, item in items if isinstance(item, dict | list)]
+    below = [place for key, item in nested for place in places(item, (*path, key))]
+    return [
+        (*path, key) for key in (value if isinstance(value, dict) else range(len(value)))
+    ] + below
+
+
+def test_any_change_of_a_sealed_manifest_is_refused(directory: Path) -> None:
+    """Of one that `prepare` writes now: whatever else is checked of a value."""
+    original = json.loads((directory / "manifest.json").read_text())
+    original |= {"copies": 3, "sources": [{"name": "é", "documents": 3}], "request": {"val": 0.02}}
+    original["sha256"] = shards.digest(original)
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(original))
+    assert shards.open_data(directory).val.bytes == 800
+    for place in places(original):
+        changed = json.loads(path.read_text())
+        node = changed
+        for key in place[:-1]:
+            node = node[key]
+        value = node[place[-1]]
+        node[place[-1]] = 10 * value if isinstance(value, int | float) else None
+        (directory / "changed").mkdir(exist_ok=True)
+        (directory / "changed" / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match=r"manifest\.json: "):
+            shards.read_manifest(directory / "changed")
+
+
+@pytest.mark.parametrize("key", ["hash", "vocab_size", "eot", "val.bytes"])
+def test_an_older_manifest_is_compared_with_its_tokenizer(directory: Path, key: str) -> None:
+    class Words:
+        hash, vocab_size, eot = "0", 100, 99
+
+        def token_lengths(self) -> np.ndarray:
+            return np.where(np.arange(100) == 99, 0, 4)
+
+    lengths = Words().token_lengths()
+    text_bytes = int(lengths[shards.open_data(directory).val.shards[0]].sum())
+    text_bytes -= int(lengths[shards.open_data(directory).val.shards[0][0]])
+    edit(directory, lambda m: m["val"].update(bytes=text_bytes))
+    shards.open_data(directory).check_tokenizer(Words())
+    if key == "val.bytes":
+        edit(directory, lambda m: m["val"].update(bytes=10 * text_bytes))
+    else:
+        setattr(Words, key, 55)
+    with pytest.raises(DataError, match=f"{key} .* expected by manifest"):
+        shards.open_data(directory).check_tokenizer(Words())
+    for path in directory.glob("*.json"):
+        path.unlink()
+    shards.open_data(directory).check_tokenizer(Words())
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "[" * 100_000, "\xff", '{"format": NaN}'])

@@ -104,14 +104,17 @@ def test_shards_as_published_for_the_speedrun(shards, tmp_path):
     assert same(run([*TINY, f"data.path={folder}", *few], tmp_path / "b"), expected)
 
 
-def test_documents_kept_apart(text, tmp_path, capsys):
+def test_documents_kept_apart(text, tmp_path, capsys, caplog):
     """Many short documents: another result than with them joined, and exact on resume."""
     (tmp_path / "in").mkdir()
     for i, line in enumerate(text.read_text().splitlines()[:600]):
         (tmp_path / "in" / f"{i}.txt").write_text(line[: 10 + i % 30])
     prepare([tmp_path / "in"], tmp_path / "data", "byte", 0.1)
     arguments = [*TINY, f"data.path={tmp_path / 'data'}", "train.steps=3"]
+    caplog.set_level("INFO")
     joined = run(arguments, tmp_path / "joined")
+    held_out = shards.open_data(tmp_path / "data").val.tokens
+    assert f"warning: val: {held_out:,} tokens are too few" in caplog.text
     arguments.append("data.document_mask=true")
     apart = run(arguments, tmp_path / "apart")
     assert not same(apart, joined)

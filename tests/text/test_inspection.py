@@ -68,6 +68,23 @@ def test_what_is_wrong_is_named(directory, tmp_path, capsys):
     assert code == 3 and "no such data directory" in out
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize(("key", "value"), [("eot", 5), ("vocab_size", 10**6), ("bytes", 10)])
+def test_numbers_of_a_manifest_that_are_wrong(key, value, sealed, directory, capsys):
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    place = manifest["val" if key == "bytes" else "tokenizer"]
+    place[key] = value * place["bytes"] if key == "bytes" else value
+    if not sealed:
+        del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    code, out = called(capsys, directory)
+    assert code == 3 and f"problem: {directory}" in out
+    assert cli.main(["run", "demo", f"data.path={directory}", "--out", str(directory / "x")]) == 3
+    assert str(directory) in capsys.readouterr().err
+    assert cli.main(["inspect", ""]) == 2
+
+
 def test_nanogpts_files(directory, tmp_path, capsys):
     (tmp_path / "plain").mkdir()
     for name in ("train", "val"):

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from nanonormuon.storage import files, shards
 from nanonormuon.text import bpe as bpe_module
 from nanonormuon.text import builtin, encode, inspection, sources, tokenizer
 from nanonormuon.text import prepare as module
-from nanonormuon.text.corpus import count_bytes
 from nanonormuon.text.prepare import prepare
 from nanonormuon.text.sources import Document, documents
 
@@ -176,6 +175,86 @@ def test_few_files_keep_the_others_whole(tmp_path: Path) -> None:
         prepare([tmp_path / "a"], tmp_path / "one", tokenizer="byte")
 
 
+def records(sizes: list[int], source: int = 0, seed: str = "") -> list[Document]:
+    """Documents of these sizes, each of its own letters."""
+    texts = (hashlib.sha256(f"{seed}{source} {i}".encode()).hexdigest() for i in range(len(sizes)))
+    data = [(text * (size // 64 + 1))[:size].encode() for text, size in zip(texts, sizes)]
+    return [Document(f"{source}/{i}", source, text) for i, text in enumerate(data)]
+
+
+SHAPES = {  # documents' sizes in each source
+    "a large file and lines": [[550_000], [450] * 1000],
+    "two files": [[900_000], [200_000]],
+    "a directory with one large file": [[550_000, *[450] * 1000]],
+    "a file in parts": [[200_000] * 15],
+    "some dozens": [[9_000] * 40],
+    "few": [[20_000] * 12],
+    "one file": [[500_000]],
+}
+
+
+@pytest.mark.parametrize("val", [0.02, 0.1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_validation_has_its_share_of_every_source(shape: str, val: float) -> None:
+    """Whatever the texts; each document is on one side, or cut at the end as its copies are."""
+    for seed in "abc":
+        sources = [records(sizes, i, seed) for i, sizes in enumerate(SHAPES[shape])]
+        copied = max((d.data for d in sources[0]), key=len)
+        sources.append([Document("copy", len(sources), copied)])
+        documents = list(chain.from_iterable(sources))
+        survey = module.Survey(documents, [str(i) for i in range(len(sources))], val)
+        found = list(survey.split(documents))
+        for i, source in enumerate(sources):
+            held_out = sum(len(d.data) for side, d in found if side == "val" and d.source == i)
+            share = held_out / sum(len(d.data) for d in source)
+            if i < len(sources) - 1 or len(source[0].data) > 256 / val:
+                assert val / 2.1 <= share <= 2.1 * val, (shape, seed, i, share)
+        sides = [{d.data for side, d in found if side == name} for name in ("train", "val")]
+        assert not sides[0] & sides[1]
+        assert b"".join(d.data for _, d in found) == b"".join(d.data for d in documents)
+
+
+def test_hashes_alone_split_the_demo_and_small_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they did for the published figures."""
+    documents = records([90_000, *[1000] * 900])
+    survey = module.Survey(documents, ["x"], 0.02, whole=True)
+    small = module.Survey(records([1000] * 900), ["x"], 0.02)
+    assert not survey.cut and not survey.moved and not small.cut and not small.moved
+    asked: list[Any] = []
+    monkeypatch.setattr(builtin, "python_sources", lambda: iter(documents[:9]))
+    monkeypatch.setattr(builtin, "prepare_documents", lambda *_, **options: asked.append(options))
+    builtin.builtin_python("byte")
+    assert asked == [{"whole": True}]
+
+
+def test_splits_that_are_too_small_are_named(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = prepare([corpus], tmp_path / "out", tokenizer="byte")
+    found = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert found == [
+        f"prepare: val: {manifest['val']['tokens']:,} tokens are too few to learn or judge by"
+    ]
+
+
+@pytest.mark.parametrize("there", ["notes.md", ".partial/notes.md", ".partial", "sub/notes.md"])
+def test_a_directory_with_other_files_is_refused(there: str, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / there).parent.mkdir(parents=True)
+    (out / there).write_text("precious")
+    (out / ".download").touch()  # hidden files are in nobody's way
+    with pytest.raises(DataError, match=f"{out / there.partition('/')[0]}: in the way"):
+        prepare([corpus], out, tokenizer="byte")
+    assert (out / there).read_text() == "precious"
+    (out / there).unlink()
+    for folder in {out / there, (out / there).parent} - {out, out / there}:
+        folder.rmdir()
+    prepare([corpus], out, tokenizer="byte")
+    for wrong in ({"out": ""}, {"out": tmp_path / "new", "tokenizer": ""}):
+        with pytest.raises(DataError, match="a name expected"):
+            prepare([corpus], **wrong)
+
+
 def test_large_vocabulary_uses_version_2(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +276,7 @@ def test_a_tokenizer_whose_tokens_are_no_bytes(corpus: Path, tmp_path: Path) -> 
     files = {p.read_bytes() for p in corpus.rglob("*.txt") if p.stem.isdigit()}
     assert {*texts(tmp_path / "out", "train"), *texts(tmp_path / "out", "val")} == files
     data = shards.open_data(tmp_path / "out")
-    assert count_bytes(data.val, words.token_lengths(), 100) is None
+    assert data.val.count_bytes(words.token_lengths(), 100) is None
     found = inspection.inspect(tmp_path / "out")
     assert all("too few" in p for p in found["problems"]) and found["train"]["bytes_per_token"] > 0
     (corpus / "sub" / "bad.txt").write_bytes(b"x" * 5000 + b"\xff and more")
@@ -239,7 +318,10 @@ def test_walk(
     (corpus / "linked").symlink_to(corpus / "sub")
     names = [d.name for d in documents([corpus], corpus / "out", log_passed=True)]
     assert names == sorted(names) and len(names) == 120 and str(corpus / "sub/001.txt") in names
-    assert "passed over 3 names, no text or linked directories, the first is" in caplog.text
+    says = caplog.text
+    assert "read 120 .txt" in says and f"1 linked directories ({corpus / 'linked'})" in says
+    for kind in ("2 hidden", "2 not text", "1 empty", "1 of no known format, .png", "1 the output"):
+        assert kind in says
 
     def refuse(folder: str, scandir: Any = os.scandir) -> Any:
         if Path(folder) == corpus / "sub":
@@ -289,7 +371,7 @@ def test_damaged_output_is_not_reused(corpus: Path, tmp_path: Path) -> None:
     path.write_bytes(raw)
     prepare([corpus], tmp_path / "out", tokenizer="byte")
     tokenizer.get("bpe:300", ["some text"]).save(tmp_path / "out")
-    with pytest.raises(DataError, match=r"another tokenizer in tokenizer\.json"):
+    with pytest.raises(DataError, match=r"hash .* expected by manifest\.json"):
         prepare([corpus], tmp_path / "out", tokenizer="byte")
 
 
@@ -403,7 +485,6 @@ def mixed(root: Path, megabytes: float) -> Path:
 
 MEASURED = """
 import resource, sys
-from nanonormuon.text.corpus import count_bytes
 from nanonormuon.text.prepare import prepare
 root, out, tokenizer, workers, shard_bytes = sys.argv[1:]
 prepare([root], out, tokenizer, workers=int(workers), shard_bytes=int(shard_bytes))
@@ -531,7 +612,7 @@ def test_only_one_process_prepares_in_a_directory(corpus: Path, tmp_path: Path) 
         prepare([corpus], tmp_path / "out", tokenizer="byte")
 
 
-def test_copies_are_counted_and_named_where_they_cross_the_split(
+def test_copies_are_counted_and_do_not_cross_the_split(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -540,9 +621,9 @@ def test_copies_are_counted_and_named_where_they_cross_the_split(
     assert prepare([tmp_path], tmp_path / "out", "byte", 0.3)["copies"] == 30
     assert "30 of 40 documents are exact copies" in caplog.text
     assert not set(texts(tmp_path / "out", "train")) & set(texts(tmp_path / "out", "val"))
-    assert "train has copies" not in caplog.text
     prepare([tmp_path], tmp_path / "tail", "byte", 1e-9)
-    assert "train has copies" in caplog.text
+    assert set(texts(tmp_path / "tail", "val")) == {b"0"}  # of four copies alike
+    assert texts(tmp_path / "tail", "train").count(b"text 0" * 8 + b"text ") == 4
 
 
 @pytest.mark.parametrize("second", [[b"a" * 99, b"B"], [b"a" * 99], [b"a" * 99, b"b", b"c"]])

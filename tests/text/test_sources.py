@@ -7,8 +7,13 @@ import csv
 import gzip
 import io
 import json
+import logging
 import os
+import random
+import re
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,8 @@ from hypothesis import strategies as st
 
 from nanonormuon.cli import app as cli
 from nanonormuon.errors import DataError, MissingPackage
-from nanonormuon.text import formats, sources
+from nanonormuon.text import sources
+from nanonormuon.text.prepare import prepare
 from nanonormuon.text.sources import documents
 
 TEXTS = ["plain", 'with "quotes", commas\nand lines\r\n', "é字\U0001f469", "\ttabs\t", "x" * 70_000]
@@ -113,6 +119,38 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
         list(documents([tmp_path / "pipe"]))
 
 
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [("", "without a name"), ("/dev/zero", "not a regular file"), ("loop.txt", "leads to no file")],
+)
+def test_sources_that_are_no_files(
+    source: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert cli.main(["prepare", source, "--tokenizer", "byte", "--out", "out"]) == 3
+    with pytest.raises(DataError, match=says):
+        list(documents([source]))
+    assert list(documents(["."])) == []  # a walk passes over both
+
+
+def test_bad_files_are_skipped_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.csv").write_text("id,body\n1,x\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "two"}\n{"text": oops}\n{"text": "three"}\n')
+    (tmp_path / "d.png").write_text("png")
+    with pytest.raises(DataError, match=r"b\.csv: no field 'text'.*--skip-bad"):
+        list(documents([tmp_path]))
+    found = [d.data for d in documents([tmp_path], log_passed=True, skip_bad=True)]
+    assert found == [b"one", b"two"]
+    for part in ("document 1 on: .*b.csv: no", "document 2 on: .*c.jsonl:2: ", "2 bad", "png"):
+        assert re.search(part, caplog.text)
+    with pytest.raises(DataError, match="no text found"):
+        prepare([tmp_path / "b.csv"], tmp_path / "out", skip_bad=True)
+
+
 def test_a_zstd_file_may_have_frames_to_be_skipped(tmp_path: Path) -> None:
     skipped = b"\x5a\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
     long = b"\x50\x2a\x4d\x18" + (300_000).to_bytes(4, "little") + bytes(300_000)
@@ -173,6 +211,9 @@ def test_a_byte_order_mark_before_an_array(tmp_path: Path) -> None:
         ("a.json", b'["a"] x', r"a\.json: after item 1: no valid JSON: "),
         ("a.json", b'["a", "\xff"]', r"a\.json: after item \d: no valid JSON: 'utf-8'"),
         ("a.json", b'["a",' + b"[" * 100_000, r"a\.json: .*1000 deep"),
+        ("a.json", b'[{"n": %s}]' % (b"9" * 100_000), r"a\.json: after item 0: no valid .{,250}$"),
+        ("nameless", b'{"a":' * 100_000 + b"\n", r"nameless:1: a JSON record expected"),
+        ("a.csv", b"text,id,text\na,1,b\n", r"a\.csv: columns 1 and 3 are both 'text'"),
         ("a.txt.zst", as_zstd(b"text " * 99) + b"more", r"a\.txt\.zst: damaged compressed file"),
         ("a.json", b'{\n"text": "a"}', r"a\.json: a JSON array of records, or one record per line"),
         ("a.csv", b"id,body\n1,x\n", r"a\.csv: no field 'text', found id, body"),
@@ -194,6 +235,103 @@ def test_what_is_wrong_is_named(name: str, content: bytes, says: str, tmp_path: 
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def column(*arrays: Any, **options: Any) -> bytes:
+    """A Parquet file of columns that are all called text."""
+    parquet, file = pytest.importorskip("pyarrow.parquet"), io.BytesIO()
+    import pyarrow
+
+    names = ["text"] * len(arrays)
+    parquet.write_table(pyarrow.table(list(arrays), names=names), file, **options)
+    return file.getvalue()
+
+
+def test_parquet_that_expands_or_is_no_text(tmp_path: Path) -> None:
+    """One value of 1 MB in 400 rows is read a few rows at a time."""
+    pyarrow, path = pytest.importorskip("pyarrow"), tmp_path / "a.parquet"
+    held = pyarrow.total_allocated_bytes()
+    values = pyarrow.DictionaryArray.from_arrays([0] * 400, ["x" * (1 << 20)])
+    path.write_bytes(column(values, compression="zstd", store_schema=False))
+    assert path.stat().st_size < 10_000
+    for number, document in enumerate(documents([path], max_record=1 << 20)):  # noqa: B007
+        assert len(document.data) == 1 << 20 and pyarrow.total_allocated_bytes() - held < 9 << 20
+    assert number == 399
+    invalid = pyarrow.array([b"ok", b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    two = column(pyarrow.array(["a"]), pyarrow.array(["b"]))
+    numbers = column(pyarrow.array([[1]]))
+    page = column(pyarrow.array(["x", "y" * (24 << 17)]), use_dictionary=False, compression="zstd")
+    for content, says in (
+        (column(invalid), "near row 2: .* byte 0xff"), (two, "columns 1 and 2 are both 'text'"),
+        (numbers, "text expected in 'text', list"),
+        (page, "row group 0: a page of 3 MB of text; prepare --max-record 1 "),
+    ):  # fmt: skip
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"a\.parquet: {says}"):
+            list(documents([path], max_record=1 << 17))
+
+
+HOSTILE = [b"\0", b"\xff", b"9" * 5000, b"[" * 2000, b'{"text":', b'"', b"1e999999999", b",", b"-",
+           b"\xef\xbb\xbf", b"PAR1", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\\ud800"]  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_mutated_files_end_in_documented_errors(packed: str, tmp_path: Path) -> None:
+    seed = int(os.environ.get("FAULT_SEED", time.time_ns() % 10**6))
+    print(f"FAULT_SEED={seed}")
+    dice, pack = random.Random(seed), {"": bytes, ".gz": gzip.compress, ".zst": as_zstd}[packed]
+    plain = {"a.txt": b"text\n" * 99, "a.md": b"# text", "a.tsv": b"text\tn\na\t1\n"}
+    contents = plain | {name: make(["one", "two", "é" * 99]) for name, make in FORMATS.items()}
+    for turn in range(5 * len(contents)):
+        name = list(contents)[turn % len(contents)]
+        content = bytearray(contents[name])
+        if packed and turn % 3 == 0:
+            content = bytearray(pack(bytes(content)))
+        at, size = dice.randrange(len(content)), dice.choice([0, 1, 9, len(content)])
+        content[at : at + size] = dice.choice([*HOSTILE, b"", dice.randbytes(9)])
+        path = tmp_path / "in" / (name + packed)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if packed and turn % 3 == 0 else pack(bytes(content)))
+        for source in (path, path.parent):
+            try:
+                list(documents([source]))
+            except DataError as error:
+                assert str(path) in str(error) and len(str(error)) < 900
+        list(documents([path.parent], skip_bad=True))
+        path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.parquet", b"", "a.parquet: row 1: a record of more than 24 MB"),
+        ("a.jsonl.zst", b"[" + b"[]," * ((8 << 20) - 9) + b"1]", "text expected in 'text', list"),
+        ("a.csv.zst", b"text\n" + b"ab," * ((8 << 20) - 9), "1 columns expected"),
+    ],
+)  # fmt: skip
+def test_what_expands_takes_less_than_a_gigabyte(
+    name: str, content: bytes, says: str, tmp_path: Path
+) -> None:
+    """The largest records that are read, of the kinds that take most memory."""
+    pyarrow, path = pytest.importorskip("pyarrow"), tmp_path / name
+    if content:
+        path.write_bytes(pyarrow.compress(content, "zstd", asbytes=True))
+    else:
+        text = pyarrow.array(["a" * (200 << 20)])
+        path.write_bytes(column(text, compression="zstd", use_dictionary=False))
+    program = r"""if True:
+        import re, sys
+        from nanonormuon.errors import DataError
+        from nanonormuon.text.sources import documents
+        try:
+            list(documents([sys.argv[1]]))
+        except DataError as error:
+            print(error)
+        print(re.search(r"VmHWM:\s*([0-9]+)", open("/proc/self/status").read())[1])"""
+    command = [sys.executable, "-c", program, path]
+    *message, peak = subprocess.run(command, stdout=-1, text=True).stdout.splitlines()
+    assert says in message[0] and int(peak) * 1024 < 1e9, peak
+
+
 def test_a_zstd_file_that_breaks_off(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     content = pyarrow.compress(bytes(range(32, 120)) * 9000, "zstd", asbytes=True)
@@ -210,7 +348,7 @@ def test_parquet_without_the_column_or_the_package(
     path.write_bytes(as_parquet(["x"]))
     with pytest.raises(DataError, match=r"no field 'body', found id, text"):
         list(documents([path], text_field="body"))
-    with pytest.raises(DataError, match=r"row 1: text expected in 'id', int found"):
+    with pytest.raises(DataError, match=r"text expected in 'id', int64 found"):
         list(documents([path], text_field="id"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(MissingPackage, match=r"a\.parquet: Parquet needs .*: pip install pyarrow"):
@@ -230,13 +368,16 @@ def test_formats_without_their_packages(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_limits_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "RECORD_LIMIT", 1 << 17)
-    (tmp_path / "a.jsonl").write_bytes(as_lines(["x", "y" * (1 << 18)]))
-    with pytest.raises(DataError, match=r"a\.jsonl:2: a line of more than"):
-        list(documents([tmp_path / "a.jsonl"]))
-    (tmp_path / "a.json").write_bytes(as_array(["x", "y" * (1 << 18)]))
-    with pytest.raises(DataError, match=r"a\.json: after item 1: more than 0 MB"):
-        list(documents([tmp_path / "a.json"]))
+    """Whatever a record's format; a row of CSV may go on over many lines."""
+    large = ["x", "y\n" * (1 << 17)]
+    for name, at in (
+        ("a.jsonl", "a.jsonl:2"), ("a.json", "a.json: after item 1"), ("a.csv", r"a.csv:\d+"),
+        ("a.parquet", "a.parquet: row 2"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(FORMATS[name](large))
+        with pytest.raises(DataError, match=rf"{at}: a record of more than 0.125 MB; .*--max-rec"):
+            list(documents([tmp_path / name], max_record=1 << 17))
+        assert len(list(documents([tmp_path / name], max_record=1 << 20))) == 2
     monkeypatch.setattr(sources, "PACKED_PARQUET_LIMIT", 100)
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(as_parquet(["x"])))
     with pytest.raises(DataError, match="unpack this file"):
@@ -344,6 +485,9 @@ def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
     for name in names:
         a, b = ((tmp_path / d / name).read_bytes() for d in "ab")
-        assert a.replace(b"standard input", b"x.jsonl") == b
+        if name == "manifest.json":
+            a, b = (json.loads(m.replace(b"standard input", b"x.jsonl")) for m in (a, b))
+            assert a.pop("sha256") != b.pop("sha256")
+        assert a == b
     assert run("-", "c") == 3 and "no text found" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
