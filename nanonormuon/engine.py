@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from nanonormuon.errors import out_of_memory
 from nanonormuon.model import GPT
 from nanonormuon.normuon import NorMuon, OneProcess
 from nanonormuon.runtime import distributed
@@ -47,7 +48,7 @@ class Engine:
     ):
         self.model, self.world, self.grad_clip = model, world, grad_clip
         self.replica: nn.Module = model
-        self.sharded = parallel == "fsdp" and world.size > 1
+        self.sharded = parallel == "fsdp" and distributed.grouped()
         # whether nobody could hear of a rank that runs out of memory in a forward pass
         self.lockstep = world.size == 1 or self.sharded or self.dealt
         self.distribute(dtype, reshard)
@@ -57,8 +58,8 @@ class Engine:
     def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
         """Make the model one of several replicas or shards; alone it stays as it is."""
         if self.sharded:
-            shard(self.model, dtype, reshard)
-        elif self.world.size > 1:
+            shard(self.model, self.world, dtype, reshard)
+        elif distributed.grouped():
             self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             self.replica.require_backward_grad_sync = False  # its forward pass prepares nothing
 
@@ -133,40 +134,57 @@ class Engine:
     def compile(self, trial: Callable[[], tuple[Tensor, Tensor]]) -> tuple[float, str]:
         """Compile the forward and backward pass, if they then work on a trial batch on all ranks.
 
-        Returns the seconds that it took, and why it failed ("": it did not).
+        Returns the seconds that it took, and why it failed ("": it did not). No gradient is left of
+        the trial. Raises what `accumulate` raises for want of memory.
         """
-        start, failure = time.perf_counter(), ""
-        fast = torch.compile(self.replica, dynamic=False)
-        self.sync(False)  # a rank that fails must not leave the others waiting
-        try:
-            fast(*trial()).backward()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler may raise; the model itself is tested
-            lines = str(error).strip().splitlines() or [""]
-            failure = f"{type(error).__name__}: {lines[0]}"
-        finally:
-            self.model.zero_grad(set_to_none=True)
-        if distributed.largest([float(bool(failure))], self.world.device)[0]:
-            failure = failure or "on another rank"
-        else:
-            self.forward = fast
-        return time.perf_counter() - start, failure
+        start, failures = time.perf_counter(), []
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+            try:
+                return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+            except Exception as error:  # whatever a compiler may raise; the graph itself is tested
+                if out_of_memory(error):
+                    raise
+                failures.append(error)
+                return graph.forward  # a rank that left the pass would leave the others waiting
+
+        def passes() -> None:
+            try:  # under FSDP2 torch itself runs what it cannot even trace uncompiled
+                with torch._dynamo.config.patch(suppress_errors=self.sharded):
+                    fast(*trial()).backward()
+            except Exception as error:
+                if self.sharded or out_of_memory(error):  # FSDP2 is in the middle of a pass
+                    raise
+                failures.append(error)
+
+        fast = torch.compile(self.replica, backend=backend, dynamic=False)
+        # FSDP2 would keep an unreduced gradient where zero_grad does not reach it
+        self.sync(self.sharded)
+        together(passes, alone=self.lockstep)
+        self.zero_grad()
+        lines = [f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}" for e in failures]
+        if distributed.largest([len(lines)], self.world.device)[0]:
+            return time.perf_counter() - start, (*lines, "on another rank")[0]
+        self.forward = fast
+        return time.perf_counter() - start, ""
 
 
-def shard(model: GPT, dtype: torch.dtype | None, reshard: bool) -> None:
-    """Shard a model in place with FSDP2, block by block (`model.layers`).
+def shard(model: GPT, world: World, dtype: torch.dtype | None, reshard: bool) -> None:
+    """Shard a model in place with FSDP2, block by block (`model.layers`), over all ranks' devices.
 
     Computes in `dtype` (None: as the model itself does) and reduces gradients in float32. An
     embedding that rests in another dtype is a block of its own: what FSDP2 shards together has one
-    dtype.
+    dtype. The model casts its activations itself, and not all of them: rotary tables stay float32.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # without a mesh FSDP2 would take the machine's GPUs, whatever the device asked for
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mixed = len({p.dtype for p in model.parameters()}) > 1
     for block in [*model.layers, *([model.embed_tokens] if mixed else []), model]:
-        fully_shard(block, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
 
 
 class Bitwise(Engine):
@@ -190,10 +208,9 @@ class Bitwise(Engine):
         self.sums: list[Tensor] = []
 
     def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
-        if (
-            self.sharded
-        ):  # in no other dtype: FSDP2's mixed precision casts where the model does not
-            shard(self.model, None, reshard)
+        # in no other dtype: FSDP2's mixed precision casts where the model does not
+        if self.sharded:
+            shard(self.model, self.world, None, reshard)
             for module in self.shards():  # whole parameters stay, with this rank's whole gradients
                 module.set_reshard_after_backward(False, recurse=False)
 

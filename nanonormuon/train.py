@@ -138,9 +138,12 @@ class Trainer:
                 where = self.found[0] if self.found else "the start: nothing was saved"
                 log.info(f"resumed from {where}")
         with self.watch.section("compilation"):
-            self.compile_seconds = build.compile_engine(
-                config, engine, lambda: next(self.loader.micro_batches(self.step, self.memory.size))
-            )
+            self.compile_seconds = self.memory.retry(self.compile)
+
+    def compile(self) -> float:
+        """Compile the engine on the first micro-batch of the next step; returns the seconds."""
+        micro_batches = self.loader.micro_batches(self.step, self.memory.size)
+        return build.compile_engine(self.config, self.engine, lambda: next(micro_batches))
 
     def take_up(self, state: dict[str, Any]) -> None:
         """Be where a checkpoint's state.json says that the run was."""

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from support import relative
 from twin import Twin
 
-from nanonormuon.model import GPT
+from nanonormuon.engine import shard
+from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.runtime.distributed import World
 
 WORLDS = [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
 
@@ -159,3 +161,61 @@ def test_track3_is_the_same_on_ranks_as_on_one_process(answers, embed_dtype):
             assert found.dtype == alone.dtype
             limit = 1e-5 if embed_dtype == "fp32" else 3e-2
             assert relative(found.float(), alone.float()) < limit, f"{world} ranks, {kind}, {name}"
+
+
+def test_a_trial_of_the_compiler_leaves_no_gradient_behind(answers):
+    for kind, (without, after) in answers[2]["norms"].items():
+        assert after == without, kind
+
+
+@pytest.mark.slow
+def test_compiled_gradients_are_the_eager_ones_though_one_rank_cannot_compile(forks, tmp_path):
+    codes, said = forks.run([tmp_path, "compiled"], 2, program="worker.py")
+    assert codes == [0, 0], said
+    for rank, words in enumerate(("on another rank", "no C++ compiler here")):
+        for kind, found in json.loads((tmp_path / f"{rank}.json").read_text()).items():
+            norms = {label: norm for label, (norm, _) in found.items()}
+            assert norms["on"] == pytest.approx(norms["off"], rel=1e-4), kind
+            assert norms["fails"] == norms["off"], kind
+            assert found["on"][1] == "" and words in found["fails"][1], kind
+
+
+cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+def test_a_group_of_one_rank_computes_what_no_group_does(device, forks, tmp_path):
+    """As torchrun starts it on one GPU: real DDP, FSDP2, both of the optimizer's layouts and every
+    helper that ranks use, on NCCL or gloo."""
+    codes, said = forks.run([tmp_path, "alone", device], program="worker.py")
+    assert codes == [0], said
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["grouped"] and facts["memory"]
+    assert facts["asked"] == [device, device, "cpu", "cpu"]  # the helpers' reductions came about
+    assert facts["total"] == facts["gather"][0] == [0, 1, 2] and facts["largest"] == [2, 3]
+    assert facts["any_rank"] == [True, False]
+    assert facts["from_first"] == {"a": [1]} and facts["first_does"] == "done"
+    assert facts["ddp Engine"] == ["DistributedDataParallel", False]
+    assert facts["fsdp Engine"] == ["FSDPGPT", True]
+    assert all(facts["layouts"].values())
+    limit = 0 if device == "cpu" else 1e-2
+    for label, loss in facts["losses"].items():
+        assert loss == pytest.approx(facts["losses"]["alone"], rel=limit), label
+    for label, off in facts["off"].items():
+        for name, found in off.items():
+            # whole weights are bfloat16 under FSDP2; these two have gradients in float32 otherwise
+            rounded = label == "fsdp Engine" and name in ("embed_tokens.weight", "lm_head.weight")
+            assert found <= (limit or 5e-3 * rounded), f"{label}, {name}"
+
+
+def test_fsdp_shards_over_the_device_that_was_asked_for(monkeypatch):
+    """Not over the machine's GPUs, which FSDP2 takes if nobody names a device."""
+    from torch.distributed import device_mesh, fsdp
+
+    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda kind, shape: (kind, shape))
+    meshes = []
+    monkeypatch.setattr(fsdp, "fully_shard", lambda *_, mesh=None, **__: meshes.append(mesh))
+    model = GPT(GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=16))
+    for kind in ("cpu", "cuda"):
+        shard(model, World(0, 4, torch.device(kind)), None, True)
+    assert meshes == [("cpu", (4,))] * 3 + [("cuda", (4,))] * 3

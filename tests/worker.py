@@ -2,14 +2,18 @@
 answer, in one go. Rank 0 writes what it found; the parent compares.
 
 arguments: OUTPUT_FOLDER CHECKPOINT   with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
+           OUTPUT_FOLDER compiled     likewise: with a compiler that works, or fails on one rank
+           OUTPUT_FOLDER alone DEVICE as torchrun starts a single process: all code for ranks
 """
 
 import json
 import os
 import re
+import socket
 import sys
 from collections import namedtuple
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +29,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from nanonormuon import NorMuon, normuon
 from nanonormuon.config import OptimConfig, load
-from nanonormuon.model import GPT
+from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.optim import Schedule, make_optimizers
+from nanonormuon.runtime import health
+from nanonormuon.runtime.distributed import World
 
 STEPS = 10
 # name -> shape: more rows than ranks, fewer (so that some shards are empty), one row per shard,
@@ -264,7 +270,6 @@ def filled(model):
 def track3(kind, embed_dtype, rank, world):
     """Three steps of a track 3 recipe on a small model, within its decay."""
     from nanonormuon.engine import Engine
-    from nanonormuon.runtime.distributed import World
 
     recipe = load(["track3-normuon"])[0]
     sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, "embed_dtype": embed_dtype}
@@ -285,10 +290,134 @@ def track3(kind, embed_dtype, rank, world):
     return {f"track3.{kind}.{embed_dtype}.{n}": whole(p) for n, p in model.named_parameters()}
 
 
-def main():
-    folder, saved = map(Path, sys.argv[1:])
+def engine_of(world, parallel, dtype=torch.float32, make=None, **sizes):
+    """An engine of a small model, with torch's compilation of an earlier one forgotten."""
+    from nanonormuon.engine import Engine
+
+    torch._dynamo.reset()
+    config = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, **sizes}
+    model = filled(GPT(GPTConfig(**config), dtype)).to(world.device)
+    optimizers = partial(make_optimizers, settings=OptimConfig(), ns_dtype=torch.float32)
+    return (make or Engine)(model, optimizers, world, parallel, dtype=dtype)
+
+
+def batches(world):
+    """Endless micro-batches for a rank of an engine_of."""
+    random = torch.Generator().manual_seed(8 + world.rank)
+    while True:
+        yield tuple(torch.randint(96, (2, 2, 24), generator=random).to(world.device))
+
+
+def first_norms(world, parallel, trial):
+    """The gradient norms of three steps of two micro-batches; trial: compile the engine first."""
+    engine, micro_batches = engine_of(world, parallel), batches(world)
+    failure = engine.compile(lambda: next(batches(world)))[1] if trial else ""
+    norms = []
+    for _ in range(3):
+        engine.accumulate(micro_batches, 2)
+        norms.append(health.norm(p.grad for p in engine.model.parameters()).item())
+        engine.update()
+        engine.zero_grad()
+    return norms, failure
+
+
+def compiled(folder):
+    """Gradient norms without a compiler, with one, and with one that fails on the last rank."""
     dist.init_process_group("gloo")
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+
+    def broken(_graph, _inputs):
+        raise RuntimeError("no C++ compiler here")
+
+    lookup, last = torch._dynamo.lookup_backend, world.rank == world.size - 1
+    found = {}
+    for kind in ("ddp", "fsdp"):
+        found[kind] = {"off": first_norms(world, kind, False)}
+        for label, backend in {"on": lookup("eager"), "fails": broken if last else None}.items():
+            backend = backend or lookup("eager")
+            torch._dynamo.lookup_backend = lambda _, backend=backend: backend
+            found[kind][label] = first_norms(world, kind, True)
+    (folder / f"{world.rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)
+
+
+def alone(folder, device):
+    """What one process can answer about the code for several, with a group of one rank."""
+    from nanonormuon.engine import Bitwise, Engine
+    from nanonormuon.runtime import distributed
+
+    where = torch.device(device)
+    plain = World(0, 1, where)
+    sizes = {"rope": "half", "n_embd": 64}
+    wanted = engine_of(plain, "ddp", torch.bfloat16, **sizes)
+    losses = {"alone": wanted.accumulate(batches(plain), 2).item()}
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "one"}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    asked, original = [], dist.all_reduce
+
+    def all_reduce(*args, **kwargs):
+        asked.append(args[0].device.type)
+        return original(*args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    world = distributed.start(device)
+    x = torch.arange(3.0, device=where)
+    facts = {
+        "grouped": distributed.grouped(),
+        "total": distributed.total(x.clone()).tolist(),
+        "largest": distributed.largest([2.0, 3.0], where),
+        "any_rank": [distributed.any_rank(True), distributed.any_rank(False)],
+        "gather": distributed.gather(x).tolist(),
+        "from_first": distributed.from_first({"a": [1]}, where),
+        "first_does": distributed.first_does(lambda: "done", where),
+        "memory": (distributed.peak_memory(where) or 0) > 0,
+        "asked": list(asked),
+        "off": {},
+    }
+    for kind, make in (("ddp", Engine), ("fsdp", Engine), ("ddp", Bitwise), ("fsdp", Bitwise)):
+        label = f"{kind} {make.__name__}"
+        engine = engine_of(world, kind, torch.bfloat16, make, **sizes)
+        losses[label] = engine.accumulate(batches(world), 2).item()
+        pairs = zip(wanted.model.named_parameters(), engine.model.parameters())
+        facts["off"][label] = {
+            name: ((whole(q.grad) - p.grad).norm() / p.grad.norm()).item() for (name, p), q in pairs
+        }
+        engine.update()
+        engine.zero_grad()
+        facts[label] = [type(engine.replica).__name__, engine.sharded]
+    facts["losses"] = losses
+    steps = {}
+    for name in ("OneProcess", "Replicated", "RowSharded"):
+        group, torch_seed = dist.group.WORLD, torch.manual_seed(3)
+        W = [torch.nn.Parameter(torch.randn(12, 8).to(where)) for _ in range(3)]
+        optimizer = NorMuon(W, ns_dtype=torch.float32)
+        arguments = {"OneProcess": (), "Replicated": (3, group), "RowSharded": (3, 12, group)}
+        optimizer.buckets[0].layout = getattr(normuon, name)(*arguments[name])
+        for _ in range(2):
+            for p in W:
+                p.grad = torch.randn(12, 8, generator=torch_seed).to(where)
+            optimizer.step()
+        steps[name] = torch.stack([p.detach() for p in W])
+    facts["layouts"] = {k: torch.equal(v, steps["OneProcess"]) for k, v in steps.items()}
+    distributed.finish()
+    (folder / "facts.json").write_text(json.dumps(facts))
+    os._exit(0)
+
+
+def main():
+    folder, what, *more = sys.argv[1:]
     torch.set_num_threads(1)
+    if what in ("compiled", "alone"):
+        return {"compiled": compiled, "alone": alone}[what](Path(folder), *more)
+    layouts(Path(folder), Path(what))
+
+
+def layouts(folder, saved):
+    dist.init_process_group("gloo")
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world,))
     layouts = {"ddp": None, "fsdp": (mesh, [Shard(0)]), "replicas": (mesh, [Replicate()])}
@@ -309,6 +438,13 @@ def main():
             tensors[f"missing.{kind}.{name}"] = value
     facts["refusals"] = refusals(mesh)
     facts["state"] = state_round_trip(mesh)
+    keep, torch.compile = torch.compile, lambda model, **_: model
+    here = World(rank, world, torch.device("cpu"))
+    facts["norms"] = {
+        kind: [first_norms(here, kind, trial)[0] for trial in (False, True)]
+        for kind in ("ddp", "fsdp")
+    }
+    torch.compile = keep
     facts["checkpoint"] = read_back_on_each(saved, mesh)
     tensors |= readme_on_each(mesh)
     for kind in ("ddp", "fsdp"):

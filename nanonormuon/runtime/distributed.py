@@ -1,7 +1,8 @@
 """Everything that ranks do together: start, sum, broadcast rank 0's work, finish.
 
-Without torchrun's environment variables there is a single rank and no process group, and the
-collectives below do nothing. Ranks need not share a machine.
+Without torchrun there is a single rank and no process group, and the collectives below do nothing.
+torchrun makes a group of one process too, so one GPU tests all of this. Ranks need not share a
+machine.
 """
 
 import ctypes
@@ -38,6 +39,11 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def grouped() -> bool:
+    """Whether this rank has joined a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def start(device: str = "auto", timeout: float = 1800.0) -> World:
     """Choose this rank's device and join the process group, if there are other ranks.
 
@@ -67,7 +73,7 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
         if size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
             local = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    if size() > 1 and not dist.is_initialized():
+    if (size() > 1 or dist.is_torchelastic_launched()) and not dist.is_initialized():
         device_id = where if device == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
     return World(int(os.environ.get("RANK", "0")), size(), where)
@@ -93,7 +99,7 @@ def finish() -> None:
     The process group is not destroyed: stopping gloo's threads can abort the process, which is
     about to exit anyway (cli.app.entry).
     """
-    if size() > 1:
+    if grouped():
         dist.barrier()
 
 
@@ -113,7 +119,7 @@ def compute_dtype(wish: str, device: torch.device) -> torch.dtype:
 
 def total(x: Tensor) -> Tensor:
     """Sum x over ranks, in place."""
-    if size() > 1:
+    if grouped():
         dist.all_reduce(x)
     return x
 
@@ -121,7 +127,7 @@ def total(x: Tensor) -> Tensor:
 def largest(values: Sequence[float], device: torch.device) -> list[float]:
     """Element-wise maximum over ranks, in float32."""
     x = torch.tensor(values, dtype=torch.float32, device=device)
-    if size() > 1 and len(x):
+    if grouped() and len(x):
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.tolist()
 
@@ -133,7 +139,7 @@ def any_rank(flag: bool) -> bool:
 
 def gather(x: Tensor) -> Tensor:
     """(ranks, *x.shape): x of every rank; the shape must be equal on all."""
-    if size() == 1:
+    if not grouped():
         return x[None]
     everyone = [torch.empty_like(x) for _ in range(size())]
     dist.all_gather(everyone, x)
@@ -178,7 +184,7 @@ def first_does(work: Callable[[], Any], device: torch.device) -> Any:
 def from_first(value: Any, device: torch.device) -> Any:
     """Return rank 0's value (anything JSON can say) on every rank. torch's own way would unpickle,
     and so run, whatever a socket brings."""
-    if size() == 1:
+    if not grouped():
         return value
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     length = torch.tensor([len(text)], device=device)
