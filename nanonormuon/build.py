@@ -3,6 +3,7 @@ what is said of it (`introduction`). train.Trainer calls these functions, about 
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,26 @@ def split_batch(config: Config, ranks: int) -> int:
     return tokens // T // ranks
 
 
+def check_nodes(config: Config, world: World) -> None:
+    """Raise ConfigError on all ranks if train.parallel = hsdp and they are no grid of nodes and
+    several ranks on each, numbered node by node. Every rank must call this."""
+    local, rank = distributed.local_size(), int(os.environ.get("LOCAL_RANK", "0"))
+    odd = world.size % local or world.rank % local != rank
+    if config.train.parallel != "hsdp":
+        return
+    odd, many, few = distributed.largest([odd, local, -local], world.device)
+    if odd or many != -few:
+        found, advice = f"{-few:g} to {many:g}", "start equally many on each node"
+    elif local in (1, world.size):
+        found, advice = f"{local}", "set train.parallel=fsdp"
+    else:
+        return
+    raise ConfigError(
+        "train.parallel = hsdp: expected torchrun to start several ranks on each of several nodes, "
+        f"found {world.size} in all, {found} on a node; {advice} (dev/MULTINODE.md)"
+    )
+
+
 class Maker:
     """Makes a run's model and optimizers, and lays them out over the ranks."""
 
@@ -118,9 +139,8 @@ class Maker:
                 model = self.model()
             return model, self.optimizers(model)
 
-        sharded = train.parallel == "fsdp" and world.size > 1
-        recompute = train.activation_checkpointing
-        return memory.choose(make, self.config.data.seq_len, per_rank, world, sharded, recompute)
+        shards, recompute = distributed.shards(train.parallel), train.activation_checkpointing
+        return memory.choose(make, self.config.data.seq_len, per_rank, world, shards, recompute)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def train(
                 world = distributed.start(config.train.device, watch.longest())
             except ValueError as error:
                 raise ConfigError(str(error)) from None
-            build.split_batch(config, world.size)  # refuses before anything is made
+            build.check_nodes(config, world)  # these two refuse before anything is made
+            build.split_batch(config, world.size)
             out = Path(distributed.from_first(str(out), world.device))  # names carry the time
         with RunDirectory(out, world.first) as run:
             with watch.section("start"):

@@ -36,22 +36,22 @@ def choose(
     seq_len: int,
     per_rank: int,
     world: distributed.World,
-    sharded: bool = False,
+    shards: int = 1,
     recompute: bool = False,
 ) -> int:
     """Return the largest divisor of per_rank, in sequences, that fits on every rank.
 
-    On one GPU and under DDP a probe finds it, with a model and optimizers from `make`. Under FSDP2
-    a rank that ran out of memory would leave the others waiting in the middle of a layer, so there
-    it is estimated, with 40 % to spare. On a CPU it is CPU_TOKENS.
+    On one GPU and under DDP a probe finds it, with a model and optimizers from `make`. Under FSDP2,
+    over `shards` ranks, a rank that ran out of memory would leave the others waiting in the middle
+    of a layer, so there it is estimated, with 40 % to spare. On a CPU it is CPU_TOKENS.
     """
     candidates = divisors(per_rank)
     if world.device.type != "cuda":
         return max((n for n in candidates if n * seq_len <= CPU_TOKENS), default=1)
-    if sharded:
+    if shards > 1:
         with torch.device("meta"):
             model, _ = make()
-        fitting = estimate(model, seq_len, candidates, world, recompute)
+        fitting = estimate(model, seq_len, candidates, world, shards, recompute)
     else:
         fitting = probe(*make(), seq_len, candidates)
     free_cache(world.device)
@@ -59,8 +59,9 @@ def choose(
 
 
 def estimate(
-    model: GPT, seq_len: int, candidates: Sequence[int], world: distributed.World, recompute: bool
-) -> int:
+    model: GPT, seq_len: int, candidates: Sequence[int], world: distributed.World, shards: int,
+    recompute: bool,
+) -> int:  # fmt: skip
     """Return the largest candidate that needs at most 60 % of the memory; 1 if none does."""
     m, dtype = model.config, model.compute_dtype
 
@@ -69,7 +70,7 @@ def estimate(
         # with no sequences what is kept are weights cast to `dtype`; FSDP2 gathers them cast
         return sum(every) - sum(none) + activations.chunk_bytes(m, n * seq_len, dtype)
 
-    own = 12 * sum(p.numel() for p in model.parameters()) // world.size  # gradients, optimizer
+    own = 12 * sum(p.numel() for p in model.parameters()) // shards  # gradients, optimizer
     room = int(0.6 * (torch.cuda.mem_get_info(world.device)[0] - own))
     return max((n for n in candidates if needed(n) <= room), default=1)
 
