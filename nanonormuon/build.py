@@ -74,6 +74,18 @@ def split_batch(config: Config, ranks: int) -> int:
     return tokens // T // ranks
 
 
+def check_alike(found: dict[str, Any], world: World) -> None:
+    """Raise ConfigError on all ranks unless `found` (name -> anything JSON can say) is rank 0's on
+    each of them: every node has a command line, and perhaps data, of its own."""
+    first = distributed.from_first(found, world.device)
+    odd = [f"{k} = {v}, not {first.get(k)}" for k, v in found.items() if v != first.get(k)]
+    if distributed.any_rank(bool(odd)):
+        where = f"rank {world.rank} has {'; '.join(odd)}" if odd else "another rank has others"
+        error = ConfigError(f"expected rank 0's settings and data on all ranks: {where}")
+        error.follows = not odd  # type: ignore[attr-defined]
+        raise error
+
+
 def check_nodes(config: Config, world: World) -> None:
     """Raise ConfigError on all ranks if train.parallel = hsdp and they are no grid of nodes and
     several ranks on each, numbered node by node. Every rank must call this."""

@@ -300,11 +300,15 @@ def from_dict(content: dict[str, dict[str, Any]]) -> Config:
         raise ConfigError(f"the saved configuration is of another version: {error}") from None
 
 
+def flat(config: Config, without: Collection[str] = ()) -> dict[str, Any]:
+    """The value of every setting, by "section.key"."""
+    return {name: attrgetter(name)(config) for name in KINDS if name not in without}
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """List the changes that would make a resumed run another run, one line each."""
-    fixed = {name: attrgetter(name) for name in KINDS if name not in MAY_CHANGE}
-    pairs = {name: (value(old), value(new)) for name, value in fixed.items()}
-    return [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if a != b]
+    before, now = flat(old, MAY_CHANGE), flat(new, MAY_CHANGE)
+    return [f"{name}: {before[name]} -> {b}" for name, b in now.items() if before[name] != b]
 
 
 def to_toml(
