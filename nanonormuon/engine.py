@@ -4,6 +4,7 @@ The only file that knows. An engine owns the model, its optimizers and their gra
 calls `accumulate`, `clip`, `update` and `zero_grad`, whatever the layout.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -210,6 +211,11 @@ class Bitwise(Engine):
 
     def __init__(self, model: GPT, make: Make, world: World, parallel: str = "ddp", **more: Any):
         torch.set_num_threads(1)  # how a product is cut among threads decides its rounding too
+        # and on a GPU the order of atomic additions: in attention's backward pass, in scattered
+        # sums, in cuBLAS's workspaces; the compiler must not choose kernels by a stopwatch
+        torch.use_deterministic_algorithms(True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
         self.make: Make = lambda model: [unshared(optimizer) for optimizer in make(model)]
         super().__init__(model, self.make, world, parallel, **more)
         self.parameters = list(model.parameters())  # as they rest between steps

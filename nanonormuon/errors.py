@@ -4,6 +4,7 @@ A message says what is wrong, where (path, offset, step, rank), what was expecte
 what to do. Imports no torch, so that the command line can report a mistake before torch is loaded.
 """
 
+import re
 import sys
 
 
@@ -116,9 +117,14 @@ def follows(error: BaseException) -> bool:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on any device."""
     kinds = (MemoryError, OutOfMemory, getattr(sys.modules.get("torch"), "OutOfMemoryError", ()))
-    words = "can't allocate memory", "not enough memory", "MPS backend out of memory"
-    in_words = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
-    return in_words or isinstance(error, kinds)
+    if isinstance(error, kinds):
+        return True
+    # torch's allocators, also as a compiler quotes them, and the driver; cuBLAS, cuDNN and other
+    # libraries; NCCL
+    words = "can't allocate memory|not enough memory|(MPS backend|CUDA error:|CUDA) out of memory"
+    words += "|_STATUS_ALLOC_FAILED|Cuda failure.*'out of memory'|Failed to CUDA (c|m)alloc"
+    plain = isinstance(error, RuntimeError) and not explained(error)
+    return plain and bool(re.search(words, str(error)))
 
 
 def explained(error: BaseException) -> bool:

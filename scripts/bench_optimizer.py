@@ -183,12 +183,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; two processes: cpu only")
-    steps, device = vars(parser.parse_args()).values()
+    parser.add_argument("--small", action="store_true", help="one tiny size, to try the script")
+    steps, device, small = vars(parser.parse_args()).values()
+    if small:
+        SIZES.clear()
+        SIZES["width 64, 1 layer"] = 64, 1
     result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
     keep_freed_memory()  # as training has it
     result["one process"] = one_process(steps, device)
-    result["in training"] = share_of_a_step(steps, device)
-    result["two processes"] = start_processes(2, steps) if device == "cpu" else {}
+    result["in training"] = {} if small else share_of_a_step(steps, device)
+    two = device == "cpu" and not small
+    result["two processes"] = start_processes(2, steps) if two else {}
     for kind in ("one process", "in training", "two processes"):
         for label, row in result[kind].items():
             print(f"{kind}: {label}")

@@ -113,6 +113,7 @@ def measure(arguments: list[str], steps: int) -> dict:
     flops = engine.model.flops_per_token(config.data.seq_len) * tokens / seconds
     peak = distributed.peak_memory(world.device) or 0
     return {
+        "micro-batch": trainer.memory.size,
         "ms per step": 1e3 * seconds,
         "tokens per second": tokens / seconds,
         "TFLOP/s": flops / 1e12,

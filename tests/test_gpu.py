@@ -3,7 +3,7 @@ optimizer step never waits for the device; a run resumes."""
 
 import pytest
 import torch
-from support import TINY, relative
+from support import TINY, final, relative
 
 from nanonormuon import NorMuon
 from nanonormuon.config import load
@@ -75,6 +75,21 @@ def test_loss_and_gradients_equal_the_cpus(dtype):
     limit = 1e-4 if dtype == torch.float32 else 5e-2
     assert losses[1] == pytest.approx(losses[0], rel=limit)
     assert relative(grads[1], grads[0]) < limit
+
+
+@pytest.mark.parametrize("separated", ["true", "false"])
+def test_a_canonical_run_repeats_and_resumes_in_the_same_bits(separated, shards, tmp_path):
+    """With flash attention, and with a mask, which takes another kernel."""
+    common = [*TINY, f"data.path={shards}", "train.device=cuda", "train.dtype=bf16"]
+    common += ["train.canonical=true", "train.micro_batch=3", f"data.document_mask={separated}"]
+    try:
+        for name in ("one", "two"):
+            train(load(common)[0], tmp_path / name)
+        train(load([*common, "train.stop_at=4"])[0], tmp_path / "parts")
+        train(load(common)[0], tmp_path / "parts", resume=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert final(tmp_path / "one") == final(tmp_path / "two") == final(tmp_path / "parts")
 
 
 def test_a_run_resumes_on_the_gpu_as_if_never_stopped(shards, tmp_path):

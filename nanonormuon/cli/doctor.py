@@ -61,8 +61,8 @@ def python() -> Outcome:
 def packages() -> Outcome:
     found = ", ".join(f"{name} {version(name)}" for name in REQUIRED)
     missing = [name for name in REQUIRED if version(name) == "missing"]
-    if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 10):
-        missing.append("'torch>=2.10'")
+    if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 11):
+        missing.append("'torch>=2.11'")
     return found, f"pip install {' '.join(missing)}" if missing else ""
 
 

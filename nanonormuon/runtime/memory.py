@@ -55,6 +55,7 @@ def choose(
     else:
         fitting = probe(*make(), seq_len, candidates)
     free_cache(world.device)
+    torch.cuda.reset_peak_memory_stats(world.device)  # a run reports its own peak
     return -int(distributed.largest([-fitting], world.device)[0])
 
 
@@ -70,9 +71,16 @@ def estimate(
         # with no sequences what is kept are weights cast to `dtype`; FSDP2 gathers them cast
         return sum(every) - sum(none) + activations.chunk_bytes(m, n * seq_len, dtype)
 
-    own = 12 * sum(p.numel() for p in model.parameters()) // shards  # gradients, optimizer
-    room = int(0.6 * (torch.cuda.mem_get_info(world.device)[0] - own))
-    return max((n for n in candidates if needed(n) <= room), default=1)
+    parameters = sum(p.numel() for p in model.parameters())
+    free = torch.cuda.mem_get_info(world.device)[0]
+    free -= 12 * parameters // shards  # weights, gradients, NorMuon's momentum
+
+    def fits(n: int) -> bool:
+        # several micro-batches add up float32 gradients that lie whole on every rank
+        whole = 4 * parameters if n < candidates[-1] else 0
+        return needed(n) <= int(0.6 * (free - whole))
+
+    return max(filter(fits, candidates), default=1)
 
 
 def probe(

@@ -47,7 +47,7 @@ def test_not_even_one():
 @pytest.mark.parametrize("recompute", [False, True])
 def test_under_fsdp_activations_may_take_60_percent_of_the_memory(monkeypatch, recompute):
     model = GPT(GPTConfig(vocab_size=64, n_layer=3, n_head=2, n_embd=16))
-    own = 12 * sum(p.numel() for p in model.parameters()) // 2
+    own = (12 // 2 + 4) * sum(p.numel() for p in model.parameters())  # whole gradients add up
 
     def make():
         return GPT(model.config), []
@@ -56,19 +56,71 @@ def test_under_fsdp_activations_may_take_60_percent_of_the_memory(monkeypatch, r
     kept = [sum(activations.kept(m, 8, n, dtype, recompute)) for n in (0, 4)]
     room = (kept[1] - kept[0] + activations.chunk_bytes(m, 4 * 8, dtype)) / 0.6
     monkeypatch.setattr(memory.distributed, "largest", lambda values, _: values)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
     for spare, fits in ((16, 4), (-16, 2)):
         free = own + int(room) + spare, 0
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: free)
-        assert memory.choose(make, 8, 8, world, True, recompute) == fits
+        assert memory.choose(make, 8, 8, world, 2, recompute) == fits
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (own, 0))
-    assert memory.choose(make, 8, 8, world, True, recompute) == 1
+    assert memory.choose(make, 8, 8, world, 2, recompute) == 1
 
 
 def test_all_ranks_take_the_smallest_that_a_probe_found(monkeypatch):
     monkeypatch.setattr(memory.distributed, "largest", lambda values, _: [max(values[0], -3)])
     monkeypatch.setattr(memory, "probe", lambda *_: 6)
-    world = World(0, 1, torch.device("cuda"))
+    world, reset = World(0, 1, torch.device("cuda")), []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
     assert memory.choose(small, 8, 12, world) == 3
+    assert reset == [world.device]  # the probe's peak is not the run's
+
+
+def test_micro_batches_that_add_up_leave_room_for_whole_gradients(monkeypatch):
+    """All sequences at once fit where two micro-batches do not: FSDP2 shards a step's gradients,
+    but not those of a part of it."""
+    model = GPT(GPTConfig(vocab_size=4096, n_layer=1, n_head=2, n_embd=16))
+    parameters, world = (
+        sum(p.numel() for p in model.parameters()),
+        World(0, 8, torch.device("cuda")),
+    )
+    free = [12 * parameters // 8 + 6 * parameters]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: free)
+    monkeypatch.setattr(activations, "chunk_bytes", lambda *_: 2 * parameters)
+    monkeypatch.setattr(activations, "kept", lambda *_: (0, 0))
+    assert memory.estimate(model, 8, [1, 2], world, 8, False) == 2
+    free[0] -= 3 * parameters
+    assert memory.estimate(model, 8, [1, 2], world, 8, False) == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be reported later", RuntimeError),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", RuntimeError),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", RuntimeError),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", RuntimeError),
+        (
+            "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.27.5\n"
+            "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+            "Cuda failure 2 'out of memory'",
+            torch.distributed.DistBackendError,
+        ),
+        ("alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory", RuntimeError),
+        ("MPS backend out of memory (MPS allocated: 9.06 GB)", RuntimeError),
+    ],
+)  # fmt: skip
+def test_every_librarys_words_for_no_memory_are_known(message, kind):
+    assert errors.exit_code(kind(message)) == 6
+    assert not errors.out_of_memory(errors.PeerError(f"rank 0: {message}", 6))  # its own, not ours
+
+
+def test_other_errors_of_a_device_are_not_for_want_of_memory():
+    for message in (
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED",
+        "g++: fatal error: cc1plus: out of memory allocating 65536 bytes",
+        "out of resource: shared memory, Required: 262144, Hardware limit: 232448",
+    ):
+        assert not errors.out_of_memory(RuntimeError(message)), message
 
 
 def test_smaller_divides():
@@ -177,21 +229,25 @@ def undisturbed(tiny, forks, tmp_path_factory):
         pytest.param(2, "oom@forward:3:0", "2", 1, marks=pytest.mark.slow),
         pytest.param(2, "oom@backward:3:1", "2", 1, marks=pytest.mark.slow),
         (1, "oom@backward:3", "auto", 6),  # a single rank may run out anywhere
+        (1, "oom@trial:0", "auto", 6),  # and before the first step, in the compiler's trial
+        (2, "oom@trial:0:1", "auto", 3),
     ],
 )
 def test_a_rank_without_memory_costs_a_repeated_step(
     ranks, fault, micro, fewer, tiny, forks, tmp_path, undisturbed
 ):
     arguments = [*tiny, f"train.micro_batch={micro}", "--out", tmp_path / "run"]
+    arguments += ["train.compile=on"] if "trial" in fault else []
     codes, said = forks.run(arguments, ranks, fault)
     assert codes == [0] * ranks, said
-    assert f"step 3: out of memory with {micro}".replace("auto", str(12 // ranks)) in said[0]
+    step = 0 if "trial" in fault else 3
+    assert f"step {step}: out of memory with {micro}".replace("auto", str(12 // ranks)) in said[0]
     assert f"from here on, with {fewer};" in said[0]
     large, small = undisturbed
     assert len(large) == 8 and losses(tmp_path / "run") == pytest.approx(large, abs=1e-5)
     if micro == "auto" and ranks == 2:
-        assert losses(tmp_path / "run")[:3] == large[:3]
-        assert losses(tmp_path / "run")[3:] == pytest.approx(small[3:], abs=1e-6)
+        assert losses(tmp_path / "run")[:step] == large[:step]
+        assert losses(tmp_path / "run")[step:] == pytest.approx(small[step:], abs=1e-6)
 
 
 @pytest.mark.parametrize(
