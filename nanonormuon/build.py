@@ -123,6 +123,38 @@ def memory_of(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
 
 
+def check_alike(found: dict[str, Any], world: World) -> None:
+    """Raise ConfigError on all ranks unless `found` (name -> anything JSON can say) is rank 0's on
+    each of them: every node has a command line, and perhaps data, of its own."""
+    first = distributed.from_first(found, world.device)
+    odd = [f"{k} = {v}, not {first.get(k)}" for k, v in found.items() if v != first.get(k)]
+    if distributed.any_rank(bool(odd)):
+        where = f"rank {world.rank} has {'; '.join(odd)}" if odd else "another rank has others"
+        error = ConfigError(f"expected rank 0's settings and data on all ranks: {where}")
+        error.follows = not odd  # type: ignore[attr-defined]
+        raise error
+
+
+def check_nodes(config: Config, world: World) -> None:
+    """Raise ConfigError on all ranks if train.parallel = hsdp and they are no grid of nodes and
+    several ranks on each, numbered node by node. Every rank must call this."""
+    local, rank = distributed.local_size(), int(os.environ.get("LOCAL_RANK", "0"))
+    odd = world.size % local or world.rank % local != rank
+    if config.train.parallel != "hsdp":
+        return
+    odd, many, few = distributed.largest([odd, local, -local], world.device)
+    if odd or many != -few:
+        found, advice = f"{-few:g} to {many:g}", "start equally many on each node"
+    elif local in (1, world.size):
+        found, advice = f"{local}", "set train.parallel=fsdp"
+    else:
+        return
+    raise ConfigError(
+        "train.parallel = hsdp: expected torchrun to start several ranks on each of several nodes, "
+        f"found {world.size} in all, {found} on a node; {advice} (dev/MULTINODE.md)"
+    )
+
+
 class Maker:
     """Makes a run's model and optimizers, and lays them out over the ranks."""
 
@@ -168,9 +200,8 @@ class Maker:
                 model = self.model()
             return model, self.optimizers(model)
 
-        sharded = train.parallel == "fsdp" and world.size > 1
-        recompute = train.activation_checkpointing
-        return memory.choose(make, self.config.data.seq_len, per_rank, world, sharded, recompute)
+        shards, recompute = distributed.shards(train.parallel), train.activation_checkpointing
+        return memory.choose(make, self.config.data.seq_len, per_rank, world, shards, recompute)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -92,11 +92,11 @@ class TrainConfig:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute; weights and state stay float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: in long runs
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several ranks; auto: ddp
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # auto: ddp; hsdp: fsdp in each node
     skip_spikes: float = 0.0  # skip updates with this many times the usual gradient; 0: none
     time_limit: float = 900.0  # seconds for a step or a save, 4 times that for longer work; 0: none
     canonical: bool = False  # the same bits on any number of ranks; slow
-    reshard: bool = True  # fsdp: also shard the weights between uses; false: only their gradients
+    reshard: bool = True  # fsdp, hsdp: shard weights too between uses; false: only gradients
 
     @property
     def last_step(self) -> int:
@@ -316,7 +316,7 @@ def check(config: Config, origin: dict[str, str]) -> None:
     o, t, T = config.optim, config.train, config.data.seq_len
     if t.canonical and t.micro_batch == "auto":
         refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")
-    if ":" in o.name and t.parallel == "fsdp":
+    if ":" in o.name and t.parallel in ("fsdp", "hsdp"):
         refuse("train.parallel", f"ddp: {o.name} needs whole matrices on every rank")
     if mixture(config.data.mix) and config.data.order != "shuffled":
         raise ConfigError("data.mix: expected with data.order = shuffled only")
@@ -349,11 +349,15 @@ def from_dict(content: dict[str, dict[str, Any]]) -> Config:
         raise ConfigError(f"the saved configuration is of another version: {error}") from None
 
 
+def flat(config: Config, without: Collection[str] = ()) -> dict[str, Any]:
+    """The value of every setting, by "section.key"."""
+    return {name: attrgetter(name)(config) for name in KINDS if name not in without}
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """List the changes that would make a resumed run another run, one line each."""
-    fixed = {name: attrgetter(name) for name in KINDS if name not in MAY_CHANGE}
-    pairs = {name: (value(old), value(new)) for name, value in fixed.items()}
-    return [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if a != b]
+    before, now = flat(old, MAY_CHANGE), flat(new, MAY_CHANGE)
+    return [f"{name}: {before[name]} -> {b}" for name, b in now.items() if before[name] != b]
 
 
 def to_toml(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -29,10 +30,10 @@ Make = Callable[[nn.Module], list[Optimizer]]
 class Engine:
     """A model in training.
 
-    model: on its device. make: from a model to its optimizers. parallel: "ddp", or "fsdp" for
-    FSDP2, which turns the model's parameters into DTensors in place. dtype: what FSDP2 computes in.
-    reshard: under FSDP2, free a block's whole weights after its forward pass. grad_clip: largest
-    norm of the raw gradient; 0: no clipping.
+    model: on its device. make: from a model to its optimizers. parallel: "ddp", or "fsdp" or "hsdp"
+    for FSDP2, which turns the model's parameters into DTensors in place. dtype: what FSDP2 computes
+    in. reshard: under FSDP2, free a block's whole weights after its forward pass. grad_clip:
+    largest norm of the raw gradient; 0: no clipping.
     """
 
     dealt = False  # whether micro-batches are dealt out to the ranks in turn, see data.Loader
@@ -49,7 +50,8 @@ class Engine:
     ):
         self.model, self.world, self.grad_clip = model, world, grad_clip
         self.replica: nn.Module = model
-        self.sharded = parallel == "fsdp" and distributed.grouped()
+        self.sharded = parallel in ("fsdp", "hsdp") and distributed.grouped()
+        self.mesh = grid(world, parallel) if self.sharded else None
         # whether nobody could hear of a rank that runs out of memory in a forward pass
         self.lockstep = world.size == 1 or self.sharded or self.dealt
         self.distribute(dtype, reshard)
@@ -59,7 +61,7 @@ class Engine:
     def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
         """Make the model one of several replicas or shards; alone it stays as it is."""
         if self.sharded:
-            shard(self.model, self.world, dtype, reshard)
+            shard(self.model, self.mesh, dtype, reshard)
         elif distributed.grouped():
             self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             self.replica.require_backward_grad_sync = False  # its forward pass prepares nothing
@@ -170,18 +172,24 @@ class Engine:
         return time.perf_counter() - start, ""
 
 
-def shard(model: GPT, world: World, dtype: torch.dtype | None, reshard: bool) -> None:
-    """Shard a model in place with FSDP2, block by block (`model.layers`), over all ranks' devices.
+def grid(world: World, parallel: str) -> DeviceMesh:
+    """All ranks in a row, or for "hsdp" nodes x ranks of a node: replicas of shards."""
+    shards = distributed.shards(parallel)
+    shape = (world.size,) if parallel == "fsdp" else (world.size // shards, shards)
+    # without a mesh FSDP2 would take the machine's GPUs, whatever the device asked for
+    names = ("replicate", "shard")[-len(shape) :]
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+
+
+def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype | None, reshard: bool) -> None:
+    """Shard a model in place with FSDP2, block by block (`model.layers`), as `grid` says.
 
     Computes in `dtype` (None: as the model itself does) and reduces gradients in float32. An
     embedding that rests in another dtype is a block of its own: what FSDP2 shards together has one
     dtype. The model casts its activations itself, and not all of them: rotary tables stay float32.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # without a mesh FSDP2 would take the machine's GPUs, whatever the device asked for
-    mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mixed = len({p.dtype for p in model.parameters()}) > 1
     for block in [*model.layers, *([model.embed_tokens] if mixed else []), model]:
@@ -216,7 +224,7 @@ class Bitwise(Engine):
     def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
         # in no other dtype: FSDP2's mixed precision casts where the model does not
         if self.sharded:
-            shard(self.model, self.world, None, reshard)
+            shard(self.model, self.mesh, None, reshard)
             for module in self.shards():  # whole parameters stay, with this rank's whole gradients
                 module.set_reshard_after_backward(False, recurse=False)
 

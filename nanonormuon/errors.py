@@ -107,7 +107,8 @@ def describe(error: BaseException) -> str:
         )
         text += "needs less, a run also with a lower train.micro_batch, the batch staying as it is"
     elif lost_peer(error):
-        text = f"another rank failed or is gone, see its message ({text})"
+        which = getattr(error, "lost", "another rank")  # or, of several nodes, those elsewhere
+        text = f"{which} failed or is gone, see its message ({text})"
     return f"{error.place}: {text}" if hasattr(error, "place") else text
 
 

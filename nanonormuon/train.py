@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanonormuon import build, checkpoint, evaluate, optim, sample
-from nanonormuon.config import Config, to_toml
+from nanonormuon.config import Config, flat, to_toml
 from nanonormuon.data import Batches, Loader
 from nanonormuon.errors import ConfigError, Interrupted, NonFinite, OutOfMemory
 from nanonormuon.optim import Schedule, group_rows
@@ -54,7 +54,10 @@ def train(
                 world = distributed.start(config.train.device, watch.longest())
             except ValueError as error:
                 raise ConfigError(str(error)) from None
-            build.split_batch(config, world.size)  # refuses before anything is made
+            # these three refuse before anything is made; a node may have its own copy of the data
+            build.check_alike(flat(config, without=["data.path"]), world)
+            build.check_nodes(config, world)
+            build.split_batch(config, world.size)
             out = Path(distributed.from_first(str(out), world.device))  # names carry the time
         with RunDirectory(out, world.first) as run:
             with watch.section("start"):
@@ -94,6 +97,7 @@ class Trainer:
         self.began = time.perf_counter()
         self.run, self.world, self.watch, self.resume = run, world, watch, resume
         self.data, self.tokenizer = open_corpus(config, world)
+        build.check_alike({"data": self.data.fingerprint}, world)
         self.config = config = build.complete(config, self.data)
         build.refuse_absurd(config, world)
         self.text_bytes = bytes_of_validation(config, self.data, self.tokenizer)

@@ -106,7 +106,8 @@ def measure(arguments: list[str], steps: int) -> dict:
             clock.timed("step", trainer.take_step)()
         torch.Tensor.backward = original
     seconds, tokens = statistics.median(whole), config.train.batch_tokens
-    needed = estimate.estimate(trainer.config, trainer.memory.size, world.size, engine.sharded)
+    shards = distributed.shards(trainer.config.train.parallel)
+    needed = estimate.estimate(trainer.config, trainer.memory.size, shards)
     parts = {name: 1e3 * s / steps for name, s in clock.seconds.items()}
     parts["rest"] = 2 * parts["step"] - sum(parts.values())
     flops = engine.model.flops_per_token(config.data.seq_len) * tokens / seconds

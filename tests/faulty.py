@@ -21,6 +21,15 @@ def run_out():
     raise torch.OutOfMemoryError("as if all were taken")
 
 
+def end_node():
+    """Kill this process's launcher and all that it started, as a machine that loses power."""
+    launcher = os.getppid()
+    with open(f"/proc/{launcher}/task/{launcher}/children") as file:
+        ranks = [int(pid) for pid in file.read().split()]
+    for pid in [launcher, *(pid for pid in ranks if pid != os.getpid()), os.getpid()]:
+        os.kill(pid, signal.SIGKILL)
+
+
 KINDS = {
     "oom": run_out,
     "raise": lambda: 1 / 0,
@@ -34,6 +43,7 @@ KINDS = {
     "int": lambda: os.kill(os.getpid(), signal.SIGINT),
     "twice": lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)],
     "launcher": lambda: os.kill(os.getppid(), signal.SIGKILL),
+    "node": end_node,
     "launcher-term": lambda: os.kill(os.getppid(), signal.SIGTERM),
 }
 

@@ -96,25 +96,26 @@ class Forks:
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
-    def start(self, arguments, ranks=1, fault="", program="faulty.py"):
+    def start(self, arguments, ranks=1, fault="", program="faulty.py", nodes=1):
         env = {"FAULT": fault, "OMP_NUM_THREADS": "1"}
         if ranks > 1:
             with socket.socket() as s:
                 s.bind(("127.0.0.1", 0))
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-            env["WORLD_SIZE"] = env["LOCAL_WORLD_SIZE"] = str(ranks)
+            env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks // nodes)}
         pids, logs = [], []
         for rank in range(ranks):
             self.count += 1
             logs.append(self.folder / f"{self.count}.txt")
-            more = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            local = str(rank % (ranks // nodes))
+            more = {"RANK": str(rank), "LOCAL_RANK": local} if ranks > 1 else {}
             wish = {"argv": [program, *map(str, arguments)], "env": env | more}
             pids.append(self.ask(wish | {"stderr": str(logs[-1])}))
         return Ranks(self, pids, logs)
 
-    def run(self, arguments, ranks=1, fault="", program="faulty.py"):
+    def run(self, arguments, ranks=1, fault="", program="faulty.py", nodes=1):
         """(exit codes, standard error) of a run, per rank."""
-        started = self.start(arguments, ranks, fault, program)
+        started = self.start(arguments, ranks, fault, program, nodes)
         return started.wait(), started.said
 
 

@@ -197,6 +197,7 @@ def test_printed_configuration_reads_back(tmp_path):
         (["data.tuning=1"], "data.tuning = 1.0: expected a share"),
         (["optim.options=rho=1"], "optim.options = rho=1: expected none"),
         (["optim.name=torch.optim:SGD", "train.parallel=fsdp"], "train.parallel = fsdp: expected"),
+        (["optim.name=torch.optim:SGD", "train.parallel=hsdp"], "train.parallel = hsdp: expected"),
         (["demo", "train.init_from=x"], "leave out model.n_layer (demo)"),
         (["train.compile=yes"], "expected one of auto, on, off"),
         (["train.batch_tokens=1000"], "the nearest are 768 or 1024"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support import agree, relative
 from twin import Twin
 
-from nanonormuon.engine import shard
+from nanonormuon import engine
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.runtime.distributed import World
 
@@ -78,7 +78,7 @@ def test_bfloat16_iterations_stay_close(answers):
     world, tensors, _ = answers
     for name in worker.SHAPES:
         reference = twin(name, ns_dtype=torch.bfloat16)
-        for kind in ("ddp", "fsdp"):
+        for kind in worker.kinds(world):
             found = tensors[f"bf16.{kind}.rows-original.{name}"]
             assert relative(found, reference) < 2e-2, f"{world} ranks, {kind}, {name}"
 
@@ -136,8 +136,9 @@ def test_state_lies_like_its_parameter_and_survives_a_state_dict(answers):
 
 
 def test_what_fsdp_saved_is_read_back_identical_on_every_layout(answers, saved_by_fsdp):
-    """Saved by FSDP2 on three ranks; read by one process here, by DDP and FSDP2 on 2, 3 and 4."""
-    assert answers[2]["checkpoint"] == {"ddp": True, "fsdp": True}
+    """Saved by FSDP2 on three ranks; read by one process here, by DDP and FSDP2 on 2, 3 and 4, and
+    by two nodes of 2."""
+    assert answers[2]["checkpoint"] == dict.fromkeys(worker.kinds(answers[0]), True)
     assert worker.read_back(saved_by_fsdp, GPT(worker.shape_of(saved_by_fsdp)))
 
 
@@ -145,7 +146,7 @@ def test_the_readmes_loop_serves_ddp_and_fsdp_as_it_serves_one_process(answers):
     model = worker.foreign_model()
     worker.readme_loop(model, 0, 1)
     for name, p in model.named_parameters():
-        for kind in ("ddp", "fsdp"):
+        for kind in worker.kinds(answers[0]):
             found = answers[1][f"readme.{kind}.{name}"]
             assert relative(found, p.detach()) < 1e-4, f"{answers[0]} ranks, {kind}, {name}"
 
@@ -156,7 +157,7 @@ def test_track3_is_the_same_on_ranks_as_on_one_process(answers, embed_dtype):
     gradients too are added up, so that AdamW's first signs differ in places."""
     world, tensors, _ = answers
     for name, alone in worker.track3("", embed_dtype, 0, 1).items():
-        for kind in ("ddp", "fsdp"):
+        for kind in worker.kinds(world):
             found = tensors[name.replace("..", f".{kind}.")]
             assert found.dtype == alone.dtype
             limit = 1e-5 if embed_dtype == "fp32" else 3e-2
@@ -230,12 +231,15 @@ def test_a_group_of_one_rank_computes_what_no_group_does(device, forks, tmp_path
 
 def test_fsdp_shards_over_the_device_that_was_asked_for(monkeypatch):
     """Not over the machine's GPUs, which FSDP2 takes if nobody names a device."""
-    from torch.distributed import device_mesh, fsdp
+    from torch.distributed import fsdp
 
-    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda kind, shape: (kind, shape))
+    monkeypatch.setattr(engine, "init_device_mesh", lambda kind, shape, **_: (kind, shape))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     meshes = []
     monkeypatch.setattr(fsdp, "fully_shard", lambda *_, mesh=None, **__: meshes.append(mesh))
     model = GPT(GPTConfig(vocab_size=64, n_layer=2, n_head=2, n_embd=16))
     for kind in ("cpu", "cuda"):
-        shard(model, World(0, 4, torch.device(kind)), None, True)
+        mesh = engine.grid(World(0, 4, torch.device(kind)), "fsdp")
+        engine.shard(model, mesh, None, True)
+        assert engine.grid(World(0, 4, torch.device(kind)), "hsdp") == (kind, (2, 2))
     assert meshes == [("cpu", (4,))] * 3 + [("cuda", (4,))] * 3

@@ -70,6 +70,11 @@ def problem():
     return weights, grads
 
 
+def kinds(world):
+    """The layouts that the package makes of so many ranks; four are two nodes."""
+    return ("ddp", "fsdp", "hsdp") if world == 4 else ("ddp", "fsdp")
+
+
 def place(value, layout):
     """A plain tensor for DDP, a DTensor otherwise."""
     if layout is None:
@@ -194,11 +199,11 @@ def read_back(path, model):
     )
 
 
-def read_back_on_each(path, mesh):
+def read_back_on_each(path, meshes):
     same = {}
-    for kind in ("ddp", "fsdp"):
+    for kind, mesh in meshes.items():
         model = GPT(shape_of(path)).init_weights(99)
-        if kind == "fsdp":
+        if mesh:
             for layer in model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
@@ -243,14 +248,14 @@ def readme_loop(model, rank, world):
     exec(exact, {"model": model, "batches": batches})
 
 
-def readme_on_each(mesh):
+def readme_on_each(meshes):
     found = {}
-    for kind in ("ddp", "fsdp"):
+    for kind, mesh in meshes.items():
         model = foreign_model()
-        if kind == "ddp":
-            outer = torch.nn.parallel.DistributedDataParallel(model)
-        else:
+        if mesh:
             outer = fully_shard(model, mesh=mesh)
+        else:
+            outer = torch.nn.parallel.DistributedDataParallel(model)
         readme_loop(outer, dist.get_rank(), dist.get_world_size())
         for name, p in model.named_parameters():
             found[f"readme.{kind}.{name}"] = whole(p)
@@ -418,13 +423,17 @@ def main():
 
 
 def layouts(folder, saved):
+    from nanonormuon.engine import grid
+
     dist.init_process_group("gloo")
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world,))
     layouts = {"ddp": None, "fsdp": (mesh, [Shard(0)]), "replicas": (mesh, [Replicate()])}
+    meshes = {"ddp": None, "fsdp": mesh}
     if world == 4:
-        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        layouts["hsdp"] = (grid, [Replicate(), Shard(0)])
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        meshes["hsdp"] = grid(World(rank, world, torch.device("cpu")), "hsdp")
+        layouts["hsdp"] = (meshes["hsdp"], [Replicate(), Shard(0)])
     tensors, facts = {}, {"collectives": {}, "order": {}}
     for kind, layout in layouts.items():
         for label, settings in SETTINGS.items():
@@ -443,12 +452,12 @@ def layouts(folder, saved):
     here = World(rank, world, torch.device("cpu"))
     facts["norms"] = {
         kind: [first_norms(here, kind, trial)[0] for trial in (False, True)]
-        for kind in ("ddp", "fsdp")
+        for kind in kinds(world)
     }
     torch.compile = keep
-    facts["checkpoint"] = read_back_on_each(saved, mesh)
-    tensors |= readme_on_each(mesh)
-    for kind in ("ddp", "fsdp"):
+    facts["checkpoint"] = read_back_on_each(saved, meshes)
+    tensors |= readme_on_each(meshes)
+    for kind in kinds(world):
         for embed_dtype in ("fp32", "bf16"):
             tensors |= track3(kind, embed_dtype, rank, world)
     for key in sorted(tensors):  # replicas must not drift apart by a single bit

@@ -56,8 +56,8 @@ def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.O
     return model, optim.make_optimizers(model, settings, dtype)
 
 
-def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = False) -> Estimate:
-    """Count the cost of a run whose vocab_size is known. sharded: with FSDP2, else with replicas.
+def estimate(config: Config, micro_batch: int, shards: int = 1) -> Estimate:
+    """Count the cost of a run whose vocab_size is known. shards: ranks that share the weights.
 
     Left out: libraries and the process itself, NorMuon's workspace (the activations are gone by
     then), buckets of DDP and FSDP2, fragmentation.
@@ -69,15 +69,15 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = F
     weights = 4 * sum(parameters.values())
     saved = checkpoint.size_of(model, optimizers)
     activations, head = kept(model.config, T, micro_batch, dtype, t.activation_checkpointing)
-    share, gathered = 1, 0
-    if sharded:  # two blocks and everything outside them are whole at a time, in compute's dtype
+    gathered = 0
+    if shards > 1:  # two blocks and everything outside them are whole at a time, in compute's dtype
         block = sum(p.numel() for p in model.layers[0].parameters())
         outside = weights // 4 - block * config.model.n_layer
-        share, gathered = ranks, (2 * block + outside) * dtype.itemsize
+        gathered = (2 * block + outside) * dtype.itemsize
     parts = {
-        "weights": weights // share + gathered,
-        "gradients": weights // share,
-        "optimizer": (saved - weights) // share,
+        "weights": weights // shards + gathered,
+        "gradients": weights // shards,
+        "optimizer": (saved - weights) // shards,
         "activations": activations,  # which the blocks keep for the backward pass
         "logits": head + chunk_bytes(model.config, micro_batch * T, dtype),  # and their gradients
     }
@@ -129,9 +129,11 @@ def report(config: Config) -> list[str]:
     if data_tokens:
         lines.append(f"data: {data_tokens:,} train tokens, {found.tokens / data_tokens:.2f} epochs")
     layouts = {"1 rank": found}
-    if ranks > 1:
-        layouts[f"each of {ranks} ranks, ddp"] = found
-        layouts[f"each of {ranks} ranks, fsdp"] = estimate(config, micro, ranks, sharded=True)
+    for kind in ("ddp", "fsdp", "hsdp") if ranks > 1 else ():
+        if kind != "hsdp" or distributed.local_size() < ranks:  # hsdp needs several nodes
+            layouts[f"each of {ranks} ranks, {kind}"] = estimate(
+                config, micro, distributed.shards(kind)
+            )
     for where, e in layouts.items():
         parts = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in e.parts.items())
         size = f"{e.memory / 1e9:.3g} GB ({parts})"

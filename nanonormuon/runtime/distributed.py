@@ -39,9 +39,19 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_size() -> int:
+    """Number of ranks on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+
+
 def grouped() -> bool:
     """Whether this rank has joined a process group."""
     return dist.is_available() and dist.is_initialized()
+
+
+def shards(parallel: str) -> int:
+    """Number of ranks that share a copy of the weights: all, those of a node, or 1 for replicas."""
+    return {"fsdp": size(), "hsdp": local_size()}.get(parallel, 1)
 
 
 def start(device: str = "auto", timeout: float = 1800.0) -> World:
@@ -71,8 +81,7 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
     if device == "cpu":
         keep_freed_memory()
         if size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size()))
     if (size() > 1 or dist.is_torchelastic_launched()) and not dist.is_initialized():
         device_id = where if device == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)

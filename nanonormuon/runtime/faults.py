@@ -116,11 +116,20 @@ class Watch:
             until = time.monotonic() + GRACE  # torchrun should report the rank that failed first
             while time.monotonic() < until and not self.stopping.number:
                 time.sleep(0.05)
-            return
+            if self.stopping.number or not (others := self.elsewhere()):
+                return
+            error.lost = f"one of the ranks {others}, on another node,"  # type: ignore[attr-defined]
         if isinstance(error, Interrupted):  # not a failure, but torchrun asks for a reason
             self.folder = None
         detail = "" if explained(error) else "".join(traceback.format_exception(error))
         self.write_down(describe(error), detail)
+
+    def elsewhere(self) -> str:
+        """The ranks of other nodes, "" if there are none."""
+        first = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
+        after = first + int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
+        spans = [(0, first - 1), (after, self.ranks - 1)]
+        return " or ".join(f"{a} to {b}" for a, b in spans if a <= b)
 
     def write_down(self, message: str, detail: str = "") -> Path | None:
         """Write an error to torchrun's file and append it to this rank's, which is returned."""

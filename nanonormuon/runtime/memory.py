@@ -36,22 +36,22 @@ def choose(
     seq_len: int,
     per_rank: int,
     world: distributed.World,
-    sharded: bool = False,
+    shards: int = 1,
     recompute: bool = False,
 ) -> int:
     """Return the largest divisor of per_rank, in sequences, that fits on every rank.
 
-    On one GPU and under DDP a probe finds it, with a model and optimizers from `make`. Under FSDP2
-    a rank that ran out of memory would leave the others waiting in the middle of a layer, so there
-    it is estimated, with 40 % to spare. On a CPU it is CPU_TOKENS.
+    On one GPU and under DDP a probe finds it, with a model and optimizers from `make`. Under FSDP2,
+    over `shards` ranks, a rank that ran out of memory would leave the others waiting in the middle
+    of a layer, so there it is estimated, with 40 % to spare. On a CPU it is CPU_TOKENS.
     """
     candidates = divisors(per_rank)
     if world.device.type != "cuda":
         return max((n for n in candidates if n * seq_len <= CPU_TOKENS), default=1)
-    if sharded:
+    if shards > 1:
         with torch.device("meta"):
             model, _ = make()
-        fitting = estimate(model, seq_len, candidates, world, recompute)
+        fitting = estimate(model, seq_len, candidates, world, shards, recompute)
     else:
         fitting = probe(*make(), seq_len, candidates)
     free_cache(world.device)
@@ -60,8 +60,9 @@ def choose(
 
 
 def estimate(
-    model: GPT, seq_len: int, candidates: Sequence[int], world: distributed.World, recompute: bool
-) -> int:
+    model: GPT, seq_len: int, candidates: Sequence[int], world: distributed.World, shards: int,
+    recompute: bool,
+) -> int:  # fmt: skip
     """Return the largest candidate that needs at most 60 % of the memory; 1 if none does."""
     m, dtype = model.config, model.compute_dtype
 
@@ -72,7 +73,7 @@ def estimate(
 
     parameters = sum(p.numel() for p in model.parameters())
     free = torch.cuda.mem_get_info(world.device)[0]
-    free -= 12 * parameters // world.size  # weights, gradients, NorMuon's momentum
+    free -= 12 * parameters // shards  # weights, gradients, NorMuon's momentum
 
     def fits(n: int) -> bool:
         # several micro-batches add up float32 gradients that lie whole on every rank

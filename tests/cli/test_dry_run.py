@@ -82,3 +82,13 @@ def test_a_dry_run_says_it_and_stays_readable(capsys, monkeypatch):
     assert f"\n# parameters: {total:,} (" in said and f"{total:,}".startswith("1,3")
     for word in ("memory, 1 rank", "optimizer", "checkpoint: ", "minutes of training"):
         assert word in said
+
+
+def test_on_several_nodes_it_shows_what_a_rank_holds_in_each_layout(monkeypatch):
+    monkeypatch.setattr(dry_run, "time_line", lambda *_: "")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    lines = "\n".join(dry_run.report(load(["demo", "model.n_layer=1"])[0]))
+    sizes = dict(re.findall(r"^memory, each of 4 ranks, (\w+), .*?: ([\d.]+) GB", lines, re.M))
+    assert list(sizes) == ["ddp", "fsdp", "hsdp"]
+    assert float(sizes["ddp"]) > float(sizes["hsdp"]) > float(sizes["fsdp"])

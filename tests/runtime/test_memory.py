@@ -60,9 +60,9 @@ def test_under_fsdp_activations_may_take_60_percent_of_the_memory(monkeypatch, r
     for spare, fits in ((16, 4), (-16, 2)):
         free = own + int(room) + spare, 0
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: free)
-        assert memory.choose(make, 8, 8, world, True, recompute) == fits
+        assert memory.choose(make, 8, 8, world, 2, recompute) == fits
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (own, 0))
-    assert memory.choose(make, 8, 8, world, True, recompute) == 1
+    assert memory.choose(make, 8, 8, world, 2, recompute) == 1
 
 
 def test_all_ranks_take_the_smallest_that_a_probe_found(monkeypatch):
@@ -86,9 +86,9 @@ def test_micro_batches_that_add_up_leave_room_for_whole_gradients(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: free)
     monkeypatch.setattr(activations, "chunk_bytes", lambda *_: 2 * parameters)
     monkeypatch.setattr(activations, "kept", lambda *_: (0, 0))
-    assert memory.estimate(model, 8, [1, 2], world, False) == 2
+    assert memory.estimate(model, 8, [1, 2], world, 8, False) == 2
     free[0] -= 3 * parameters
-    assert memory.estimate(model, 8, [1, 2], world, False) == 1
+    assert memory.estimate(model, 8, [1, 2], world, 8, False) == 1
 
 
 @pytest.mark.parametrize(

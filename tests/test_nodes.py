@@ -1,0 +1,195 @@
+"""Several nodes: train.parallel = hsdp shards within a node and replicates across nodes. A node
+here is a torchrun of its own, or some ranks, by LOCAL_WORLD_SIZE."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import ROOT, WAIT, final, losses, run
+
+from nanonormuon import build
+from nanonormuon.config import flat, load
+from nanonormuon.errors import ConfigError, Diverged, describe
+from nanonormuon.runtime import distributed, faults, health
+from nanonormuon.runtime.distributed import World
+
+HSDP = "train.parallel=hsdp"
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------------
+# What a rank decides by itself
+
+
+def launched(monkeypatch, rank, local_rank, local, size):
+    """Be this rank, as torchrun says it."""
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    for name, value in zip(names, (rank, local_rank, local, size)):
+        monkeypatch.setenv(name, str(value))
+    return World(rank, size, CPU)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        ([1], "found 1 in all, 1 on a node; set train.parallel=fsdp"),
+        ([4], "found 4 in all, 4 on a node; set train.parallel=fsdp"),
+        ([1, 1], "found 2 in all, 1 on a node; set train.parallel=fsdp"),
+        ([2, 1], "found 3 in all, 1 to 2 on a node; start equally many"),
+        ([1, 3], "found 4 in all, 1 to 3 on a node; start equally many"),
+        ([2, 2], ""),
+        ([3, 3, 3], ""),
+    ],
+)
+def test_hsdp_is_refused_on_every_rank_or_on_none(nodes, words, monkeypatch):
+    ranks, everyone = [(i, local) for local in nodes for i in range(local)], []
+    config = load([HSDP])[0]
+
+    def largest(values, _):
+        everyone.append(values)
+        return [float(max(column)) for column in zip(*everyone)]
+
+    monkeypatch.setattr(distributed, "largest", largest)
+    for again in (False, True):  # at first to hear all ranks
+        for rank, (local_rank, local) in enumerate(ranks):
+            world = launched(monkeypatch, rank, local_rank, local, len(ranks))
+            refused = contextlib.suppress(ConfigError) if not again else contextlib.nullcontext()
+            if again and words:
+                refused = pytest.raises(ConfigError, match=words)
+            with refused:
+                build.check_nodes(config, world)
+
+
+def test_ranks_that_are_not_numbered_node_by_node_are_refused(monkeypatch):
+    """As SLURM numbers them with --distribution=cyclic; shards would lie across nodes."""
+    monkeypatch.setattr(distributed, "largest", lambda values, _: list(map(float, values)))
+    config = load([HSDP])[0]
+    for rank, local_rank, local in ((2, 1, 2), (3, 3, 3)):  # the second: 4 are not 3 + 3
+        with pytest.raises(ConfigError, match="start equally many on each node"):
+            build.check_nodes(config, launched(monkeypatch, rank, local_rank, local, 4))
+
+
+def test_settings_that_differ_between_ranks_are_named_on_the_rank_that_has_them(monkeypatch):
+    """Each node has its own command line, and perhaps its own copy of the data."""
+    first, other = (flat(load(["train.seed=1", more])[0]) for more in ("optim.lr=1", "optim.lr=2"))
+    monkeypatch.setattr(distributed, "from_first", lambda *_: first)
+    monkeypatch.setattr(distributed, "any_rank", lambda _: True)
+    for found, words, follows in ((other, "has optim.lr = 2.0, not 1.0$", False),
+                                  (first, "another rank has others", True)):  # fmt: skip
+        with pytest.raises(ConfigError, match=words) as error:
+            build.check_alike(found, World(1, 2, CPU))
+        assert error.value.follows == follows
+    monkeypatch.setattr(distributed, "any_rank", lambda flag: flag)
+    build.check_alike(first, World(1, 2, CPU))
+
+
+def test_a_shard_that_differs_from_the_other_nodes_is_named(monkeypatch):
+    """Of four ranks, two on a node, the last; the first two hold different shards of one copy."""
+    w, off = torch.arange(4.0), [0.0, 1.0, 0.0, 1.5]
+    monkeypatch.setattr(distributed, "gather", lambda x: everyone.expand(-1, len(x)))
+    everyone = torch.tensor([[(w + x).view(torch.int32).sum()] for x in off])
+    with pytest.raises(
+        Diverged, match=r"rank 3 holds other values than rank 1 in .* first a:"
+    ) as e:
+        health.compare({"a": w, "b": w}, 2, 5, World(0, 4, CPU))
+    assert e.value.follows
+    everyone[3] = everyone[1]
+    health.compare({"a": w}, 2, 5, World(0, 4, CPU))
+
+
+def test_a_lost_rank_is_looked_for_on_the_other_nodes(monkeypatch):
+    stopping = faults.Stopping()
+    monkeypatch.setattr(faults, "GRACE", 0.0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
+    gone = "Connection closed by peer [10.0.0.7]:2345"
+    for rank, local, size, others in ((5, 2, 8, "0 to 3 or 6 to 7"), (0, 2, 4, "2 to 3"),
+                                      (3, 2, 4, "0 to 1"), (1, 4, 4, "")):  # fmt: skip
+        launched(monkeypatch, rank, rank % local, local, size)
+        error = RuntimeError(gone)
+        with contextlib.suppress(RuntimeError), faults.Watch(0, stopping):
+            raise error
+        where = f"one of the ranks {others}, on another node," if others else "another rank"
+        assert f"start: {where} failed or is gone, see its message ({gone})" in describe(error)
+
+
+# ------------------------------------------------------------------------------------------------
+# Two nodes of two ranks
+
+
+def two_nodes(arguments, fault="", second=()):
+    """(exit codes, standard error) of two launchers, each with two ranks, as two machines start
+    them; `second`: further arguments of the second."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
+              "--master-addr=127.0.0.1", f"--master-port={port}"]  # fmt: skip
+    script, env = [str(ROOT / "tests" / "faulty.py"), *map(str, arguments)], {"FAULT": fault}
+    nodes = [
+        subprocess.Popen(
+            [*launch, f"--node-rank={node}", *script, *(second if node else ())],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | env,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=WAIT)[1] for node in nodes]
+    return [node.returncode for node in nodes], said
+
+
+@pytest.mark.slow
+def test_two_nodes_follow_one_process_which_resumes_them_and_is_resumed(tiny, tmp_path):
+    longer = [*tiny, "train.steps=12", "train.sample_tokens=0"]
+    parts = tmp_path / "parts"
+    codes, said = two_nodes([*longer, HSDP, "train.stop_at=4", "--out", parts])
+    assert codes == [0, 0], said
+    run([*longer, "train.stop_at=8"], parts, resume=True)
+    more = [HSDP, "train.reshard=false", "train.micro_batch=1", "--resume", "--out", parts]
+    codes, said = two_nodes([*longer, *more])
+    assert codes == [0, 0], said
+    run(longer, tmp_path / "one")
+    assert losses(parts) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert len(losses(parts)) == 12
+
+
+@pytest.mark.slow
+def test_a_node_that_is_gone_ends_the_other_which_names_its_ranks(tiny, tmp_path):
+    out, limit = tmp_path / "run", "train.time_limit=600"
+    arguments = [*tiny, HSDP, limit, "train.save_every=2", "train.sample_tokens=0", "--out", out]
+    codes, said = two_nodes(arguments, "node@step:4:3")
+    assert codes == [1, -9], said
+    assert "step 4, step: one of the ranks 2 to 3, on another node, failed or is gone" in said[0]
+    cause = said[0].rpartition("Root Cause (first observed failure):")[2]
+    assert "one of the ranks 2 to 3, on another node" in said[0].partition("Failures:")[2] + cause
+    assert "took more than" not in said[0]
+    assert max((out / "checkpoints").iterdir()).name == "step-000004"
+
+
+@pytest.mark.slow
+def test_nodes_started_differently_end_before_anything_is_made(tiny, tmp_path):
+    codes, said = two_nodes([*tiny, "--out", tmp_path / "run"], second=["optim.lr=0.5"])
+    assert codes == [1, 1] and "rank 2 has optim.lr = 0.5, not " in said[1], said
+    assert "start: expected rank 0's settings" in said[0] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_canonical_run_has_the_same_bits_on_two_nodes(tiny, forks, tmp_path):
+    settings = ["train.canonical=true", "train.micro_batch=1", "train.eval_every=0"]
+    settings += ["train.steps=3", "train.sample_tokens=0", "optim.grad_clip=0.5"]
+    for name, ranks, more in (("one", 1, []), ("nodes", 4, [HSDP])):
+        out = ["--out", tmp_path / name]
+        codes, said = forks.run([*tiny, *settings, *more, *out], ranks, nodes=2 if more else 1)
+        assert codes == [0] * ranks, said
+    assert final(tmp_path / "nodes") == final(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_bit_that_differs_between_nodes_is_not_saved(tiny, forks, tmp_path):
+    arguments = [*tiny, HSDP, "--out", tmp_path / "run"]
+    codes, said = forks.run(arguments, 4, "bit@weight:4:2", nodes=2)
+    assert codes == [7] * 4, said
+    assert all("rank 2 holds other values than rank 0" in text for text in said)
+    assert max((tmp_path / "run" / "checkpoints").iterdir()).name == "step-000003"
