@@ -31,8 +31,9 @@ from nanonormuon.storage.shards import open_data
 from nanonormuon.storage.tensors import TensorFile, serialise
 from nanonormuon.train import train
 
-HOSTILE = [None, True, -1, 0, 2**31, 2**62, 2**64, 10**30, 1e308, -0.5, float("nan"), "", "x", "..",
-           "../../x", "/etc/passwd", "\0", "a" * 5000, [], [[]], {}, {"x": {}}]  # fmt: skip
+HOSTILE = [None, True, -1, 0, 2**31, 2**62, 2**64, 10**30, 1e308, -0.5, float("nan"), "", "x",
+           "..", "../../x", "/etc/passwd", "\0", "a" * 5000, "\ud800", [], [[]],
+           {}, {"x": {}}]  # fmt: skip
 
 
 TRIALS = int(os.environ.get("FUZZ_TRIALS", "0"))  # of test_files_of_a_run; 0: its own few
