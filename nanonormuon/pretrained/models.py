@@ -1,5 +1,6 @@
 """Find, check and load a trained model: a run's, or one in a Hugging Face directory."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanonormuon.checkpoint import named_for_hf
+from nanonormuon.config import AT_LEAST_0, KINDS, LIMITS, SECTIONS, coerce
 from nanonormuon.errors import CheckpointError, DataError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.storage import checkpoints
@@ -47,9 +49,35 @@ def run_of(path: Path) -> Path | None:
 
 
 def state_of(path: Path) -> dict[str, Any] | None:
-    """A checkpoint's state.json; None for a model directory without one."""
+    """A checkpoint's state.json, with the defaults of settings that it lacks; None for a model
+    directory without one. Raises CheckpointError for what no run wrote."""
     file = path / "state.json"
-    return checkpoints.read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    state = checkpoints.read_json(file)
+    try:
+        if not all(type(state.get(key)) is int for key in ("step", "tokens")):
+            raise ValueError("expected numbers of steps and tokens")
+        settings = state["config"]
+        for section, kind in SECTIONS.items():
+            table = asdict(kind()) | settings[section]
+            settings[section] = {k: checked(f"{section}.{k}", v) for k, v in table.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a run's: {error}") from None
+    return state
+
+
+def checked(name: str, value: Any) -> Any:
+    """A setting that a run may have, of its own type. Raises ValueError."""
+    if name not in KINDS or name.startswith("model."):  # another version's; config.json counts
+        possible, expected = isinstance(value, bool | int | float | str), "a number or text"
+    else:
+        value = coerce(value, KINDS[name], name)
+        fits, expected = LIMITS.get(name, AT_LEAST_0)
+        possible = fits(value)
+    if not possible:
+        raise ValueError(f"{name} = {value!s:.60}: expected {expected}")
+    return value
 
 
 def model_config(path: Path) -> GPTConfig:

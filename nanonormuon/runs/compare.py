@@ -1,6 +1,7 @@
 """Compare run directories: a table for the terminal, curves, where a loss was reached."""
 
 import logging
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -141,7 +142,8 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 def plot(runs: Sequence[RunRecord], file: Path, target: float | None = None) -> None:
     """Draw the loss over steps, tokens and time, and every other number that was logged over steps,
     as PNG, SVG or PDF by the file's name. Raises what `picture` raises."""
-    others = {k for run in runs for r in run.rows for k in r if isinstance(r[k], int | float)}
+    logged = {k for run in runs for r in run.rows for k in r if isinstance(r[k], int | float)}
+    others = {k for k in logged if re.fullmatch(r"\w{1,50}", k, re.ASCII)}  # else none of ours
     over_steps = ["loss", "lr", "tokens_per_second", *sorted(others - KNOWN)]
     panels = [("val_loss", over) for over in ("step", "tokens", "seconds")]
     panels += [(key, "step") for key in over_steps]
@@ -149,7 +151,8 @@ def plot(runs: Sequence[RunRecord], file: Path, target: float | None = None) -> 
         for axis, (key, over) in zip(axes.flat, panels):
             for run in runs:
                 x, y = run.curve(key, over)
-                axis.plot(x, y, label=run.name, marker="." if len(x) < 40 else None)
+                name = run.name.encode(errors="replace").decode()  # bytes may be no UTF-8
+                axis.plot(x, y, label=name, marker="." if len(x) < 40 else None)
             if target is not None and key == "val_loss":
                 axis.axhline(target, color="grey", linewidth=1, label=f"target {target:g}")
             axis.set(xlabel=over, ylabel=key)

@@ -16,7 +16,9 @@ def picture(file: Path, rows: int, columns: int, width: float, height: float) ->
     as PNG, SVG or PDF. Raises UsageError for another file name, MissingPackage, OSError."""
     if file.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {file}: expected a name that ends in .png, .svg or .pdf")
-    need("matplotlib", "--plot").use("Agg")
+    package = need("matplotlib", "--plot")
+    package.use("Agg")
+    package.rcParams["text.parse_math"] = False  # a $ in a run's name is no formula
     from matplotlib import pyplot
 
     size = columns * width, rows * height

@@ -3,6 +3,7 @@ update."""
 
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -112,7 +113,11 @@ def test_plots(trained, tmp_path, capsys, monkeypatch):
         assert drawn["val_loss", over] == [[[r[over], r["val_loss"]] for r in evaluated]]
     for key in ("loss", "lr", "grad_norm", "neuron_rms_mean", "update_ratio"):
         assert drawn[key, "step"] == [[[r["step"], r[key]] for r in rows]]
-    assert called(["compare", trained, "--plot", tmp_path / "a.svg"], capsys)[0] == 0
+    strange = tmp_path / os.fsdecode(b"a$\\frac$\xff")  # as formula and as UTF-8
+    shutil.copytree(trained, strange, ignore=shutil.ignore_patterns("checkpoints"))
+    with open(strange / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "$\\\\frac$": 1.0, "\\ud800": 2}\n')
+    assert called(["compare", strange, "--plot", tmp_path / "a.svg"], capsys)[0] == 0
     assert "<svg" in (tmp_path / "a.svg").read_text()[:2000]
 
 

@@ -27,13 +27,15 @@ from nanonormuon.cli import app as cli
 from nanonormuon.cli import dry_run
 from nanonormuon.errors import CheckpointError, exit_code
 from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.pretrained import models
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage.shards import open_data
 from nanonormuon.storage.tensors import TensorFile, serialise
 from nanonormuon.train import train
 
-HOSTILE = [None, True, -1, 0, 2**31, 2**62, 2**64, 10**30, 1e308, -0.5, float("nan"), "", "x", "..",
-           "../../x", "/etc/passwd", "\0", "a" * 5000, [], [[]], {}, {"x": {}}]  # fmt: skip
+HOSTILE = [None, True, -1, 0, 2**31, 2**62, 2**64, 10**30, 1e308, -0.5, float("nan"), "", "x",
+           "..", "../../x", "/etc/passwd", "\0", "a" * 5000, "\ud800", [], [[]],
+           {}, {"x": {}}]  # fmt: skip
 
 
 TRIALS = int(os.environ.get("FUZZ_TRIALS", "0"))  # of test_files_of_a_run; 0: its own few
@@ -366,6 +368,30 @@ def test_files_of_a_run(dice, whole_run, tmp_path, capsys, monkeypatch):
     codes = fuzz_run(TRIALS or 20, dice, whole_run, tmp_path, capsys)
     print(dict(codes))
     assert codes[0] and codes[4], codes
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("config", None), ("config", [["optim", 1]]), ("step", "1"), ("config.optim", "normuon"),
+        ("config.optim.ns_steps", 2**62), ("config.optim.ns_coefficients", 7), ("config.model", {}),
+        ("config.data.path", 7), ("config.data.val_tokens", -1), ("config.train.dtype", []),
+        ("config.train.setting_of_another_version", []), ("config.train.of_another_version", 1),
+    ],
+)  # fmt: skip
+def test_a_state_that_no_run_wrote(place, value, trained, tmp_path):
+    path = checkpoint.all_steps(trained / "checkpoints")[0]
+    state = node = json.loads((path / "state.json").read_text())
+    *above, key = place.split(".")
+    for name in above:
+        node = node[name]
+    node[key] = value
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    if value in ({}, 1):  # an older version, which lacks settings, and a newer one
+        assert models.state_of(tmp_path)["config"]["model"]["n_layer"]
+        return
+    with pytest.raises(CheckpointError, match=r"state\.json: not a run's"):
+        models.state_of(tmp_path)
 
 
 @pytest.mark.full
