@@ -63,14 +63,16 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, sharded: bool = F
     weights = 4 * sum(parameters.values())
     saved = checkpoint.size_of(model, optimizers)
     activations, head = kept(model.config, T, micro_batch, dtype, t.activation_checkpointing)
-    share, gathered = 1, 0
+    share, gathered, added_up = 1, 0, 0
     if sharded:  # two blocks and everything outside them are whole at a time, in compute's dtype
         block = sum(p.numel() for p in model.layers[0].parameters())
         outside = weights // 4 - block * config.model.n_layer
         share, gathered = ranks, (2 * block + outside) * dtype.itemsize
+        if micro_batch * T * ranks < t.batch_tokens:  # micro-batches' gradients add up whole
+            added_up = weights
     parts = {
         "weights": weights // share + gathered,
-        "gradients": weights // share,
+        "gradients": weights // share + added_up,
         "optimizer": (saved - weights) // share,
         "activations": activations,  # which the blocks keep for the backward pass
         "logits": head + chunk_bytes(model.config, micro_batch * T, dtype),  # and their gradients
