@@ -85,7 +85,7 @@ def judge(
     flags = torch.isfinite(values).logical_not() * (world.size - world.rank)
     more = torch.stack([values[1].nan_to_num(nan=math.inf), torch.full_like(loss, stop)])
     found = torch.cat([flags, more]).float()
-    if distributed.grouped():
+    if world.size > 1:
         dist.all_reduce(found, dist.ReduceOp.MAX)
     *flags, grad_size, signal = found.tolist()
     for what, flag in zip(("state", "loss", "gradient"), (flags[2], flags[0], flags[1])):
