@@ -69,14 +69,16 @@ def estimate(config: Config, micro_batch: int, shards: int = 1) -> Estimate:
     weights = 4 * sum(parameters.values())
     saved = checkpoint.size_of(model, optimizers)
     activations, head = kept(model.config, T, micro_batch, dtype, t.activation_checkpointing)
-    gathered = 0
+    gathered = added_up = 0
     if shards > 1:  # two blocks and everything outside them are whole at a time, in compute's dtype
         block = sum(p.numel() for p in model.layers[0].parameters())
         outside = weights // 4 - block * config.model.n_layer
         gathered = (2 * block + outside) * dtype.itemsize
+        if micro_batch * T * distributed.size() < t.batch_tokens:  # gradients add up whole
+            added_up = weights
     parts = {
         "weights": weights // shards + gathered,
-        "gradients": weights // shards,
+        "gradients": weights // shards + added_up,
         "optimizer": (saved - weights) // shards,
         "activations": activations,  # which the blocks keep for the backward pass
         "logits": head + chunk_bytes(model.config, micro_batch * T, dtype),  # and their gradients

@@ -221,7 +221,7 @@ def test_a_byte_order_mark_before_an_array(tmp_path: Path) -> None:
         ("a.csv", b'id,text\n1,"x\n', r"a\.csv:2: unexpected end of data"),
         ("a.csv", b"id,text\n1,\xff\n", r"a\.csv:2: 'utf-8'"),
         ("a.parquet", b"PAR1 and then nothing", r"a\.parquet: "),
-        ("a.txt.gz", gzip.compress(b"a" * 1000, mtime=0)[:-9], r"a\.txt\.gz: damaged compressed file"),
+        ("a.txt.gz", gzip.compress(b"a" * 1000, mtime=0)[:-9], r"a\.txt\.gz: damaged"),
         ("a.txt.gz", b"not packed", r"a\.txt\.gz: gzip or zstd expected by its name, found b"),
         ("a.ZST", b"", r"a\.ZST: gzip or zstd expected by its name"),
         ("a.txt", b"\x1f\x8b and no gzip", r"a\.txt: damaged compressed file"),
