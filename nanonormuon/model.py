@@ -204,9 +204,9 @@ class Attention(nn.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).view(heads).transpose(1, 2) for project in projections)
-        # in this order in memory too: a CPU is slow at passes over tensors of two orders
-        q = rotate(self.q_norm(q.contiguous()), cos, sin)
-        k = rotate(self.k_norm(k.contiguous()), cos, sin)
+        if x.device.type == "cpu":  # which is slow at passes over tensors of two orders in memory
+            q, k = q.contiguous(), k.contiguous()
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = attend(q, k, v, self.scale, mask)
