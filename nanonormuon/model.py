@@ -359,6 +359,8 @@ class GPT(nn.Module):
         mask = None
         if self.separator is not None and cache is None:
             mask = document_mask(tokens, self.separator)
+        elif cache is not None and tokens.size(1) == 1:
+            mask = cache.mask()
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
@@ -413,23 +415,39 @@ class GPT(nn.Module):
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, for generation: room for `size` tokens."""
+    """Keys and values of the tokens seen so far, for generation: room for `size` tokens.
+
+    A single query is shown whole blocks, since a GPU may plan a kernel anew for each number of
+    keys, and a mask hides what is not filled yet. On a CPU a block is one token.
+    """
 
     def __init__(self, model: GPT, batch: int, size: int):
         c, device = model.config, model.embed_tokens.weight.device
         shape = (batch, c.n_kv_head, size, c.head_dim)
-        self.length, self.size = 0, size
-        self.kv = {
-            layer.self_attn: torch.empty(2, *shape, dtype=model.compute_dtype, device=device)
+        self.length, self.size, self.device = 0, size, device
+        self.block = 1 if device.type == "cpu" else 256
+        self.kv = {  # zeros: no number that a mask could not hide
+            layer.self_attn: torch.zeros(2, *shape, dtype=model.compute_dtype, device=device)
             for layer in model.layers
         }
 
+    def shown(self) -> int:
+        """How many keys the next token's query is given."""
+        return min(self.size, (self.length // self.block + 1) * self.block)
+
+    def mask(self) -> Tensor | None:
+        """(1, 1, 1, shown), true where the next token's query sees a key; None: it sees all."""
+        if self.block == 1:
+            return None
+        return (torch.arange(self.shown(), device=self.device) <= self.length)[None, None, None]
+
     def extend(self, attention: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, G, T, D); returns all keys and values so far."""
+        """Append k and v (B, G, T, D); returns the keys and values to attend to."""
         end = self.length + k.size(2)
         if end > self.size:
             raise ValueError(f"cache of {self.size} tokens: {end} do not fit")
         assert self.length == 0 or k.size(2) == 1, "several tokens need an empty cache"
         kv = self.kv[attention]
         kv[0, :, :, self.length : end], kv[1, :, :, self.length : end] = k, v
-        return kv[0, :, :, :end], kv[1, :, :, :end]
+        shown = self.shown() if k.size(2) == 1 else end
+        return kv[0, :, :, :shown], kv[1, :, :, :shown]
