@@ -3,8 +3,8 @@
 Left alone, the config describes the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention,
 per-head QK-norm with gains, SwiGLU, no biases), and parameter names are Hugging Face's without the
 prefix `model.`, so a checkpoint needs no translation. The fields under "departures" turn it
-into Llama (qk_norm) or, all others together, into the GPT of modded-nanogpt's track 3; hf.py names
-those that nobody else could load.
+into Llama (qk_norm) or, all others together, into the GPT of modded-nanogpt's track 3;
+storage/huggingface.py names those that nobody else could load.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
 """
@@ -268,12 +268,12 @@ class HeadLoss(torch.autograd.Function):
         dh = torch.empty_like(h) if to_h else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if to_W else None
         db = torch.zeros_like(bias, dtype=torch.float32) if to_b else None
-        # a compiler fuses the passes over a chunk, and p never reaches memory, but for a scatter;
-        # without one the scatter is by far the cheaper
+        # compiled, the passes over a chunk fuse, so that p stays out of memory, unless it is
+        # scattered into; without a compiler a scatter is by far the cheapest
         fused, ids = torch.compiler.is_compiling(), torch.arange(W.size(0), device=h.device)
         most = max(512, CHUNK.get(h.device.type, 1 << 28) // W.size(0))
         parts = -(-len(h) // (1 << most.bit_length() - 1))  # products of 2^k rows are the fastest
-        rows = -(-len(h) // parts)  # in each: a small rest would be slow, and compiled on its own
+        rows = -(-len(h) // parts)  # equal parts: a rest would be slow and compiled on its own
         for start in range(0, h.size(0), rows):
             x, y = h[start : start + rows], targets[start : start + rows, None]
             z = F.linear(x, W, b).float()
@@ -417,8 +417,8 @@ class GPT(nn.Module):
 class Cache:
     """Keys and values of the tokens seen so far, for generation: room for `size` tokens.
 
-    A single query is shown whole blocks, since a GPU may plan a kernel anew for each number of
-    keys, and a mask hides what is not filled yet. On a CPU a block is one token.
+    A single query is given whole blocks of keys, since cuDNN plans a kernel for every number of
+    keys, and a mask hides those still to come. On a CPU a block is one token.
     """
 
     def __init__(self, model: GPT, batch: int, size: int):
@@ -426,7 +426,7 @@ class Cache:
         shape = (batch, c.n_kv_head, size, c.head_dim)
         self.length, self.size, self.device = 0, size, device
         self.block = 1 if device.type == "cpu" else 256
-        self.kv = {  # zeros: no number that a mask could not hide
+        self.kv = {  # zeros: a mask could not hide NaN
             layer.self_attn: torch.zeros(2, *shape, dtype=model.compute_dtype, device=device)
             for layer in model.layers
         }
