@@ -3,8 +3,8 @@
 Left alone, the config describes the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention,
 per-head QK-norm with gains, SwiGLU, no biases), and parameter names are Hugging Face's without the
 prefix `model.`, so a checkpoint needs no translation. The fields under "departures" turn it
-into Llama (qk_norm) or, all others together, into the GPT of modded-nanogpt's track 3; hf.py names
-those that nobody else could load.
+into Llama (qk_norm) or, all others together, into the GPT of modded-nanogpt's track 3;
+storage/huggingface.py names those that nobody else could load.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
 """
@@ -204,9 +204,9 @@ class Attention(nn.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).view(heads).transpose(1, 2) for project in projections)
-        # in this order in memory too: a CPU is slow at passes over tensors of two orders
-        q = rotate(self.q_norm(q.contiguous()), cos, sin)
-        k = rotate(self.k_norm(k.contiguous()), cos, sin)
+        if x.device.type == "cpu":  # which is slow at passes over tensors of two orders in memory
+            q, k = q.contiguous(), k.contiguous()
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = attend(q, k, v, self.scale, mask)
@@ -268,12 +268,12 @@ class HeadLoss(torch.autograd.Function):
         dh = torch.empty_like(h) if to_h else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if to_W else None
         db = torch.zeros_like(bias, dtype=torch.float32) if to_b else None
-        # a compiler fuses the passes over a chunk, and p never reaches memory, but for a scatter;
-        # without one the scatter is by far the cheaper
+        # compiled, the passes over a chunk fuse, so that p stays out of memory, unless it is
+        # scattered into; without a compiler a scatter is by far the cheapest
         fused, ids = torch.compiler.is_compiling(), torch.arange(W.size(0), device=h.device)
         most = max(512, CHUNK.get(h.device.type, 1 << 28) // W.size(0))
         parts = -(-len(h) // (1 << most.bit_length() - 1))  # products of 2^k rows are the fastest
-        rows = -(-len(h) // parts)  # in each: a small rest would be slow, and compiled on its own
+        rows = -(-len(h) // parts)  # equal parts: a rest would be slow and compiled on its own
         for start in range(0, h.size(0), rows):
             x, y = h[start : start + rows], targets[start : start + rows, None]
             z = F.linear(x, W, b).float()
@@ -359,6 +359,8 @@ class GPT(nn.Module):
         mask = None
         if self.separator is not None and cache is None:
             mask = document_mask(tokens, self.separator)
+        elif cache is not None and tokens.size(1) == 1:
+            mask = cache.mask()
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
@@ -413,23 +415,39 @@ class GPT(nn.Module):
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, for generation: room for `size` tokens."""
+    """Keys and values of the tokens seen so far, for generation: room for `size` tokens.
+
+    A single query is given whole blocks of keys, since cuDNN plans a kernel for every number of
+    keys, and a mask hides those still to come. On a CPU a block is one token.
+    """
 
     def __init__(self, model: GPT, batch: int, size: int):
         c, device = model.config, model.embed_tokens.weight.device
         shape = (batch, c.n_kv_head, size, c.head_dim)
-        self.length, self.size = 0, size
-        self.kv = {
-            layer.self_attn: torch.empty(2, *shape, dtype=model.compute_dtype, device=device)
+        self.length, self.size, self.device = 0, size, device
+        self.block = 1 if device.type == "cpu" else 256
+        self.kv = {  # zeros: a mask could not hide NaN
+            layer.self_attn: torch.zeros(2, *shape, dtype=model.compute_dtype, device=device)
             for layer in model.layers
         }
 
+    def shown(self) -> int:
+        """How many keys the next token's query is given."""
+        return min(self.size, (self.length // self.block + 1) * self.block)
+
+    def mask(self) -> Tensor | None:
+        """(1, 1, 1, shown), true where the next token's query sees a key; None: it sees all."""
+        if self.block == 1:
+            return None
+        return (torch.arange(self.shown(), device=self.device) <= self.length)[None, None, None]
+
     def extend(self, attention: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, G, T, D); returns all keys and values so far."""
+        """Append k and v (B, G, T, D); returns the keys and values to attend to."""
         end = self.length + k.size(2)
         if end > self.size:
             raise ValueError(f"cache of {self.size} tokens: {end} do not fit")
         assert self.length == 0 or k.size(2) == 1, "several tokens need an empty cache"
         kv = self.kv[attention]
         kv[0, :, :, self.length : end], kv[1, :, :, self.length : end] = k, v
-        return kv[0, :, :, :end], kv[1, :, :, :end]
+        shown = self.shown() if k.size(2) == 1 else end
+        return kv[0, :, :, :shown], kv[1, :, :, :shown]

@@ -153,11 +153,10 @@ class Bucket:
 
     def send(self, group: dict, dtype: torch.dtype) -> None:
         """Move the momentum, and send Newton-Schulz's input to the ranks that iterate it."""
-        momentum = group["momentum"]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         X = stack([local(G) for G in grads]).to(self.M.dtype)
-        self.M.lerp_(X, 1 - momentum)
-        X = X.lerp_(self.M, momentum) if group["nesterov"] else self.M
+        self.M.lerp_(X, 1 - group["momentum"])
+        X = X.lerp_(self.M, group["momentum"]) if group["nesterov"] else self.M
         self.arriving = self.layout.to_whole(X.to(dtype))
 
     def orthogonalise(self, triples: Sequence[Sequence[float]]) -> None:
@@ -167,15 +166,15 @@ class Bucket:
     def apply(self, group: dict) -> None:
         """Move the second moment and the weights."""
         O, self.arriving = self.arriving(), None
-        lr, shape = group["lr"], self.params[0].shape[-2:]
-        scale, total = group["adjust_lr_fn"], self.layout.total
-        factors = neuron_factors(O, self.v, group["beta2"], scale, shape, total)
+        lr, shape, total = group["lr"], self.params[0].shape[-2:], self.layout.total
+        factors = neuron_factors(O, self.v, group["beta2"], group["adjust_lr_fn"], shape, total)
         W, decay = [local(p) for p in self.params], 1 - lr * group["weight_decay"]
-        O = unstack(O, W)
         if group["cautious"]:
-            decay = [torch.where(w * o > 0, decay, 1) for w, o in zip(W, O)]
+            decay = unstack(torch.where(stack(W).mul_(O) > 0, decay, 1), W)
+        U = torch.empty_like(self.M, dtype=factors.dtype)  # of W's dtype and strides, which O may
+        torch.mul(O, factors * lr, out=U)  # not have: so a GPU updates all matrices at once
         torch._foreach_mul_(W, decay)
-        torch._foreach_addcmul_(W, O, unstack(factors * lr, W), value=-1)
+        torch._foreach_sub_(W, unstack(U, W))
 
 
 class NorMuon(torch.optim.Optimizer):
@@ -265,9 +264,8 @@ class NorMuon(torch.optim.Optimizer):
     def step(self, closure: Callable | None = None):
         """Update every parameter; while a bucket's matrices travel, those before it compute."""
         loss = torch.enable_grad()(closure)() if closure else None
-        groups, first = self.param_groups, self.buckets
-        second, third = [None, *first], [None, None, *first]
-        for sending, computing, finishing in zip_longest(first, second, third):
+        groups, todo = self.param_groups, self.buckets
+        for sending, computing, finishing in zip_longest(todo, [None, *todo], [None, None, *todo]):
             if sending:
                 sending.send(groups[sending.group], self.ns_dtype)
             if finishing:
@@ -300,20 +298,19 @@ def wrap_local(part: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:
     which this rank holds `part`. A number per column is replicated on the ranks that share it."""
     if not isinstance(p, DTensor):
         return part
-    columns = shape[-2] == 1
-    places = [Replicate() if columns and a.is_shard(p.ndim - 2) else a for a in p.placements]
+    places = [Replicate() if shape[-2] == 1 and a.is_shard(p.ndim - 2) else a for a in p.placements]
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, p.device_mesh, places, shape=torch.Size(shape), stride=stride)
 
 
 def stack(parts: list[Tensor]) -> Tensor:
-    """Join matrices of one shape, or stacks of them, to one stack."""
-    return torch.stack(parts) if parts[0].ndim == 2 else torch.cat(parts)
+    """(K, m, n) of equal matrices, or of equal stacks of them."""
+    return torch.stack(parts).flatten(0, -3)
 
 
 def unstack(stacked: Tensor, like: list[Tensor]) -> Sequence[Tensor]:
-    """The inverse of `stack`: views of a stack, one per tensor in `like`."""
-    return stacked.unbind() if like[0].ndim == 2 else stacked.split([len(t) for t in like])
+    """The inverse: views of a stack, one per tensor in `like`, each with as many dimensions."""
+    return stacked.unflatten(0, (len(like), *like[0].shape[:-2])).unbind()
 
 
 # ------------------------------------------------------------------------------------------------

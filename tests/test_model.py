@@ -140,15 +140,27 @@ def test_compute_in_bfloat16_keeps_float32_weights_and_gradients():
     assert {p.grad.dtype for p in half.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("settings", VARIANTS)
-def test_cache_gives_the_logits_of_full_recomputation(settings):
+def test_cache_gives_the_logits_of_full_recomputation(settings, block, monkeypatch):
+    """Token by token, with one number of keys per block of them (a GPU's blocks are larger)."""
+    keys, own = set(), F.scaled_dot_product_attention
+
+    def attend(q, k, *rest, **more):
+        keys.add(k.size(2))
+        return own(q, k, *rest, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     model = filled(settings).eval()
     tokens = torch.randint(50, (3, 14))
     with torch.no_grad():
         wanted, cache = model(tokens), Cache(model, 3, 14)
+        cache.block = block
         found = [model(tokens[:, :5], cache=cache)]
+        keys.clear()
         found += [model(tokens[:, i : i + 1], cache=cache) for i in range(5, 14)]
         assert torch.allclose(torch.cat(found, 1), wanted, atol=1e-5)
+        assert keys == (set(range(6, 15)) if block == 1 else {8, 12, 14})
         with pytest.raises(ValueError, match="do not fit"):
             model(tokens[:, :1], cache=cache)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from support import agree, relative
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from twin import Twin, orthogonalise, trajectories
 
 from nanonormuon import NorMuon, normuon
@@ -187,6 +188,37 @@ def test_the_second_moment_of_bfloat16_weights_stays_float32_through_a_state_dic
     second.load_state_dict(optimizer.state_dict())
     a, b = optimizer.state[p]["second_moment"], second.state[p]["second_moment"]
     assert b.dtype == torch.float32 and torch.equal(a, b) and a is not b
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that a GPU would launch: one per operation that is no view; for lists one
+    too if what belongs together has one shape, dtype and order in memory, else one per entry."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        lists = [a for a in args if isinstance(a, list | tuple) and "_foreach" in func.__name__]
+        kinds = [{(t.shape, t.dtype, t.stride()) for t in ts} for ts in zip(*lists)]
+        alike = all(len(kind) == 1 for kind in kinds)
+        view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
+        free = view or any(name in func.__name__ for name in ("empty", "record_function", "_view"))
+        self.count += 0 if free else 1 if alike else len(lists[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("settings", "launches"), [({}, 134), ({"cautious": True}, 152)])
+@pytest.mark.parametrize("layers", [1, 12])
+def test_a_steps_launches_do_not_grow_with_the_layers(layers, settings, launches):
+    """The shapes of gpt2-124m's matrices, on a device that only notes what it is given."""
+    C, hidden = 768, 2048
+    shapes = ([(C, C)] * 4 + [(hidden, C)] * 2 + [(C, hidden)]) * layers
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    optimizer = NorMuon(params, **settings)
+    with Launches() as seen:
+        optimizer.step()
+    assert seen.count <= launches
 
 
 @pytest.mark.slow
