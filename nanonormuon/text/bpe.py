@@ -174,18 +174,18 @@ class Tokenizer:
 
     def _encode_piece(self, piece: Piece, found: Iterator[Any]) -> np.ndarray:
         """Ids of a piece; a text's are the next ones found."""
-        if isinstance(piece, str):
-            ids = np.asarray(next(found), np.uint32)
-            self.check(piece, ids)
-            return ids
         if piece is None:
             return np.array([self.eot], np.uint32)
-        if not self.byte_ids:
-            raise ValueError(
-                f"byte 0x{piece[0]:02x} is not UTF-8, and cannot be represented; convert the text"
-                " or take a byte-level tokenizer"
-            )
-        return np.array([self.byte_ids[b] for b in piece], np.uint32)
+        if isinstance(piece, bytes):
+            if not self.byte_ids:
+                raise ValueError(
+                    f"byte 0x{piece[0]:02x} is not UTF-8, and cannot be represented; convert the"
+                    " text or take a byte-level tokenizer"
+                )
+            return np.array([self.byte_ids[b] for b in piece], np.uint32)
+        ids = np.asarray(next(found), np.uint32)
+        self.check(piece, ids)
+        return ids
 
     @cached_property
     def byte_ids(self) -> dict[int, int]:
@@ -230,8 +230,8 @@ class Tokenizer:
         return self.lengths
 
     def identity(self) -> dict[str, Any]:
-        """What a manifest says of a tokenizer; all but the name decide what shards mean."""
-        return {key: getattr(self, key) for key in ("name", "hash", "vocab_size", "eot")}
+        """What of a manifest's entry decides what the ids of its shards mean."""
+        return {key: getattr(self, key) for key in ("hash", "vocab_size", "eot")}
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json, the same bytes every time."""
