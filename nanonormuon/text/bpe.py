@@ -62,10 +62,10 @@ BYTES = {c: b for b, c in CHARS.items()}
 
 # Long texts are cut where every pattern above has a boundary anyway (after a line that ends in a
 # visible character, before one that starts with neither space nor slash), so that one huge file
-# uses all cores and little memory. In a run of letters, or of anything but letters and digits, there
-# may be no boundary. One of RUN characters may be cut: tiktoken's regex engine overflows its stack
-# on a million blanks. To train, one of LONGEST is, so that no token has more characters: a megabyte
-# of one letter would become a token.
+# uses all cores and little memory. There may be none in a run of letters, or of neither letters nor
+# digits. Runs of RUN characters are cut nevertheless, since tiktoken's regex engine overflows its
+# stack on a million blanks. For training, runs of LONGEST are, so that no trained token has more
+# characters: a megabyte of one letter would become a token.
 PIECE, RUN, LONGEST = 65_536, 65_536, 512
 _CUT = re.compile(r"(?<=\S\n)(?=[^\s/])")
 _RUN = re.compile(r"[^\W\d_]+|[\W_]+")
@@ -174,18 +174,18 @@ class Tokenizer:
 
     def _encode_piece(self, piece: Piece, found: Iterator[Any]) -> np.ndarray:
         """Ids of a piece; a text's are the next ones found."""
-        if isinstance(piece, str):
-            ids = np.asarray(next(found), np.uint32)
-            self.check(piece, ids)
-            return ids
         if piece is None:
             return np.array([self.eot], np.uint32)
-        if not self.byte_ids:
-            raise ValueError(
-                f"byte 0x{piece[0]:02x} is not UTF-8, and cannot be represented; convert the text"
-                " or take a byte-level tokenizer"
-            )
-        return np.array([self.byte_ids[b] for b in piece], np.uint32)
+        if isinstance(piece, bytes):
+            if not self.byte_ids:
+                raise ValueError(
+                    f"byte 0x{piece[0]:02x} is not UTF-8, and cannot be represented; convert the"
+                    " text or take a byte-level tokenizer"
+                )
+            return np.array([self.byte_ids[b] for b in piece], np.uint32)
+        ids = np.asarray(next(found), np.uint32)
+        self.check(piece, ids)
+        return ids
 
     @cached_property
     def byte_ids(self) -> dict[int, int]:
@@ -228,6 +228,10 @@ class Tokenizer:
         """`lengths`; None if tokens have none of their own, so that bits per byte of a part of a
         split are unknown."""
         return self.lengths
+
+    def identity(self) -> dict[str, Any]:
+        """What of a manifest's entry decides what the ids of its shards mean."""
+        return {key: getattr(self, key) for key in ("hash", "vocab_size", "eot")}
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json, the same bytes every time."""

@@ -182,6 +182,11 @@ def read(content: dict[str, Any], config: dict[str, Any], path: Path) -> Tokeniz
         raise TokenizerError("ids that are not unique and small")
     if model.get("dropout"):
         raise TokenizerError(f"dropout = {model['dropout']}: encoding would be random")
+    if prefix := model.get("continuing_subword_prefix"):
+        # tokenizers 0.23 cuts it off unseen and may abort the process
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", ())]
+        if not all(second.startswith(prefix) for _, second in pairs):
+            raise TokenizerError(f"merges whose second part does not begin with {prefix!r}")
     named = config.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     end = next((t for t in (named, *ENDS) if t in tokens), None)

@@ -3,11 +3,14 @@ tokenizers and transformers reading the saved files; training is deterministic a
 damaged, missing and misspelt tokenizers are refused without touching the network or a file.
 """
 
+import copy
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -24,13 +27,15 @@ from hypothesis import strategies as st
 from nanonormuon.errors import CheckpointError, MissingPackage, TokenizerError, exit_code
 from nanonormuon.pretrained import models
 from nanonormuon.text import bpe as bpe_module
-from nanonormuon.text import builtin
+from nanonormuon.text import builtin, encode
 from nanonormuon.text import tokenizer as module
 from nanonormuon.text.bpe import BPE, CL100K, EOT, GPT2, O200K, PATTERN, Tokenizer
+from nanonormuon.text.prepare import prepare
 
 SHARED = Path(__file__).parents[3] / "shared"
 CACHE = SHARED / "tiktoken_cache"
 GPT2_FILE = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"  # sha1 of the address, as tiktoken names it
+SHAKESPEARE = "10ca660f84c20b4916bd46a343cfbe9e39846a1c6e2a8c645d04a7438a341e3d"  # of bpe:512
 ADVERSARIAL = [
     "",
     " ",
@@ -246,9 +251,168 @@ def test_every_letter_of_the_saved_file_counts(tmp_path: Path) -> None:
             loaded = module.load(path)
         except TokenizerError as error:
             assert str(path) in str(error)
-        else:  # harmless (white space), or a consistent change, which the hash shows
-            same = json.loads(changed) == json.loads(content)
-            assert same == (loaded.hash == tiny.hash)
+        else:  # white space
+            assert json.loads(changed) == json.loads(content) and loaded.hash == tiny.hash
+
+
+def saved(folder: Path, pattern: str = PATTERN, **config: Any) -> Path:
+    """A tokenizer.json of ours, and tokenizer_config.json without a hash, as it used to be."""
+    tiny = module.get("bpe:300", ["abababab cdcdcd year"])
+    tiny.pattern = pattern
+    tiny.save(folder)
+    file = folder / module.CONFIG
+    content = json.loads(file.read_text())
+    del content["nanonormuon_hash"]
+    file.write_text(json.dumps(content | config))
+    return folder / module.FILE
+
+
+LOSSES = {  # a regex, a text, where it is refused and why
+    "letters": (PATTERN.replace("{N}{1,2}", "{L}{1,2}"), "year 1234 and", 5, "b'1234 and'"),
+    "nothing": ("(a+)+$", "a" * 4000 + "b", 0, "loses text"),
+    "limit": (r"(a|a)*\1b", "a" * 40 + "c", 0, "backtracking"),
+    "panic": ("(?=b)", "aab", 0, "tokenizer bpe"),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_regex_that_drops_text_is_refused_with_its_place(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern, text, offset, reason = LOSSES[kind]
+    ours = module.load(saved(tmp_path, pattern))
+    with pytest.raises(TokenizerError, match=rf"^offset {offset}: ") as caught:
+        ours.encode(text)
+    assert reason in str(caught.value) and str(tmp_path / module.FILE) in str(caught.value)
+    if kind == "letters":  # with the document, in the middle of one that several jobs encode
+        monkeypatch.setattr(encode, "JOB_BYTES", 50)
+        monkeypatch.setattr(bpe_module, "PIECE", 20)
+        for i, before in enumerate(("", "é word\n" * 30)):
+            (tmp_path / "fine.txt").write_text("\xff fine\n" * i)
+            (tmp_path / "x.txt").write_text(f"{before}year 1234 and\n")
+            (tmp_path / "y.txt").write_text("later\n")
+            place = rf"x\.txt: offset {5 + len(before.encode())}: "
+            with pytest.raises(TokenizerError, match=place):
+                texts = [tmp_path / name for name in ("fine.txt", "x.txt", "y.txt")[1 - i :]]
+                prepare(texts, tmp_path / "out", tmp_path / module.FILE, val=0.001)
+
+
+def test_the_hash_beside_a_saved_tokenizer(each: Tokenizer, tmp_path: Path) -> None:
+    each.save(tmp_path)
+    file = tmp_path / module.CONFIG
+    content = json.loads(file.read_text())
+    assert content["nanonormuon_hash"] == each.hash
+    content["nanonormuon_hash"] = "0" * 64
+    file.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=rf"{each.hash}, expected 0000.*{module.CONFIG}"):
+        module.load(tmp_path)
+    del content["nanonormuon_hash"]  # as older versions wrote it
+    file.write_text(json.dumps(content))
+    assert module.load(tmp_path).hash == each.hash
+
+
+UNUSUAL: list[Any] = [None, True, -1, 10**12, 10**400, 1.5, float("nan"), float("inf"), "", "("]
+UNUSUAL += ["\ud800", "a" * 5000, "(a+)+$", "a\x1b[31m\nb", [], {}, [[]], {"x": 1}, ["a", "a"]]
+PLACES = [
+    *("model", "model.vocab", "model.vocab.a", "model.merges", "model.merges.0", "model.type"),
+    *("added_tokens", "added_tokens.0", "added_tokens.0.id", "added_tokens.0.content"),
+    *("pre_tokenizer", "pre_tokenizer.pretokenizers.0.pattern.Regex", "normalizer", "decoder"),
+    *("model.continuing_subword_prefix", "model.unk_token", "truncation", "post_processor", ""),
+]
+CONFIG_PLACES = ["", "nanonormuon_name", "nanonormuon_hash", "eos_token", "nanonormuon_foreign"]
+
+
+def changed(content: Any, place: str, value: Any) -> Any:
+    """With a value put in its place, which may be missing."""
+    first, _, rest = place.partition(".")
+    if not place:
+        return value
+    key = int(first) if isinstance(content, list) else first
+    try:
+        old = content[key]
+    except (LookupError, TypeError):
+        return content
+    content[key] = changed(old, rest, value)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        *(("ours", 9), ("split", 9)),
+        *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in ("ours", "split", "llama2")),
+    ],
+)
+def test_no_value_in_a_tokenizer_is_a_fault_of_the_program(
+    kind: str, step: int, tmp_path: Path
+) -> None:
+    path = saved(tmp_path) if kind == "ours" else trained(kind, tmp_path)[0]
+    (tmp_path / module.CONFIG).touch()
+    config = json.loads((tmp_path / module.CONFIG).read_bytes() or b"{}")
+    content, cases = json.loads(path.read_bytes()), [(module.FILE, place) for place in PLACES]
+    cases += [(module.CONFIG, place) for place in CONFIG_PLACES]
+    for (file, place), value in list(itertools.product(cases, UNUSUAL))[::step]:
+        new = {module.FILE: copy.deepcopy(content), module.CONFIG: dict(config)}
+        if place in CONFIG_PLACES[1:]:
+            new[file][place] = value
+        else:
+            new[file] = changed(new[file], place, value)
+        for name, data in new.items():
+            (tmp_path / name).write_text(json.dumps(data))
+        try:
+            found = module.load(path)
+            found.files()
+            text = found.decode(found.encode("year a"))
+        except Exception as error:
+            assert exit_code(error), (file, place, value, repr(error))
+        else:
+            assert re.sub(r"[ \u2581]", "", text).endswith("yeara"), (file, place, value)
+
+
+@pytest.mark.parametrize("name", [module.FILE, module.CONFIG, GPT2_FILE])
+@pytest.mark.parametrize("kind", ["pipe", "device", "huge", "itself"])
+def test_files_that_are_no_files(
+    kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path)
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "huge":
+        path.touch()
+        os.truncate(path, 1 << 40)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises((TokenizerError, OSError), match=name):
+        module.get("gpt2" if name == GPT2_FILE else tmp_path)
+
+
+def test_tokens_of_one_long_run_are_capped() -> None:
+    block = "".join(random.Random(0).choices("abcdefgh", k=700))
+    for text in ("b" * 50_000, "x" + " " * 50_000, ".\n" * 20_000, f"{block} " * 40):
+        ours = module.get("bpe:1100", [text])
+        assert max(map(len, ours.ranks)) <= bpe_module.LONGEST
+        assert ours.decode(ours.encode(text)) == text
+    text = (" " * 60_000 + "x") * 4  # cut in linear time
+    assert "".join(bpe_module.pieces(text)) == text
+
+
+def test_vocabularies_of_ordinary_text_stay_the_same() -> None:
+    file = SHARED / "data" / "tinyshakespeare.txt"
+    if not file.exists():
+        pytest.skip(f"needs {file}")
+    found = module.get("bpe:512", [file.read_bytes()[:300_000]]).files()[module.FILE]
+    assert hashlib.sha256(found).hexdigest() == SHAKESPEARE
+
+
+@pytest.mark.slow
+def test_the_demos_vocabulary_is_that_of_uncut_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = [d.data for d in builtin.python_sources()]
+    found = module.get("bpe:4096", corpus).hash
+    monkeypatch.setattr(bpe_module, "LONGEST", 1 << 30)
+    assert module.get("bpe:4096", corpus).hash == found
 
 
 @pytest.mark.parametrize(
@@ -353,6 +517,36 @@ def written(kind: str) -> str:
     )
     theirs.train_from_iterator(texts, trainer)
     return theirs.to_str(pretty=True)
+
+
+DROP = {"type": "Split", "pattern": {"Regex": r"\d+"}, "behavior": "Removed", "invert": False}
+LSTRIP = {"id": 700, "content": "foo", "special": False, "single_word": False, "normalized": False,
+          "lstrip": True, "rstrip": False}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("gpt2", "nfc", "llama2", "wordpiece", "added", "unk"),
+        pytest.param("unigram", marks=pytest.mark.slow),
+    ],
+)
+def test_text_that_other_peoples_tokenizers_drop(kind: str, tmp_path: Path) -> None:
+    path, _ = trained({"added": "gpt2", "unk": "wordpiece"}.get(kind, kind), tmp_path)
+    content, text, offset = json.loads(path.read_text()), "do not 1234  foo", 7
+    if kind == "added":
+        content["added_tokens"].append(LSTRIP)
+        offset = 11
+    elif kind == "unk":
+        content["model"]["unk_token"], text, offset = "nope", "a \U0001f469", 0
+    else:
+        steps = [DROP, content["pre_tokenizer"]]
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [s for s in steps if s]}
+    assert module.load(path).encode(text)
+    path.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=f"^offset {offset}: ") as caught:
+        module.load(path).encode(text)
+    assert str(path) in str(caught.value)
 
 
 BYTE_LEVEL = ["gpt2", "digits", "split", "nfc"]
@@ -656,6 +850,11 @@ def test_too_little_text_gives_a_smaller_vocabulary(caplog: pytest.LogCaptureFix
         ("cl100k", "did you mean cl100k_base?"),
         ("bytes", "did you mean byte?"),
         ("bpe4096", "did you mean bpe:4096?"),
+        ("bpe", "did you mean bpe:4096?"),
+        ("BPE:8192", "did you mean bpe:8192?"),
+        ("bpe-2000", "did you mean bpe:2000?"),
+        ("bpe:8k", "did you mean bpe:8192?"),
+        ("bpe:-1", "did you mean bpe:4096?"),
         ("bpe:256", "at least 257"),
         ("bpe:10000000", "at most 9999999"),
         ("bpe:4096", "no text is given"),
