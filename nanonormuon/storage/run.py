@@ -123,7 +123,8 @@ class RunDirectory:
         kept = [row for row in read_metrics(file) if row["step"] <= step]
         self.write(file.name, "".join(json.dumps(row) + "\n" for row in kept))
         self.metrics = self.resources.enter_context(file.open("a", encoding="utf-8"))
-        handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        odd = "backslashreplace"  # for a path that is not UTF-8
+        handler = logging.FileHandler(self.path / "train.log", encoding="utf-8", errors=odd)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.resources.callback(handler.close)
         self.resources.callback(log.removeHandler, handler)
