@@ -92,6 +92,8 @@ def exit_code(error: BaseException) -> int | None:
         return error.code
     if out_of_memory(error):
         return 6
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return 8  # Path.resolve() before Python 3.13
     known = next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), None)
     return 7 if lost_peer(error) else known
 

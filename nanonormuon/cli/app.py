@@ -6,6 +6,7 @@ misspelt option takes a tenth of a second.
 
 import logging
 import os
+import re
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -79,18 +80,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def hint(error: Exception, arguments: list[str]) -> str:
-    """A line with the setting that was probably meant by an option that there is not, else ""."""
-    key = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
+    """The setting that was meant by an option with a value that a command does not have, as a line;
+    "" if there is none."""
+    option = getattr(error, "option_name", "")
     command = error.ctx.info_name if getattr(error, "ctx", None) else ""
-    if not key or command not in ("run", "show", "race", "trials"):
-        return ""
+    value = (
+        re.search(rf"{re.escape(option)}[ =]([^\s-]\S*)", " ".join(arguments)) if option else None
+    )
+    if not value or command not in ("run", "show", "race", "trials"):
+        return ""  # without torch, which the list of settings needs
     from nanonormuon.config import KINDS
 
-    given = next((a for a in arguments if a.lstrip("-").replace("-", "_").startswith(key)), "")
-    after = arguments[arguments.index(given) + 1 :] if given else []
-    value = given.partition("=")[2] or next((a for a in after if a[:1] != "-"), "VALUE")
+    key = option.lstrip("-").replace("-", "_")
     names = [name for name in KINDS if name.partition(".")[2] == key]
-    return "".join(f"settings have no dashes: did you mean {name}={value}?\n" for name in names)
+    return "".join(f"settings have no dashes: did you mean {n}={value[1]}?\n" for n in names)
 
 
 def entry(arguments: list[str] | None = None) -> NoReturn:

@@ -128,7 +128,8 @@ class RunDirectory:
         """
         self.write("config.toml", config_toml)
         self.write("environment.json", json.dumps(environment, indent=1) + "\n")
-        handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        odd = "backslashreplace"  # for a path that is not UTF-8
+        handler = logging.FileHandler(self.path / "train.log", encoding="utf-8", errors=odd)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.resources.callback(handler.close)
         self.resources.callback(log.removeHandler, handler)

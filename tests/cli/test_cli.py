@@ -33,6 +33,8 @@ def called(arguments, capsys):
         (["run", "demo", "train.stepz=3"], 2, 'did you mean "train.steps"'),
         (["run", "demmo"], 2, 'did you mean "demo"'),
         (["run", "--resme"], 2, "--resume"),
+        (["run", "demo", "--steps", "60"], 2, "train.steps=60"),
+        (["show", "--batch-tokens=8k", "demo"], 2, "train.batch_tokens=8k"),
         (["runn"], 2, "run"),
         (["run", "train.steps=many"], 2, "expected a whole number"),
         (["run", "train.batch_tokens=1000"], 2, "the nearest are 768 or 1024"),
@@ -340,6 +342,7 @@ def test_quiet_leaves_results_and_warnings(tiny, tmp_path, capsys):
         out = describe({**summary, "hugging_face": theirs}, Path("a b"), code)
         assert ("Hugging Face" in out) is theirs and ("--prompt 'def '" in out) is code
         assert "normuon-train sample 'a b'" in out
+    assert "sample ./-dash" in describe(summary, Path("-dash"), False)
     assert "val_loss" in (tmp_path / "run" / "train.log").read_text()  # there it is all the same
     assert cli.main(["--quiet", "sample", str(tmp_path / "no")]) == 4
     assert capsys.readouterr().err.startswith("error: ")

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanonormuon import build
 from nanonormuon.cli import app as cli
 from nanonormuon.cli import dry_run
 from nanonormuon.config import load, recipes
-from nanonormuon.errors import TokenizerError
+from nanonormuon.errors import ConfigError, TokenizerError
 from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.pretrained import models
 from nanonormuon.runtime import activations
+from nanonormuon.runtime.distributed import World
 from nanonormuon.text import tokenizer
 
 VOCABULARY = {"shakespeare-char": 320}  # of data (here bytes) that a recipe alone does not tell
@@ -92,3 +95,43 @@ def test_on_several_nodes_it_shows_what_a_rank_holds_in_each_layout(monkeypatch)
     sizes = dict(re.findall(r"^memory, each of 4 ranks, (\w+), .*?: ([\d.]+) GB", lines, re.M))
     assert list(sizes) == ["ddp", "fsdp", "hsdp"]
     assert float(sizes["ddp"]) > float(sizes["hsdp"]) > float(sizes["fsdp"])
+
+
+def test_a_dry_run_describes_the_model_to_start_from(trained, capsys):
+    """With where it is from; and a tokenizer's absurd size is refused, not counted."""
+    given = ["run", "--init-from", str(trained), "train.device=cuda", "--dry-run"]
+    assert cli.main([*given, "data.path=nowhere"]) == 0
+    said = capsys.readouterr().out
+    (newest,) = (trained / "checkpoints").glob("step-000060")
+    expected = sum(p.numel() for p in GPT(models.model_config(newest)).parameters())
+    assert f"\n# parameters: {expected:,} (" in said
+    assert re.search(rf"^n_embd = 32 +# {trained}$", said, re.M)
+    assert cli.main(["run", "demo", "data.tokenizer=bpe:1000000000000", "--dry-run"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["model.vocab_size=4e9"], "at least 2.05 TB of memory"),
+        (["model.n_embd=1_000_000"], "at least 96 TB of memory"),
+        (["train.batch_tokens=512_000_000_000"], "train.batch_tokens = 512000000000"),
+        (["model.n_layer=10000", "train.batch_tokens=2560M"], "train.time_limit is 900 s"),
+        (["train.steps=1e15"], "train.steps = 1000000000000000"),
+        (["train.steps=1e15", "train.stop_at=5"], ""),
+        (["train.batch_tokens=2560M", "train.time_limit=0"], ""),
+    ],
+)
+def test_what_no_machine_can_do_is_refused(settings, words, monkeypatch):
+    monkeypatch.setattr(build, "memory_of", lambda _: 32e9)
+    small = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "model.vocab_size=320"]
+    config, world = load([*small, *settings])[0], World(0, 1, torch.device("cpu"))
+    if not words:
+        return build.refuse_absurd(config, world)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        build.refuse_absurd(config, world)
+
+
+@pytest.mark.parametrize("name", sorted(set(recipes()) - {"finetune"}))
+def test_no_recipe_is_refused_on_a_single_gpu(name, monkeypatch):
+    monkeypatch.setattr(build, "memory_of", lambda _: 24e9)
+    build.refuse_absurd(sized(name), World(0, 1, torch.device("cuda")))

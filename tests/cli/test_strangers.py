@@ -3,6 +3,7 @@ run; what has no end is not even read."""
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -187,3 +188,18 @@ def test_a_lock_outlives_its_file(tmp_path):
     with RunDirectory(old) as run:
         run.acquire(resume=False)
     assert not old.exists()  # nothing was written to it
+
+
+def test_a_log_can_write_its_directorys_name(tmp_path, capsys):
+    path = tmp_path / os.fsdecode(b"a\xff")
+    with RunDirectory(path) as run:
+        run.acquire(resume=False)
+        run.open("", {}, 0)
+        logging.getLogger("nanonormuon").info(f"writing to {path}")
+    assert "Traceback" not in capsys.readouterr().err
+    assert "a\\udcff" in (path / "train.log").read_text()
+
+
+def test_a_link_to_itself_is_an_error_of_the_disk(trained, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert cli.main(["export", str(trained), "--to", str(tmp_path / "loop")]) == 8

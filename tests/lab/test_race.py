@@ -533,7 +533,9 @@ def test_a_job_that_was_cut_off_ends_where_it_was_to_end(tiny, tmp_path, here):
 
 @pytest.mark.slow
 def test_a_failing_run_ends_the_batch_with_its_last_line(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "config", type("no", (), {"load": staticmethod(lambda a: None)}))
+    monkeypatch.setattr(
+        processes, "config", type("no", (), {"load": staticmethod(lambda a: load(["demo"]))})
+    )
     job = Job(tmp_path / "a", ("demo", "train.stepz=1"))
     with pytest.raises(RunError, match=r"did you mean .*train\.steps.*see .*a\.log"):
         Runner().run([job])

@@ -215,8 +215,12 @@ def test_a_disk_without_room_is_refused_with_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     folder = tmp_path / "not" / "there" / "yet"
     checkpoint.check_space(folder, 2_000_000_000, keep_last=2, saves=9)
-    with pytest.raises(OSError, match=r"7\.00 GB free, .*3 checkpoints of 2\.40 GB"):
+    with pytest.raises(OSError, match=r"7 GB free, .*3 checkpoints of 2\.4 GB"):
         checkpoint.check_space(folder, 2_400_000_000, keep_last=2, saves=9)
+    free = free._replace(free=5_000)
+    checkpoint.check_space(folder, 4_900, keep_last=20, saves=1)  # as many as will be written
+    with pytest.raises(OSError, match=r"5 kB free, .* 2 checkpoints of 4\.9 kB"):
+        checkpoint.check_space(folder, 4_900, keep_last=20, saves=2)
 
 
 @pytest.fixture

@@ -86,7 +86,14 @@ def test_nanogpts_files(shards, tmp_path, capsys):
     here = [*TINY, f"data.path={folder}", "data.format=nanogpt", "data.tokenizer=byte", *few]
     expected = run([*TINY, f"data.path={shards}", *few], tmp_path / "a")
     assert same(run(here, tmp_path / "b"), expected)
-    arguments = ["run", *TINY, f"data.path={folder}", "data.format=nanogpt", "--out", str(tmp_path)]
+    arguments = [
+        "run",
+        *TINY,
+        f"data.path={folder}",
+        "data.format=nanogpt",
+        "--out",
+        str(tmp_path / "c"),
+    ]
     assert cli.main(arguments) == 2 and "model.vocab_size = 0" in capsys.readouterr().err
     assert cli.main([*arguments, "model.vocab_size=100"]) == 3
     assert "train.bin: token 0: id below 100 expected, 256 found" in capsys.readouterr().err
