@@ -133,16 +133,11 @@ def make_optimizers(
 def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype) -> list[Optimizer]:
     """Optimizers for the groups of param_groups. Raises ValueError."""
     s = settings
-    lrs = {
-        **dict.fromkeys(HIDDEN, s.lr),
-        "embedding": s.embed_lr,
-        "head": s.head_lr,
-        "vector": s.vector_lr,
-    }
+    lrs = {"embedding": s.embed_lr, "head": s.head_lr, "vector": s.vector_lr}
     matrices, others = [], []
     for group in groups:
         is_matrix = group["role"] in HIDDEN
-        group["lr"] = group["initial_lr"] = lrs[group["role"]]
+        group["lr"] = group["initial_lr"] = s.lr if is_matrix else lrs[group["role"]]
         group["weight_decay"] = s.weight_decay if is_matrix else s.adam_weight_decay
         (matrices if is_matrix and s.name != "adamw" else others).append(group)
     optimizers: list[Optimizer] = []

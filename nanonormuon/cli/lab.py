@@ -12,7 +12,8 @@ from nanonormuon.cli import options
 
 Recipe = Annotated[list[str], Argument(metavar=options.SETTINGS, help="Settings of all runs.")]
 Out = Annotated[Path, Option(help="Directory of the experiment; an interrupted one continues.")]
-Parallel = Annotated[int, Option(min=0, help="Runs at a time; 0: one per GPU, or one on a CPU.")]
+AT_ONCE = "Runs at a time; 0: one per GPU, or one on a CPU. OMP_NUM_THREADS, if set, is each one's."
+Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]
 Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
 Strings = list[str] | None
 OPTIMIZERS = "normuon, muon, adamw or module:Class, each with +SETTING=VALUE; joined by commas."

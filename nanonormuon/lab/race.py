@@ -138,10 +138,7 @@ class Race:
         self.seeds = range(seeds)
         self.tuning_seeds = range(TUNING_SEED, TUNING_SEED + tuning_seeds)
         self.settings = config.load(arguments)[0]
-        self.steps, self.batch_tokens = (
-            self.settings.train.last_step,
-            self.settings.train.batch_tokens,
-        )
+        self.steps = self.settings.train.last_step
         if baseline and baseline not in (labels := [entry.label for entry in field]):
             hint = config.nearest(baseline, labels)
             raise ConfigError(f'--baseline "{baseline}": none of --optimizers; {hint}')
@@ -190,22 +187,22 @@ class Race:
 
     def plan(self, tuning: int, final: int, at_once: int) -> list[str]:
         """What is about to be run and what it costs. tuning, final: how many runs."""
-        grids = ", ".join(f"{e.label} {len(e.tuning)}" for e in self.field)
-        seeds = len(self.tuning_seeds)
-        lines = [
-            f"plan: {cost(self.settings, tuning + final, at_once)}",
-            f"{tuning} to choose among settings ({grids}; seeds per setting: {seeds}), "
-            f"{final} with the chosen ones (seeds: {len(self.seeds)})",
-        ]
-        if tuning and self.longer:
-            more = self.longer * seeds
+        lines, seeds = [f"plan: {cost(self.settings, tuning + final, at_once)}"], len(self.seeds)
+        if tuning:
+            grids = ", ".join(f"{e.label} {len(e.tuning)}" for e in self.field)
+            each = len(self.tuning_seeds)
             lines.append(
-                f"up to {more} more per optimizer, as long as its best rate is at the end of its "
-                "grid (--no-grow forbids that)"
+                f"{tuning} choose among settings ({grids}; {each} each), {final} are final"
             )
-        if final and len(self.field) > 1:
-            rule = self.baseline or "the best of all but the first, known at the end"
-            lines.append(f"baseline: {rule}")
+        if tuning and self.longer:
+            lines.append(
+                f"up to {self.longer * each} more per optimizer while its best rate is at the end "
+                "of its grid (--no-grow forbids it)"
+            )
+        if seeds and len(self.field) > 1:
+            lines.append(
+                f"baseline: {self.baseline or 'the best of all but the first, at the end'}"
+            )
         return lines
 
     def report(self) -> dict[str, Any]:
@@ -217,7 +214,7 @@ class Race:
             "command": f"normuon-train {shlex.join(sys.argv[1:])}",
             "arguments": self.arguments,
             "steps": self.steps,
-            "tokens": self.steps * self.batch_tokens,
+            "tokens": self.steps * self.settings.train.batch_tokens,
             **{
                 key: sorted({str(environment.get(key)) for environment in found}) for key in several
             },

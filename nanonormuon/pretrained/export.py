@@ -121,22 +121,26 @@ def verify(
 def first_difference(ours: GPT, theirs: nn.Module, tokens: Tensor) -> str:
     """Where two models with equal weights begin to compute different things. Modules outside and
     directly inside a block have equal names in both."""
-    names = [n for n, _ in ours.named_modules() if n and n != "layers" and n.count(".") <= 2]
-    found: dict[nn.Module, dict[str, Tensor]] = {ours: {}, theirs: {}}
-    for model, base in ((ours, ours), (theirs, theirs.base_model)):
-        for name in names:
-            module = (model if name == "lm_head" else base).get_submodule(name)
+    mine = {n: m for n, m in ours.named_modules() if n and n.count(".") <= 2}
+    other = {**dict(theirs.base_model.named_modules()), "lm_head": theirs.get_output_embeddings()}
+    if alone := [name for name in mine if name not in other]:
+        return f"{alone[0]} is in model.py alone"
+    outputs: list[dict[str, Tensor]] = [{}, {}]
+    for kept, modules in zip(outputs, (mine, other)):
+        for name in mine:
 
-            def keep(_module, _in, out, name: str = name, kept: dict = found[model]) -> None:
+            def keep(_module, _inputs, out, name: str = name, kept: dict = kept) -> None:
                 kept[name] = out[0] if isinstance(out, tuple) else out
 
-            module.register_forward_hook(keep)
+            modules[name].register_forward_hook(keep)
+    for model in (ours, theirs):
         model(tokens)
-    for name, a in found[ours].items():  # in the order of computation
-        b = found[theirs][name]
-        if not torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(b.abs().max())):
-            kind, other = (type(m.get_submodule(name)).__name__ for m in (ours, theirs.base_model))
-            return f"first in {name}: model.py's {kind} is not what {other} computes"
+    for name, a in outputs[0].items():  # in the order of computation
+        b = outputs[1].get(name, a[:0])
+        close = a.shape == b.shape and (a - b).abs().max() <= TOLERANCE * b.abs().max()
+        if not close:
+            kind, known = type(mine[name]).__name__, type(other[name]).__name__
+            return f"first in {name}: model.py's {kind} is not what {known} computes"
     return "after the last norm: model.py's GPT.logits computes something else"
 
 

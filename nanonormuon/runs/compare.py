@@ -67,20 +67,20 @@ def read_all(paths: Sequence[Path]) -> list[RunRecord]:
 def validation_sets(runs: Sequence[RunRecord]) -> list[str]:
     """What each run validates on. Data are told apart by their fingerprint, which a checkpoint has;
     by their path if one of the runs has none, or mixes other directories into its fingerprint."""
-    tables, prints = [run.config.get("data", {}) for run in runs], []
+    tables, names = [run.config.get("data", {}) for run in runs], []
     for run, table in zip(runs, tables):
         saved = [] if table.get("mix") else all_steps(run.path / "checkpoints")[-1:]
-        with suppress(CheckpointError, OSError):
-            prints += [str(read_json(path / "state.json").get("data"))[:12] for path in saved]
-    sets = []
+        with suppress(CheckpointError, LookupError, OSError, TypeError):
+            names += [f"data {read_json(path / 'state.json')['data'][:12]}" for path in saved]
+    if len(names) < len(runs):
+        names = [str(table.get("path")) for table in tables]
     for i, table in enumerate(tables):
-        known = len(prints) == len(runs)
-        name = f"data {prints[i]}" if known else str(table.get("path"))
-        tokens = f"first {n:,} tokens" if (n := table.get("val_tokens")) else ""
-        share = f"{share:g} of its training text" if (share := table.get("tuning")) else ""
-        windows = f"windows of {table.get('seq_len')}"
-        sets.append(", ".join(filter(None, (name, share, tokens, windows))))
-    return sets
+        if share := table.get("tuning"):
+            names[i] += f", the last {share:g} of the training tokens"
+        if tokens := table.get("val_tokens"):
+            names[i] += f", {tokens:,} tokens"
+        names[i] += f", windows of {table.get('seq_len')}"
+    return names
 
 
 def row_of(run: RunRecord, target: float | None) -> dict[str, Any]:

@@ -300,6 +300,16 @@ def test_what_export_refuses(trained, exported, tmp_path, monkeypatch, capsys):
     refused("pip install transformers")
 
 
+@torch.no_grad()
+def test_a_part_that_only_our_model_has_is_named(tmp_path):
+    ours = written(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.randint(95, (1, 8))
+    assert "after the last norm" in export.first_difference(ours, theirs, tokens)  # none before
+    ours.layers[1].smear = torch.nn.Linear(4, 4)
+    assert export.first_difference(ours, theirs, tokens) == "layers.1.smear is in model.py alone"
+
+
 # -------------------------------------------------------------------------------- beginning with it
 
 

@@ -63,8 +63,8 @@ def test_the_table_and_the_target(trained, tmp_path, capsys):
     [
         ("", True, ""),  # equal fingerprints under two paths are one set
         ("", False, "other: /elsewhere"),
-        ("val_tokens = 9", True, "first 9 tokens"),
-        ("tuning = 0.5", True, "0.5 of its training text"),
+        ("val_tokens = 9", True, ", 9 tokens, windows"),
+        ("tuning = 0.5", True, "the last 0.5 of the training tokens"),
         ("seq_len = 16", True, "windows of 32; other"),
         ('mix = "a=0.1"', False, "/elsewhere"),
     ],
