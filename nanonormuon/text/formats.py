@@ -19,7 +19,7 @@ from nanonormuon.runtime.packages import need
 
 # bytes; a record is parsed as a whole, and a list of [] takes 28 times as much memory as in JSON
 RECORD_LIMIT = 24 << 20
-PAGE = 32  # times as much memory as a record, at most, for a page of Parquet
+PAGE = 24  # times as much memory as a record, at most, for a page of Parquet
 DAMAGE = (ValueError, LookupError, ArithmeticError, RecursionError)  # of a file's structure
 DEEPEST = 1000  # lists and objects within each other in a JSON array
 

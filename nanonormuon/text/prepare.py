@@ -140,8 +140,7 @@ def prepare_documents(
         }
         manifest["sha256"] = shards.digest(manifest)
         _publish(partial, out, manifest)
-    for problem in shards.too_few(**{name: found["tokens"] for name, found in splits.items()}):
-        log.warning("prepare: %s", problem)
+    _warn(manifest)
     for name, found in splits.items():
         counts = (found[key] for key in ("documents", "tokens", "bytes"))
         log.info("prepare: %s documents=%d tokens=%d bytes=%d", name, *counts)
@@ -361,7 +360,13 @@ def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
         ) from None
     shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left, if the last run stopped at the end
     log.info("prepare: %s is prepared already, verified", out)
+    _warn(manifest)
     return manifest
+
+
+def _warn(manifest: dict[str, Any]) -> None:
+    for problem in shards.too_few(**{name: manifest[name]["tokens"] for name in ("train", "val")}):
+        log.warning("prepare: %s", problem)
 
 
 def refuse_foreign(out: Path) -> None:
