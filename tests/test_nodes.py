@@ -3,12 +3,16 @@ here is a torchrun of its own, or some ranks, by LOCAL_WORLD_SIZE."""
 
 import contextlib
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from support import ROOT, WAIT, final, losses, run
 
 from nanonormuon import build
@@ -120,14 +124,17 @@ def test_a_lost_rank_is_looked_for_on_the_other_nodes(monkeypatch):
 # Two nodes of two ranks
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def two_nodes(arguments, fault="", second=()):
     """(exit codes, standard error) of two launchers, each with two ranks, as two machines start
     them; `second`: further arguments of the second."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
-              "--master-addr=127.0.0.1", f"--master-port={port}"]  # fmt: skip
+              "--master-addr=127.0.0.1", f"--master-port={free_port()}"]  # fmt: skip
     script, env = [str(ROOT / "tests" / "faulty.py"), *map(str, arguments)], {"FAULT": fault}
     nodes = [
         subprocess.Popen(
@@ -193,3 +200,50 @@ def test_a_bit_that_differs_between_nodes_is_not_saved(tiny, forks, tmp_path):
     assert codes == [7] * 4, said
     assert all("rank 2 holds other values than rank 0" in text for text in said)
     assert max((tmp_path / "run" / "checkpoints").iterdir()).name == "step-000003"
+
+
+PAGE = (ROOT / "dev" / "MULTINODE.md").read_text(encoding="utf-8")
+
+
+def test_the_pages_commands_are_what_torchrun_and_the_configuration_take():
+    parser = torch.distributed.run.get_args_parser()
+    commands = re.findall(r"^torchrun (.*)$", PAGE, re.M)
+    nodes = [parser.parse_args(shlex.split(line)) for line in commands]
+    assert [node.node_rank for node in nodes] == [0, 1]
+    for node in nodes:
+        assert (node.nnodes, node.training_script) == ("2", "train.py")
+        settings = node.training_script_args
+        assert load(settings[: settings.index("--out")])[0].train.parallel == "hsdp"
+
+
+STAND_INS = {  # of a cluster of two nodes, both of which are this machine
+    "scontrol": "echo 127.0.0.1; echo other",
+    "srun": """nodes="0 1"
+while [[ $1 == --* ]]; do [[ $1 != --nodes=1 ]] || nodes=0; shift; done
+for node in $nodes; do SLURM_NODEID=$node "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+exit ${code:-0}""",
+}
+
+
+@pytest.mark.slow
+def test_the_script_for_slurm_starts_stops_and_goes_on(tiny, tmp_path):
+    for name, text in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "a,b", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "2"}
+    slurm |= {"SLURM_JOB_ID": f"{os.getpid()}-test", "PORT": str(free_port())}
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = ["bash", str(ROOT / "scripts" / "slurm_two_nodes.sh"), str(tmp_path / "run"), *tiny]
+    script += ["train.sample_tokens=0", "train.eval_every=0", "train.steps=100_000"]
+    for words in ("writing to", "resumed from"):
+        job = subprocess.Popen(
+            script, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            env=os.environ | slurm | {"PATH": path},
+        )  # fmt: skip
+        said = ""
+        for line in job.stderr:
+            if line.startswith("step ") and "\nstep " not in said:
+                job.terminate()  # as SLURM does before the job's time is over
+            said += line
+        assert job.wait(WAIT) == 1 and "which is saved" in said and words in said, said

@@ -447,7 +447,12 @@ def test_several_processes_follow_one(ranks, more, tolerance, tiny, forks, tmp_p
         assert torch.allclose(value, theirs[name], atol=10 * tolerance), name
 
 
-ENGINES = {"one": (1, []), "ddp": (2, []), "fsdp": (2, FSDP)}
+ENGINES = {  # name -> ranks, nodes, settings
+    "one": (1, 1, []),
+    "ddp": (2, 1, []),
+    "fsdp": (2, 1, FSDP),
+    "hsdp": (4, 2, ["train.parallel=hsdp"]),
+}
 
 
 @pytest.mark.full
@@ -458,8 +463,8 @@ def test_any_engine_goes_on_for_fifty_steps_with_what_any_other_saved(
     longer = [*tiny, "train.steps=60", "train.save_every=0", "train.eval_every=0"]
 
     def run(out, engine, *more):
-        ranks, layout = ENGINES[engine]
-        codes, said = forks.run([*longer, *layout, *more, "--out", out], ranks)
+        ranks, nodes, layout = ENGINES[engine]
+        codes, said = forks.run([*longer, *layout, *more, "--out", out], ranks, nodes=nodes)
         assert codes == [0] * ranks, said
         return losses(out)[10:]
 
