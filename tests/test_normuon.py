@@ -307,7 +307,7 @@ def test_torchs_schedulers_drive_it():
         ((5,), {}, "AdamW"),
         ((1, 8), {}, "at least 2 x 2"),
         ((2, 3, 4, 5), {}, "stack of them"),
-        ((4, 4), {"neuron_axis": "columns"}, "rows or longest"),
+        ((4, 4), {"neuron_axis": "column"}, "rows or longest"),
         ((4, 4), {"adjust_lr_fn": "rms"}, "match_rms_adamw"),
         ((4, 4), {"momentum": 1.0}, "below 1"),
     ],
