@@ -3,13 +3,11 @@ what is said of it (`introduction`). train.Trainer calls these functions, about 
 
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,7 +21,6 @@ from nanonormuon.runtime import distributed, memory
 from nanonormuon.runtime.activations import checkpoint_activations
 from nanonormuon.runtime.distributed import World
 from nanonormuon.storage import huggingface
-from nanonormuon.storage.files import in_units
 from nanonormuon.storage.run import aligned
 from nanonormuon.storage.shards import Data, too_few
 from nanonormuon.text import corpus
@@ -31,8 +28,6 @@ from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# FLOP per second beyond what any such device reaches
-FASTEST = {"cpu": 1e14, "cuda": 1e16}
 # FLOP of a run from which on compiling pays: some twenty minutes on two CPU cores, where it takes
 # 20 to 40 s and saves 3 to 25 % of a step (dev/LOG.md), and some minutes on a large GPU
 COMPILE_FROM = {"cpu": 4e14, "cuda": 3e16}
@@ -76,83 +71,6 @@ def split_batch(config: Config, ranks: int) -> int:
             f"ranks x micro_batch {micro}); the nearest are {' or '.join(map(str, near))}"
         )
     return tokens // T // ranks
-
-
-def refuse_absurd(config: Config, world: World) -> None:
-    """Raise ConfigError for a run that its device cannot hold, or not carry out in ten years, both
-    by a wide margin. The model's vocabulary must be known."""
-    t, ranks = config.train, world.size
-    with torch.device("meta"):
-        one, two = (GPT(replace(config.model, n_layer=n)) for n in (1, 2))
-
-    def whole(count: Callable[[GPT], float]) -> float:  # every block adds an equal amount
-        return count(one) + (config.model.n_layer - 1) * (count(two) - count(one))
-
-    parameters = whole(lambda model: sum(p.numel() for p in model.parameters()))
-    share = ranks if t.parallel == "fsdp" else 1
-    windows = 32 * t.batch_tokens // config.data.seq_len  # where each sequence of a step lies
-    for name, least, device in (
-        (f"model: {parameters:,} parameters", 8 * parameters // share, world.device),
-        (f"train.batch_tokens = {t.batch_tokens}", windows, torch.device("cpu")),
-    ):
-        if least > 2 * (room := memory_of(device)):
-            raise ConfigError(
-                f"{name}: at least {in_units(least)} of memory, this {device.type} has "
-                f"{in_units(room)} in all"
-            )
-    work = whole(lambda model: model.flops_per_token(config.data.seq_len)) * t.batch_tokens
-    seconds = work / ranks / FASTEST.get(world.device.type, FASTEST["cpu"])
-    if seconds > (t.time_limit or math.inf):
-        raise ConfigError(
-            f"train.batch_tokens = {t.batch_tokens}: a step of {work:.2g} FLOP takes {ranks} x "
-            f"{world.device.type} {seconds:,.0f} s at the very least, train.time_limit is "
-            f"{t.time_limit:g} s"
-        )
-    if (years := seconds * t.last_step / 31_557_600) > 10:
-        raise ConfigError(
-            f"train.steps = {t.last_step}: of {work:.2g} FLOP each, they take {ranks} x "
-            f"{world.device.type} {years:,.0f} years at the very least"
-        )
-
-
-def memory_of(device: torch.device) -> float:
-    """Bytes of memory that a device has in all; of a CPU the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    known = hasattr(os, "sysconf")  # not on Windows
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
-
-
-def check_alike(found: dict[str, Any], world: World) -> None:
-    """Raise ConfigError on all ranks unless `found` (name -> anything JSON can say) is rank 0's on
-    each of them: every node has a command line, and perhaps data, of its own."""
-    first = distributed.from_first(found, world.device)
-    odd = [f"{k} = {v}, not {first.get(k)}" for k, v in found.items() if v != first.get(k)]
-    if distributed.any_rank(bool(odd)):
-        where = f"rank {world.rank} has {'; '.join(odd)}" if odd else "another rank has others"
-        error = ConfigError(f"expected rank 0's settings and data on all ranks: {where}")
-        error.follows = not odd  # type: ignore[attr-defined]
-        raise error
-
-
-def check_nodes(config: Config, world: World) -> None:
-    """Raise ConfigError on all ranks if train.parallel = hsdp and they are no grid of nodes and
-    several ranks on each, numbered node by node. Every rank must call this."""
-    local, rank = distributed.local_size(), int(os.environ.get("LOCAL_RANK", "0"))
-    odd = world.size % local or world.rank % local != rank
-    if config.train.parallel != "hsdp":
-        return
-    odd, many, few = distributed.largest([odd, local, -local], world.device)
-    if odd or many != -few:
-        found, advice = f"{-few:g} to {many:g}", "start equally many on each node"
-    elif local in (1, world.size):
-        found, advice = f"{local}", "set train.parallel=fsdp"
-    else:
-        return
-    raise ConfigError(
-        "train.parallel = hsdp: expected torchrun to start several ranks on each of several nodes, "
-        f"found {world.size} in all, {found} on a node; {advice} (dev/MULTINODE.md)"
-    )
 
 
 class Maker:

@@ -214,15 +214,16 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
     for name, value in values.items():
         section, _, key = name.partition(".")
         if name not in KINDS:
-            elsewhere = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
-            hint = f'did you mean "{elsewhere[0]}"?' if elsewhere else nearest(name, KINDS)
+            near = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
+            hint = f'did you mean "{near[0]}"?' if near else nearest(name, KINDS)
             raise ConfigError(f'{origin[name]}: unknown key "{name}": {hint}')
         where = f"{origin[name]}: {name}"
         changed[section][key] = found = coerce(value, KINDS[name], where)
         possible, expected = LIMITS.get(name, AT_LEAST_0)
         if not possible(found):
             raise ConfigError(f"{where} = {found!s:.60}: expected {expected}")
-        if name == "optim.name" and ":" in found and origin[name] != "command line":
+        elsewhere = name == "optim.name" and ":" in found and not found.startswith("torch.optim:")
+        if elsewhere and origin[name] != "command line":
             changed[section][key] = FromFile(found)
             changed[section][key].file = origin[name]
     try:

@@ -25,7 +25,7 @@ from nanonormuon.config import Config, flat, to_toml
 from nanonormuon.data import Batches, Loader
 from nanonormuon.errors import ConfigError, Interrupted, NonFinite, OutOfMemory
 from nanonormuon.optim import Schedule, group_rows
-from nanonormuon.runtime import distributed, health
+from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.faults import Stopping, Watch
 from nanonormuon.runtime.health import BadStep, Guard, Spikes, Verdict, WeightStats
 from nanonormuon.runtime.memory import MicroBatch
@@ -55,8 +55,8 @@ def train(
             except ValueError as error:
                 raise ConfigError(str(error)) from None
             # these three refuse before anything is made; a node may have its own copy of the data
-            build.check_alike(flat(config, without=["data.path"]), world)
-            build.check_nodes(config, world)
+            distributed.check_alike(flat(config, without=["data.path"]), world)
+            distributed.check_nodes(config.train.parallel, world)
             build.split_batch(config, world.size)
             out = Path(distributed.from_first(str(out), world.device))  # names carry the time
         with RunDirectory(out, world.first) as run:
@@ -97,9 +97,9 @@ class Trainer:
         self.began = time.perf_counter()
         self.run, self.world, self.watch, self.resume = run, world, watch, resume
         self.data, self.tokenizer = open_corpus(config, world)
-        build.check_alike({"data": self.data.fingerprint}, world)
+        distributed.check_alike({"data": self.data.fingerprint}, world)
         self.config = config = build.complete(config, self.data)
-        build.refuse_absurd(config, world)
+        memory.refuse_absurd(config, world)
         self.text_bytes = bytes_of_validation(config, self.data, self.tokenizer)
         self.per_rank = build.split_batch(config, world.size)
         self.batches = Batches(

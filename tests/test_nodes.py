@@ -65,7 +65,7 @@ def test_hsdp_is_refused_on_every_rank_or_on_none(nodes, words, monkeypatch):
             if again and words:
                 refused = pytest.raises(ConfigError, match=words)
             with refused:
-                build.check_nodes(config, world)
+                distributed.check_nodes(config.train.parallel, world)
 
 
 def test_ranks_that_are_not_numbered_node_by_node_are_refused(monkeypatch):
@@ -74,7 +74,9 @@ def test_ranks_that_are_not_numbered_node_by_node_are_refused(monkeypatch):
     config = load([HSDP])[0]
     for rank, local_rank, local in ((2, 1, 2), (3, 3, 3)):  # the second: 4 are not 3 + 3
         with pytest.raises(ConfigError, match="start equally many on each node"):
-            build.check_nodes(config, launched(monkeypatch, rank, local_rank, local, 4))
+            distributed.check_nodes(
+                config.train.parallel, launched(monkeypatch, rank, local_rank, local, 4)
+            )
 
 
 def test_settings_that_differ_between_ranks_are_named_on_the_rank_that_has_them(monkeypatch):
@@ -85,10 +87,10 @@ def test_settings_that_differ_between_ranks_are_named_on_the_rank_that_has_them(
     for found, words, follows in ((other, "has optim.lr = 2.0, not 1.0$", False),
                                   (first, "another rank has others", True)):  # fmt: skip
         with pytest.raises(ConfigError, match=words) as error:
-            build.check_alike(found, World(1, 2, CPU))
+            distributed.check_alike(found, World(1, 2, CPU))
         assert error.value.follows == follows
     monkeypatch.setattr(distributed, "any_rank", lambda flag: flag)
-    build.check_alike(first, World(1, 2, CPU))
+    distributed.check_alike(first, World(1, 2, CPU))
 
 
 def test_a_shard_that_differs_from_the_other_nodes_is_named(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from nanonormuon import checkpoint, optim
-from nanonormuon.build import memory_of, split_batch
+from nanonormuon.build import split_batch
 from nanonormuon.config import Config, divisors
 from nanonormuon.model import GPT
 from nanonormuon.pretrained import models
@@ -150,7 +150,7 @@ def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str
     """Time models of one and of two blocks; every further block adds their difference."""
     per_block = found.flops_per_token / config.model.n_layer  # an upper bound: all outside counts
     too_long = here().type == "cpu" and per_block * micro * config.data.seq_len > LONGEST_TRIAL
-    if too_long or found.memory > memory_of(here()):
+    if too_long or found.memory > memory.memory_of(here()):
         return "time: not tried, one micro-batch is too much for this device"
     (passes, update), (passes_2, update_2) = (timed(config, layers, micro) for layers in (1, 2))
     more = config.model.n_layer - 1

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanonormuon.errors import PeerError, exit_code
+from nanonormuon.errors import ConfigError, PeerError, exit_code
 
 
 @dataclass(frozen=True)
@@ -202,3 +202,35 @@ def from_first(value: Any, device: torch.device) -> Any:
         text = torch.empty(int(length), dtype=torch.uint8, device=device)
     dist.broadcast(text, 0)
     return json.loads(bytes(text.tolist()))
+
+
+def check_alike(found: dict[str, Any], world: World) -> None:
+    """Raise ConfigError on all ranks unless `found` (name -> anything JSON can say) is rank 0's on
+    each of them: every node has a command line, and perhaps data, of its own."""
+    first = from_first(found, world.device)
+    odd = [f"{k} = {v}, not {first.get(k)}" for k, v in found.items() if v != first.get(k)]
+    if any_rank(bool(odd)):
+        where = f"rank {world.rank} has {'; '.join(odd)}" if odd else "another rank has others"
+        error = ConfigError(f"expected rank 0's settings and data on all ranks: {where}")
+        error.follows = not odd  # type: ignore[attr-defined]
+        raise error
+
+
+def check_nodes(parallel: str, world: World) -> None:
+    """Raise ConfigError on all ranks if train.parallel = hsdp and they are no grid of nodes and
+    several ranks on each, numbered node by node. Every rank must call this."""
+    local, rank = local_size(), int(os.environ.get("LOCAL_RANK", "0"))
+    odd = world.size % local or world.rank % local != rank
+    if parallel != "hsdp":
+        return
+    odd, many, few = largest([odd, local, -local], world.device)
+    if odd or many != -few:
+        found, advice = f"{-few:g} to {many:g}", "start equally many on each node"
+    elif local in (1, world.size):
+        found, advice = f"{local}", "set train.parallel=fsdp"
+    else:
+        return
+    raise ConfigError(
+        "train.parallel = hsdp: expected torchrun to start several ranks on each of several nodes, "
+        f"found {world.size} in all, {found} on a node; {advice} (dev/MULTINODE.md)"
+    )

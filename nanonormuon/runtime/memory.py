@@ -6,29 +6,80 @@ out of memory with a smaller size; `together` tells all ranks that one of them r
 
 import bisect
 import logging
+import math
+import os
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch.optim import Optimizer
 
-from nanonormuon.config import divisors
-from nanonormuon.errors import OutOfMemory, out_of_memory
+from nanonormuon.config import Config, divisors
+from nanonormuon.errors import ConfigError, OutOfMemory, out_of_memory
 from nanonormuon.model import GPT
 from nanonormuon.runtime import activations, distributed
 from nanonormuon.runtime.faults import Watch
+from nanonormuon.storage.files import in_units
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 CPU_TOKENS = 8192  # larger micro-batches are no faster on a CPU
 SPARE = 0.05  # of the free memory: kept free in a probe for fragments and for libraries
+# FLOP per second beyond what any such device reaches
+FASTEST = {"cpu": 1e14, "cuda": 1e16}
 
 
 class Shortage(MemoryError):
     """Some rank has run out of memory; raised on all ranks."""
+
+
+def refuse_absurd(config: Config, world: distributed.World) -> None:
+    """Raise ConfigError for a run that its device cannot hold, or not carry out in ten years, both
+    by a wide margin. The model's vocabulary must be known."""
+    t, ranks = config.train, world.size
+    with torch.device("meta"):
+        one, two = (GPT(replace(config.model, n_layer=n)) for n in (1, 2))
+
+    def whole(count: Callable[[GPT], float]) -> float:  # every block adds an equal amount
+        return count(one) + (config.model.n_layer - 1) * (count(two) - count(one))
+
+    parameters = whole(lambda model: sum(p.numel() for p in model.parameters()))
+    share = distributed.shards(t.parallel)
+    windows = 32 * t.batch_tokens // config.data.seq_len  # where each sequence of a step lies
+    for name, least, device in (
+        (f"model: {parameters:,} parameters", 8 * parameters // share, world.device),
+        (f"train.batch_tokens = {t.batch_tokens}", windows, torch.device("cpu")),
+    ):
+        if least > 2 * (room := memory_of(device)):
+            raise ConfigError(
+                f"{name}: at least {in_units(least)} of memory, this {device.type} has "
+                f"{in_units(room)} in all"
+            )
+    work = whole(lambda model: model.flops_per_token(config.data.seq_len)) * t.batch_tokens
+    seconds = work / ranks / FASTEST.get(world.device.type, FASTEST["cpu"])
+    if seconds > (t.time_limit or math.inf):
+        raise ConfigError(
+            f"train.batch_tokens = {t.batch_tokens}: a step of {work:.2g} FLOP takes {ranks} x "
+            f"{world.device.type} {seconds:,.0f} s at the very least, train.time_limit is "
+            f"{t.time_limit:g} s"
+        )
+    if (years := seconds * t.last_step / 31_557_600) > 10:
+        raise ConfigError(
+            f"train.steps = {t.last_step}: of {work:.2g} FLOP each, they take {ranks} x "
+            f"{world.device.type} {years:,.0f} years at the very least"
+        )
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of memory that a device has in all; of a CPU the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    known = hasattr(os, "sysconf")  # not on Windows
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
 
 
 def choose(

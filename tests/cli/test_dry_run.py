@@ -14,7 +14,7 @@ from nanonormuon.config import load, recipes
 from nanonormuon.errors import ConfigError, TokenizerError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import models
-from nanonormuon.runtime import activations
+from nanonormuon.runtime import activations, memory
 from nanonormuon.runtime.distributed import World
 from nanonormuon.text import tokenizer
 
@@ -122,16 +122,16 @@ def test_a_dry_run_describes_the_model_to_start_from(trained, capsys):
     ],
 )
 def test_what_no_machine_can_do_is_refused(settings, words, monkeypatch):
-    monkeypatch.setattr(build, "memory_of", lambda _: 32e9)
+    monkeypatch.setattr(memory, "memory_of", lambda _: 32e9)
     small = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "model.vocab_size=320"]
     config, world = load([*small, *settings])[0], World(0, 1, torch.device("cpu"))
     if not words:
-        return build.refuse_absurd(config, world)
+        return memory.refuse_absurd(config, world)
     with pytest.raises(ConfigError, match=re.escape(words)):
-        build.refuse_absurd(config, world)
+        memory.refuse_absurd(config, world)
 
 
 @pytest.mark.parametrize("name", sorted(set(recipes()) - {"finetune"}))
 def test_no_recipe_is_refused_on_a_single_gpu(name, monkeypatch):
-    monkeypatch.setattr(build, "memory_of", lambda _: 24e9)
-    build.refuse_absurd(sized(name), World(0, 1, torch.device("cuda")))
+    monkeypatch.setattr(memory, "memory_of", lambda _: 24e9)
+    memory.refuse_absurd(sized(name), World(0, 1, torch.device("cuda")))
