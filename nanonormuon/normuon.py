@@ -30,7 +30,10 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 # AMX tiles multiply faster than memory feeds them: fewer products do not pay (dev/LOG.md)
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 Arriving = Callable[[], Tensor]  # waits for matrices that are on their way
-CHOICES = {"neuron_axis": ("rows", "longest"), "adjust_lr_fn": ("original", "match_rms_adamw")}
+CHOICES = {
+    "neuron_axis": ("rows", "longest", "columns"),
+    "adjust_lr_fn": ("original", "match_rms_adamw"),
+}
 
 MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Keller Jordan's
 # arXiv 2505.16932: each triple is the best for what the one before it leaves. The paper divides X
@@ -108,7 +111,13 @@ def symmetric(X: Tensor, Y: Tensor, C: Tensor | None = None, b: float = 0, c: fl
 
 
 def neuron_factors(
-    O: Tensor, v: Tensor | None, beta2: float, adjust_lr_fn: str, shape: Sequence, total: Callable
+    O: Tensor,
+    v: Tensor | None,
+    beta2: float,
+    adjust_lr_fn: str,
+    shape: Sequence,
+    total: Callable,
+    transposed: bool = False,
 ) -> Tensor:
     """Move the second moment v and return the factors in s U = factors * O.
 
@@ -118,8 +127,9 @@ def neuron_factors(
     neurons' own. v = None is Muon: one factor (K, 1, 1) per matrix.
     """
     m, n = shape
+    aspect = max(1, n / m if transposed else m / n)  # neurons over inputs
     if v is None:
-        ratio = max(1, m / n) if adjust_lr_fn == "original" else 0.04 * max(m, n)
+        ratio = aspect if adjust_lr_fn == "original" else 0.04 * max(m, n)
         dtype = torch.promote_types(O.dtype, torch.float32)
         return O.new_full((len(O), 1, 1), math.sqrt(ratio), dtype=dtype)
     by_row = v.size(-1) == 1
@@ -132,7 +142,7 @@ def neuron_factors(
         sums = total(sums)  # the whole matrix's norms, exact on any number of ranks
     O_norm, U_norm = sums.sqrt().clamp_min(1e-10)  # no gradient, no update; 1e-30 would overflow
     if adjust_lr_fn == "original":
-        return inverse * (O_norm / U_norm * math.sqrt(max(1, m / n)))
+        return inverse * (O_norm / U_norm * math.sqrt(aspect))
     return inverse * (0.2 * math.sqrt(m * n) / U_norm)
 
 
@@ -167,7 +177,8 @@ class Bucket:
         """Move the second moment and the weights."""
         O, self.arriving = self.arriving(), None
         lr, shape, total = group["lr"], self.params[0].shape[-2:], self.layout.total
-        factors = neuron_factors(O, self.v, group["beta2"], group["adjust_lr_fn"], shape, total)
+        scale, columns = group["adjust_lr_fn"], group["neuron_axis"] == "columns"
+        factors = neuron_factors(O, self.v, group["beta2"], scale, shape, total, columns)
         W, decay = [local(p) for p in self.params], 1 - lr * group["weight_decay"]
         if group["cautious"]:
             decay = unstack(torch.where(stack(W).mul_(O) > 0, decay, 1), W)
@@ -185,7 +196,8 @@ class NorMuon(torch.optim.Optimizer):
         replicated, with gradients already averaged, as DDP leaves them.
     lr, weight_decay: W <- (1 - lr weight_decay) W - lr update.
     momentum, nesterov, beta2: see the top of this file; beta2 = None is Muon: no second moment.
-    neuron_axis: "rows" (the paper), or "longest": rows where m >= n, else columns (modded-nanogpt).
+    neuron_axis: "rows" (the paper); "longest": rows where m >= n, else columns (modded-nanogpt);
+        "columns": the update of the transpose, for weights stored (inputs, outputs).
     adjust_lr_fn: "original" scales the update by sqrt(max(1, m / n)) (Keller Jordan, lr about
         0.02); "match_rms_adamw" gives it the root mean square 0.2, so that AdamW's lr carries over
         (the paper). Both names, and Muon's scales, are torch.optim.Muon's.
@@ -250,7 +262,7 @@ class NorMuon(torch.optim.Optimizer):
         M, v = torch.zeros_like(stack(W)), None
         buffers = [("momentum", M, (m, n))]
         if group["beta2"] is not None:
-            by_row = group["neuron_axis"] == "rows" or m >= n
+            by_row = {"rows": True, "longest": m >= n, "columns": False}[group["neuron_axis"]]
             shape = (len(M), M.size(1), 1) if by_row else (len(M), 1, n)
             v = M.new_zeros(shape, dtype=torch.promote_types(M.dtype, torch.float32))
             buffers.append(("second_moment", v, (m, 1) if by_row else (1, n)))

@@ -253,6 +253,10 @@ class Trainer:
         """Do what was due before the first step of this process, but did not come about: a process
         ended between this step's checkpoint and the evaluation or sample that follows it."""
         if self.step == 0:
+            if self.config.train.init_from and 0 not in self.validations:
+                self.validate()  # what training begins with
+                if self.world.first:
+                    log.info("before training  val_loss {val_loss:.4f}".format(**self.row))
             return self.show_sample("before training")
         due = self.due(self.step)
         if due.evaluate and self.step not in self.validations:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed.run
 from support import ROOT, WAIT, final, losses, run
 
-from nanonormuon import build
 from nanonormuon.config import flat, load
 from nanonormuon.errors import ConfigError, Diverged, describe
 from nanonormuon.runtime import distributed, faults, health

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanonormuon import build
 from nanonormuon.cli import app as cli
 from nanonormuon.cli import dry_run
 from nanonormuon.config import load, recipes

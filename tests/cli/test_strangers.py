@@ -98,7 +98,7 @@ def test_an_optimizer_named_in_the_command_goes_on_under_a_race(tiny, tmp_path, 
 
 
 def test_a_named_optimizer_trains_and_resumes(tiny, tmp_path, capsys):
-    out, named = ["--out", str(tmp_path / "run")], "optim.name=torch.optim:Adagrad"
+    out, named = ["--out", str(tmp_path / "run")], "optim.name=torch.optim.adagrad:Adagrad"
     short = [*tiny, "train.steps=2", "train.sample_tokens=0"]
     assert cli.main(["run", *short, named, "train.stop_at=1", *out]) == 0
     assert cli.main(["run", "--resume", *out]) == 2
