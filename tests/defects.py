@@ -48,6 +48,9 @@ DEFECTS = {
     "signals forgotten in a save": (
         "train", "Trainer.follow_up", "if due.save or due.evaluate:", "if False:",
         "tests/runtime/test_faults.py::test_a_signal_in_any_part_of_a_run[term@write:2-143-2-1]"),
+    "row after its checkpoint": (
+        "train", "Trainer.follow_up", "self.run.record(self.row)", "pass",
+        "tests/runtime/test_faults.py::test_killed_around_a_save"),
 }  # fmt: skip
 
 

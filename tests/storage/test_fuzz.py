@@ -363,9 +363,10 @@ def whole_run(bpe_data, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_files_of_a_run(dice, whole_run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    codes = fuzz_run(TRIALS or 20, dice, whole_run, tmp_path, capsys)
+    codes = fuzz_run(TRIALS or 60, dice, whole_run, tmp_path, capsys)
     print(dict(codes))
     assert codes[0] and codes[4], codes
 
