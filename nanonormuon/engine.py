@@ -184,13 +184,14 @@ def grid(world: World, parallel: str) -> DeviceMesh:
 def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype | None, reshard: bool) -> None:
     """Shard a model in place with FSDP2, block by block (`model.layers`), as `grid` says.
 
-    Computes in `dtype` (None: as the model itself does) and reduces gradients in float32. An
-    embedding that rests in another dtype is a block of its own: what FSDP2 shards together has one
-    dtype. The model casts its activations itself, and not all of them: rotary tables stay float32.
+    Computes in `dtype` and reduces gradients in float32, or does both as the model itself does
+    (None). An embedding that rests in another dtype is a block of its own: what FSDP2 shards
+    together has one dtype. The model casts activations itself, but for rotary tables.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    reduced = dtype and torch.float32
+    policy = MixedPrecisionPolicy(dtype, reduced, cast_forward_inputs=False)
     mixed = len({p.dtype for p in model.parameters()}) > 1
     for block in [*model.layers, *([model.embed_tokens] if mixed else []), model]:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -211,11 +212,10 @@ class Bitwise(Engine):
 
     def __init__(self, model: GPT, make: Make, world: World, parallel: str = "ddp", **more: Any):
         torch.set_num_threads(1)  # how a product is cut among threads decides its rounding too
-        # and on a GPU the order of atomic additions: in attention's backward pass, in scattered
-        # sums, in cuBLAS's workspaces; the compiler must not choose kernels by a stopwatch
+        # so does, on a GPU, the order of atomic additions (in attention's backward pass, say), and
+        # which kernel a compiler finds to be fastest
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
         self.make: Make = lambda model: [unshared(optimizer) for optimizer in make(model)]
         super().__init__(model, self.make, world, parallel, **more)
         self.parameters = list(model.parameters())  # as they rest between steps

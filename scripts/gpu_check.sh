@@ -18,7 +18,7 @@ until=$((SECONDS + ${GPU_CHECK_SECONDS:-1200}))
 trap 'python scripts/gpu_results.py table "$out"; exit' EXIT
 
 part() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$2 start=$SECONDS code
+    local name=$1 limit=$(($2 * patience)) start=$SECONDS code
     shift 2
     [[ -e $out/done/$name ]] && return
     if ((until - start < 15)); then
@@ -57,7 +57,7 @@ export -f train ranks short losses gpt2
 export out
 
 if [[ ${GPU_CHECK_SMALL:-} ]]; then
-    device=cpu compiled=off steps=4 val=2048 goal=9
+    device=cpu compiled=off steps=4 val=2048 goal=9 tokens=32 patience=4
     text="--dir scripts --tokenizer bpe:300"
     tests="tests/test_layouts.py -k group_of_one"
     tiny=(model.n_layer=1 model.n_head=2 model.n_embd=32 data.seq_len=32 train.batch_tokens=256)
@@ -67,7 +67,7 @@ if [[ ${GPU_CHECK_SMALL:-} ]]; then
     optimizer=(--small)
 else
     python -c 'import torch; assert torch.cuda.is_available(), "no CUDA GPU"' || exit 1
-    device=cuda compiled=on steps=50 val=1048576 goal=3.2
+    device=cuda compiled=on steps=50 val=1048576 goal=3.2 tokens=512 patience=1
     text="--site-packages --tokenizer bpe:4096"
     tests="tests/test_gpu.py tests/test_layouts.py tests/test_normuon.py tests/test_model.py"
     tiny=() large=(train.batch_tokens=65536 train.steps=300 train.eval_every=100 train.save_every=100
@@ -93,4 +93,4 @@ for recipe in gpt2-124m gpt2-350m track3-normuon; do
 done
 part optimizer 120 python scripts/bench_optimizer.py "${optimizer[@]}"
 part gpt2 240 bash -c 'source "$out/settings.sh"; gpt2'
-part sampling 60 python -m nanonormuon sample "$out/gpt2" --prompt "def " --max-tokens 512 --seed 1
+part sampling 60 python -m nanonormuon sample "$out/gpt2" --prompt "def " --max-tokens $tokens --seed 1

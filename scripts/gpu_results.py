@@ -89,7 +89,7 @@ def table(out: Path) -> int:
             text = (out / f"{name}.log").read_text(errors="replace")
             results[name] = {"exit_code": exit_code, "seconds": seconds, "said": said(text)}
             if name == "sampling":  # the speed is in the log, beside the text
-                results[name]["said"] = (re.findall(r".*tokens/s", text) or [text])[-1].strip()
+                results[name]["said"] = (re.findall(r".*tokens/s", text) or [said(text)])[-1]
     device = device_name(results.get("doctor", {}).get("said"))
     lines = []
     for name in PARTS:

@@ -8,6 +8,8 @@ from support import TINY, final, relative
 from nanonormuon import NorMuon
 from nanonormuon.config import load
 from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.runtime import memory
+from nanonormuon.runtime.distributed import World
 from nanonormuon.train import train
 
 pytestmark = [
@@ -90,6 +92,16 @@ def test_a_canonical_run_repeats_and_resumes_in_the_same_bits(separated, shards,
     finally:
         torch.use_deterministic_algorithms(False)
     assert final(tmp_path / "one") == final(tmp_path / "two") == final(tmp_path / "parts")
+
+
+def test_what_the_probe_took_is_not_the_runs_peak():
+    def make():
+        model = GPT(GPTConfig(vocab_size=512, n_layer=2, n_head=2, n_embd=64)).to("cuda")
+        return model, [NorMuon(layer.mlp.up_proj.parameters()) for layer in model.layers]
+
+    world = World(0, 1, torch.device("cuda", 0))
+    assert memory.choose(make, 64, 8, world) == 8
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated()
 
 
 def test_a_run_resumes_on_the_gpu_as_if_never_stopped(shards, tmp_path):

@@ -354,7 +354,7 @@ def alone(folder, device):
 
     where = torch.device(device)
     plain = World(0, 1, where)
-    sizes = {"rope": "half", "n_embd": 64}
+    sizes = {"rope": "half", "n_embd": 64, "embed_dtype": "bf16"}
     wanted = engine_of(plain, "ddp", torch.bfloat16, **sizes)
     losses = {"alone": wanted.accumulate(batches(plain), 2).item()}
     with socket.socket() as s:

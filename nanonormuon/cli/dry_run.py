@@ -50,8 +50,8 @@ def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.O
     return model, optim.make_optimizers(model, config.optim, dtype)
 
 
-def estimate(config: Config, micro_batch: int, shards: int = 1) -> Estimate:
-    """Count the cost of a run whose vocab_size is known. shards: ranks that share the weights.
+def estimate(config: Config, micro_batch: int, ranks: int = 1, shards: int = 1) -> Estimate:
+    """Count the cost of a run whose vocab_size is known. shards: of `ranks`, those that share the weights.
 
     Left out: libraries and the process itself, NorMuon's workspace (the activations are gone by
     then), buckets of DDP and FSDP2, fragmentation.
@@ -63,14 +63,16 @@ def estimate(config: Config, micro_batch: int, shards: int = 1) -> Estimate:
     weights = 4 * sum(parameters.values())
     saved = checkpoint.size_of(model, optimizers)
     activations, head = kept(model.config, T, micro_batch, dtype, t.activation_checkpointing)
-    gathered = 0
+    gathered = added_up = 0
     if shards > 1:  # two blocks and everything outside them are whole at a time, in compute's dtype
         block = sum(p.numel() for p in model.layers[0].parameters())
         outside = weights // 4 - block * config.model.n_layer
         gathered = (2 * block + outside) * dtype.itemsize
+        if micro_batch * T * ranks < t.batch_tokens:  # micro-batches' gradients add up whole
+            added_up = weights
     parts = {
         "weights": weights // shards + gathered,
-        "gradients": weights // shards,
+        "gradients": weights // shards + added_up,
         "optimizer": (saved - weights) // shards,
         "activations": activations,  # which the blocks keep for the backward pass
         "logits": head + chunk_bytes(model.config, micro_batch * T, dtype),  # and their gradients
@@ -113,7 +115,7 @@ def report(config: Config) -> list[str]:
     for kind in ("ddp", "fsdp", "hsdp") if ranks > 1 else ():
         if kind != "hsdp" or distributed.local_size() < ranks:  # hsdp needs several nodes
             layouts[f"each of {ranks} ranks, {kind}"] = estimate(
-                config, micro, distributed.shards(kind)
+                config, micro, ranks, distributed.shards(kind)
             )
     for where, e in layouts.items():
         parts = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in e.parts.items())
