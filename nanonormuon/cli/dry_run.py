@@ -51,7 +51,7 @@ def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.O
 
 
 def estimate(config: Config, micro_batch: int, ranks: int = 1, shards: int = 1) -> Estimate:
-    """Count the cost of a run whose vocab_size is known. shards: of `ranks`, those that share the weights.
+    """Count the cost of a run whose vocab_size is known; `shards` of `ranks` share the weights.
 
     Left out: libraries and the process itself, NorMuon's workspace (the activations are gone by
     then), buckets of DDP and FSDP2, fragmentation.
