@@ -104,7 +104,7 @@ def describe(error: BaseException) -> str:
     elif out_of_memory(error) and not isinstance(error, OutOfMemory):
         text = f"out of memory: {text}; lower train.micro_batch, which leaves the batch as it is"
     elif lost_peer(error):
-        which = getattr(error, "lost", "another rank")  # or, of several nodes, those elsewhere
+        which = getattr(error, "lost", "another rank")
         text = f"{which} failed or is gone, see its message ({text})"
     return f"{error.place}: {text}" if hasattr(error, "place") else text
 

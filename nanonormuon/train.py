@@ -51,10 +51,9 @@ def train(
                 world = distributed.start(config.train.device, watch.longest())
             except ValueError as error:
                 raise ConfigError(str(error)) from None
-            # these three refuse before anything is made; a node may have its own copy of the data
-            build.check_alike(flat(config, without=["data.path"]), world)
+            build.check_alike(flat(config, without=["data.path"]), world)  # a node may have a copy
             build.check_nodes(config, world)
-            build.split_batch(config, world.size)
+            build.split_batch(config, world.size)  # refuses before anything is made, as these two
             out = Path(distributed.from_first(str(out), world.device))  # names carry the time
         with RunDirectory(out, world.first) as run:
             with watch.section("start"):

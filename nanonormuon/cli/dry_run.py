@@ -114,9 +114,8 @@ def report(config: Config) -> list[str]:
     layouts = {"1 rank": found}
     for kind in ("ddp", "fsdp", "hsdp") if ranks > 1 else ():
         if kind != "hsdp" or distributed.local_size() < ranks:  # hsdp needs several nodes
-            layouts[f"each of {ranks} ranks, {kind}"] = estimate(
-                config, micro, ranks, distributed.shards(kind)
-            )
+            share = distributed.shards(kind)
+            layouts[f"each of {ranks} ranks, {kind}"] = estimate(config, micro, ranks, share)
     for where, e in layouts.items():
         parts = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in e.parts.items())
         size = f"{e.memory / 1e9:.3g} GB ({parts})"
