@@ -357,8 +357,8 @@ def flat(config: Config, without: Collection[str] = ()) -> dict[str, Any]:
 
 def differences(old: Config, new: Config) -> list[str]:
     """List the changes that would make a resumed run another run, one line each."""
-    before, now = flat(old, MAY_CHANGE), flat(new, MAY_CHANGE)
-    return [f"{name}: {before[name]} -> {b}" for name, b in now.items() if before[name] != b]
+    before = flat(old, MAY_CHANGE)
+    return [f"{k}: {before[k]} -> {b}" for k, b in flat(new, MAY_CHANGE).items() if before[k] != b]
 
 
 def to_toml(

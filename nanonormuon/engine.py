@@ -174,10 +174,10 @@ class Engine:
 
 def grid(world: World, parallel: str) -> DeviceMesh:
     """All ranks in a row, or for "hsdp" nodes x ranks of a node: replicas of shards."""
-    shards = distributed.shards(parallel)
-    shape = (world.size,) if parallel == "fsdp" else (world.size // shards, shards)
-    # without a mesh FSDP2 would take the machine's GPUs, whatever the device asked for
+    n = distributed.shards(parallel)
+    shape = (world.size,) if parallel == "fsdp" else (world.size // n, n)
     names = ("replicate", "shard")[-len(shape) :]
+    # without a mesh FSDP2 would take the machine's GPUs, whatever the device asked for
     return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 

@@ -109,7 +109,7 @@ def describe(error: BaseException) -> str:
         )
         text += "needs less, a run also with a lower train.micro_batch, the batch staying as it is"
     elif lost_peer(error):
-        which = getattr(error, "lost", "another rank")  # or, of several nodes, those elsewhere
+        which = getattr(error, "lost", "another rank")
         text = f"{which} failed or is gone, see its message ({text})"
     return f"{error.place}: {text}" if hasattr(error, "place") else text
 

@@ -107,7 +107,7 @@ def measure(arguments: list[str], steps: int) -> dict:
         torch.Tensor.backward = original
     seconds, tokens = statistics.median(whole), config.train.batch_tokens
     shards = distributed.shards(trainer.config.train.parallel)
-    needed = estimate.estimate(trainer.config, trainer.memory.size, shards)
+    needed = estimate.estimate(trainer.config, trainer.memory.size, world.size, shards)
     parts = {name: 1e3 * s / steps for name, s in clock.seconds.items()}
     parts["rest"] = 2 * parts["step"] - sum(parts.values())
     flops = engine.model.flops_per_token(config.data.seq_len) * tokens / seconds

@@ -82,7 +82,7 @@ def row(recipe: str, ranks: int) -> list[str]:
     T, sharded = config.data.seq_len, ranks > 1 and config.train.parallel == "fsdp"
     per_rank = config.train.batch_tokens // T // ranks
     fits = [n for n in divisors(per_rank) if n * T <= 1 << 17]
-    estimates = {n: dry_run.estimate(config, n, ranks, sharded) for n in fits}
+    estimates = {n: dry_run.estimate(config, n, ranks, ranks if sharded else 1) for n in fits}
     micro = max((n for n, e in estimates.items() if e.memory < ROOM), default=1)
     cost, count = estimates[micro], per_rank // micro
     with torch.device("meta"):

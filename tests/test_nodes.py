@@ -39,11 +39,11 @@ def launched(monkeypatch, rank, local_rank, local, size):
 @pytest.mark.parametrize(
     ("nodes", "words"),
     [
-        ([1], "found 1 in all, 1 on a node; set train.parallel=fsdp"),
-        ([4], "found 4 in all, 4 on a node; set train.parallel=fsdp"),
-        ([1, 1], "found 2 in all, 1 on a node; set train.parallel=fsdp"),
-        ([2, 1], "found 3 in all, 1 to 2 on a node; start equally many"),
-        ([1, 3], "found 4 in all, 1 to 3 on a node; start equally many"),
+        ([1], "found 1 to 1 on a node, 1 in all; set train.parallel=fsdp"),
+        ([4], "found 4 to 4 on a node, 4 in all; set train.parallel=fsdp"),
+        ([1, 1], "found 1 to 1 on a node, 2 in all; set train.parallel=fsdp"),
+        ([2, 1], "found 1 to 2 on a node, 3 in all; start equally many"),
+        ([1, 3], "found 1 to 3 on a node, 4 in all; start equally many"),
         ([2, 2], ""),
         ([3, 3, 3], ""),
     ],
@@ -84,7 +84,7 @@ def test_settings_that_differ_between_ranks_are_named_on_the_rank_that_has_them(
     monkeypatch.setattr(distributed, "from_first", lambda *_: first)
     monkeypatch.setattr(distributed, "any_rank", lambda _: True)
     for found, words, follows in ((other, "has optim.lr = 2.0, not 1.0$", False),
-                                  (first, "another rank has others", True)):  # fmt: skip
+                                  (first, "rank 1 has them$", True)):  # fmt: skip
         with pytest.raises(ConfigError, match=words) as error:
             distributed.check_alike(found, World(1, 2, CPU))
         assert error.value.follows == follows
@@ -95,15 +95,16 @@ def test_settings_that_differ_between_ranks_are_named_on_the_rank_that_has_them(
 def test_a_shard_that_differs_from_the_other_nodes_is_named(monkeypatch):
     """Of four ranks, two on a node, the last; the first two hold different shards of one copy."""
     w, off = torch.arange(4.0), [0.0, 1.0, 0.0, 1.5]
+    monkeypatch.setattr(health, "pieces", lambda _: 2)
     monkeypatch.setattr(distributed, "gather", lambda x: everyone.expand(-1, len(x)))
     everyone = torch.tensor([[(w + x).view(torch.int32).sum()] for x in off])
     with pytest.raises(
         Diverged, match=r"rank 3 holds other values than rank 1 in .* first a:"
     ) as e:
-        health.compare({"a": w, "b": w}, 2, 5, World(0, 4, CPU))
+        health.check_state({"a": w, "b": w}, 5, World(0, 4, CPU))
     assert e.value.follows
     everyone[3] = everyone[1]
-    health.compare({"a": w}, 2, 5, World(0, 4, CPU))
+    health.check_state({"a": w}, 5, World(0, 4, CPU))
 
 
 def test_a_lost_rank_is_looked_for_on_the_other_nodes(monkeypatch):

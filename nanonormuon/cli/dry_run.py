@@ -56,8 +56,8 @@ def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.O
     return model, optim.make_optimizers(model, settings, dtype)
 
 
-def estimate(config: Config, micro_batch: int, shards: int = 1) -> Estimate:
-    """Count the cost of a run whose vocab_size is known. shards: ranks that share the weights.
+def estimate(config: Config, micro_batch: int, ranks: int = 1, shards: int = 1) -> Estimate:
+    """Count the cost of a run whose vocab_size is known; `shards` of `ranks` share the weights.
 
     Left out: libraries and the process itself, NorMuon's workspace (the activations are gone by
     then), buckets of DDP and FSDP2, fragmentation.
@@ -74,7 +74,7 @@ def estimate(config: Config, micro_batch: int, shards: int = 1) -> Estimate:
         block = sum(p.numel() for p in model.layers[0].parameters())
         outside = weights // 4 - block * config.model.n_layer
         gathered = (2 * block + outside) * dtype.itemsize
-        if micro_batch * T * distributed.size() < t.batch_tokens:  # gradients add up whole
+        if micro_batch * T * ranks < t.batch_tokens:  # micro-batches' gradients add up whole
             added_up = weights
     parts = {
         "weights": weights // shards + gathered,
@@ -133,9 +133,8 @@ def report(config: Config) -> list[str]:
     layouts = {"1 rank": found}
     for kind in ("ddp", "fsdp", "hsdp") if ranks > 1 else ():
         if kind != "hsdp" or distributed.local_size() < ranks:  # hsdp needs several nodes
-            layouts[f"each of {ranks} ranks, {kind}"] = estimate(
-                config, micro, distributed.shards(kind)
-            )
+            share = distributed.shards(kind)
+            layouts[f"each of {ranks} ranks, {kind}"] = estimate(config, micro, ranks, share)
     for where, e in layouts.items():
         parts = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in e.parts.items())
         size = f"{e.memory / 1e9:.3g} GB ({parts})"

@@ -210,8 +210,8 @@ def check_alike(found: dict[str, Any], world: World) -> None:
     first = from_first(found, world.device)
     odd = [f"{k} = {v}, not {first.get(k)}" for k, v in found.items() if v != first.get(k)]
     if any_rank(bool(odd)):
-        where = f"rank {world.rank} has {'; '.join(odd)}" if odd else "another rank has others"
-        error = ConfigError(f"expected rank 0's settings and data on all ranks: {where}")
+        where = f"rank {world.rank} has {'; '.join(odd) or 'them'}"
+        error = ConfigError(f"expected rank 0's settings and data on all ranks; {where}")
         error.follows = not odd  # type: ignore[attr-defined]
         raise error
 
@@ -219,18 +219,15 @@ def check_alike(found: dict[str, Any], world: World) -> None:
 def check_nodes(parallel: str, world: World) -> None:
     """Raise ConfigError on all ranks if train.parallel = hsdp and they are no grid of nodes and
     several ranks on each, numbered node by node. Every rank must call this."""
-    local, rank = local_size(), int(os.environ.get("LOCAL_RANK", "0"))
-    odd = world.size % local or world.rank % local != rank
     if parallel != "hsdp":
         return
+    local, rank = local_size(), int(os.environ.get("LOCAL_RANK", "0"))
+    odd = world.size % local or world.rank % local != rank
     odd, many, few = largest([odd, local, -local], world.device)
-    if odd or many != -few:
-        found, advice = f"{-few:g} to {many:g}", "start equally many on each node"
-    elif local in (1, world.size):
-        found, advice = f"{local}", "set train.parallel=fsdp"
-    else:
-        return
-    raise ConfigError(
-        "train.parallel = hsdp: expected torchrun to start several ranks on each of several nodes, "
-        f"found {world.size} in all, {found} on a node; {advice} (dev/MULTINODE.md)"
-    )
+    unequal = odd or many != -few
+    if unequal or local in (1, world.size):
+        advice = "start equally many on each node" if unequal else "set train.parallel=fsdp"
+        raise ConfigError(
+            "train.parallel = hsdp: expected torchrun to start several ranks on each of several "
+            f"nodes, found {-few:g} to {many:g} on a node, {world.size} in all; {advice}"
+        )

@@ -128,8 +128,8 @@ class Watch:
         """The ranks of other nodes, "" if there are none."""
         first = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
         after = first + int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
-        spans = [(0, first - 1), (after, self.ranks - 1)]
-        return " or ".join(f"{a} to {b}" for a, b in spans if a <= b)
+        both = (0, first - 1), (after, self.ranks - 1)
+        return " or ".join(f"{a} to {b}" for a, b in both if a <= b)
 
     def write_down(self, message: str, detail: str = "") -> Path | None:
         """Write an error to torchrun's file and append it to this rank's, which is returned."""

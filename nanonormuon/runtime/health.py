@@ -105,36 +105,29 @@ def check_state(tensors: Mapping[str, Tensor], step: int, world: distributed.Wor
     rank whose replicas, or whose shards' replicas, have different bits."""
     if bad := not_finite(tensors, world.device):
         raise NonFinite(f"not finite: {bad[0]} after step {step}; it is not saved")
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for n in sorted({pieces(t) for t in tensors.values()} - {world.size}):
-        compare({name: t for name, t in tensors.items() if pieces(t) == n}, n, step, world)
+        copied = {name: local(t.detach()) for name, t in tensors.items() if pieces(t) == n}
+        bits = (t.contiguous().view(words[t.element_size()]) for t in copied.values())
+        digests = torch.stack([b.sum(dtype=torch.int64).to(world.device) for b in bits])
+        copies = distributed.gather(digests).unflatten(0, (-1, n))  # (copies, pieces, tensors)
+        usual = copies.mode(dim=0).values if len(copies) > 2 else copies[0]
+        for rank, flags in enumerate((copies != usual).flatten(0, 1).tolist()):
+            if names := [name for name, flag in zip(copied, flags) if flag]:
+                other = "most" if len(copies) > 2 else f"rank {rank % n}"
+                error = Diverged(
+                    f"rank {rank} holds other values than {other} in {len(names)} tensors after "
+                    f"step {step}, first {names[0]}: replicas must be bitwise equal. This state "
+                    "was not saved; suspect that machine's memory, then resume"
+                )
+                error.follows = rank != world.rank  # type: ignore[attr-defined]
+                raise error
 
 
 def pieces(t: Tensor) -> int:
-    """Number of ranks that share one copy of a tensor."""
-    if not isinstance(t, DTensor):
-        return 1
-    return math.prod(n for n, a in zip(t.device_mesh.shape, t.placements) if not a.is_replicate())
-
-
-def compare(tensors: Mapping[str, Tensor], n: int, step: int, world: distributed.World) -> None:
-    """Raise Diverged on every rank unless the copies of these tensors, each in n pieces on as many
-    consecutive ranks, have equal bits."""
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = (local(t.detach()).contiguous() for t in tensors.values())
-    bits = (b.view(words[b.element_size()]).sum(dtype=torch.int64) for b in bits)
-    everyone = distributed.gather(torch.stack([b.to(world.device) for b in bits]))
-    copies = everyone.unflatten(0, (-1, n))  # (copies, pieces, tensors)
-    usual = copies.mode(dim=0).values if len(copies) > 2 else copies[0]
-    for rank, flags in enumerate((copies != usual).flatten(0, 1).tolist()):
-        if names := [name for name, flag in zip(tensors, flags) if flag]:
-            other = "most" if len(copies) > 2 else f"rank {rank % n}"
-            error = Diverged(
-                f"rank {rank} holds other values than {other} in {len(names)} tensors after step "
-                f"{step}, first {names[0]}: replicas must be bitwise equal. This state was not "
-                "saved; suspect that machine's memory, then resume"
-            )
-            error.follows = rank != world.rank  # type: ignore[attr-defined]
-            raise error
+    """Number of consecutive ranks that share one copy of a tensor."""
+    places = zip(t.device_mesh.shape, t.placements) if isinstance(t, DTensor) else ()
+    return math.prod(n for n, place in places if not place.is_replicate())
 
 
 @dataclass
