@@ -15,7 +15,7 @@ out=$(mkdir -p "$1/done" && cd "$1" && pwd) || exit 1
 cd "$(dirname "$0")/.." || exit 1
 export NANONORMUON_CACHE="$out/cache" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 until=$((SECONDS + ${GPU_CHECK_SECONDS:-1200}))
-trap 'python scripts/gpu_results.py table "$out"; exit' EXIT
+trap 'python scripts/gpu_results.py table "$out"; exit $?' EXIT
 
 part() { # NAME SECONDS COMMAND...
     local name=$1 limit=$(($2 * patience)) start=$SECONDS code
