@@ -238,14 +238,18 @@ def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]
 def check_state(file: Path, state: dict[str, Any]) -> None:
     """Raise CheckpointError for a state.json that no run wrote, even if its hash is right."""
     for key, kind in STATE.items():
-        if type(state.get(key)) not in (kind, int if kind is float else kind):
-            raise CheckpointError(
-                f"{file}: {key} = {str(state.get(key))[:80]}, expected {kind.__name__}"
-            )
+        value, number = state.get(key), kind in (int, float)
+        fits = type(value) in (kind, int if number else kind)
+        if not fits or (number and not 0 <= value < 1e15):
+            expected = kind.__name__ + " from 0 to 1e15" * number
+            raise CheckpointError(f"{file}: {key} = {value!s:.80}, expected {expected}")
     try:
         Spikes(0.0, **state.get("spikes", {})).skip(1.0)
         from_dict(state["config"])
-        if not isinstance(state.get("tokenizer"), str | None):
-            raise ValueError("tokenizer: expected its hash")
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {error}") from None
+        train, T = state["config"]["train"], state["config"]["data"]["seq_len"]
+        if train["batch_tokens"] // T % (state["ranks"] * state["micro_batch"]):
+            raise ValueError("ranks and micro_batch do not divide the batch")
+        if type(train["steps"]) is not int or not isinstance(state["tokenizer"], str | None):
+            raise ValueError("expected a number of steps and the tokenizer's hash")
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a run's: {error}") from None

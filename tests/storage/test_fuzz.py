@@ -395,6 +395,24 @@ def test_a_state_that_no_run_wrote(place, value, trained, tmp_path):
         models.state_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("micro_batch", 0), ("micro_batch", -1), ("micro_batch", 5), ("micro_batch", 2**62),
+        ("ranks", 0), ("seconds", -1e308), ("seconds", 10**400), ("seconds", float("nan")),
+        ("tokenizer", None), ("tokenizer", 7), ("config", {}),
+    ],
+)  # fmt: skip
+def test_a_state_that_no_run_goes_on_with(key, value, trained):
+    state = checkpoint.verify(checkpoint.all_steps(trained / "checkpoints")[0])
+    snapshot.check_state(trained, state)
+    state[key] = value
+    if value is None:
+        del state[key]
+    with pytest.raises(CheckpointError, match=f"{trained}: ({key} =|not a run's)"):
+        snapshot.check_state(trained, state)
+
+
 @pytest.mark.full
 def test_thousands_of_mutations(dice, trained, whole_run, shards, tmp_path, capsys, monkeypatch):
     (tmp_path / "settings").mkdir()
