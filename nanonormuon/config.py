@@ -248,14 +248,14 @@ def read_toml(source: str) -> dict[str, Any]:
 def coerce(value: Any, kind: Any, where: str) -> Any:
     """Convert a TOML value or a command line's text to the annotated type, without rounding. Raises
     ConfigError, whose message begins with `where`."""
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG), no \\0")
     choices = typing.get_args(kind)
     if choices and typing.get_origin(kind) is not Literal:  # a number, or one of a few words
         number, words = choices
         return value if value in typing.get_args(words) else coerce(value, number, where)
     if choices and value not in choices:
         raise ConfigError(f'{where} = "{value}": {nearest(str(value), choices)}')
-    if kind is str and isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG), no \\0")
     if choices or (kind is str and isinstance(value, str)):
         return value
     if kind is bool and str(value).lower() in ("true", "false"):
