@@ -39,7 +39,6 @@ HOSTILE = [None, True, -1, 0, 2**31, 2**62, 2**64, 10**30, 1e308, -0.5, float("n
 
 
 TRIALS = int(os.environ.get("FUZZ_TRIALS", "0"))  # of test_files_of_a_run; 0: its own few
-PIPES = 0  # whether files are replaced by pipes
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +288,7 @@ def mutate_file(dice, path):
     content, what = path.read_bytes(), dice.choice(["bytes", "lines", "lines", "encoding", "kind"])
     if what == "kind":
         path.unlink()
-        what = dice.choice(["missing", "empty", "directory", "loop", "pipe"][: 4 + PIPES])
+        what = dice.choice(["missing", "empty", "directory", "loop", "pipe"])
         if what == "empty":
             path.touch()
         elif what == "directory":
