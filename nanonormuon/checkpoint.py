@@ -5,6 +5,7 @@ directory gets to disk, complete or not at all, is in storage/checkpoints.py.
 """
 
 import json
+import logging
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from nanonormuon.storage.tensors import (
     unflatten_tree,
 )
 from nanonormuon.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 OURS = (NorMuon, torch.optim.AdamW)  # each of their buffers is a tensor of a single parameter
 ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -137,8 +140,10 @@ class Saver:
         retain()
 
     def end_if_failed(self, saved: Future[None]) -> None:
-        """Have all ranks stop after their step as if by a signal, and so come to `settle`."""
-        if saved.exception():
+        """Have all ranks stop after their step as if by a signal, and so come to `settle`; a run
+        that fails meanwhile does not come there."""
+        if error := saved.exception():
+            log.error(f"a checkpoint was not saved: {error}")
             self.stopping.number = self.stopping.number or signal.SIGTERM
 
     def settle(self) -> None:

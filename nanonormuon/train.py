@@ -122,6 +122,7 @@ class Trainer:
         wish, gpu = config.train.save_async, world.device.type == "cuda"
         background = wish == "on" or (wish == "auto" and gpu)
         self.saver = checkpoint.Saver(run.checkpoints, world, watch.stopping, background)
+        run.resources.callback(self.saver.thread.shutdown)  # waits, also after an error
         self.validations = Validations()
 
         self.last_step = config.train.last_step

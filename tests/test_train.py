@@ -330,6 +330,38 @@ def test_what_is_saved_in_the_background_is_of_its_step(tiny, tmp_path, monkeypa
         assert final(tmp_path / "b", step) == final(tmp_path / "a", step)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_run_that_fails_waits_for_what_it_saves_in_the_background(
+    full, tiny, tmp_path, monkeypatch, caplog
+):
+    """Else the process would end in the middle of it, or release a directory that it writes to."""
+    failed, left, late = threading.Event(), threading.Event(), []
+    write, take_step = checkpoint.write, train_module.Trainer.take_step
+
+    def take(self):
+        if self.step == 4:
+            failed.set()
+            raise DataError("a shard is gone")
+        return take_step(self)
+
+    def write_late(*args):
+        assert failed.wait(WAIT)
+        late.append(left.wait(0.1))
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+        write(*args)
+
+    monkeypatch.setattr(train_module.Trainer, "take_step", take)
+    monkeypatch.setattr(checkpoint, "write", write_late)
+    with pytest.raises(DataError, match="a shard is gone"):
+        run([*tiny, "train.save_async=on"], tmp_path / "run")
+    left.set()
+    assert late == [False]
+    steps = [p.name for p in checkpoint.all_steps(tmp_path / "run" / "checkpoints")]
+    assert steps == ([] if full else ["step-000003"])
+    assert ("No space left" in caplog.text) == full
+
+
 def spike_at(spiked, monkeypatch):
     """Make the gradient of one step a thousand times as large."""
     take_step = train_module.Trainer.take_step
