@@ -55,7 +55,8 @@ def train(
             except ValueError as error:
                 raise ConfigError(str(error)) from None
             # these three refuse before anything is made; a node may have its own copy of the data
-            distributed.check_alike(flat(config, without=["data.path"]), world)
+            alike = {"--resume": resume, "builtin data": config.data.path.startswith("builtin:")}
+            distributed.check_alike(flat(config, without=["data.path"]) | alike, world)
             distributed.check_nodes(config.train.parallel, world)
             build.split_batch(config, world.size)
             out = Path(distributed.from_first(str(out), world.device))  # names carry the time
@@ -97,7 +98,9 @@ class Trainer:
         self.began = time.perf_counter()
         self.run, self.world, self.watch, self.resume = run, world, watch, resume
         self.data, self.tokenizer = open_corpus(config, world)
-        distributed.check_alike({"data": self.data.fingerprint}, world)
+        # without a tokenizer a rank would leave the samples to the others
+        known = {"data": self.data.fingerprint, "tokenizer": self.tokenizer and self.tokenizer.hash}
+        distributed.check_alike(known, world)
         self.config = config = build.complete(config, self.data)
         memory.refuse_absurd(config, world)
         self.text_bytes = bytes_of_validation(config, self.data, self.tokenizer)
