@@ -175,8 +175,8 @@ class Trainer:
         the steps of the samples."""
         settings = self.config.train
         size = checkpoint.size_of(self.engine.model, self.engine.optimizers)
-        left = self.last_step - self.step
-        saves = -(-left // (settings.save_every or max(left, 1)))
+        every, last = settings.save_every or self.last_step, self.last_step
+        saves = -(-last // every) - self.step // every if self.step < last else 0
         checkpoints.check_space(self.run.checkpoints, size, settings.keep_last, saves)
         found = self.run.open(to_toml(self.config), described, self.step)
         if settings.track:

@@ -294,6 +294,21 @@ def test_nothing_that_is_not_finite_is_saved(where, tiny, tmp_path, monkeypatch)
         run([*tiny, "train.stop_at=5"], tmp_path / "run", resume=True)
 
 
+def test_room_is_made_sure_of_for_the_saves_to_come(tiny, tmp_path, monkeypatch):
+    """At steps 3 and 5, then at 6 and 8."""
+    found, check = [], checkpoint.check_space
+
+    def check_space(folder, size, keep_last, saves):
+        found.append(saves)
+        check(folder, size, keep_last, saves)
+
+    monkeypatch.setattr(checkpoint, "check_space", check_space)
+    run([*tiny, "train.stop_at=5"], tmp_path / "run")
+    run(tiny, tmp_path / "run", resume=True)
+    run(tiny, tmp_path / "run", resume=True)
+    assert found == [2, 2, 0]
+
+
 @pytest.mark.parametrize("more", [[], ["train.save_async=on"]])
 def test_a_failed_save_is_never_silent(more, tiny, tmp_path, monkeypatch):
     def full(*_):
