@@ -303,6 +303,7 @@ def test_room_is_made_sure_of_for_the_saves_to_come(tiny, tmp_path, monkeypatch)
         check(folder, size, keep_last, saves)
 
     monkeypatch.setattr(checkpoint, "check_space", check_space)
+    tiny = [*tiny, "train.sample_tokens=0", "train.eval_every=0"]
     run([*tiny, "train.stop_at=5"], tmp_path / "run")
     run(tiny, tmp_path / "run", resume=True)
     run(tiny, tmp_path / "run", resume=True)
