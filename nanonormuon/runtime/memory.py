@@ -89,6 +89,7 @@ def choose(
     world: distributed.World,
     shards: int = 1,
     recompute: bool = False,
+    reshard: bool = True,
 ) -> int:
     """Return the largest divisor of per_rank, in sequences, that fits on every rank.
 
@@ -102,7 +103,7 @@ def choose(
     if shards > 1:
         with torch.device("meta"):
             model, _ = make()
-        fitting = estimate(model, seq_len, candidates, world, shards, recompute)
+        fitting = estimate(model, seq_len, candidates, world, shards, recompute, reshard)
     else:
         fitting = probe(*make(), seq_len, candidates)
     free_cache(world.device)
@@ -112,7 +113,7 @@ def choose(
 
 def estimate(
     model: GPT, seq_len: int, candidates: Sequence[int], world: distributed.World, shards: int,
-    recompute: bool,
+    recompute: bool, reshard: bool = True,
 ) -> int:  # fmt: skip
     """Return the largest candidate that needs at most 60 % of the memory; 1 if none does."""
     m, dtype = model.config, model.compute_dtype
@@ -125,6 +126,8 @@ def estimate(
     parameters = sum(p.numel() for p in model.parameters())
     free = torch.cuda.mem_get_info(world.device)[0]
     free -= 12 * parameters // shards  # weights, gradients, NorMuon's momentum
+    if not reshard:  # whole weights stay from the forward to the backward pass
+        free -= parameters * dtype.itemsize
 
     def fits(n: int) -> bool:
         # several micro-batches add up float32 gradients that lie whole on every rank

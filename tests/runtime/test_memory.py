@@ -95,6 +95,7 @@ def test_micro_batches_that_add_up_leave_room_for_whole_gradients(monkeypatch):
     monkeypatch.setattr(activations, "chunk_bytes", lambda *_: 2 * parameters)
     monkeypatch.setattr(activations, "kept", lambda *_: (0, 0))
     assert memory.estimate(model, 8, [1, 2], world, 8, False) == 2
+    assert memory.estimate(model, 8, [1, 2], world, 8, False, reshard=False) == 1  # whole weights
     free[0] -= 3 * parameters
     assert memory.estimate(model, 8, [1, 2], world, 8, False) == 1
 
