@@ -129,7 +129,7 @@ class Saver:
             except Exception as error:
                 failure = error
         if not self.background:
-            for pieces in streams.values():  # gathering must finish on every rank, also after that
+            for pieces in streams.values():  # gathering must finish on all ranks, failure or not
                 for _ in pieces:
                     pass
         distributed.first_does(lambda: raise_if(failure), self.world.device)

@@ -38,8 +38,8 @@ class Shortage(MemoryError):
 
 
 def refuse_absurd(config: Config, world: distributed.World) -> None:
-    """Raise ConfigError for a run that its device cannot hold, or not carry out in ten years, both
-    by a wide margin. The model's vocabulary must be known."""
+    """Raise ConfigError for a run that its device cannot hold or could not finish in ten years,
+    either by a wide margin. The model's vocabulary must be known."""
     t, ranks = config.train, world.size
     with torch.device("meta"):
         one, two = (GPT(replace(config.model, n_layer=n)) for n in (1, 2))
