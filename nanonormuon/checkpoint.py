@@ -140,8 +140,7 @@ class Saver:
         retain()
 
     def end_if_failed(self, saved: Future[None]) -> None:
-        """Have all ranks stop after their step as if by a signal, and so come to `settle`; a run
-        that fails meanwhile does not come there."""
+        """Have all ranks stop after their step as if by a signal, and so come to `settle`."""
         if error := saved.exception():
             log.error(f"a checkpoint was not saved: {error}")
             self.stopping.number = self.stopping.number or signal.SIGTERM

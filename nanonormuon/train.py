@@ -399,8 +399,7 @@ class Trainer:
                 self.saver.settle()
 
     def retention(self, delete: bool) -> Callable[[], None]:
-        """Return a function that deletes the checkpoints that need not be kept beside this step's;
-        none if not `delete`."""
+        """Return a function that deletes what need not be kept beside this step's checkpoint."""
         keep = self.config.train
         best = self.validations.best({*self.kept, self.step}) if keep.keep_best else None
         last = keep.keep_last if delete else 0

@@ -83,14 +83,9 @@ def memory_of(device: torch.device) -> float:
 
 
 def choose(
-    make: Callable[[], tuple[GPT, Sequence[Optimizer]]],
-    seq_len: int,
-    per_rank: int,
-    world: distributed.World,
-    shards: int = 1,
-    recompute: bool = False,
-    reshard: bool = True,
-) -> int:
+    make: Callable[[], tuple[GPT, Sequence[Optimizer]]], seq_len: int, per_rank: int,
+    world: distributed.World, shards: int = 1, recompute: bool = False, reshard: bool = True,
+) -> int:  # fmt: skip
     """Return the largest divisor of per_rank, in sequences, that fits on every rank.
 
     On one GPU and under DDP a probe finds it, with a model and optimizers from `make`. Under FSDP2,
