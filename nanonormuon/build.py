@@ -118,8 +118,10 @@ class Maker:
                 model = self.model()
             return model, self.optimizers(model)
 
-        shards, recompute = distributed.shards(train.parallel), train.activation_checkpointing
-        return memory.choose(make, self.config.data.seq_len, per_rank, world, shards, recompute)
+        return memory.choose(
+            make, self.config.data.seq_len, per_rank, world, distributed.shards(train.parallel),
+            train.activation_checkpointing, train.reshard,
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------

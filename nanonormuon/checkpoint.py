@@ -5,6 +5,7 @@ directory gets to disk, complete or not at all, is in storage/checkpoints.py.
 """
 
 import json
+import logging
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from nanonormuon.storage.tensors import (
     unflatten_tree,
 )
 from nanonormuon.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 OURS = (NorMuon, torch.optim.AdamW)  # each of their buffers is a tensor of a single parameter
 ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -126,7 +129,7 @@ class Saver:
             except Exception as error:
                 failure = error
         if not self.background:
-            for pieces in streams.values():  # gathering must finish on every rank, also after that
+            for pieces in streams.values():  # gathering must finish on all ranks, failure or not
                 for _ in pieces:
                     pass
         distributed.first_does(lambda: raise_if(failure), self.world.device)
@@ -138,7 +141,8 @@ class Saver:
 
     def end_if_failed(self, saved: Future[None]) -> None:
         """Have all ranks stop after their step as if by a signal, and so come to `settle`."""
-        if saved.exception():
+        if error := saved.exception():
+            log.error(f"a checkpoint was not saved: {error}")
             self.stopping.number = self.stopping.number or signal.SIGTERM
 
     def settle(self) -> None:

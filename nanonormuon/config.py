@@ -182,8 +182,8 @@ def recipes() -> dict[str, Path]:
 
 
 class FromFile(str):
-    """A module:Class that a file names and no argument of the command. Files come from anywhere,
-    and importing a module runs its code, so optim.py refuses these."""
+    """A module:Class named in a file, not on the command line. Files come from anywhere, and
+    importing a module runs its code, so optim.py refuses these."""
 
     file: str
 

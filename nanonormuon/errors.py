@@ -106,8 +106,8 @@ def describe(error: BaseException) -> str:
     elif out_of_memory(error) and not isinstance(error, OutOfMemory):
         text = (
             f"out of memory: {text or 'not even a message'}; a smaller model, vocabulary or input "
+            "needs less, as does a run with a lower train.micro_batch, which keeps its batch"
         )
-        text += "needs less, a run also with a lower train.micro_batch, the batch staying as it is"
     elif lost_peer(error):
         which = getattr(error, "lost", "another rank")
         text = f"{which} failed or is gone, see its message ({text})"

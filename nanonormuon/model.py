@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# logits at a time in HeadLoss, 512 rows at least: on a CPU they stay in the cache, a GPU wants
-# larger products
+# logits at a time in HeadLoss: on a CPU they stay in the cache, a GPU wants larger products
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
 TINY = torch.finfo(torch.float32).tiny  # a smaller number is zero where denormals are flushed
 IGNORE = -1  # a target that counts for nothing (padding of the last validation window)
@@ -242,6 +241,14 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def chunk_rows(tokens: int, vocab_size: int, device: str) -> int:
+    """Rows of logits that HeadLoss has at a time on a type of device: CHUNK logits or 512 rows at
+    most, whichever is more."""
+    most = max(512, CHUNK.get(device, 1 << 28) // vocab_size)
+    parts = -(-tokens // (1 << most.bit_length() - 1))  # products of 2^k rows are the fastest
+    return -(-tokens // parts)  # equal parts: a rest would be slow and compiled on its own
+
+
 class HeadLoss(torch.autograd.Function):
     """Cross entropy, summed over N tokens, of the logits cap(h W^T + b), and its gradients.
 
@@ -271,9 +278,7 @@ class HeadLoss(torch.autograd.Function):
         # compiled, the passes over a chunk fuse, so that p stays out of memory, unless it is
         # scattered into; without a compiler a scatter is by far the cheapest
         fused, ids = torch.compiler.is_compiling(), torch.arange(W.size(0), device=h.device)
-        most = max(512, CHUNK.get(h.device.type, 1 << 28) // W.size(0))
-        parts = -(-len(h) // (1 << most.bit_length() - 1))  # products of 2^k rows are the fastest
-        rows = -(-len(h) // parts)  # equal parts: a rest would be slow and compiled on its own
+        rows = chunk_rows(len(h), W.size(0), h.device.type)
         for start in range(0, h.size(0), rows):
             x, y = h[start : start + rows], targets[start : start + rows, None]
             z = F.linear(x, W, b).float()

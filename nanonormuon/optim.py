@@ -172,7 +172,7 @@ def split_group(group: dict, pattern: str) -> list[dict]:
 
 
 def check_trusted(name: str) -> None:
-    """Raise ConfigError for an optimizer of another package that only a file names."""
+    """Raise ConfigError for another package's optimizer that is named in a file alone."""
     if isinstance(name, FromFile):
         raise ConfigError(
             f"{name.file}: optim.name = {name}: that module's code would run, so the command "

@@ -42,8 +42,8 @@ def train(
     """Train as configured, leaving everything in `out`; returns what summary.json says.
 
     Raises ConfigError, DataError, CheckpointError, RunError, NonFinite, OutOfMemory or OSError with
-    one line that says what to do, and Interrupted after a signal. stopping: already watches for
-    signals.
+    one line that says what to do, and Interrupted after a signal. stopping: signal handlers that
+    are installed already.
     """
     optim.check_trusted(config.optim.name)
     limit = config.train.time_limit
@@ -55,7 +55,8 @@ def train(
             except ValueError as error:
                 raise ConfigError(str(error)) from None
             # these three refuse before anything is made; a node may have its own copy of the data
-            distributed.check_alike(flat(config, without=["data.path"]), world)
+            alike = {"--resume": resume, "builtin data": config.data.path.startswith("builtin:")}
+            distributed.check_alike(flat(config, without=["data.path"]) | alike, world)
             distributed.check_nodes(config.train.parallel, world)
             build.split_batch(config, world.size)
             out = Path(distributed.from_first(str(out), world.device))  # names carry the time
@@ -97,7 +98,9 @@ class Trainer:
         self.began = time.perf_counter()
         self.run, self.world, self.watch, self.resume = run, world, watch, resume
         self.data, self.tokenizer = open_corpus(config, world)
-        distributed.check_alike({"data": self.data.fingerprint}, world)
+        # without a tokenizer a rank would leave the samples to the others
+        known = {"data": self.data.fingerprint, "tokenizer": self.tokenizer and self.tokenizer.hash}
+        distributed.check_alike(known, world)
         self.config = config = build.complete(config, self.data)
         memory.refuse_absurd(config, world)
         self.text_bytes = bytes_of_validation(config, self.data, self.tokenizer)
@@ -122,6 +125,7 @@ class Trainer:
         wish, gpu = config.train.save_async, world.device.type == "cuda"
         background = wish == "on" or (wish == "auto" and gpu)
         self.saver = checkpoint.Saver(run.checkpoints, world, watch.stopping, background)
+        run.resources.callback(self.saver.thread.shutdown)  # waits, also after an error
         self.validations = Validations()
 
         self.last_step = config.train.last_step
@@ -161,7 +165,7 @@ class Trainer:
         return build.compile_engine(self.config, self.engine, lambda: next(micro_batches))
 
     def take_up(self, state: dict[str, Any]) -> None:
-        """Be where a checkpoint's state.json says that the run was."""
+        """Restore the run's progress from a checkpoint's state.json."""
         self.step = self.saved = self.watch.step = state["step"]
         self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
         self.guard.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
@@ -171,8 +175,8 @@ class Trainer:
         the steps of the samples."""
         settings = self.config.train
         size = checkpoint.size_of(self.engine.model, self.engine.optimizers)
-        left = self.last_step - self.step
-        saves = -(-left // (settings.save_every or max(left, 1)))
+        every, last = settings.save_every or self.last_step, self.last_step
+        saves = -(-last // every) - self.step // every if self.step < last else 0
         checkpoints.check_space(self.run.checkpoints, size, settings.keep_last, saves)
         found = self.run.open(to_toml(self.config), described, self.step)
         if settings.track:
@@ -226,7 +230,7 @@ class Trainer:
         """Take the steps, and do what each is followed by; returns what summary.json says."""
         speak = self.world.first
         self.catch_up()
-        # no bar, but the log, where standard error is no terminal
+        # log lines take the bar's place where standard error is not a terminal
         self.bar = tqdm(
             total=self.last_step, initial=self.step, unit="step",
             disable=None if speak else True,
@@ -250,8 +254,8 @@ class Trainer:
         return self.summarise()
 
     def catch_up(self) -> None:
-        """Do what was due before the first step of this process, but did not come about: a process
-        ended between this step's checkpoint and the evaluation or sample that follows it."""
+        """Do what comes before the first step; on resume, what an earlier process left undone that
+        ended between this step's checkpoint and the evaluation or sample after it."""
         if self.step == 0:
             if self.config.train.init_from and 0 not in self.validations:
                 self.validate()  # what training begins with
@@ -265,10 +269,10 @@ class Trainer:
             self.show_sample(f"after step {self.step}")
 
     def follow_up(self, due: Due, loss: Tensor, verdict: Verdict) -> None:
-        """What a step is followed by: write the row, save, evaluate, stop if asked to, sample.
+        """Do what follows a step: write the row, save, evaluate, stop if asked to, sample.
 
-        A checkpoint never appears before the rows up to its step. What follows the checkpoint, a
-        resumed process does if this one does not (`catch_up`).
+        A checkpoint never appears before the rows up to its step. If this process ends after it, a
+        resumed one does the rest (`catch_up`).
         """
         self.row, stop = self.measure(loss, verdict.grad_norm), verdict.stop
         self.run.record(self.row)
@@ -277,8 +281,6 @@ class Trainer:
         if due.evaluate:
             with contextlib.suppress(Interrupted):
                 self.validate()
-            if self.exhausted:
-                self.save()
         if due.save or due.evaluate:  # both take time, in which a signal may have come
             stop = self.agree()
         if self.world.first:
@@ -381,12 +383,12 @@ class Trainer:
         """Publish a checkpoint of this step, unless there is one, and delete those that need not be
         kept; every rank takes part. Raises NonFinite or Diverged rather than save bad state.
 
-        wait: until it is on disk, even if it is written in the background.
+        wait: return only once it is on disk, even if it is written in the background.
         """
         with self.watch.section("save"):
             self.saver.settle()
             if self.saved != self.step:
-                self.batches.split.settle()  # nothing is kept that came of a damaged shard
+                self.batches.split.settle()  # keep nothing that a damaged shard led to
                 self.run.settle()
                 weights, buffers = checkpoint.named_state(self.engine.model, self.engine.optimizers)
                 health.check_state(weights | buffers, self.step, self.world)
@@ -397,7 +399,7 @@ class Trainer:
                 self.saver.settle()
 
     def retention(self, delete: bool) -> Callable[[], None]:
-        """What deletes the checkpoints that need not be kept beside this step's, if any may be."""
+        """Return a function that deletes what need not be kept beside this step's checkpoint."""
         keep = self.config.train
         best = self.validations.best({*self.kept, self.step}) if keep.keep_best else None
         last = keep.keep_last if delete else 0
@@ -406,7 +408,7 @@ class Trainer:
         )
 
     def description(self) -> dict[str, bytes]:
-        """What a checkpoint says beside its tensors: its files by name."""
+        """A checkpoint's files beside its tensors, by name."""
         spikes = asdict(self.guard.spikes)
         spikes.pop("factor")
         state = {

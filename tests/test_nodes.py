@@ -92,6 +92,18 @@ def test_settings_that_differ_between_ranks_are_named_on_the_rank_that_has_them(
     distributed.check_alike(first, World(1, 2, CPU))
 
 
+@pytest.mark.parametrize("name", ["--resume", "builtin data", "tokenizer"])
+def test_what_decides_which_collectives_a_rank_takes_part_in_is_compared(
+    name, tiny, tmp_path, monkeypatch
+):
+    def from_first(value, _):
+        return value | {name: True} if isinstance(value, dict) else value
+
+    monkeypatch.setattr(distributed, "from_first", from_first)
+    with pytest.raises(ConfigError, match=rf"rank 0 has {name} = \S+, not True"):
+        run([*tiny, "train.steps=1"], tmp_path / "run")
+
+
 def test_a_shard_that_differs_from_the_other_nodes_is_named(monkeypatch):
     """Of four ranks, two on a node, the last; the first two hold different shards of one copy."""
     w, off = torch.arange(4.0), [0.0, 1.0, 0.0, 1.5]

@@ -294,6 +294,22 @@ def test_nothing_that_is_not_finite_is_saved(where, tiny, tmp_path, monkeypatch)
         run([*tiny, "train.stop_at=5"], tmp_path / "run", resume=True)
 
 
+def test_room_is_made_sure_of_for_the_saves_to_come(tiny, tmp_path, monkeypatch):
+    """At steps 3 and 5, then at 6 and 8."""
+    found, check = [], checkpoint.check_space
+
+    def check_space(folder, size, keep_last, saves):
+        found.append(saves)
+        check(folder, size, keep_last, saves)
+
+    monkeypatch.setattr(checkpoint, "check_space", check_space)
+    tiny = [*tiny, "train.sample_tokens=0", "train.eval_every=0"]
+    run([*tiny, "train.stop_at=5"], tmp_path / "run")
+    run(tiny, tmp_path / "run", resume=True)
+    run(tiny, tmp_path / "run", resume=True)
+    assert found == [2, 2, 0]
+
+
 @pytest.mark.parametrize("more", [[], ["train.save_async=on"]])
 def test_a_failed_save_is_never_silent(more, tiny, tmp_path, monkeypatch):
     def full(*_):
@@ -328,6 +344,38 @@ def test_what_is_saved_in_the_background_is_of_its_step(tiny, tmp_path, monkeypa
     run([*tiny, "train.save_async=on"], tmp_path / "b")
     for step in (3, 6, 8):
         assert final(tmp_path / "b", step) == final(tmp_path / "a", step)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_run_that_fails_waits_for_what_it_saves_in_the_background(
+    full, tiny, tmp_path, monkeypatch, caplog
+):
+    """Else the process would end in the middle of it, or release a directory that it writes to."""
+    failed, left, late = threading.Event(), threading.Event(), []
+    write, take_step = checkpoint.write, train_module.Trainer.take_step
+
+    def take(self):
+        if self.step == 4:
+            failed.set()
+            raise DataError("a shard is gone")
+        return take_step(self)
+
+    def write_late(*args):
+        assert failed.wait(WAIT)
+        late.append(left.wait(0.1))
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+        write(*args)
+
+    monkeypatch.setattr(train_module.Trainer, "take_step", take)
+    monkeypatch.setattr(checkpoint, "write", write_late)
+    with pytest.raises(DataError, match="a shard is gone"):
+        run([*tiny, "train.save_async=on"], tmp_path / "run")
+    left.set()
+    assert late == [False]
+    steps = [p.name for p in checkpoint.all_steps(tmp_path / "run" / "checkpoints")]
+    assert steps == ([] if full else ["step-000003"])
+    assert ("No space left" in caplog.text) == full
 
 
 def spike_at(spiked, monkeypatch):

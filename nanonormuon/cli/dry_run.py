@@ -72,8 +72,8 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, shards: int = 1) 
     gathered = added_up = 0
     if shards > 1:  # two blocks and everything outside them are whole at a time, in compute's dtype
         block = sum(p.numel() for p in model.layers[0].parameters())
-        outside = weights // 4 - block * config.model.n_layer
-        gathered = (2 * block + outside) * dtype.itemsize
+        away = max(config.model.n_layer - 2, 0) if t.reshard else 0
+        gathered = (weights // 4 - block * away) * dtype.itemsize
         if micro_batch * T * ranks < t.batch_tokens:  # micro-batches' gradients add up whole
             added_up = weights
     parts = {

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from nanonormuon.model import CHUNK, GPT, GPTConfig
+from nanonormuon.model import GPT, GPTConfig, chunk_rows
 
 
 def here() -> torch.device:
@@ -58,7 +58,7 @@ def recorded(m: GPTConfig, seq_len: int, batch: int, dtype: torch.dtype) -> int:
 def chunk_bytes(m: GPTConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that HeadLoss needs for one chunk of rows (logits, their float32 copy, probabilities,
     gradient) and for its weight in the compute dtype."""
-    rows = min(tokens, max(512, CHUNK[here().type] // m.vocab_size))
+    rows = chunk_rows(tokens, m.vocab_size, here().type)
     cast = 0 if dtype == torch.float32 else m.vocab_size * m.n_embd * dtype.itemsize
     return rows * m.vocab_size * (4 + 4 + 2 * dtype.itemsize) + cast
 

@@ -205,8 +205,8 @@ def from_first(value: Any, device: torch.device) -> Any:
 
 
 def check_alike(found: dict[str, Any], world: World) -> None:
-    """Raise ConfigError on all ranks unless `found` (name -> anything JSON can say) is rank 0's on
-    each of them: every node has a command line, and perhaps data, of its own."""
+    """Raise ConfigError on all ranks unless `found` (name -> anything JSON can say) is equal on all
+    of them: every node has its own command line, and perhaps its own copy of the data."""
     first = from_first(found, world.device)
     odd = [f"{k} = {v}, not {first.get(k)}" for k, v in found.items() if v != first.get(k)]
     if any_rank(bool(odd)):
@@ -217,8 +217,8 @@ def check_alike(found: dict[str, Any], world: World) -> None:
 
 
 def check_nodes(parallel: str, world: World) -> None:
-    """Raise ConfigError on all ranks if train.parallel = hsdp and they are no grid of nodes and
-    several ranks on each, numbered node by node. Every rank must call this."""
+    """Raise ConfigError on all ranks if train.parallel = hsdp, unless there are several nodes with
+    equally many ranks, several on each, numbered node by node. Every rank must call this."""
     if parallel != "hsdp":
         return
     local, rank = local_size(), int(os.environ.get("LOCAL_RANK", "0"))

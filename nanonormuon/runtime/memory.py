@@ -38,8 +38,8 @@ class Shortage(MemoryError):
 
 
 def refuse_absurd(config: Config, world: distributed.World) -> None:
-    """Raise ConfigError for a run that its device cannot hold, or not carry out in ten years, both
-    by a wide margin. The model's vocabulary must be known."""
+    """Raise ConfigError for a run that its device cannot hold or could not finish in ten years,
+    either by a wide margin. The model's vocabulary must be known."""
     t, ranks = config.train, world.size
     with torch.device("meta"):
         one, two = (GPT(replace(config.model, n_layer=n)) for n in (1, 2))
@@ -83,13 +83,9 @@ def memory_of(device: torch.device) -> float:
 
 
 def choose(
-    make: Callable[[], tuple[GPT, Sequence[Optimizer]]],
-    seq_len: int,
-    per_rank: int,
-    world: distributed.World,
-    shards: int = 1,
-    recompute: bool = False,
-) -> int:
+    make: Callable[[], tuple[GPT, Sequence[Optimizer]]], seq_len: int, per_rank: int,
+    world: distributed.World, shards: int = 1, recompute: bool = False, reshard: bool = True,
+) -> int:  # fmt: skip
     """Return the largest divisor of per_rank, in sequences, that fits on every rank.
 
     On one GPU and under DDP a probe finds it, with a model and optimizers from `make`. Under FSDP2,
@@ -102,7 +98,7 @@ def choose(
     if shards > 1:
         with torch.device("meta"):
             model, _ = make()
-        fitting = estimate(model, seq_len, candidates, world, shards, recompute)
+        fitting = estimate(model, seq_len, candidates, world, shards, recompute, reshard)
     else:
         fitting = probe(*make(), seq_len, candidates)
     free_cache(world.device)
@@ -112,7 +108,7 @@ def choose(
 
 def estimate(
     model: GPT, seq_len: int, candidates: Sequence[int], world: distributed.World, shards: int,
-    recompute: bool,
+    recompute: bool, reshard: bool = True,
 ) -> int:  # fmt: skip
     """Return the largest candidate that needs at most 60 % of the memory; 1 if none does."""
     m, dtype = model.config, model.compute_dtype
@@ -125,6 +121,8 @@ def estimate(
     parameters = sum(p.numel() for p in model.parameters())
     free = torch.cuda.mem_get_info(world.device)[0]
     free -= 12 * parameters // shards  # weights, gradients, NorMuon's momentum
+    if not reshard:  # whole weights stay from the forward to the backward pass
+        free -= parameters * dtype.itemsize
 
     def fits(n: int) -> bool:
         # several micro-batches add up float32 gradients that lie whole on every rank

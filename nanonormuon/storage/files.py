@@ -74,8 +74,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def open_regular(path: str | Path, buffer: int = -1) -> BufferedReader:
-    """Open a file that somebody names, or that lies in a directory from elsewhere, for reading,
-    with a buffer of so many bytes (-1: the system's choice).
+    """Open a file from outside the package for reading. buffer: in bytes; -1: the system's choice.
 
     Raises DataError for anything but a regular file: a pipe would make the reader wait, a device
     has no end. Raises OSError.
@@ -101,8 +100,8 @@ def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
 
 
 def check_plain(paths: Iterable[Path]) -> None:
-    """Raise DataError for one that is there and is no regular file of its own, before something is
-    appended to it: a pipe would make the writer wait, a symbolic link leads elsewhere."""
+    """Raise DataError for a path that exists and is not a regular file. Called before something is
+    appended: a pipe would make the writer wait, a symbolic link leads elsewhere."""
     for path in paths:
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise DataError(f"{path}: expected a regular file, not a link or pipe: remove it")
@@ -113,7 +112,7 @@ def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
     string may contain U+2028 and the like. Raises what read_file raises.
 
     cut: yield None for an invalid line, such as the one a crash leaves. Otherwise raises ValueError
-    naming file and line. Raises OSError.
+    naming file and line.
     """
     for number, line in enumerate(read_file(path, 1 << 30).split(b"\n"), 1):
         try:

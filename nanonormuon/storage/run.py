@@ -75,7 +75,7 @@ class RunDirectory:
         """Create the directory and lock it for this process; called on rank 0.
 
         It holds a run if it has config.toml or checkpoints/. A new run takes a directory that is
-        empty but for hidden files and errors/, which is all that a run leaves that fails early.
+        empty but for hidden files and errors/, which is all that a run that fails early leaves.
         Raises RunError if another process has the lock, if the directory holds a run and `resume`
         is False, or if it holds something else; DataError for a pipe or link in a log's place;
         OSError if it cannot be created.
@@ -90,8 +90,8 @@ class RunDirectory:
                 )
         elif foreign := {n for n in os.listdir(self.path) if n[0] != "." and n != "errors"}:
             raise RunError(
-                f"{self.path}: holds no run but {min(foreign)}, which a run could overwrite: "
-                "choose another --out"
+                f"{self.path}: not a run's directory, but holds {min(foreign)}, which a run could "
+                "overwrite: choose another --out"
             )
         file = self.path / ".lock"
         logs = (
@@ -154,8 +154,8 @@ class RunDirectory:
     def record(self, row: dict[str, Any], more: dict[str, Any] | None = None) -> None:
         """Append one step's metrics, on the rank that opened the logs.
 
-        more: measured after the row was recorded. The new line repeats the row, so that it is whole
-        for who reads the file by itself.
+        more: measured after the row was recorded. The new line repeats the row, so that each line
+        makes sense by itself.
         """
         if self.metrics is not None:
             self.metrics.write(json.dumps(row | (more or {})) + "\n")
@@ -265,8 +265,8 @@ def read_samples(file: Path) -> list[dict[str, Any]]:
 def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, Any]]:
     """Read a .jsonl file of steps, one row per step: a later line of a step adds to an earlier one.
 
-    Lines that are no such row, and values that do not fit (key, value), are left out with one
-    warning that names them: a crash may have cut the last line short. No file is no rows.
+    Other lines, and values for which `fits` is false, are left out with one warning that names
+    them: a crash may have cut the last line short. A missing file has no rows.
     """
     rows: dict[int, dict[str, Any]] = {}
     amiss = []

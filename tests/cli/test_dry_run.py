@@ -94,6 +94,13 @@ def test_on_several_nodes_it_shows_what_a_rank_holds_in_each_layout(monkeypatch)
     sizes = dict(re.findall(r"^memory, each of 4 ranks, (\w+), .*?: ([\d.]+) GB", lines, re.M))
     assert list(sizes) == ["ddp", "fsdp", "hsdp"]
     assert float(sizes["ddp"]) > float(sizes["hsdp"]) > float(sizes["fsdp"])
+    demo = sized("demo")
+    found = [
+        dry_run.estimate(replace(demo, train=replace(demo.train, reshard=r, dtype="fp32")), 1, 4, 4)
+        for r in (True, False)
+    ]
+    weights = 4 * sum(found[0].parameters.values())
+    assert found[0].parts["weights"] < found[1].parts["weights"] == weights // 4 + weights
 
 
 def test_a_dry_run_describes_the_model_to_start_from(trained, capsys):

@@ -74,6 +74,14 @@ def test_all_ranks_take_the_smallest_that_a_probe_found(monkeypatch):
     assert reset == [world.device]  # the probe's peak is not the run's
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(100, 100), (512, 512), (600, 300), (1025, 342)])
+def test_the_estimate_of_the_logits_is_of_the_chunks_that_are_used(tokens, rows, monkeypatch):
+    monkeypatch.setattr(activations, "here", lambda: torch.device("cpu"))
+    m = GPTConfig(vocab_size=4096, n_layer=1, n_head=2, n_embd=16)
+    assert activations.chunk_bytes(m, tokens, torch.float32) == rows * 4096 * 16
+    assert activations.chunk_bytes(m, tokens, torch.bfloat16) == rows * 4096 * 12 + 4096 * 16 * 2
+
+
 def test_micro_batches_that_add_up_leave_room_for_whole_gradients(monkeypatch):
     """All sequences at once fit where two micro-batches do not: FSDP2 shards a step's gradients,
     but not those of a part of it."""
@@ -87,6 +95,7 @@ def test_micro_batches_that_add_up_leave_room_for_whole_gradients(monkeypatch):
     monkeypatch.setattr(activations, "chunk_bytes", lambda *_: 2 * parameters)
     monkeypatch.setattr(activations, "kept", lambda *_: (0, 0))
     assert memory.estimate(model, 8, [1, 2], world, 8, False) == 2
+    assert memory.estimate(model, 8, [1, 2], world, 8, False, reshard=False) == 1  # whole weights
     free[0] -= 3 * parameters
     assert memory.estimate(model, 8, [1, 2], world, 8, False) == 1
 
