@@ -25,7 +25,7 @@ def prepare(
     doc_separator: Annotated[str, Option(help=SEPARATOR)] = "",
     workers: Annotated[int, Option(min=0, help="Encoding threads; 0: one per core.")] = 0,
     skip_bad: Annotated[bool, Option("--skip-bad", help=SKIP)] = False,
-    max_record: Annotated[int, Option(min=1, help=RECORD)] = 24,
+    max_record: Annotated[int, Option(min=1, max=1 << 20, help=RECORD)] = 24,
 ) -> None:
     """Turn text into verified shards of tokens.
 
