@@ -133,7 +133,7 @@ def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Spl
     DataError."""
     parts, size = [], 0
     for document in documents([file], text_field=text_field):
-        parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data)]))
+        parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data, document.name)]))
         size += len(document.data)
     if not parts:
         raise DataError(f"{file}: empty, expected text")
