@@ -143,7 +143,7 @@ def plot(runs: Sequence[RunRecord], file: Path, target: float | None = None) -> 
     """Draw the loss over steps, tokens and time, and every other number that was logged over steps,
     as PNG, SVG or PDF by the file's name. Raises what `picture` raises."""
     logged = {k for run in runs for r in run.rows for k in r if isinstance(r[k], int | float)}
-    others = {k for k in logged if re.fullmatch(r"\w{1,50}", k, re.ASCII)}  # other entries are ignored
+    others = {k for k in logged if re.fullmatch(r"\w{1,50}", k, re.ASCII)}  # others are ignored
     over_steps = ["loss", "lr", "tokens_per_second", *sorted(others - KNOWN)]
     panels = [("val_loss", over) for over in ("step", "tokens", "seconds")]
     panels += [(key, "step") for key in over_steps]

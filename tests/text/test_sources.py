@@ -211,7 +211,7 @@ def test_a_byte_order_mark_before_an_array(tmp_path: Path) -> None:
         ("a.json", b'["a"] x', r"a\.json: after item 1: invalid JSON: "),
         ("a.json", b'["a", "\xff"]', r"a\.json: after item \d: invalid JSON: 'utf-8'"),
         ("a.json", b'["a",' + b"[" * 100_000, r"a\.json: .*1000 deep"),
-        ("a.json", b'[{"n": %s}]' % (b"9" * 100_000), r"item 0: invalid JSON: .{,30}9\.\.\.' at 7$"),
+        ("a.json", b'[{"n": %s}]' % (b"9" * 100_000), r"item 0: invalid JSON: .{,50}\.\.' at 7$"),
         ("nameless", b'{"a":' * 100_000 + b"\n", r"nameless:1: a JSON record expected"),
         ("a.csv", b"text,id,text\na,1,b\n", r"a\.csv: columns 1 and 3 are both 'text'"),
         ("a.txt.zst", as_zstd(b"text " * 99) + b"more", r"a\.txt\.zst: damaged compressed file"),
