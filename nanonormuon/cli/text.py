@@ -11,8 +11,8 @@ from nanonormuon.cli import options
 
 SOURCES = "Files, directories, quoted patterns, or - for standard input."
 TOKENIZER = "byte, gpt2, cl100k_base, o200k_base, bpe:N (trained here), or a tokenizer's file."
-RECORD = "MB in a record of JSON, CSV or Parquet at most; reading it takes about 30 times as much."
-SKIP = "Go on past files that cannot be read, and name each."
+RECORD = "Most MB in a record of JSON, CSV or Parquet; reading one takes about 30 times as much."
+SKIP = "Skip files that cannot be read, and name each."
 SEPARATOR = "String between the documents of a text file; write \\n for a line end."
 
 

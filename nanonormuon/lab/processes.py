@@ -242,7 +242,7 @@ def resolve(arguments: Sequence[str]) -> config.Config:
 
 
 def cost(settings: config.Config, runs: int, at_once: int) -> str:
-    """How much `runs` runs are, in a few words."""
+    """Describe the cost of `runs` runs in a line."""
     steps, tokens = settings.train.last_step, settings.train.batch_tokens
     return (
         f"{runs} runs of {steps:,} steps of {tokens:,} tokens: {runs * steps * tokens / 1e6:,.4g}M "
@@ -250,18 +250,18 @@ def cost(settings: config.Config, runs: int, at_once: int) -> str:
     )
 
 
-def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:
+def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
     """Write the plan `file`, which holds what a directory's runs share, or find it unchanged there.
 
-    seeds: where the runs' seeds come from. Returns the shared configuration. Raises ConfigError for
-    a seed among the arguments, RunError if the directory holds something else.
+    seeds: where the runs' seeds come from. Raises ConfigError for a seed among the arguments,
+    RunError if the directory holds something else.
     """
     for argument in arguments:
         if argument.partition("=")[0].strip() == "train.seed":
             raise ConfigError(f"{argument}: {seeds}")
-    shared, out = config.load(arguments)[0], file.parent
+    out = file.parent
     check_plain([*out.glob("*.log"), *out.glob("*/*.log")])
-    content = {"arguments": arguments, "steps": shared.train.steps}
+    content = {"arguments": arguments, "steps": config.load(arguments)[0].train.steps}
     text = json.dumps(content, indent=1) + "\n"
     if not file.exists():
         if out.is_dir() and any(out.iterdir()):
@@ -273,4 +273,3 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:
             f"{file}: {' '.join(found.split())[:999]}, expected {json.dumps(content)}: "
             "another comparison is there; choose another --out"
         )
-    return shared

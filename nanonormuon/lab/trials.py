@@ -24,8 +24,8 @@ def run(
     verdict. A larger n adds to the runs of a smaller one. Raises what Runner.run raises.
     """
     seeds = f"the trials have the seeds 0 to {n - 1} (--n)"
-    resolve(arguments)
-    settings = claim(out / "plan.json", arguments, seeds)
+    settings = resolve(arguments)
+    claim(out / "plan.json", arguments, seeds)
     log.info(f"plan: {cost(settings, n, runner.parallel)}")
     jobs = [
         Job(out / f"trial-{seed:03d}", (*QUIET, *arguments, f"train.seed={seed}"))

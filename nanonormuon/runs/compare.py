@@ -46,7 +46,7 @@ def read(path: Path) -> RunRecord:
     rows = read_metrics(path / "metrics.jsonl")
     if not rows:
         raise RunError(f"{path}: no step is logged in metrics.jsonl yet")
-    for row in rows:  # neither a curve nor a table can show NaN, infinity, or what is next to it
+    for row in rows:  # neither a curve nor a table can show NaN, infinity, or a number near it
         for key in [k for k, v in row.items() if v is not None and not abs(v) < 1e100]:
             del row[key]
     return RunRecord(path, path.resolve().name, config, rows)
@@ -60,7 +60,7 @@ def read_all(paths: Sequence[Path]) -> list[RunRecord]:
     runs = [replace(r, name=str(r.path)) if count[r.name] > 1 else r for r in runs]
     if len({*(sets := validation_sets(runs))}) > 1:
         each = "; ".join(f"{run.name}: {name}" for run, name in zip(runs, sets))
-        log.warning(f"warning: val_loss does not compare, it is on different tokens: {each}")
+        log.warning(f"warning: val_loss cannot be compared, it is on different tokens: {each}")
     return runs
 
 

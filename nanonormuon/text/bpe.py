@@ -230,10 +230,6 @@ class Tokenizer:
         split are unknown."""
         return self.lengths
 
-    def identity(self) -> dict[str, Any]:
-        """What of a manifest's entry decides what the ids of its shards mean."""
-        return {key: getattr(self, key) for key in ("hash", "vocab_size", "eot")}
-
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json, the same bytes every time."""
         config = {
@@ -266,8 +262,8 @@ class Tokenizer:
 def _place(
     job: Sequence[Piece], number: int, offset: int, names: Sequence[str], before: int
 ) -> str:
-    """The document and its byte that is `offset` bytes into a piece of `Tokenizer.encode_job`'s,
-    whose first document has `before` bytes before the job."""
+    """Name the document, and the offset in it, of what is `offset` bytes into piece `number` of a
+    job of `Tokenizer.encode_job`. before: bytes of the first document that are in earlier jobs."""
     for piece in reversed(job[:number]):
         if piece is None:
             before = 0

@@ -179,7 +179,7 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
                     if value.is_valid:
                         if (text := value.as_buffer()).size > limit:
                             raise _too_long(f"{name}: row {row}", limit)
-                        str(text, "utf-8")  # Parquet's libraries do not look
+                        str(text, "utf-8")  # pyarrow does not check it
                         yield text.to_pybytes()
     except DataError:
         raise

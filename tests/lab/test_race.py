@@ -241,7 +241,7 @@ def test_the_plan_says_what_a_race_costs(tmp_path, caplog):
     races.run(begun)
     plan = [record.getMessage() for record in caplog.records]
     assert plan[0].startswith(f"plan: {(3 + 2) * 2 * 2 + 3 * 2} runs of 10 steps of 4,096 tokens")
-    assert "20 choose" in plan[1] and "normuon 6, muon 4; 2 each" in plan[1]
+    assert "20 runs choose" in plan[1] and "normuon 6, muon 4; 2 each" in plan[1]
     assert "up to 8 more" in plan[2] and "--no-grow" in plan[2]
     assert "best of all but the first" in plan[3]
     named = race.Race(["demo", "train.steps=10"], field, 3, tmp_path, 2, "normuon", grow=False)
