@@ -57,6 +57,14 @@ def test_results_that_cannot_be_kept_are_not_lost(trained, tmp_path, monkeypatch
         assert str(run / judge.RESULTS) in capsys.readouterr().err
 
 
+def test_results_on_two_fields_of_a_file_are_both_kept(tmp_path):
+    result = {"set": "a", "path": "/a", "loss": 1.0, "tokens": 9, "step": 4}
+    for row in (result, result | {"field": "body"}, result | {"loss": 2.0}):
+        judge.keep(tmp_path / "kept.json", [row])
+    kept = judge.kept(tmp_path / "kept.json")
+    assert [(row["loss"], row.get("field")) for row in kept] == [(1.0, "body"), (2.0, None)]
+
+
 def test_raw_text_is_tokenized_whole_and_counted_in_bytes(trained, tmp_path):
     content = "the cat sat on a mat.\nnaïve 東京\n" * 9
     (tmp_path / "a.txt").write_text(content, encoding="utf-8")
