@@ -117,7 +117,7 @@ def write(
     """Continue `prompt` in all rows at once until all texts have ended; for each token, yield the
     rows' new printable pieces. settings: those of `generate`; row i has the seed `seed` + i."""
     tokenizer = rows[0].tokenizer
-    ids = [tokenizer.eot, *tokenizer.encode(prompt)]  # as every document begins
+    ids = [tokenizer.eot, *tokenizer.encode(prompt, "the prompt")]  # as every document begins
     for row in rows:
         row.stream = tokenizer.stream(ids)
     for choices in generate(model, torch.tensor([ids] * len(rows)), max_tokens, **settings):

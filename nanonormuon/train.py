@@ -8,7 +8,6 @@ rank), so a resumed run needs nothing but weights, optimizer buffers and k.
 import contextlib
 import json
 import logging
-import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -115,8 +114,9 @@ class Trainer:
         maker = build.Maker(config, self.data, self.tokenizer, world)
         size = maker.micro_batch(self.per_rank, self.found and self.found[1])
         self.engine = maker.engine()
+        self.again = run.again(config.optim.name)
         self.memory = MicroBatch(
-            size, self.per_rank, self.engine.model, world, watch, run.path, self.engine.dealt
+            size, self.per_rank, self.engine.model, world, watch, self.again, self.engine.dealt
         )
         self.loader = Loader(self.batches, self.per_rank, world, self.engine.dealt)
         self.schedule = Schedule(config.train.steps, config.optim)
@@ -288,8 +288,8 @@ class Trainer:
         if stop:
             self.bar.close()
             self.save()
-            again = f"normuon-train run --resume --out {shlex.quote(str(self.run.path))}"
-            raise Interrupted(stop, f"after step {self.step}, which is saved; go on with: {again}")
+            saved = f"after step {self.step}, which is saved"
+            raise Interrupted(stop, f"{saved}; go on with: {self.again}")
         if due.sample and self.step < self.last_step:
             self.show_sample(f"after step {self.step}")
         self.tick = time.perf_counter()
@@ -460,5 +460,5 @@ class Trainer:
         self.run.write(f"crash-{self.step:06d}.json", json.dumps(report) + "\n")
         if verdict.amiss != "state" and self.step:
             self.save(retain=False)
-        message = crash.explain(report, weights, self.per_rank, self.saved, self.run.path)
+        message = crash.explain(report, weights, self.per_rank, self.saved, self.again)
         return NonFinite(message, follows=self.world.rank != verdict.rank)

@@ -80,8 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def hint(error: Exception, arguments: list[str]) -> str:
-    """The setting that was meant by an option with a value that a command does not have, as a line;
-    "" if there is none."""
+    """A line that suggests settings in place of an unknown option with a value, as optim.lr=0.1 for
+    --lr 0.1; "" if no setting has its name."""
     option = getattr(error, "option_name", "")
     command = error.ctx.info_name if getattr(error, "ctx", None) else ""
     value = (

@@ -12,14 +12,14 @@ from nanonormuon.cli import options
 
 Recipe = Annotated[list[str], Argument(metavar=options.SETTINGS, help="Settings of all runs.")]
 Out = Annotated[Path, Option(help="Directory of the experiment; an interrupted one continues.")]
-AT_ONCE = "Runs at a time; 0: one per GPU, or one on a CPU. OMP_NUM_THREADS, if set, is each one's."
+AT_ONCE = "Runs at a time; 0: one per GPU, one on a CPU. Each has OMP_NUM_THREADS threads if set."
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]
 Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
 Strings = list[str] | None
 OPTIMIZERS = "normuon, muon, adamw or module:Class, each with +SETTING=VALUE; joined by commas."
 RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
 GROW = "Lengthen a grid, by 4 rates at most, while its best rate is its first or last."
-BASELINE = "Optimizer that the others are measured against; else the best of all but the first."
+BASELINE = "Optimizer to measure the others against; else the best of all but the first."
 AXIS = "Values of another setting to try: SECTION.KEY=A,B,C; repeatable."
 
 

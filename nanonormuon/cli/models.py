@@ -54,7 +54,7 @@ def sample(
 
 
 DATA = "Prepared directory (its val split); repeatable."
-TEXT = "File or directory as `prepare` takes them; repeatable."
+TEXT = "Text file or directory, read as by `prepare`; repeatable."
 Paths = list[Path] | None
 CHOICES = (
     "Multiple-choice questions: JSONL of HellaSwag, ARC or PIQA as published, or "
@@ -98,7 +98,7 @@ def export(
     path: options.Run,
     out: Annotated[Path | None, Option(help="Model directory to create; required.")] = None,
     older: options.Older = None,
-    dtype: Annotated[str, Option(help="Of the weights: fp32 or bf16.")] = "fp32",
+    dtype: Annotated[str, Option(help="Type of the stored weights: fp32 or bf16.")] = "fp32",
     data: Annotated[Path | None, Option(help="Data to verify on; else the run's own.")] = None,
     as_json: options.AsJson = False,
 ) -> None:

@@ -11,8 +11,8 @@ from nanonormuon.cli import options
 
 SOURCES = "Files, directories, quoted patterns, or - for standard input."
 TOKENIZER = "byte, gpt2, cl100k_base, o200k_base, bpe:N (trained here), or a tokenizer's file."
-RECORD = "MB in a record of JSON, CSV or Parquet at most; reading it takes about 30 times as much."
-SKIP = "Go on past files that cannot be read, and name each."
+RECORD = "Most MB in a record of JSON, CSV or Parquet; reading one takes about 30 times as much."
+SKIP = "Skip files that cannot be read, and name each."
 SEPARATOR = "String between the documents of a text file; write \\n for a line end."
 
 
@@ -25,7 +25,7 @@ def prepare(
     doc_separator: Annotated[str, Option(help=SEPARATOR)] = "",
     workers: Annotated[int, Option(min=0, help="Encoding threads; 0: one per core.")] = 0,
     skip_bad: Annotated[bool, Option("--skip-bad", help=SKIP)] = False,
-    max_record: Annotated[int, Option(min=1, help=RECORD)] = 24,
+    max_record: Annotated[int, Option(min=1, max=1 << 20, help=RECORD)] = 24,
 ) -> None:
     """Turn text into verified shards of tokens.
 

@@ -26,11 +26,11 @@ from tqdm import tqdm
 from nanonormuon import config
 from nanonormuon.errors import CheckpointError, ConfigError, Interrupted, RunError
 from nanonormuon.model import GPT
-from nanonormuon.optim import check_trusted, make_optimizers
+from nanonormuon.optim import make_optimizers
 from nanonormuon.pretrained import models
 from nanonormuon.runs import compare
 from nanonormuon.storage.checkpoints import read_json
-from nanonormuon.storage.files import check_plain, lock, read_file, replace_file
+from nanonormuon.storage.files import check_plain, lock, open_regular, read_file, replace_file
 
 log = logging.getLogger(__name__)
 # settings for runs of which only the losses matter
@@ -104,7 +104,7 @@ class Runner:
         the other runs have saved. A later call continues them.
         """
         for job in jobs:
-            check_trusted(config.load(job.arguments)[0].optim.name)
+            config.load(job.arguments)
         missing = []
         for job in dict.fromkeys(jobs):
             if (result := job.result()) is None:
@@ -158,26 +158,24 @@ class Runner:
                 # once reached, --resume drops it
                 stop_at = config.load(job.arguments)[0].train.stop_at
                 named = [a for a in job.arguments if re.match(r"\s*optim\.name\s*=", a)]
-                code = self.start(job, ["--resume", *named, f"train.stop_at={stop_at}"], place)
-                # not every optimizer's state can be saved; of torchrun every code is 1
-                if job.result() is None and code == (4 if self.ranks == 1 else 1):
+                resumed = ["--resume", *named, f"train.stop_at={stop_at}"]
+                code, last = self.start(job, resumed, place)
+                if job.result() is None and code == 4:  # not every optimizer's state can be saved
                     log.warning(f"{job.path}: cannot be resumed, starts over")
                     shutil.rmtree(job.path)
             if job.result() is None and not (job.path / "config.toml").exists():
-                self.start(job, job.arguments, place)
+                _, last = self.start(job, job.arguments, place)
         finally:
             self.places.put(place)
         if (result := job.result()) is None:
-            text = read_file(job.log_file, 1 << 30).decode(errors="replace").strip()
-            last = (text.splitlines() or ["no output"])[-1].removeprefix("error: ")
-            raise RunError(f"{job.path.name}: {last} (see {job.log_file})")
+            raise RunError(f"{job.path.name}: {last.removeprefix('error: ')} (see {job.log_file})")
         if not job.keep:
             shutil.rmtree(job.path / "checkpoints", ignore_errors=True)
         return result
 
-    def start(self, job: Job, arguments: Sequence[str], place: dict[str, str]) -> int:
-        """Run `normuon-train run` to its end; returns its exit code. Raises Interrupted if a signal
-        ended it."""
+    def start(self, job: Job, arguments: Sequence[str], place: dict[str, str]) -> tuple[int, str]:
+        """Run `normuon-train run` to its end; returns its exit code and last line, of several ranks
+        those of the first that failed. Raises Interrupted if a signal ended it."""
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}", "-m"]
         command = [sys.executable, "-m", *(torchrun if self.ranks > 1 else [])]
         command += ["nanonormuon", "run", *arguments, "--out", str(job.path)]
@@ -186,6 +184,7 @@ class Runner:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         own = {"NANONORMUON_FOLLOW": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
         with open(job.log_file, "ab") as output:
+            begin = output.tell()
             if self.stopped:
                 raise Interrupted(self.stopped, f"before {job.path.name}")
             child = subprocess.Popen(
@@ -199,7 +198,9 @@ class Runner:
             replace_file(job.path / "summary.json", b'{"diverged": true}\n')
         elif code and self.stopped:
             raise Interrupted(self.stopped, f"in {job.path.name}; the same command continues it")
-        return code
+        with open_regular(job.log_file) as output:
+            output.seek(begin)
+            return outcome(output.read().decode(errors="replace"), code)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -218,6 +219,15 @@ class Runner:
             child.send_signal(signal.SIGTERM)  # does nothing to a child that has ended
 
 
+def outcome(text: str, code: int) -> tuple[int, str]:
+    """The exit code and the last line of a run that ended with `code` and printed `text`. torchrun
+    ends with 1 whatever happened, and with a report whose last entry is the first failure."""
+    lines = text.strip().splitlines() or ["no output"]
+    if not (codes := re.findall(r"^  exitcode +: (-?\d+) ", text, re.MULTILINE)):
+        return code, lines[-1]
+    return int(codes[-1]), next((line for line in lines if line.startswith("error: ")), lines[-1])
+
+
 def resolve(arguments: Sequence[str]) -> config.Config:
     """Load a configuration and make its optimizers for a model without storage, so that a run of it
     cannot fail for a name or a setting. Raises ConfigError, CheckpointError."""
@@ -232,7 +242,7 @@ def resolve(arguments: Sequence[str]) -> config.Config:
 
 
 def cost(settings: config.Config, runs: int, at_once: int) -> str:
-    """How much `runs` runs are, in a few words."""
+    """Describe the cost of `runs` runs in a line."""
     steps, tokens = settings.train.last_step, settings.train.batch_tokens
     return (
         f"{runs} runs of {steps:,} steps of {tokens:,} tokens: {runs * steps * tokens / 1e6:,.4g}M "
@@ -240,18 +250,18 @@ def cost(settings: config.Config, runs: int, at_once: int) -> str:
     )
 
 
-def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:
+def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
     """Write the plan `file`, which holds what a directory's runs share, or find it unchanged there.
 
-    seeds: where the runs' seeds come from. Returns the shared configuration. Raises ConfigError for
-    a seed among the arguments, RunError if the directory holds something else.
+    seeds: where the runs' seeds come from. Raises ConfigError for a seed among the arguments,
+    RunError if the directory holds something else.
     """
     for argument in arguments:
         if argument.partition("=")[0].strip() == "train.seed":
             raise ConfigError(f"{argument}: {seeds}")
-    shared, out = config.load(arguments)[0], file.parent
+    out = file.parent
     check_plain([*out.glob("*.log"), *out.glob("*/*.log")])
-    content = {"arguments": arguments, "steps": shared.train.steps}
+    content = {"arguments": arguments, "steps": config.load(arguments)[0].train.steps}
     text = json.dumps(content, indent=1) + "\n"
     if not file.exists():
         if out.is_dir() and any(out.iterdir()):
@@ -263,4 +273,3 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> config.Config:
             f"{file}: {' '.join(found.split())[:999]}, expected {json.dumps(content)}: "
             "another comparison is there; choose another --out"
         )
-    return shared

@@ -85,8 +85,7 @@ def entry_of(
     taken = {"optim.lr": "--lr has the rates"} | dict.fromkeys(keys, "set it in one of them")
     for combination in others:
         refuse(f"--sweep or --wd, and {where}", combination, SHARED | taken)
-        resolve([*arguments, *settings, *combination])
-    usual = config.load([*arguments, *settings])[0].optim.lr
+        usual = resolve([*arguments, *settings, *combination]).optim.lr
     if "optim.lr" not in keys and name not in ("normuon", "muon"):
         usual = ADAMW_LR
     return Entry(label, settings, rates(label, grid, usual, "optim.lr" in keys), others)
@@ -187,22 +186,19 @@ class Race:
 
     def plan(self, tuning: int, final: int, at_once: int) -> list[str]:
         """What is about to be run and what it costs. tuning, final: how many runs."""
-        lines, seeds = [f"plan: {cost(self.settings, tuning + final, at_once)}"], len(self.seeds)
+        lines = [f"plan: {cost(self.settings, tuning + final, at_once)}"]
         if tuning:
             grids = ", ".join(f"{e.label} {len(e.tuning)}" for e in self.field)
             each = len(self.tuning_seeds)
-            lines.append(
-                f"{tuning} choose among settings ({grids}; {each} each), {final} are final"
-            )
+            lines.append(f"{tuning} runs choose settings ({grids}; {each} each), {final} are final")
         if tuning and self.longer:
             lines.append(
-                f"up to {self.longer * each} more per optimizer while its best rate is at the end "
-                "of its grid (--no-grow forbids it)"
+                f"up to {self.longer * each} more per optimizer while its best rate is at an end "
+                "of its grid (unless --no-grow)"
             )
-        if seeds and len(self.field) > 1:
-            lines.append(
-                f"baseline: {self.baseline or 'the best of all but the first, at the end'}"
-            )
+        if final and len(self.field) > 1:
+            named = self.baseline or "the best of all but the first, at the end"
+            lines.append(f"baseline: {named}")
         return lines
 
     def report(self) -> dict[str, Any]:

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanonormuon import config
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
 from nanonormuon.lab.significance import verdict
-from nanonormuon.optim import check_trusted
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import read_file, replace_file
 from nanonormuon.storage.run import read_metrics, source_files
@@ -25,10 +23,9 @@ def run(
     OUT/trial-000/ is a run directory, OUT/trial-000.txt its self-contained log, OUT/trials.json the
     verdict. A larger n adds to the runs of a smaller one. Raises what Runner.run raises.
     """
-    check_trusted(config.load(arguments)[0].optim.name)
     seeds = f"the trials have the seeds 0 to {n - 1} (--n)"
-    resolve(arguments)
-    settings = claim(out / "plan.json", arguments, seeds)
+    settings = resolve(arguments)
+    claim(out / "plan.json", arguments, seeds)
     log.info(f"plan: {cost(settings, n, runner.parallel)}")
     jobs = [
         Job(out / f"trial-{seed:03d}", (*QUIET, *arguments, f"train.seed={seed}"))

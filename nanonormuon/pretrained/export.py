@@ -196,7 +196,7 @@ def evaluations(results: Sequence[dict[str, Any]], step: int) -> str:
         error = f" ± {r['accuracy_stderr']:.4f}" if "accuracy_stderr" in r else ""
         if r.get("step") == step:
             cells = [f"{measure} {r[measure]:.4f}{error}", f"{count(r):,} {unit}", window, stride]
-            fullest[r.get("path"), window, stride] = [Path(r["set"]).name, *cells]
+            fullest[r.get("path"), r.get("field"), window, stride] = [Path(r["set"]).name, *cells]
     return table("Evaluations", ("set", "result", "n", "window", "stride"), [*fullest.values()])
 
 

@@ -75,9 +75,10 @@ def evaluate(
         home = split.paths[0].parent
         name = home.name if own else str(source)
         results.append({"set": name, **measure(split), "path": home})
+    field = {} if text_field == "text" else {"field": text_field}
     for file in texts:
         split = read_text(file, tokenizer, text_field)
-        results.append({"set": str(file), **measure(split), "path": file})
+        results.append({"set": str(file), **measure(split), "path": file, **field})
     for file in questions:
         scores = multiple_choice.accuracy(model, tokenizer, multiple_choice.read(file), window)
         results.append({"set": str(file), **scores, "window": window, "path": file})
@@ -133,7 +134,7 @@ def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Spl
     DataError."""
     parts, size = [], 0
     for document in documents([file], text_field=text_field):
-        parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data)]))
+        parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data, document.name)]))
         size += len(document.data)
     if not parts:
         raise DataError(f"{file}: empty, expected text")
@@ -170,10 +171,10 @@ def kept(file: Path) -> list[dict[str, Any]]:
 
 def keep(file: Path, results: Sequence[dict[str, Any]]) -> None:
     """Add results to evaluations.json. Each replaces an older one computed in the same way: on the
-    same set and tokens, at the same step, in the same dtype and windows."""
+    same set, field and tokens, at the same step, in the same dtype and windows."""
 
     def key(result: dict[str, Any]) -> list:
-        names = ("path", "step", "dtype", "window", "stride", "tokens")
+        names = ("path", "field", "step", "dtype", "window", "stride", "tokens")
         return [result.get(name) for name in names]
 
     new = [key(result) for result in results]

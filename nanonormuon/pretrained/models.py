@@ -68,7 +68,7 @@ def state_of(path: Path) -> dict[str, Any] | None:
 
 
 def checked(name: str, value: Any) -> Any:
-    """A setting that a run may have, of its own type. Raises ValueError."""
+    """The value of a setting, in its own type, if a run may have it. Raises ValueError."""
     if name not in KINDS or name.startswith("model."):  # another version's; config.json counts
         possible, expected = isinstance(value, bool | int | float | str), "a number or text"
     else:

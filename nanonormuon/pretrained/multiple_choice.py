@@ -7,7 +7,7 @@ hellaswag, arc_easy, arc_challenge, piqa; zero-shot), so that results can be com
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,11 @@ class Question:
     context: str
     choices: list[str]
     answer: int
+    place: str = field(default="", compare=False)  # file and line, for messages
 
     def __post_init__(self) -> None:
+        if not all(isinstance(text, str) for text in (self.context, *self.choices)):
+            raise ValueError("text expected as context and choices")
         if not 0 <= self.answer < len(self.choices) or not all(self.choices):
             raise ValueError(f"answer {self.answer} of {len(self.choices)} choices")
 
@@ -40,7 +43,7 @@ def read(file: Path) -> list[Question]:
     NAME-labels.lst beside NAME.jsonl), or objects with "context" or "question", "choices" and
     "answer", the right one's index. Raises DataError naming the line."""
     labels = file.with_name(f"{file.stem}-labels.lst")
-    answers = read_file(labels).decode().split() if labels.exists() else None
+    answers = read_file(labels).decode(errors="replace").split() if labels.exists() else None
     try:
         rows = list(read_jsonl(file))
     except ValueError as error:
@@ -54,7 +57,7 @@ def read(file: Path) -> list[Question]:
         try:
             if answers is not None:
                 row["label"] = answers[len(questions)]
-            questions.append(parse(row))
+            questions.append(replace(parse(row), place=f"{file}: line {number}"))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
@@ -98,9 +101,9 @@ def accuracy(
     by the choice's length in characters, with standard errors."""
     rows = []
     for q in questions:
-        before = len(tokenizer.encode(q.context))
+        before = len(tokenizer.encode(q.context, q.place))
         for choice in q.choices:
-            ids = tokenizer.encode(f"{q.context} {choice}")
+            ids = tokenizer.encode(f"{q.context} {choice}", q.place)
             rows.append(([tokenizer.eot, *ids], len(ids) - before))
     scores = iter(log_likelihoods(model, rows, window))
     right: dict[str, list[bool]] = {"accuracy": [], "accuracy_normalised": []}

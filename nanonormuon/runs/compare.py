@@ -46,7 +46,7 @@ def read(path: Path) -> RunRecord:
     rows = read_metrics(path / "metrics.jsonl")
     if not rows:
         raise RunError(f"{path}: no step is logged in metrics.jsonl yet")
-    for row in rows:  # neither a curve nor a table can show NaN, infinity, or what is next to it
+    for row in rows:  # neither a curve nor a table can show NaN, infinity, or a number near it
         for key in [k for k, v in row.items() if v is not None and not abs(v) < 1e100]:
             del row[key]
     return RunRecord(path, path.resolve().name, config, rows)
@@ -60,7 +60,7 @@ def read_all(paths: Sequence[Path]) -> list[RunRecord]:
     runs = [replace(r, name=str(r.path)) if count[r.name] > 1 else r for r in runs]
     if len({*(sets := validation_sets(runs))}) > 1:
         each = "; ".join(f"{run.name}: {name}" for run, name in zip(runs, sets))
-        log.warning(f"warning: val_loss does not compare, it is on different tokens: {each}")
+        log.warning(f"warning: val_loss cannot be compared, it is on different tokens: {each}")
     return runs
 
 
@@ -143,7 +143,7 @@ def plot(runs: Sequence[RunRecord], file: Path, target: float | None = None) -> 
     """Draw the loss over steps, tokens and time, and every other number that was logged over steps,
     as PNG, SVG or PDF by the file's name. Raises what `picture` raises."""
     logged = {k for run in runs for r in run.rows for k in r if isinstance(r[k], int | float)}
-    others = {k for k in logged if re.fullmatch(r"\w{1,50}", k, re.ASCII)}  # else none of ours
+    others = {k for k in logged if re.fullmatch(r"\w{1,50}", k, re.ASCII)}  # others are ignored
     over_steps = ["loss", "lr", "tokens_per_second", *sorted(others - KNOWN)]
     panels = [("val_loss", over) for over in ("step", "tokens", "seconds")]
     panels += [(key, "step") for key in over_steps]

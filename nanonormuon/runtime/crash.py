@@ -1,8 +1,6 @@
 """What is known about a refused step: a report to save, and one line that says what to do."""
 
-import shlex
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,12 +44,12 @@ def examine(
 
 
 def explain(
-    report: Mapping[str, Any], weights: Collection[str], per_rank: int, saved: int, run: Path
+    report: Mapping[str, Any], weights: Collection[str], per_rank: int, saved: int, again: str
 ) -> str:
     """Sum up a crash report in one line, with what to do.
 
     weights: names of the weights. per_rank: sequences per rank and step. saved: the step of the
-    last checkpoint. run: the run directory.
+    last checkpoint. again: the command that continues the run.
     """
     step, bad = report["step"], report["not_finite"]
     if report["amiss"] == "state":
@@ -60,9 +58,9 @@ def explain(
     else:
         what = f"the {report['amiss']} of step {step}"
         advice = (
-            f"repeat only this step with: normuon-train run --resume --out {shlex.quote(str(run))} "
-            f"train.stop_at={step + 1}; get past it with train.skip_spikes, or start again with a "
-            "lower optim.lr and lower auxiliary rates, or with optim.grad_clip"
+            f"repeat only this step with: {again} train.stop_at={step + 1}; get past it with "
+            "train.skip_spikes, or start again with a lower optim.lr and lower auxiliary rates, or "
+            "with optim.grad_clip"
         )
     where = f"first in {bad[0]} of {len(bad)} tensors" if bad else "in no gradient"
     first = per_rank * report["rank"]

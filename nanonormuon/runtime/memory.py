@@ -8,10 +8,8 @@ import bisect
 import logging
 import math
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -182,15 +180,16 @@ def free_cache(device: torch.device) -> None:
 class MicroBatch:
     """The number of sequences per device at a time: equal on all ranks, a divisor of `per_rank`.
 
-    fixed: never shrink, since train.canonical adds up micro-batches of a single size.
+    again: the command that continues the run. fixed: never shrink, since train.canonical adds up
+    micro-batches of a single size.
     """
 
     def __init__(
         self, size: int, per_rank: int, model: GPT, world: distributed.World, watch: Watch,
-        run: Path, fixed: bool = False,
+        again: str, fixed: bool = False,
     ):  # fmt: skip
         self.size, self.per_rank, self.model, self.world = size, per_rank, model, world
-        self.watch, self.run, self.fixed = watch, run, fixed
+        self.watch, self.again, self.fixed = watch, again, fixed
 
     @property
     def count(self) -> int:
@@ -217,13 +216,12 @@ class MicroBatch:
         free_cache(self.world.device)
         fewer = smaller(self.size, self.per_rank)
         if not everywhere or self.fixed or fewer == self.size:
-            again = f"normuon-train run --resume --out {shlex.quote(str(self.run))}"
-            advice = f"go on from the last checkpoint with: {again} train.micro_batch={fewer}"
+            advice = f"go on from the last checkpoint with: {self.again} train.micro_batch={fewer}"
             if fewer == self.size:
                 advice = (
                     "less than one sequence at a time is impossible; go on from the last "
-                    f"checkpoint with {again} train.activation_checkpointing=true, on more GPUs "
-                    "with train.parallel=fsdp, or on a machine with more memory"
+                    f"checkpoint with {self.again} train.activation_checkpointing=true, on more "
+                    "GPUs with train.parallel=fsdp, or on a machine with more memory"
                 )
             error = OutOfMemory(f"out of memory{cause and ': '}{cause}; {advice}")
             error.everywhere = everywhere

@@ -24,6 +24,7 @@ from nanonormuon.errors import DataError, RunError, explained
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage.files import (
     check_plain,
+    in_shell,
     lock,
     read_file,
     read_jsonl,
@@ -184,6 +185,12 @@ class RunDirectory:
         """Replace a file of the run, on rank 0."""
         if self.first:  # half of a surrogate pair, which JSON lines may hold, stays \udXXX
             replace_file(self.path / name, content.encode(errors="backslashreplace"))
+
+    def again(self, optimizer: str) -> str:
+        """The command that continues the run. It names an optimizer of another package anew, since
+        code is not run because a file names it."""
+        named = f" {shlex.quote(f'optim.name={optimizer}')}" if ":" in optimizer else ""
+        return f"normuon-train run --resume --out {in_shell(self.path)}{named}"
 
     def __enter__(self) -> "RunDirectory":
         return self

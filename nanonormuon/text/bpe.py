@@ -192,11 +192,12 @@ class Tokenizer:
         """The token of each single byte."""
         return {token[0]: i for i, token in self.table.items() if len(token) == 1}
 
-    def encode(self, text: str | bytes) -> list[int]:
-        """Ids of a text. A lone surrogate in a `str` stands for its three bytes in Python's
-        "surrogatepass" encoding, which are not UTF-8. Bytes that are not UTF-8 become single-byte
-        tokens, or raise TokenizerError with the offset where the vocabulary lacks these."""
-        return self.encode_job(list(self.pieces(text))).tolist()
+    def encode(self, text: str | bytes, name: str = "") -> list[int]:
+        """Ids of a text; `name` is for messages. A lone surrogate in a `str` stands for its three
+        bytes in Python's "surrogatepass" encoding, which are not UTF-8. Bytes that are not UTF-8
+        become single-byte tokens, or raise TokenizerError with name and offset where the vocabulary
+        lacks these."""
+        return self.encode_job(list(self.pieces(text)), [name] if name else ()).tolist()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for. Raises TokenizerError for an id that no token has."""
@@ -228,10 +229,6 @@ class Tokenizer:
         """`lengths`; None if tokens have none of their own, so that bits per byte of a part of a
         split are unknown."""
         return self.lengths
-
-    def identity(self) -> dict[str, Any]:
-        """What of a manifest's entry decides what the ids of its shards mean."""
-        return {key: getattr(self, key) for key in ("hash", "vocab_size", "eot")}
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json, the same bytes every time."""
@@ -265,8 +262,8 @@ class Tokenizer:
 def _place(
     job: Sequence[Piece], number: int, offset: int, names: Sequence[str], before: int
 ) -> str:
-    """The document and its byte that is `offset` bytes into a piece of `Tokenizer.encode_job`'s,
-    whose first document has `before` bytes before the job."""
+    """Name the document, and the offset in it, of what is `offset` bytes into piece `number` of a
+    job of `Tokenizer.encode_job`. before: bytes of the first document that are in earlier jobs."""
     for piece in reversed(job[:number]):
         if piece is None:
             before = 0

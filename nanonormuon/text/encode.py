@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nanonormuon.errors import DataError
 from nanonormuon.storage import shards
-from nanonormuon.storage.files import naming, replace_file, settle
+from nanonormuon.storage.files import naming, read_file, replace_file, settle
 from nanonormuon.text.bpe import Piece, Tokenizer
 from nanonormuon.text.sources import Document
 
@@ -34,7 +34,7 @@ def read_plan(directory: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """The plan that an interrupted run left in a directory: what it was asked for, its tokenizer's
     hash and the finished shards, those with intact files. None if something else was asked for."""
     try:
-        plan = json.loads((directory / PLAN).read_bytes())
+        plan = json.loads(read_file(directory / PLAN, 1 << 30))
         shards.check_shape(plan, PLAN_SHAPE, "plan")
     except (OSError, ValueError, RecursionError):
         return None

@@ -9,6 +9,7 @@ tabs nor line ends.
 import codecs
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -81,7 +82,8 @@ def _json_array(file: Any, name: str, text_field: str, limit: int) -> Iterator[b
         where = f"{name}: after item {number}"
         if left < 0:
             raise _too_long(where, limit) from None
-        raise DataError(f"{where}: no valid JSON: {str(error)[:200]}") from None
+        problem = re.sub(r"'(.{20}).*'", r"'\1...'", str(error))  # which quotes a whole number
+        raise DataError(f"{where}: invalid JSON: {problem[:200]}") from None
 
 
 def _field(record: Any, text_field: str, where: str) -> bytes:
@@ -177,7 +179,7 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
                     if value.is_valid:
                         if (text := value.as_buffer()).size > limit:
                             raise _too_long(f"{name}: row {row}", limit)
-                        str(text, "utf-8")  # Parquet's libraries do not look
+                        str(text, "utf-8")  # pyarrow does not check it
                         yield text.to_pybytes()
     except DataError:
         raise

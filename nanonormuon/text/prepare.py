@@ -263,8 +263,8 @@ class Survey:
             )  # fmt: skip
         if self.cut:
             log.info(
-                "prepare: val has the last %g of %d large documents: %s",
-                self.val, len(self.cut), ", ".join(self.tails[:3]) or "in parts",
+                "prepare: %d large documents are cut, and the last %g of each is validation: %s",
+                len(self.cut), self.val, ", ".join(self.tails[:3]),
             )  # fmt: skip
 
     def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
@@ -371,7 +371,7 @@ def _warn(manifest: dict[str, Any]) -> None:
 
 def refuse_foreign(out: Path) -> None:
     """Raise DataError for a directory with visible files, unless a preparation has been made there
-    or is under way. Nothing of it has been touched by then."""
+    or is under way. Called before anything there is touched."""
     if (out / MANIFEST).exists() or not out.is_dir():
         return
     partial = out / PARTIAL

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import MissingPackage, TokenizerError
+from nanonormuon.errors import DataError, MissingPackage, TokenizerError
 from nanonormuon.storage.files import read_file
 from nanonormuon.text import bpe
 from nanonormuon.text.bpe import BYTES, CL100K, CONFIG, EOT, FILE, GPT2, O200K, PATTERN, Tokenizer
@@ -145,6 +145,8 @@ def load(path: str | Path) -> Tokenizer:
         raise
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from None
+    except DataError as error:  # of read_file, which names the file
+        raise TokenizerError(str(error)) from None
     except DAMAGE as error:
         problem = f"{type(error).__name__}: {str(error)[:200]}"
         raise TokenizerError(f"{path}: damaged, or of an unknown kind ({problem})") from None

@@ -5,9 +5,12 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -83,26 +86,33 @@ def test_a_strangers_optimizer_is_not_imported(code, command, theirs, capsys):
 def test_an_optimizer_named_in_the_command_goes_on_under_a_race(tiny, tmp_path, monkeypatch):
     """A file's name for it does not get to the processes that a race starts, its own does."""
     begun = []
-    monkeypatch.setattr(
-        Runner, "start", lambda _, job, given, place: begun.append(list(given)) or 4
-    )
+
+    def start(_, job, given, place):
+        begun.append(list(given))
+        return 4, "no output"
+
+    monkeypatch.setattr(Runner, "start", start)
     name = "optim.name=torch.optim:Adagrad"
     job = Job(tmp_path / "a", (*tiny, name))
     job.path.mkdir()
     (job.path / "config.toml").write_text("")
     with pytest.raises(ValueError, match="no output"):
-        job.log_file.touch()
         Runner().carry_out(job)
     resumed, afresh = begun
     assert resumed[:2] == ["--resume", name] and name in afresh
 
 
-def test_a_named_optimizer_trains_and_resumes(tiny, tmp_path, capsys):
+def test_a_named_optimizer_trains_and_resumes(tiny, tmp_path, capsys, monkeypatch):
     out, named = ["--out", str(tmp_path / "run")], "optim.name=torch.optim.adagrad:Adagrad"
     short = [*tiny, "train.steps=2", "train.sample_tokens=0"]
     assert cli.main(["run", *short, named, "train.stop_at=1", *out]) == 0
     assert cli.main(["run", "--resume", *out]) == 2
-    assert cli.main(["run", "--resume", *out, capsys.readouterr().err.split()[-1]]) == 0
+    again = ["run", "--resume", *out, capsys.readouterr().err.split()[-1]]
+    with monkeypatch.context() as broken:
+        broken.setattr(GPT, "forward", Mock(side_effect=MemoryError))
+        assert cli.main(again) == 6
+    printed = re.search(r"normuon-train (.*?) train\.", capsys.readouterr().err)[1]
+    assert cli.main(shlex.split(printed)) == 0
 
 
 HOSTILE = {"pipe": os.mkfifo, "endless": lambda path: path.symlink_to("/dev/zero")}

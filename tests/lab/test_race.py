@@ -241,7 +241,7 @@ def test_the_plan_says_what_a_race_costs(tmp_path, caplog):
     races.run(begun)
     plan = [record.getMessage() for record in caplog.records]
     assert plan[0].startswith(f"plan: {(3 + 2) * 2 * 2 + 3 * 2} runs of 10 steps of 4,096 tokens")
-    assert "20 choose" in plan[1] and "normuon 6, muon 4; 2 each" in plan[1]
+    assert "20 runs choose" in plan[1] and "normuon 6, muon 4; 2 each" in plan[1]
     assert "up to 8 more" in plan[2] and "--no-grow" in plan[2]
     assert "best of all but the first" in plan[3]
     named = race.Race(["demo", "train.steps=10"], field, 3, tmp_path, 2, "normuon", grow=False)
@@ -348,6 +348,7 @@ def here(monkeypatch):
         if resume:
             source.insert(1, "train.stop_at=0")  # as cli.run does
         train(load(source)[0], job.path, resume)
+        return 0, ""
 
     class Inline(concurrent.futures.ThreadPoolExecutor):  # signals need the main thread
         def submit(self, call, *arguments):
@@ -491,24 +492,34 @@ def test_a_run_that_outlives_its_race_is_waited_for(smaller, tmp_path, here):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "code", "anew"), [(1, -9, False), (1, 8, False), (1, 4, True), (2, 1, True)]
+    ("code", "report", "anew"),
+    [(-9, "", False), (8, "", False), (4, "", True), (1, "8", False), (1, "4", True)],
 )
 def test_a_run_starts_over_only_if_its_checkpoints_are_refused(
-    ranks, code, anew, smaller, tmp_path, monkeypatch
+    code, report, anew, smaller, tmp_path, monkeypatch
 ):
-    """Killed once more, or on a full disk, it keeps what it has."""
+    """Killed once more, or on a full disk, it keeps what it has. report: of torchrun, after the
+    error of the rank that failed first."""
     job, begun = Job(tmp_path / "a", (*smaller,)), []
     (job.path / "checkpoints" / "step-000002").mkdir(parents=True)
     (job.path / "config.toml").touch()
-    job.log_file.write_text("error: what it said\n")
+    job.log_file.write_text("error: an older one\n")
+    text = "step 1\nerror: what it said\n"
+    if report:
+        text += "error: of another rank\n  exitcode  : 7 (pid: 1) \nRoot Cause\n"
+        text += f"  exitcode  : {report} (pid: 2) \n=====\n"
 
-    def start(self, job, arguments, place):
-        begun.append(arguments[0] == "--resume")
-        return code
+    class Child:
+        def __init__(self, command, **options):
+            begun.append("--resume" in command)
+            options["stdout"].write(text.encode())
 
-    monkeypatch.setattr(Runner, "start", start)
-    with pytest.raises(RunError, match="what it said"):
-        Runner(ranks=ranks).carry_out(job)
+        def wait(self):
+            return code
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    with pytest.raises(RunError, match="a: what it said"):
+        Runner(ranks=2 if report else 1).carry_out(job)
     assert (job.path / "checkpoints" / "step-000002").exists() is not anew
     assert begun == [True, False][: 1 + anew]
 

@@ -57,6 +57,14 @@ def test_results_that_cannot_be_kept_are_not_lost(trained, tmp_path, monkeypatch
         assert str(run / judge.RESULTS) in capsys.readouterr().err
 
 
+def test_results_on_two_fields_of_a_file_are_both_kept(tmp_path):
+    result = {"set": "a", "path": "/a", "loss": 1.0, "tokens": 9, "step": 4}
+    for row in (result, result | {"field": "body"}, result | {"loss": 2.0}):
+        judge.keep(tmp_path / "kept.json", [row])
+    kept = judge.kept(tmp_path / "kept.json")
+    assert [(row["loss"], row.get("field")) for row in kept] == [(1.0, "body"), (2.0, None)]
+
+
 def test_raw_text_is_tokenized_whole_and_counted_in_bytes(trained, tmp_path):
     content = "the cat sat on a mat.\nnaïve 東京\n" * 9
     (tmp_path / "a.txt").write_text(content, encoding="utf-8")
@@ -129,6 +137,9 @@ def test_what_evaluation_refuses(trained, shards, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"context": "a", "choices": ["b"], "answer": 0}\n{"x": 1}')
     (tmp_path / "none.jsonl").write_text("\n")
     (tmp_path / "cut.jsonl").write_bytes('\n{"context": "é'.encode()[:-1])
+    (tmp_path / "sums.jsonl").write_text('{"context": "1+1", "choices": [1, 2], "answer": 1}')
+    (tmp_path / "odd.jsonl").write_text('{"goal": "a", "sol1": "b", "sol2": "c"}')
+    (tmp_path / "odd-labels.lst").write_bytes(b"\xff")
     (tmp_path / "far.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 2}')
     for arguments, code, words in (
         (["--data", shards], 3, "made with tokenizer"),
@@ -138,6 +149,8 @@ def test_what_evaluation_refuses(trained, shards, tmp_path, capsys):
         (["--window", 8, "--stride", 9], 2, "--stride 9: expected 1 to --window 8"),
         (["--choices", tmp_path / "bad.jsonl"], 3, "bad.jsonl: line 2: no field 'question'"),
         (["--choices", tmp_path / "cut.jsonl"], 3, "cut.jsonl: line 2: 'utf-8' codec"),
+        (["--choices", tmp_path / "sums.jsonl"], 3, "sums.jsonl: line 1: text expected"),
+        (["--choices", tmp_path / "odd.jsonl"], 3, "odd.jsonl: line 1: "),
         (["--choices", tmp_path / "none.jsonl"], 3, "no questions"),
         (["--choices", tmp_path / "far.jsonl"], 3, "answer 2 of 2 choices"),
         (["--device", "gpu"], 2, "expected one of auto"),
@@ -146,6 +159,17 @@ def test_what_evaluation_refuses(trained, shards, tmp_path, capsys):
         assert cli.main(["evaluate", str(trained), *map(str, arguments)]) == code
         error = capsys.readouterr().err
         assert words in error and "Traceback" not in error
+
+
+def test_text_that_the_tokenizer_lacks_is_named(tmp_path):
+    byte = tokenizer.get("byte")
+    byte.byte_ids = {}  # as of a kind that encodes UTF-8 alone
+    (tmp_path / "a.txt").write_bytes(b"a" * 2000 + b"\xff")
+    (tmp_path / "q.jsonl").write_text(r'{"context": "the \ud800", "choices": ["a"], "answer": 0}')
+    with pytest.raises(DataError, match=r"a\.txt: offset 2000: byte 0xff"):
+        judge.read_text(tmp_path / "a.txt", byte)
+    with pytest.raises(DataError, match=r"q\.jsonl: line 1: offset 4: byte 0xed"):
+        choices.accuracy(None, byte, choices.read(tmp_path / "q.jsonl"), 8)
 
 
 class Bigram:

@@ -204,14 +204,14 @@ def test_a_byte_order_mark_before_an_array(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": ["a"]}', r"a\.jsonl:1: text expected in 'text', list found"),
         ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: a JSON record expected"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: a JSON record expected"),
-        ("a.json", b'[{"text": "a"}, {"text": ]', r"a\.json: after item 1: no valid JSON: .*\]"),
-        ("a.json", b'[{"text": "a"} {"text": "b"}]', r"a\.json: after item 1: no valid JSON: .*\{"),
-        ("a.json", b'[{"text": "a"}', r"a\.json: after item 1: no valid JSON: Incomp"),
-        ("a.json", b'["a"] ["b"]', r"a\.json: after item 1: no valid JSON: Addit"),
-        ("a.json", b'["a"] x', r"a\.json: after item 1: no valid JSON: "),
-        ("a.json", b'["a", "\xff"]', r"a\.json: after item \d: no valid JSON: 'utf-8'"),
+        ("a.json", b'[{"text": "a"}, {"text": ]', r"a\.json: after item 1: invalid JSON: .*\]"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', r"a\.json: after item 1: invalid JSON: .*\{"),
+        ("a.json", b'[{"text": "a"}', r"a\.json: after item 1: invalid JSON: Incomp"),
+        ("a.json", b'["a"] ["b"]', r"a\.json: after item 1: invalid JSON: Addit"),
+        ("a.json", b'["a"] x', r"a\.json: after item 1: invalid JSON: "),
+        ("a.json", b'["a", "\xff"]', r"a\.json: after item \d: invalid JSON: 'utf-8'"),
         ("a.json", b'["a",' + b"[" * 100_000, r"a\.json: .*1000 deep"),
-        ("a.json", b'[{"n": %s}]' % (b"9" * 100_000), r"a\.json: after item 0: no valid .{,250}$"),
+        ("a.json", b'[{"n": %s}]' % (b"9" * 100_000), r"item 0: invalid JSON: .{,50}\.\.' at 7$"),
         ("nameless", b'{"a":' * 100_000 + b"\n", r"nameless:1: a JSON record expected"),
         ("a.csv", b"text,id,text\na,1,b\n", r"a\.csv: columns 1 and 3 are both 'text'"),
         ("a.txt.zst", as_zstd(b"text " * 99) + b"more", r"a\.txt\.zst: damaged compressed file"),
@@ -378,6 +378,8 @@ def test_limits_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(DataError, match=rf"{at}: a record of more than 0.125 MB; .*--max-rec"):
             list(documents([tmp_path / name], max_record=1 << 17))
         assert len(list(documents([tmp_path / name], max_record=1 << 20))) == 2
+    most = ["prepare", str(tmp_path / "a.jsonl"), "--out", str(tmp_path), "--max-record", "9" * 14]
+    assert cli.main(most) == 2
     monkeypatch.setattr(sources, "PACKED_PARQUET_LIMIT", 100)
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(as_parquet(["x"])))
     with pytest.raises(DataError, match="unpack this file"):
