@@ -156,7 +156,7 @@ class Bucket:
 
     params: list[Tensor]
     group: int  # index into the optimizer's param_groups
-    layout: "OneProcess"  # may be replaced between steps
+    layout: "Layout"  # may be replaced between steps
     M: Tensor  # momentum (K, rows here, n)
     v: Tensor | None  # second moment, as neuron_factors takes it
     arriving: Arriving | None = None  # what the next stage waits for
@@ -329,9 +329,9 @@ def unstack(stacked: Tensor, like: list[Tensor]) -> Sequence[Tensor]:
 # The layouts: how whole matrices come together, and how a number is summed over their ranks
 
 
-class OneProcess:
+class Layout:
     """How K equal matrices lie on the ranks, all of which make the same calls in the same order.
-    Here every rank has whole matrices and iterates all of them; other layouts override that."""
+    Unless overridden: every rank has whole matrices and iterates all of them."""
 
     def to_whole(self, X: Tensor) -> Arriving:
         """(K, rows here, n) -> whole matrices (K here, m, n): those that this rank iterates."""
@@ -346,7 +346,11 @@ class OneProcess:
         return x
 
 
-class Replicated(OneProcess):
+class OneProcess(Layout):
+    """Whole matrices, all of which this process iterates."""
+
+
+class Replicated(Layout):
     """Every rank holds all K matrices (DDP) and iterates a share; an all-gather joins them."""
 
     def __init__(self, K: int, group: dist.ProcessGroup | None):
@@ -369,7 +373,7 @@ class Replicated(OneProcess):
         return arrive
 
 
-class RowSharded(OneProcess):
+class RowSharded(Layout):
     """Every rank holds some rows of each of the K matrices (FSDP2), perhaps none: an all-to-all
     gives each rank whole matrices, and another returns their rows."""
 
@@ -411,7 +415,7 @@ def chunk_sizes(total: int, parts: int) -> list[int]:
     return [max(0, min(size, total - size * i)) for i in range(parts)]
 
 
-def layout_of(p: Tensor, K: int) -> OneProcess:
+def layout_of(p: Tensor, K: int) -> Layout:
     """The layout of K matrices placed as the parameter p is."""
     if not isinstance(p, DTensor):
         several = dist.is_initialized() and dist.get_world_size() > 1
