@@ -24,6 +24,7 @@ from nanonormuon.errors import CheckpointError, ConfigError, DataError, NonFinit
 from nanonormuon.model import GPT
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage import shards as shard_files
+from nanonormuon.storage.files import lock
 from nanonormuon.storage.run import RunDirectory, read_metrics
 
 
@@ -246,6 +247,22 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tiny, tmp_path, uninterrupte
         (path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no usable checkpoint .*0 bytes, expected"):
         run([*tiny, "train.steps=9"], tmp_path / "run", resume=True)
+
+
+def test_an_empty_directory_is_removed_while_it_is_locked(tmp_path, monkeypatch):
+    """Else it could be removed from under the next run, which has just taken it."""
+    removed = []
+
+    def rmdir(path):
+        with pytest.raises(BlockingIOError):
+            lock(path)
+        os.rmdir(path)
+        removed.append(path)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.acquire(resume=False)
+    assert removed == [tmp_path / "run"]
 
 
 def test_a_fresh_start_never_overwrites_a_run(tiny, uninterrupted):

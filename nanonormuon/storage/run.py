@@ -201,10 +201,10 @@ class RunDirectory:
         if self.sink is not None:
             self.sink.close()
         self.metrics = self.sink = None
-        self.resources.close()
         if self.owned and self.path.is_dir() and os.listdir(self.path) == [".lock"]:
             (self.path / ".lock").unlink()
             self.path.rmdir()
+        self.resources.close()
 
 
 def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
