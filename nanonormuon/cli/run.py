@@ -105,12 +105,9 @@ def describe(summary: dict, out: Path, of_code: bool) -> str:
     if summary.get("val_bpb") is not None:
         result += f", {summary['val_bpb']:.4f} bits per byte"
     times = "{train_seconds:.0f} s of training, {total_seconds:.0f} s in all".format(**summary)
-    kind = (
-        "  (in Hugging Face's format; normuon-train export verifies it)"
-        if summary["hugging_face"]
-        else ""
-    )
-    lines = [f"done: {result}; {times}", f"checkpoint: {out / summary['checkpoint']}{kind}"]
+    lines = [f"done: {result}; {times}", f"checkpoint: {out / summary['checkpoint']}"]
+    if summary["hugging_face"]:
+        lines[-1] += "  (in Hugging Face's format; normuon-train export verifies it)"
     best = summary.get("best_checkpoint")
     if best not in (None, summary["checkpoint"]):
         lines.append(f"best: {out / best}: val_loss {summary['best_val_loss']:.4f}")

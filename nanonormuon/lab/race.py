@@ -204,16 +204,14 @@ class Race:
     def report(self) -> dict[str, Any]:
         """Write results.json, results.md and race.png; returns the content of the first."""
         files = sorted(self.out.glob("*/*/environment.json"))
-        found = [read_json(file) for file in files]
+        environments = [read_json(file) for file in files]
         several = ("source_sha256", "device", "torch")
         results = {
             "command": f"normuon-train {shlex.join(sys.argv[1:])}",
             "arguments": self.arguments,
             "steps": self.steps,
             "tokens": self.steps * self.settings.train.batch_tokens,
-            **{
-                key: sorted({str(environment.get(key)) for environment in found}) for key in several
-            },
+            **{key: sorted({str(e.get(key)) for e in environments}) for key in several},
             "optimizers": judge(self.field, self.steps, self.baseline),
         }
         if (count := len(results["source_sha256"])) > 1:

@@ -73,8 +73,7 @@ def evaluate(
     for source in [None] if own else data:
         split = models.data_of(state, tokenizer, source).val
         home = split.paths[0].parent
-        name = home.name if own else str(source)
-        results.append({"set": name, **measure(split), "path": home})
+        results.append({"set": home.name if own else str(source), **measure(split), "path": home})
     field = {} if text_field == "text" else {"field": text_field}
     for file in texts:
         split = read_text(file, tokenizer, text_field)

@@ -56,9 +56,8 @@ def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     model = models.load_model(found, torch.float32, torch.device("cpu"))
     (group,) = (g for g in optim.param_groups(model) if g["role"] == "matrix")
     if state is None:
-        return {
-            name: {"weights": Profile.of(p)} for name, p in zip(group["names"], group["params"])
-        }
+        pairs = zip(group["names"], group["params"])
+        return {name: {"weights": Profile.of(p)} for name, p in pairs}
     if not (found / "optimizer.safetensors").is_file():
         raise CheckpointError(f"{found}: no optimizer.safetensors: expected a run's checkpoint")
     buffers = read_tensors(found / "optimizer.safetensors")

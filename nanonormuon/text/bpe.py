@@ -193,10 +193,9 @@ class Tokenizer:
         return {token[0]: i for i, token in self.table.items() if len(token) == 1}
 
     def encode(self, text: str | bytes, name: str = "") -> list[int]:
-        """Ids of a text; `name` is for messages. A lone surrogate in a `str` stands for its three
-        bytes in Python's "surrogatepass" encoding, which are not UTF-8. Bytes that are not UTF-8
-        become single-byte tokens, or raise TokenizerError with name and offset where the vocabulary
-        lacks these."""
+        """Ids of a text, which messages call `name`. A lone surrogate in a `str` stands for its
+        three bytes in "surrogatepass" encoding, which are not UTF-8. Bytes that are not UTF-8
+        become single-byte tokens; a vocabulary without these raises TokenizerError."""
         return self.encode_job(list(self.pieces(text)), [name] if name else ()).tolist()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

@@ -42,8 +42,7 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
         if words is None:
             problems.append(f"{directory / FILE}: missing; the tokens cannot be read as text")
         elif words.hash != data.manifest["tokenizer"]["hash"]:
-            given = tokenizer or directory / FILE
-            problems.append(f"{given}: not the tokenizer that made the shards")
+            problems.append(f"{tokenizer or directory / FILE}: not the tokenizer of the shards")
             words = None
     elif words is None:
         problems.append("no manifest and no tokenizer: give --tokenizer, as in --tokenizer gpt2")
