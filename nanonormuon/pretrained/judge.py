@@ -86,10 +86,7 @@ def evaluate(
         result["step"] = state["step"] if state else None
         result["dtype"] = str(model.compute_dtype).removeprefix("torch.")
     if run:
-        try:
-            keep(run / RESULTS, results)
-        except (OSError, CheckpointError) as error:  # the caller still gets what was computed
-            log.warning(f"warning: the results are not kept: {error}")
+        keep(run / RESULTS, results)
     return results
 
 
@@ -170,12 +167,16 @@ def kept(file: Path) -> list[dict[str, Any]]:
 
 def keep(file: Path, results: Sequence[dict[str, Any]]) -> None:
     """Add results to evaluations.json. Each replaces an older one computed in the same way: on the
-    same set, field and tokens, at the same step, in the same dtype and windows."""
+    same set, field and tokens, at the same step, in the same dtype and windows. Warns if it cannot,
+    so that the caller still gets what was computed."""
 
     def key(result: dict[str, Any]) -> list:
         names = ("path", "field", "step", "dtype", "window", "stride", "tokens")
         return [result.get(name) for name in names]
 
     new = [key(result) for result in results]
-    merged = [*(result for result in kept(file) if key(result) not in new), *results]
-    replace_file(file, (json.dumps({"results": merged}, indent=1) + "\n").encode())
+    try:
+        merged = [*(result for result in kept(file) if key(result) not in new), *results]
+        replace_file(file, (json.dumps({"results": merged}, indent=1) + "\n").encode())
+    except (OSError, CheckpointError) as error:
+        log.warning(f"warning: the results are not kept: {error}")
