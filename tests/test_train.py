@@ -513,8 +513,8 @@ def test_several_processes_follow_one(ranks, more, tolerance, tiny, forks, tmp_p
 
 
 ENGINES = {  # name -> ranks, nodes, settings
-    "one": (1, 1, []),
-    "ddp": (2, 1, []),
+    "one": (1, 1, ["train.parallel=auto"]),
+    "ddp": (2, 1, ["train.parallel=ddp"]),
     "fsdp": (2, 1, FSDP),
     "hsdp": (4, 2, ["train.parallel=hsdp"]),
 }

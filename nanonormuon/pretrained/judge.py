@@ -158,11 +158,21 @@ def describe(result: dict[str, Any]) -> str:
 def kept(file: Path) -> list[dict[str, Any]]:
     """The results in an evaluations.json; none if there is no such file. Raises CheckpointError."""
     found = checkpoints.read_json(file).get("results") if file.exists() else []
-    if not isinstance(found, list) or not all(
-        isinstance(r, dict) and "set" in r and ("loss" in r or "accuracy" in r) for r in found
-    ):
+    if not isinstance(found, list) or not all(map(is_result, found)):
         raise CheckpointError(f"{file}: no list of results; move it away to go on")
     return found
+
+
+def is_result(found: Any) -> bool:
+    """Whether a value from an evaluations.json could be one of `evaluate`'s results."""
+    if not isinstance(found, dict) or "set" not in found or not {"loss", "accuracy"} & found.keys():
+        return False
+    texts = ("set", "path", "field", "dtype")
+    numbers = ("loss", "accuracy", "accuracy_stderr", "tokens", "questions", "window", "stride")
+    return all(isinstance(found.get(key, ""), str) for key in texts) and all(
+        type(value := found.get(key, 0)) in (int, float) and not abs(value) > 1e15
+        for key in numbers
+    )
 
 
 def keep(file: Path, results: Sequence[dict[str, Any]]) -> None:

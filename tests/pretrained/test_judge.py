@@ -261,3 +261,15 @@ def test_a_run_answers_questions(trained, tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text(lines, encoding="utf-8")
     assert cli.main(["evaluate", str(trained), "--choices", str(tmp_path / "q.jsonl")]) == 0
     assert "accuracy 1.0000 ± 0.0000, length-normalised 1.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "result",
+    [3, {"set": "a"}, {"set": ["a"], "loss": 1.0}, {"set": "a", "loss": "1"},
+     {"set": "a", "loss": 10**400}, {"set": "a", "accuracy": 0.5, "window": [3]},
+     {"set": "a", "loss": 1.0, "path": ["b"]}],
+)  # fmt: skip
+def test_a_result_that_no_evaluation_wrote_is_refused(result, tmp_path):
+    (tmp_path / "evaluations.json").write_text(json.dumps({"results": [result]}))
+    with pytest.raises(CheckpointError, match=r"evaluations\.json"):
+        judge.kept(tmp_path / "evaluations.json")
