@@ -100,7 +100,8 @@ def exit_code(error: BaseException) -> int | None:
 
 def describe(error: BaseException) -> str:
     """The error in one line. With several ranks it begins with rank, step and section."""
-    text = " ".join(str(error).split())
+    # half of a surrogate pair, as file names may have, cannot be written as UTF-8
+    text = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
     if exit_code(error) is None:
         text = f"{type(error).__name__}: {text} (--debug shows the traceback)"
     elif out_of_memory(error) and not isinstance(error, OutOfMemory):
