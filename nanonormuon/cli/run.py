@@ -89,6 +89,11 @@ def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
         names = ", ".join(files)
         log.info(f"--resume: {out} has its own configuration; {names} is not read again")
     saved = str(out.resolve() / "config.toml")  # absolute: a=b/config.toml would be a setting
+    if missing := [name for name in config.SECTIONS if name not in config.read_toml(saved)]:
+        raise errors.ConfigError(
+            f"{saved}: no [{missing[0]}], expected every section of a run's configuration: restore "
+            "it (a checkpoint's state.json has the configuration too)"
+        )
     resumed = [saved, *filter(config.is_setting, arguments)]
     steps = [checkpoints.step_of(path) or 0 for path in checkpoints.all_steps(out / "checkpoints")]
     # a run that reached its stop_at goes on to its end; one that was cut off before stops there

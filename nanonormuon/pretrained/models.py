@@ -58,6 +58,8 @@ def state_of(path: Path) -> dict[str, Any] | None:
     try:
         if not all(type(state.get(key)) is int for key in ("step", "tokens")):
             raise ValueError("expected numbers of steps and tokens")
+        if not isinstance(state["data"], str) or not isinstance(state["tokenizer"], str | None):
+            raise ValueError("expected the fingerprints of data and tokenizer")
         settings = state["config"]
         for section, kind in SECTIONS.items():
             table = asdict(kind()) | settings[section]

@@ -215,3 +215,11 @@ def test_a_log_can_write_its_directorys_name(tmp_path, capsys):
 def test_a_link_to_itself_is_an_error_of_the_disk(trained, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     assert cli.main(["export", str(trained), "--to", str(tmp_path / "loop")]) == 8
+
+
+@pytest.mark.parametrize("content", ["", "[optim]\nlr = 1.0\n"])
+def test_half_a_configuration_is_not_filled_with_defaults(content, tmp_path, capsys):
+    """Or another run, on the default data, would go on."""
+    (tmp_path / "config.toml").write_text(content)
+    assert cli.main(["run", "--resume", "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path}/config.toml: no [" in capsys.readouterr().err
