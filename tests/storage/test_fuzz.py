@@ -378,6 +378,7 @@ def test_files_of_a_run(dice, whole_run, tmp_path, capsys, monkeypatch):
         ("config.optim.ns_steps", 2**62), ("config.optim.ns_coefficients", 7), ("config.model", {}),
         ("config.data.path", 7), ("config.data.val_tokens", -1), ("config.train.dtype", []),
         ("config.train.setting_of_another_version", []), ("config.train.of_another_version", 1),
+        ("data", None), ("tokenizer", 7),
     ],
 )  # fmt: skip
 def test_a_state_that_no_run_wrote(place, value, trained, tmp_path):
