@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanonormuon.errors import ConfigError
-from nanonormuon.model import GPTConfig
 from nanonormuon.normuon import coefficients
+from nanonormuon.parts.config import GPTConfig
 from nanonormuon.storage.files import read_file
 
 

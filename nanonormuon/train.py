@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanonormuon import build, checkpoint, evaluate, optim, sample
+from nanonormuon import build, checkpoint, evaluate, optim
 from nanonormuon.config import Config, flat, to_toml
 from nanonormuon.data import Batches, Loader
 from nanonormuon.errors import ConfigError, Interrupted, NonFinite, OutOfMemory
@@ -345,6 +345,8 @@ class Trainer:
         settings, tokenizer = self.config.train, self.tokenizer
         if tokenizer is None or not settings.sample_tokens or self.step in self.sampled:
             return
+        from nanonormuon import sample  # not part of every run
+
         prompt = settings.sample_prompt  # every rank takes part: sharded layers run in step
         context, model = self.config.data.seq_len, self.engine.model
         with self.watch.section("sample"):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from nanonormuon.config import to_toml
 from nanonormuon.data import validation_batches
 from nanonormuon.errors import UsageError
-from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.model import GPT
+from nanonormuon.parts.config import GPTConfig
 from nanonormuon.pretrained import judge, models
 from nanonormuon.runtime.packages import need
 from nanonormuon.storage import huggingface as hf

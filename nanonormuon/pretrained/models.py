@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from nanonormuon.checkpoint import named_for_hf
 from nanonormuon.config import AT_LEAST_0, KINDS, LIMITS, SECTIONS, coerce
 from nanonormuon.errors import CheckpointError, DataError
-from nanonormuon.model import GPT, GPTConfig
+from nanonormuon.model import GPT
+from nanonormuon.parts.config import GPTConfig
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.shards import Data, open_data

@@ -12,7 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from nanonormuon.model import GPT, GPTConfig, chunk_rows
+from nanonormuon.model import GPT, chunk_rows
+from nanonormuon.parts.config import GPTConfig
 
 
 def here() -> torch.device:

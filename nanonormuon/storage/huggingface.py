@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
-from nanonormuon.model import GPTConfig
+from nanonormuon.parts.config import GPTConfig
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 SIZES = {  # our name -> theirs

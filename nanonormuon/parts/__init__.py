@@ -1,0 +1,1 @@
+"""What model.py is assembled from by choice: its settings, experts, latent attention."""
