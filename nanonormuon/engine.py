@@ -34,7 +34,7 @@ class Engine:
     model: on its device. make: from a model to its optimizers. parallel: "ddp", or "fsdp" or "hsdp"
     for FSDP2, which turns the model's parameters into DTensors in place. dtype: what FSDP2 computes
     in. reshard: under FSDP2, free a block's whole weights after its forward pass. grad_clip:
-    largest norm of the raw gradient; 0: no clipping.
+    largest norm of the raw gradient; 0: no clipping. qk_clip: see runtime/qk_clip.py.
     """
 
     dealt = False  # whether micro-batches are dealt out to the ranks in turn, see data.Loader
@@ -48,6 +48,7 @@ class Engine:
         dtype: torch.dtype | None = torch.float32,
         reshard: bool = True,
         grad_clip: float = 0.0,
+        qk_clip: float = 0.0,
     ):
         self.model, self.world, self.grad_clip = model, world, grad_clip
         self.replica: nn.Module = model
@@ -55,6 +56,11 @@ class Engine:
         self.mesh = grid(world, parallel) if self.sharded else None
         # whether nobody could hear of a rank that runs out of memory in a forward pass
         self.lockstep = world.size == 1 or self.sharded or self.dealt
+        self.qk_clip = None
+        if qk_clip:
+            from nanonormuon.runtime.qk_clip import QkClip  # few runs have it
+
+            self.qk_clip = QkClip(model, qk_clip, world.device)
         self.distribute(dtype, reshard)
         self.forward: Callable[..., Tensor] = self.replica  # or its compiled form
         self.optimizers = make(model)
@@ -86,6 +92,8 @@ class Engine:
         tell the others, who would otherwise wait for it there (memory.together).
         """
         mean = torch.zeros((), device=self.world.device)
+        if self.qk_clip:
+            self.qk_clip.begin()
 
         def forward() -> Tensor:
             return self.forward(*next(micro_batches)) / count
@@ -128,6 +136,12 @@ class Engine:
             torch._foreach_mul_(grads, scale.clamp(max=1.0))
 
     def update(self) -> None:
+        """Make the optimizers' step, then what QK-clip asks for."""
+        self.step()
+        if self.qk_clip:
+            self.qk_clip.apply()
+
+    def step(self) -> None:
         """Make the optimizers' step."""
         for optimizer in self.optimizers:
             self.compiled.get(optimizer, optimizer.step)()
@@ -286,9 +300,9 @@ class Bitwise(Engine):
         return loss
 
     @torch.no_grad()
-    def update(self) -> None:
+    def step(self) -> None:
         if not self.sharded:
-            super().update()
+            super().step()
             return
         for acting, kept in zip(self.make(self.model), self.optimizers):
             pass_on(kept, acting)

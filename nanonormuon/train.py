@@ -312,6 +312,7 @@ class Trainer:
             **self.weight_stats.row(),
             "tokens_per_second": round(rate, 1),
             **({"skipped": spikes.skipped} if spikes.factor else {}),
+            **(self.engine.qk_clip.row() if self.engine.qk_clip else {}),
         }
 
     def validate(self) -> None:
