@@ -327,7 +327,7 @@ def _absent(path: Path) -> str:
     if path.exists():
         out = in_shell(Path("data", path.resolve().stem))
         make = f"normuon-train prepare {in_shell(path)} --out {out}"
-        return f"not prepared; run {make}, then use {out}"
+        return f"not prepared; run {make}, then set data.path={out}"
     make = f"normuon-train prepare FILE... --out {in_shell(path)}"
     return f"no such data directory; run {make} (a recipe's data: see normuon-train recipes NAME)"
 
