@@ -231,7 +231,7 @@ def introduction(
     few = too_few(train=data.train.tokens, val=data.val.tokens)
     lines += [f"warning: {problem}" for problem in few]
     if odd := huggingface.obstacles(m):
-        lines.append(f"warning: Hugging Face's Qwen3 cannot load this model: {', '.join(odd)}")
+        lines.append(f"warning: no Hugging Face architecture can load this model: {', '.join(odd)}")
     if epochs > 4:
         lines.append(
             f"warning: {epochs:.1f} epochs: beyond 4, repetition teaches little (arXiv 2305.16264)"

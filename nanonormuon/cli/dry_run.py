@@ -18,6 +18,7 @@ from nanonormuon.model import GPT
 from nanonormuon.pretrained import models
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.activations import chunk_bytes, here, kept
+from nanonormuon.sample import cache_bytes
 from nanonormuon.storage.shards import MANIFEST, read_manifest
 from nanonormuon.text.tokenizer import trained_size
 
@@ -35,6 +36,7 @@ class Estimate:
     tokens: int  # of the whole run
     parts: dict[str, int]  # of a rank's memory
     checkpoint: int
+    cache: int  # of generation, bytes per token
 
     @property
     def flops(self) -> float:
@@ -84,7 +86,8 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, shards: int = 1) 
         "logits": head + chunk_bytes(model.config, micro_batch * T, dtype),  # and their gradients
     }
     tokens = t.last_step * t.batch_tokens
-    return Estimate(parameters, model.flops_per_token(T), tokens, parts, saved)
+    per_token, cache = model.flops_per_token(T), cache_bytes(model)
+    return Estimate(parameters, per_token, tokens, parts, saved, cache)
 
 
 def with_model(config: Config, origin: dict[str, str]) -> tuple[Config, dict[str, str]]:
@@ -140,6 +143,7 @@ def report(config: Config) -> list[str]:
         size = f"{e.memory / 1e9:.3g} GB ({parts})"
         lines.append(f"memory, {where}, {micro} sequences at a time: {size}")
     lines.append(f"checkpoint: {found.checkpoint / 1e9:.3g} GB, train.keep_last = {t.keep_last}")
+    lines.append(f"generation: {found.cache:,} bytes of cache per token")
     if t.device in ("auto", here().type):
         lines.append(time_line(config, found, micro, per_rank))
     return lines
