@@ -24,6 +24,7 @@ from nanonormuon.text import tokenizer
 from nanonormuon.train import train
 
 transformers = pytest.importorskip("transformers")
+LATENT = {"attention": "latent", "head_dim": 12, "rope_head_dim": 8, "v_head_dim": 16}
 
 
 def written(path, **settings):
@@ -50,6 +51,8 @@ def written(path, **settings):
         {"tied": True},
         {"n_kv_head": 2},
         {"head_dim": 16, "n_hidden": 48, "rope_theta": 1e6, "norm_eps": 1e-5},
+        LATENT,
+        {**LATENT, "q_rank": 20, "rope_interleave": False, "tied": True, "norm_eps": 1e-2},
     ],
 )
 def test_transformers_gives_the_same_logits_and_tokens(settings, tmp_path):
@@ -58,7 +61,8 @@ def test_transformers_gives_the_same_logits_and_tokens(settings, tmp_path):
         tmp_path, dtype=torch.float32, output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert type(other).__name__ == "Qwen3ForCausalLM"
+    expected = "DeepseekV3ForCausalLM" if "attention" in settings else "Qwen3ForCausalLM"
+    assert type(other).__name__ == expected
     tokens = torch.randint(95, (2, 20))
     with torch.no_grad():
         ours, theirs = model(tokens), other(tokens).logits
@@ -134,15 +138,17 @@ def with_noise(run, out, **settings):
         {"n_kv_head": 2},
         {"vocab_size": 300},
         {"qk_norm": False, "n_kv_head": 1, "tied": True},
+        {**LATENT, "q_rank": 20},
     ],
-    ids=["padded", "tied", "grouped", "unpadded", "llama"],
+    ids=["padded", "tied", "grouped", "unpadded", "llama", "latent"],
 )
 def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tmp_path):
     with_noise(trained, tmp_path / "run", **settings)
     report = export.export(tmp_path / "run", tmp_path / "hf", dtype)
     model, _, _ = models.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float()
-    expected = "LlamaForCausalLM" if "qk_norm" in settings else "Qwen3ForCausalLM"
+    kind = "llama" if "qk_norm" in settings else "qwen3"
+    expected = hf.ARCHITECTURES["deepseek_v3" if "attention" in settings else kind]
     assert type(other).__name__ == report["architecture"] == expected
     assert other.config.vocab_size == 300 and other.get_input_embeddings().weight.shape[0] == 300
     assert report["rows_cut"] == settings.get("vocab_size", 320) - 300 or "vocab_size" in settings
@@ -313,9 +319,15 @@ def test_a_part_that_only_our_model_has_is_named(tmp_path):
 # -------------------------------------------------------------------------------- beginning with it
 
 
+DEEPSEEK = {"num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 12, "v_head_dim": 16, "first_k_dense_replace": 2,
+            "num_nextn_predict_layers": 0}  # fmt: skip
+
+
 def made_by_transformers(kind, out, bpe_data, **settings):
     """A small model directory with the data's tokenizer, as transformers saves it."""
-    make = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[kind]
+    make = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig,
+            "deepseek_v3": transformers.DeepseekV3Config}[kind]  # fmt: skip
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     config = make(**{**sizes, "bos_token_id": 299, "eos_token_id": 299, **settings})
@@ -336,6 +348,8 @@ def made_by_transformers(kind, out, bpe_data, **settings):
         ("qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+        ("deepseek_v3", {**DEEPSEEK, "rms_norm_eps": 1e-2, "tie_word_embeddings": True}),
+        ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": None, "rope_interleave": False}),
     ],
 )
 def test_their_models_are_ours(kind, settings, tmp_path, bpe_data):
@@ -348,9 +362,9 @@ def test_their_models_are_ours(kind, settings, tmp_path, bpe_data):
     assert (ours - theirs).abs().max() < 1e-4 and ours.std() > 0.05
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "deepseek_v3"])
 def test_they_train_on_and_go_back(kind, tmp_path, bpe_data, capsys):
-    settings = {"head_dim": 16} if kind == "qwen3" else {}
+    settings = {"qwen3": {"head_dim": 16}, "deepseek_v3": DEEPSEEK}.get(kind, {})
     made_by_transformers(kind, tmp_path / "their", bpe_data, **settings)
     size = sum(p.stat().st_size for p in (tmp_path / "their").iterdir())
     assert size < 500_000
@@ -411,7 +425,7 @@ def test_what_init_from_refuses(trained, bpe_data, shards, tmp_path, capsys):
     refused(["--init-from", str(there), mine], 4, "hidden_act = 'gelu'", "rope_type = 'llama3'",
             "attention_bias = True")  # fmt: skip
     (there / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    refused(["--init-from", str(there), mine], 4, "model_type = 'mamba': expected qwen3 or llama")
+    refused(["--init-from", str(there), mine], 4, "model_type = 'mamba': expected qwen3 or")
     (there / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     refused(["--init-from", str(there), mine], 4, "mlp", "has shape (48, 32), expected (64, 32)")
     (there / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
@@ -421,6 +435,27 @@ def test_what_init_from_refuses(trained, bpe_data, shards, tmp_path, capsys):
     (there / "config.json").write_text(json.dumps(config))
     (there / "tokenizer.json").unlink()
     refused(["--init-from", str(there), mine], 4, "tokenizer.json: missing")
+
+
+def test_what_of_deepseeks_is_not_ours_is_named():
+    config = transformers.DeepseekV3Config(**DEEPSEEK, num_hidden_layers=2, num_attention_heads=4)
+    plain = config.to_dict()
+    assert hf.gpt_config(plain).attention == "latent"
+    odd = {
+        "num_nextn_predict_layers": 1,
+        "quantization_config": {"quant_method": "fp8"},
+        "rope_scaling": {"type": "yarn", "factor": 40},
+        "first_k_dense_replace": 1,
+        "attention_bias": True,
+        "kv_lora_rank": None,
+    }
+    with pytest.raises(ValueError) as refused:
+        hf.gpt_config({**plain, "rope_parameters": None, **odd})
+    for name in odd:
+        assert name.replace("rope_scaling", "rope_type = 'yarn'") in str(refused.value)
+    del plain["q_lora_rank"]  # its default in transformers is 1,536, not null
+    with pytest.raises(ValueError, match="q_lora_rank = None"):
+        hf.gpt_config(plain)
 
 
 def test_weights_in_several_files_are_read_and_odd_indices_refused(bpe_data, tmp_path):
