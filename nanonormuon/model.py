@@ -4,7 +4,7 @@ Left alone, the config describes the Qwen3 architecture (pre-RMSNorm, RoPE, grou
 per-head QK-norm with gains, SwiGLU, no biases), and parameter names are Hugging Face's without the
 prefix `model.`, so a checkpoint needs no translation. The fields under "departures" turn it
 into Llama (qk_norm) or, all others together, into the GPT of modded-nanogpt's track 3;
-storage/huggingface.py names those that nobody else could load.
+storage/huggingface.py names those that nobody else could load. parts/ has DeepSeek-V3's attention.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
 """

@@ -6,6 +6,9 @@ columns     such weights stored (inputs, outputs)               as matrix, with 
 embedding   weights of nn.Embedding, also when the head is tied AdamW
 head        the linear layer that ends in the vocabulary        AdamW
 vector      gains, biases, matrices of one row or one column    AdamW
+
+The low-rank projections of latent attention are matrices: NorMuon makes an update's shorter side
+orthonormal, so the rank that a projection has is used in full. The gains of its norms are vectors.
 """
 
 import ast
