@@ -152,7 +152,7 @@ LIMITS: dict[str, Limit] = {  # all others: AT_LEAST_0
     **dict.fromkeys(("model.n_head", "model.n_kv_head", "model.n_embd", "model.head_dim"), WIDTH),
     "model.vocab_size": within(0, 1 << 32),  # ids in shards have 32 bits
     "model.n_layer": within(1, 10_000),
-    "model.n_hidden": within(0, 1 << 24),
+    **dict.fromkeys(("model.n_hidden", "model.expert_hidden"), within(0, 1 << 24)),
     "model.attn_scale": (lambda value: True, "any number"),
     "data.seq_len": within(1, 1 << 24),
     "train.batch_tokens": within(1, 10**12),

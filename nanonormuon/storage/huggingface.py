@@ -1,15 +1,23 @@
 """Conversion to and from Hugging Face's `config.json` and parameter names.
 
-The default model is exactly transformers' Qwen3, or Llama without q and k norms. Hugging Face puts
-the prefix `model.` on every parameter name except the head's."""
+The default model is exactly transformers' Qwen3, or Llama without q and k norms. With experts it is
+Qwen3-MoE if their scores are a softmax, else dots1, whose attention is Qwen3's and whose experts
+are DeepSeek-V3's. Hugging Face puts the prefix `model.` on every parameter name except the head's,
+and stores stacked experts one by one."""
 
 import math
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
 from nanonormuon.parts.config import GPTConfig
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "dots1": "Dots1ForCausalLM",
+}
 SIZES = {  # our name -> theirs
     "vocab_size": "vocab_size",
     "n_embd": "hidden_size",
@@ -19,8 +27,28 @@ SIZES = {  # our name -> theirs
     "n_kv_head": "num_key_value_heads",
     "head_dim": "head_dim",
 }
+OF_EXPERTS = {  # of both kinds
+    "n_expert_used": "num_experts_per_tok",
+    "expert_hidden": "moe_intermediate_size",
+    "router_norm": "norm_topk_prob",
+}
+EXPERTS = {
+    "qwen3_moe": OF_EXPERTS | {"n_expert": "num_experts", "balance_loss": "router_aux_loss_coef"},
+    "dots1": OF_EXPERTS | {
+        "n_expert": "n_routed_experts",
+        "n_expert_shared": "n_shared_experts",
+        "n_dense": "first_k_dense_replace",
+        "router_scale": "routed_scaling_factor",
+        "n_expert_group": "n_group",
+        "n_group_used": "topk_group",
+    },
+}  # fmt: skip
+# settings that Qwen3-MoE has, but not the fields for; a bias moved by balance_rate is another model
+QWEN3_MOE = {"router": "softmax", "balance_rate": 0.0, "n_expert_shared": 0, "router_scale": 1.0,
+             "n_expert_group": 1}  # fmt: skip
 # the only values of these Hugging Face fields that our model supports
 FIXED = {
+    "decoder_sparse_step": 1,
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -30,11 +58,24 @@ FIXED = {
 }
 
 
+def kind_of(config: GPTConfig) -> str:
+    """The architecture of Hugging Face's that is the model, but for `obstacles`."""
+    if config.mlp == "experts":
+        return "dots1" if config.router == "sigmoid" else "qwen3_moe"
+    return "qwen3" if config.qk_norm else "llama"
+
+
 def obstacles(config: GPTConfig) -> list[str]:
-    """List the settings that neither Qwen3 nor Llama, and so transformers, can express."""
-    plain = GPTConfig()
+    """List the settings that `kind_of` the model, and so transformers, cannot express."""
     names = ("mlp", "bias", "qk_gain", "rope", "embed_norm", "logit_cap")
-    odd = [f"{n} = {getattr(config, n)}" for n in names if getattr(config, n) != getattr(plain, n)]
+    needed = {name: getattr(GPTConfig, name) for name in names}
+    if config.mlp == "experts":
+        needed |= {"mlp": "experts", "qk_norm": True}
+        needed |= QWEN3_MOE if config.router == "softmax" else {}
+    odd = [f"{name} = {getattr(config, name)}" for name in needed
+           if getattr(config, name) != needed[name]]  # fmt: skip
+    if kind_of(config) == "dots1" and not config.n_expert_shared:
+        odd.append("n_expert_shared = 0 with router = sigmoid")
     resolved = replace(config, vocab_size=config.vocab_size or 1).resolved()
     if not math.isclose(resolved.attn_scale, resolved.head_dim**-0.5):
         odd.append(f"attn_scale = {config.attn_scale}")
@@ -44,7 +85,9 @@ def obstacles(config: GPTConfig) -> list[str]:
 
 
 def to_hf(name: str) -> str:
-    """layers.0.mlp.up_proj.weight -> model.layers.0.mlp.up_proj.weight"""
+    """layers.0.mlp.up_proj.weight -> model.layers.0.mlp.up_proj.weight. The "#" in the name of a
+    stack of experts stands for an expert's number (storage.tensors.entries)."""
+    name = re.sub(r"\.experts\.(\w+)$", r".experts.#.\1.weight", name)
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
@@ -60,7 +103,12 @@ def plain_config(
     config: GPTConfig, seq_len: int, eot: int | None, dtype: str = "float32"
 ) -> dict[str, Any]:
     """Build config.json as transformers writes it, for a resolved config without obstacles."""
-    kind = "qwen3" if config.qk_norm else "llama"
+    kind = kind_of(config)
+    more: dict[str, Any] = {"mlp_bias": False} if kind == "llama" else {"use_sliding_window": False}
+    if kind in EXPERTS:
+        more |= {theirs: getattr(config, ours) for ours, theirs in EXPERTS[kind].items()}
+        dense = list(range(config.n_dense))
+        more |= {"mlp_only_layers": dense} if kind == "qwen3_moe" else {"sliding_window": None}
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -78,13 +126,13 @@ def plain_config(
         "eos_token_id": eot,
         "dtype": dtype,
         "torch_dtype": dtype,
-        **({"use_sliding_window": False} if config.qk_norm else {"mlp_bias": False}),
+        **more,
     }
 
 
 def gpt_config(content: dict[str, Any]) -> GPTConfig:
-    """Parse config.json, our own or a Qwen3 or Llama model's. Raises ValueError listing everything
-    in it that our model does not support."""
+    """Parse config.json, our own or of one of ARCHITECTURES. Raises ValueError listing everything in
+    it that our model does not support."""
     if "nanonormuon" in content:
         try:
             return GPTConfig(**content["nanonormuon"])
@@ -108,6 +156,7 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
         elif type(size) is not int or size < 1:
             odd.append(f"{theirs} = {size!r}")
         sizes[ours] = size
+    experts = experts_config(kind, content, odd) if kind in EXPERTS else {}
     if odd:
         raise ValueError(f"this {kind} model does not fit: {', '.join(odd)}")
     return GPTConfig(
@@ -115,5 +164,28 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
         tied=bool(content.get("tie_word_embeddings", False)),
         rope_theta=float(rope.get("rope_theta", content.get("rope_theta", 10_000.0))),
         norm_eps=float(content.get("rms_norm_eps", 1e-6)),
-        qk_norm=kind == "qwen3",
+        qk_norm=kind != "llama",
+        **experts,
     ).resolved()
+
+
+def experts_config(kind: str, content: dict[str, Any], odd: list[str]) -> dict[str, Any]:
+    """Parse what config.json says of experts, and add what our model does not support to `odd`."""
+    found = {"mlp": "experts", **(QWEN3_MOE if kind == "qwen3_moe" else {"router": "sigmoid"})}
+    content = {"num_experts": content.get("num_local_experts"), **content}  # as transformers 5 says
+    absent = {
+        "router_norm": False,
+        "n_expert_shared": 0,
+    }  # transformers' defaults that are not ours
+    for ours, theirs in EXPERTS[kind].items():
+        default = absent.get(ours, getattr(GPTConfig, ours))
+        value = default if content.get(theirs) is None else content[theirs]
+        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+            odd.append(f"{theirs} = {value!r}")
+        found[ours] = value
+    dense = content.get("mlp_only_layers") or []
+    if kind == "qwen3_moe":
+        found["n_dense"] = len(dense)
+    if dense != list(range(len(dense))):
+        odd.append(f"mlp_only_layers = {dense!r}")
+    return found
