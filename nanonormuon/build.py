@@ -219,9 +219,10 @@ def introduction(
     """What is about to happen, in a few lines."""
     m, t, model, world = config.model, config.train, engine.model, engine.world
     epochs = max(batches.epochs(t.steps))  # of the source that has most
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, unvisited = sum(p.numel() for p in model.parameters()), model.unvisited()
+    active = f" ({(parameters - unvisited) / 1e6:.2f}M active)" if unvisited else ""
     lines = [
-        f"model: {parameters / 1e6:.2f}M parameters, {m.n_layer} layers, width {m.n_embd}, "
+        f"model: {parameters / 1e6:.2f}M parameters{active}, {m.n_layer} layers, width {m.n_embd}, "
         f"vocabulary {m.vocab_size}; {str(model.compute_dtype).removeprefix('torch.')} on "
         f"{world.device}, {world.size} rank{'s' * (world.size > 1)}",
         f"data: {data.path}, {data.train.tokens:,} train and {data.val.tokens:,} validation tokens",

@@ -4,6 +4,7 @@ The only file that knows. An engine owns the model, its optimizers and their gra
 calls `accumulate`, `clip`, `update` and `zero_grad`, whatever the layout.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,8 @@ class Engine:
         self.lockstep = world.size == 1 or self.sharded or self.dealt
         self.distribute(dtype, reshard)
         self.forward: Callable[..., Tensor] = self.replica  # or its compiled form
+        self.routers = routers(model)
+        self.load = self.entropy = torch.zeros(())  # of this step, by layer, over all ranks
         self.optimizers = make(model)
 
     def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
@@ -63,7 +66,9 @@ class Engine:
         if self.sharded:
             shard(self.model, self.mesh, dtype, reshard)
         elif distributed.grouped():
-            self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.replica = DistributedDataParallel(
+                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
             self.replica.require_backward_grad_sync = False  # its forward pass prepares nothing
 
     @property
@@ -84,9 +89,15 @@ class Engine:
         tell the others, who would otherwise wait for it there (memory.together).
         """
         mean = torch.zeros((), device=self.world.device)
+        self.load = self.entropy = torch.zeros((), device=self.world.device)
 
         def forward() -> Tensor:
-            return self.forward(*next(micro_batches)) / count
+            part = self.forward(*next(micro_batches)) / count
+            if self.routers:
+                loads, entropies, _ = zip(*self.model.routed)
+                self.load = self.load + torch.stack(loads)
+                self.entropy = self.entropy + torch.stack(entropies) / count / self.world.size
+            return part
 
         def backward(part: Tensor) -> None:
             self.backward(part)
@@ -101,6 +112,9 @@ class Engine:
         last = together(up_to_the_last, alone=self.lockstep)
         self.sync(True)
         backward(last)
+        if self.routers:
+            distributed.total(self.load)
+            distributed.total(self.entropy)
         return mean
 
     def backward(self, part: Tensor) -> None:
@@ -126,9 +140,30 @@ class Engine:
             torch._foreach_mul_(grads, scale.clamp(max=1.0))
 
     def update(self) -> None:
+        """Make the optimizers' step, and move the routers' biases against the load."""
+        self.step()
+        for router, load in zip(self.routers, self.load):
+            router.rebalance(load)
+
+    def step(self) -> None:
         """Make the optimizers' step."""
         for optimizer in self.optimizers:
             optimizer.step()
+
+    def load_row(self) -> dict[str, float]:
+        """What a row of metrics reports on experts; nothing of a model without them.
+
+        expert_load_min, _max: visits of the idlest and the busiest expert of any layer in the last
+        step, over the mean. experts_idle: experts without a visit. router_entropy: of a token's
+        scores, as shares, over that of even shares. Equal on every rank.
+        """
+        if not self.routers:
+            return {}
+        load = self.load / self.load.double().mean(1, keepdim=True)
+        entropy = self.entropy.mean() / math.log(load.size(1))
+        found = torch.stack([load.min(), load.max(), (load == 0).sum(), entropy]).tolist()
+        keys = ("expert_load_min", "expert_load_max", "experts_idle", "router_entropy")
+        return dict(zip(keys, found))
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -181,17 +216,26 @@ def grid(world: World, parallel: str) -> DeviceMesh:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 
+def routers(model: nn.Module) -> list[Any]:
+    """The modules that choose experts (parts.experts.Router), in the order of the layers."""
+    return [module for module in model.modules() if hasattr(module, "rebalance")]
+
+
 def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype | None, reshard: bool) -> None:
     """Shard a model in place with FSDP2, block by block (`model.layers`), as `grid` says.
 
     Computes in `dtype` and reduces gradients in float32, or does both as the model itself does
     (None). An embedding that rests in another dtype is a block of its own: what FSDP2 shards
-    together has one dtype. The model casts activations itself, but for rotary tables.
+    together has one dtype. So is a router, which computes in float32. The model casts activations
+    itself, but for rotary tables.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     reduced = dtype and torch.float32
     policy = MixedPrecisionPolicy(dtype, reduced, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(None, reduced, cast_forward_inputs=False)
+    for router in routers(model):
+        fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=reshard)
     mixed = len({p.dtype for p in model.parameters()}) > 1
     for block in [*model.layers, *([model.embed_tokens] if mixed else []), model]:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -255,9 +299,9 @@ class Bitwise(Engine):
         return loss
 
     @torch.no_grad()
-    def update(self) -> None:
+    def step(self) -> None:
         if not self.sharded:
-            super().update()
+            super().step()
             return
         for acting, kept in zip(self.make(self.model), self.optimizers):
             pass_on(kept, acting)

@@ -146,7 +146,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         C, hidden, bias = config.n_embd, config.n_hidden, config.bias
-        self.gate_proj = Linear(C, hidden, bias=bias) if config.mlp == "swiglu" else None
+        self.gate_proj = Linear(C, hidden, bias=bias) if config.mlp != "relu2" else None
         self.up_proj = Linear(C, hidden, bias=bias)
         self.down_proj = Linear(hidden, C, bias=bias)
 
@@ -157,7 +157,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, index: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         attention = Attention
@@ -167,13 +167,19 @@ class Block(nn.Module):
             attention = latent.LatentAttention
         self.self_attn = attention(config)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = MLP(config)
+        if config.mlp == "experts" and index >= config.n_dense:
+            from nanonormuon.parts.experts import Experts  # made of this file's MLP
+
+            self.mlp: nn.Module = Experts(config)
+        else:
+            self.mlp = MLP(config)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None
-    ) -> Tensor:
+    ) -> Tensor | tuple:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.mlp(self.post_attention_layernorm(x))  # of Experts: also what the router did
+        return (x + y[0], y[1]) if isinstance(y, tuple) else x + y
 
 
 def chunk_rows(tokens: int, vocab_size: int, device: str) -> int:
@@ -261,7 +267,8 @@ class GPT(nn.Module):
         rest = REST[config.embed_dtype]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd, dtype=rest)
         self.embed_norm = RMSNorm(config.n_embd, eps) if config.embed_norm else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.routed: list = []  # what the routers did in the last pass: parts.experts.Routed
         self.norm = RMSNorm(config.n_embd, eps)
         self.lm_head = None
         if not config.tied:
@@ -282,10 +289,10 @@ class GPT(nn.Module):
                     value.fill_(1.0)
                 elif name == "embed_tokens.weight":
                     value.normal_(std=self.config.embed_std, generator=random)
-                elif p.ndim == 2 and not name.endswith(
-                    ("o_proj.weight", "down_proj.weight", "lm_head.weight")
+                elif p.ndim > 1 and not name.removesuffix(".weight").endswith(
+                    ("o_proj", "down_proj", "lm_head")
                 ):
-                    value.normal_(std=(0.33 / p.size(1)) ** 0.5, generator=random)
+                    value.normal_(std=(0.33 / p.size(-1)) ** 0.5, generator=random)
                 p.copy_(value)
         return self
 
@@ -304,8 +311,12 @@ class GPT(nn.Module):
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
+        self.routed = []
         for layer in self.layers:
             x = layer(x, cos, sin, cache, mask)
+            if isinstance(x, tuple):
+                x, routed = x
+                self.routed.append(routed)
         if cache is not None:
             cache.length = length
         return self.norm(x)
@@ -340,17 +351,26 @@ class GPT(nn.Module):
         head, train = self.get_output_embeddings(), torch.is_grad_enabled()
         bias, cap = getattr(head, "bias", None), self.config.logit_cap
         loss = HeadLoss.apply(h.flatten(0, 1), head.weight, bias, targets.flatten(), cap, train)
-        return loss if reduction == "sum" else loss / (targets != IGNORE).sum()
+        loss = loss if reduction == "sum" else loss / (targets != IGNORE).sum()
+        if self.config.balance_loss and train:  # its gradient alone: the loss is the cross entropy
+            auxiliary = sum(routed.balance for routed in self.routed)
+            loss = loss + (auxiliary - auxiliary.detach())
+        return loss
+
+    def unvisited(self) -> int:
+        """How many weights are those of experts that a token does not visit."""
+        stacks, c = sum(p.numel() for p in self.parameters() if p.ndim == 3), self.config
+        return stacks // max(c.n_expert, 1) * (c.n_expert - c.n_expert_used)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of forward and backward per trained token.
 
-        6 per weight of a product, and 12 n_layer (H D) seq_len / 2 for causal attention's two
-        products (PaLM, arXiv 2204.02311, appendix B, halved because half of the scores are masked).
-        `products` of an attention stands for 2 H D.
+        6 per weight of a product (of visited experts alone), and 12 n_layer (H D) seq_len / 2 for
+        causal attention's two products (PaLM, arXiv 2204.02311, appendix B, halved because half of
+        the scores are masked). `products` of an attention stands for 2 H D.
         """
         c = self.config
-        weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        weights = sum(p.numel() for p in self.parameters() if p.ndim > 1) - self.unvisited()
         lookup = 0 if c.tied else self.embed_tokens.weight.numel()  # a lookup multiplies nothing
         return 6 * (weights - lookup) + 3 * seq_len * sum(b.self_attn.products for b in self.layers)
 

@@ -310,6 +310,7 @@ class Trainer:
             "lr": self.config.optim.lr * self.schedule.lr(self.step - 1),
             "grad_norm": grad_norm,
             **self.weight_stats.row(),
+            **self.engine.load_row(),
             "tokens_per_second": round(rate, 1),
             **({"skipped": spikes.skipped} if spikes.factor else {}),
         }

@@ -53,7 +53,7 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     weights = {
         hf.to_hf(name): (p[:rows] if name in TABLES else p).detach().to(DTYPES[dtype])
         for name, p in model.named_parameters()
-    }
+    } | {hf.to_hf(name): bias for name, bias in model.named_buffers()}
     config, stored = replace(model.config, vocab_size=rows), str(DTYPES[dtype])
     described = hf.plain_config(config, context, eot, stored.removeprefix("torch."))
     sampling = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "temperature": 0.8}
