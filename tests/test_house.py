@@ -24,7 +24,10 @@ ORDER = """errors storage.files parts.config | model | parts | normuon | config 
     | runtime | text | data | evaluate sample engine checkpoint | build | train | pretrained | runs
     | lab | cli"""
 LEVEL = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
-UPWARD = {("build", "pretrained.models")}  # imported in a function, and only for --init-from
+UPWARD = {  # imported in a function
+    ("build", "pretrained.models"),  # only for --init-from
+    ("model", "parts.experts"),  # only with model.mlp = experts
+}
 
 
 def modules():
