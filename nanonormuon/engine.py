@@ -142,8 +142,8 @@ class Engine:
     def update(self) -> None:
         """Make the optimizers' step, and move the routers' biases against the load."""
         self.step()
-        for router, load in zip(self.routers, self.load):
-            router.rebalance(load)
+        for i, router in enumerate(self.routers):
+            router.rebalance(self.load[i])
 
     def step(self) -> None:
         """Make the optimizers' step."""

@@ -56,11 +56,7 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     linear = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
     transposed = {id(m.weight) for m in model.modules() if is_conv1d(m)}
-    stated = {
-        id(getattr(m, name)): role
-        for m in model.modules()
-        for name, role in getattr(m, "parameter_roles", {}).items()
-    }
+    stated = stated_roles(model)
     heads = find_heads(model, tables)
     unknown: dict[str, str] = {}  # a pattern for parameters without a rule -> their first shape
     found: dict[str, dict] = {role: {"role": role, "names": [], "params": []} for role in ROLES}
@@ -99,6 +95,12 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     if found["columns"]["params"]:
         found["columns"]["neuron_axis"] = "columns"
     return [group for group in found.values() if group["params"]]
+
+
+def stated_roles(model: nn.Module) -> dict[int, str]:
+    """Roles by parameter's id, as modules state them in parameter_roles = {name: role}."""
+    modules = ((m, getattr(m, "parameter_roles", {})) for m in model.modules())
+    return {id(getattr(m, name)): role for m, found in modules for name, role in found.items()}
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -24,10 +24,10 @@ ORDER = """errors storage.files parts.config | model | parts | normuon | config 
     | runtime | text | data | evaluate sample engine checkpoint | build | train | pretrained | runs
     | lab | cli"""
 LEVEL = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
-UPWARD = {  # imported in a function: for --init-from, and for other kinds of blocks
-    ("build", "pretrained.models"),
-    ("model", "parts.experts"),
-    ("model", "parts.latent"),
+UPWARD = {  # imported in a function
+    ("build", "pretrained.models"),  # only for --init-from
+    ("model", "parts.experts"),  # only with model.mlp = experts
+    ("model", "parts.latent"),  # only with model.attention = latent
 }
 
 

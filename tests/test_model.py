@@ -281,7 +281,7 @@ def test_the_cache_holds_as_many_bytes_per_token_as_it_says(settings):
         ({"n_embd": 30}, "take n_head = 3 or give head_dim"),
         ({"n_head": 0}, "n_head = 0: expected at least 1"),
         ({"n_kv_head": 3}, "n_kv_head = 3"),
-        ({"mlp": "gelu"}, "expected swiglu or relu2"),
+        ({"mlp": "gelu"}, "expected swiglu or relu2 or experts"),
         ({"rope": "none"}, "expected full or half"),
         ({"head_dim": 6}, "expected a multiple of 4"),
         ({"n_hidden": -1}, "expected 0 or more"),

@@ -33,6 +33,22 @@ class Routed(NamedTuple):
     balance: Tensor  # the auxiliary loss
 
 
+def product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """torch's grouped product, which runs in any dtype, but is traced in bfloat16 alone."""
+    return (F.grouped_mm if a.dtype == torch.bfloat16 else opaque)(a, b, offs=ends)
+
+
+@torch.library.custom_op("nanonormuon::grouped_mm", mutates_args=())
+def opaque(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    return F.grouped_mm(a, b, offs=offs)
+
+
+@opaque.register_fake
+def _(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    rows, columns = a.size(0), b.size(-1)
+    return a.new_empty((rows, columns) if b.ndim == 3 else (len(offs), rows, columns))
+
+
 class Grouped(torch.autograd.Function):
     """Each expert's product with its own rows, in one operation on any device.
 
@@ -45,15 +61,15 @@ class Grouped(torch.autograd.Function):
         """x (V, n), W (E, m, n), ends (E,) int32 -> (V, m): rows ends[i - 1] to ends[i] times W[i]
         transposed."""
         ctx.save_for_backward(x, W, ends)
-        return F.grouped_mm(x, W.mT, offs=ends)
+        return product(x, W.mT, ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         (x, W, ends), dy = ctx.saved_tensors, dy.contiguous()
-        dW = F.grouped_mm(dy.mT, x, offs=ends)
+        dW = product(dy.mT, x, ends)
         idle = ends.diff(prepend=ends.new_zeros(1)) == 0
-        return F.grouped_mm(dy, W, offs=ends), dW.masked_fill_(idle[:, None, None], 0), None
+        return product(dy, W, ends), dW.masked_fill_(idle[:, None, None], 0), None
 
 
 class Router(nn.Module):

@@ -155,8 +155,8 @@ def sizes(kind: str) -> dict[str, str]:
 
 
 def gpt_config(content: dict[str, Any]) -> GPTConfig:
-    """Parse config.json, our own or one of ARCHITECTURES'. Raises ValueError listing everything in
-    it that our model does not support."""
+    """Parse config.json, our own or of one of ARCHITECTURES. Raises ValueError listing everything
+    in it that our model does not support."""
     if "nanonormuon" in content:
         try:
             return GPTConfig(**content["nanonormuon"])
@@ -203,8 +203,8 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
 def experts_config(kind: str, content: dict[str, Any], odd: list[str]) -> dict[str, Any]:
     """Parse what config.json says of experts, and add what our model does not support to `odd`."""
     found = {"mlp": "experts", **(QWEN3_MOE if kind == "qwen3_moe" else {"router": "sigmoid"})}
-    content = {"num_experts": content.get("num_local_experts"), **content}  # as transformers 5 says
-    absent = {"router_norm": False, "n_expert_shared": 0}  # Qwen3-MoE's and dots1's, not ours
+    content = {"num_experts": content.get("num_local_experts"), **content}  # transformers 5's name
+    absent = {"router_norm": False, "n_expert_shared": 0}  # transformers' defaults, unlike ours
     for ours, theirs in EXPERTS[kind].items():
         default = absent.get(ours, getattr(GPTConfig, ours))
         value = content.get(theirs)

@@ -287,7 +287,7 @@ def test_what_export_refuses(trained, exported, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "here")
     refused("the current directory", to=Path("."))
     odd = with_noise(trained, tmp_path / "odd", mlp="relu2", logit_cap=15.0)
-    refused("qwen3, llama, deepseek_v3 has mlp = relu2, logit_cap = 15.0", run=odd.parents[1])
+    refused("deepseek_v3 has mlp = relu2, logit_cap = 15.0", run=odd.parents[1])
     forward = GPT.logits
     monkeypatch.setattr(GPT, "logits", lambda self, h: forward(self, h) + 0.01)
     refused("transformers computes other logits")
