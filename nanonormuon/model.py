@@ -353,7 +353,7 @@ class GPT(nn.Module):
         loss = HeadLoss.apply(h.flatten(0, 1), head.weight, bias, targets.flatten(), cap, train)
         loss = loss if reduction == "sum" else loss / (targets != IGNORE).sum()
         if self.config.balance_loss and train:  # its gradient alone: the loss is the cross entropy
-            auxiliary = sum(routed.balance for routed in self.routed)
+            auxiliary = self.config.balance_loss * sum(r.balance for r in self.routed)
             loss = loss + (auxiliary - auxiliary.detach())
         return loss
 
