@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanonormuon import model, param_groups, sample
-from nanonormuon.checkpoint import named_for_hf
+from nanonormuon.checkpoint import named_for_hf, weights_of
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
 from nanonormuon.errors import CheckpointError
@@ -25,6 +25,8 @@ from nanonormuon.train import train
 
 transformers = pytest.importorskip("transformers")
 LATENT = {"attention": "latent", "head_dim": 12, "rope_head_dim": 8, "v_head_dim": 16}
+DEEPSEEK = {**LATENT, "q_rank": 20, "mlp": "experts", "n_expert": 8, "n_expert_used": 3,
+            "n_dense": 1, "n_expert_group": 2, "n_group_used": 1, "router_scale": 2.5}  # fmt: skip
 
 
 def written(path, **settings):
@@ -35,11 +37,11 @@ def written(path, **settings):
     model.init_weights(0)
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in weights_of(model).values():
             p.add_(0.1 * torch.randn(p.shape))
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(hf.config_json(model.config, 64, 95)))
-    weights = {name: p.detach() for name, p in model.named_parameters()}
+    weights = {name: p.detach() for name, p in weights_of(model).items()}
     (path / "model.safetensors").write_bytes(serialise(named_for_hf(weights)))
     return model.eval()
 
@@ -53,6 +55,7 @@ def written(path, **settings):
         {"head_dim": 16, "n_hidden": 48, "rope_theta": 1e6, "norm_eps": 1e-5},
         LATENT,
         {**LATENT, "q_rank": 20, "rope_interleave": False, "tied": True, "norm_eps": 1e-2},
+        DEEPSEEK,
     ],
 )
 def test_transformers_gives_the_same_logits_and_tokens(settings, tmp_path):
@@ -121,11 +124,11 @@ def with_noise(run, out, **settings):
     model = GPT(config).init_weights(0)
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in weights_of(model).values():
             p.add_(0.05 * torch.randn(p.shape))
     files = {p.name: p.read_bytes() for p in source.iterdir() if p.name != "manifest.json"}
     files["config.json"] = json.dumps(hf.config_json(model.config, 32, 299)).encode()
-    files["model.safetensors"] = serialise(named_for_hf(dict(model.named_parameters())))
+    files["model.safetensors"] = serialise(named_for_hf(weights_of(model)))
     return write(out / "checkpoints", read_json(source / "state.json")["step"], files)
 
 
@@ -138,9 +141,10 @@ def with_noise(run, out, **settings):
         {"n_kv_head": 2},
         {"vocab_size": 300},
         {"qk_norm": False, "n_kv_head": 1, "tied": True},
-        {**LATENT, "q_rank": 20},
+        LATENT,
+        DEEPSEEK,
     ],
-    ids=["padded", "tied", "grouped", "unpadded", "llama", "latent"],
+    ids=["padded", "tied", "grouped", "unpadded", "llama", "latent", "deepseek"],
 )
 def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tmp_path):
     with_noise(trained, tmp_path / "run", **settings)
@@ -319,9 +323,10 @@ def test_a_part_that_only_our_model_has_is_named(tmp_path):
 # -------------------------------------------------------------------------------- beginning with it
 
 
-DEEPSEEK = {"num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 12, "v_head_dim": 16, "first_k_dense_replace": 2,
-            "num_nextn_predict_layers": 0}  # fmt: skip
+THEIRS = {"num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_rope_head_dim": 8,
+          "qk_nope_head_dim": 12, "v_head_dim": 16, "num_nextn_predict_layers": 0,
+          "n_routed_experts": 8, "moe_intermediate_size": 16, "num_experts_per_tok": 3,
+          "n_group": 2, "topk_group": 1, "n_shared_experts": 2}  # fmt: skip
 
 
 def made_by_transformers(kind, out, bpe_data, **settings):
@@ -334,7 +339,7 @@ def made_by_transformers(kind, out, bpe_data, **settings):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
-        for p in model.parameters():
+        for p in model.state_dict().values():
             p.add_(0.05 * torch.randn(p.shape))
     model.save_pretrained(out)
     tokenizer.load(bpe_data).save(out)
@@ -348,8 +353,18 @@ def made_by_transformers(kind, out, bpe_data, **settings):
         ("qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
-        ("deepseek_v3", {**DEEPSEEK, "rms_norm_eps": 1e-2, "tie_word_embeddings": True}),
-        ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": None, "rope_interleave": False}),
+        ("deepseek_v3", {**THEIRS, "rms_norm_eps": 1e-2, "tie_word_embeddings": True}),
+        ("deepseek_v3", {**THEIRS, "first_k_dense_replace": 1, "norm_topk_prob": False}),
+        (
+            "deepseek_v3",
+            {
+                **THEIRS,
+                "first_k_dense_replace": 0,
+                "n_group": 1,
+                "q_lora_rank": None,
+                "rope_interleave": False,
+            },
+        ),
     ],
 )
 def test_their_models_are_ours(kind, settings, tmp_path, bpe_data):
@@ -364,7 +379,8 @@ def test_their_models_are_ours(kind, settings, tmp_path, bpe_data):
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "deepseek_v3"])
 def test_they_train_on_and_go_back(kind, tmp_path, bpe_data, capsys):
-    settings = {"qwen3": {"head_dim": 16}, "deepseek_v3": DEEPSEEK}.get(kind, {})
+    deepseek = {**THEIRS, "first_k_dense_replace": 1}
+    settings = {"qwen3": {"head_dim": 16}, "deepseek_v3": deepseek}.get(kind, {})
     made_by_transformers(kind, tmp_path / "their", bpe_data, **settings)
     size = sum(p.stat().st_size for p in (tmp_path / "their").iterdir())
     assert size < 500_000
@@ -438,21 +454,27 @@ def test_what_init_from_refuses(trained, bpe_data, shards, tmp_path, capsys):
 
 
 def test_what_of_deepseeks_is_not_ours_is_named():
-    config = transformers.DeepseekV3Config(**DEEPSEEK, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.DeepseekV3Config(**THEIRS, num_hidden_layers=9, num_attention_heads=4)
     plain = config.to_dict()
-    assert hf.gpt_config(plain).attention == "latent"
+    found = hf.gpt_config(plain)
+    assert (found.attention, found.mlp, found.n_dense) == ("latent", "experts", 3)
     odd = {
         "num_nextn_predict_layers": 1,
         "quantization_config": {"quant_method": "fp8"},
         "rope_scaling": {"type": "yarn", "factor": 40},
-        "first_k_dense_replace": 1,
+        "first_k_dense_replace": None,
         "attention_bias": True,
         "kv_lora_rank": None,
+        "n_group": None,  # 8 in transformers
+        "scoring_func": "softmax",
+        "moe_layer_freq": 2,
     }
     with pytest.raises(ValueError) as refused:
         hf.gpt_config({**plain, "rope_parameters": None, **odd})
     for name in odd:
         assert name.replace("rope_scaling", "rope_type = 'yarn'") in str(refused.value)
+    with pytest.raises(ValueError, match="n_group_used = 3"):
+        hf.gpt_config({**plain, "topk_group": 3})
     del plain["q_lora_rank"]  # its default in transformers is 1,536, not null
     with pytest.raises(ValueError, match="q_lora_rank = None"):
         hf.gpt_config(plain)
