@@ -93,6 +93,11 @@ def test_what_hugging_face_cannot_load_is_named():
     assert hf.obstacles(GPTConfig()) == []
     odd = hf.obstacles(GPTConfig(mlp="relu2", logit_cap=15.0, attn_scale=0.12, norm_eps=0.0))
     assert odd == ["mlp = relu2", "logit_cap = 15.0", "attn_scale = 0.12", "norm_eps = 0"]
+    assert hf.obstacles(GPTConfig(**LATENT)) == hf.obstacles(GPTConfig(**DEEPSEEK)) == []
+    odd = hf.obstacles(GPTConfig(**LATENT, mlp="relu2", rope="half", attn_scale=12**-0.5))
+    assert odd == ["mlp = relu2", "rope = half", f"attn_scale = {12**-0.5}"]
+    odd = hf.obstacles(GPTConfig(**{**DEEPSEEK, "router": "softmax", "n_expert_shared": 0}))
+    assert odd == ["router = softmax", "n_expert_shared = 0 with router = sigmoid"]
     content = hf.config_json(GPTConfig(vocab_size=64, bias=True).resolved(), 64, None)
     assert content["model_type"] == "nanonormuon"
     assert hf.gpt_config(content) == GPTConfig(vocab_size=64, bias=True).resolved()
