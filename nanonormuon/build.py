@@ -98,7 +98,7 @@ class Maker:
         return kind(
             model, self.optimizers, self.world,
             parallel=train.parallel, dtype=self.dtype, reshard=train.reshard,
-            grad_clip=self.config.optim.grad_clip,
+            grad_clip=self.config.optim.grad_clip, qk_clip=self.config.optim.qk_clip,
         )  # fmt: skip
 
     def micro_batch(self, per_rank: int, state: dict[str, Any] | None) -> int:

@@ -66,6 +66,7 @@ class OptimConfig:
     decay: float = 0.7  # share of the run, at its end, in which every rate falls linearly ...
     final_lr: float = 0.0  # ... to this share of its peak
     grad_clip: float = 0.0  # largest norm of the raw gradient; 0: no clipping
+    qk_clip: float = 0.0  # largest attention logit (MuonClip's rule; usual: 100); 0: no limit
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The only file that knows. An engine owns the model, its optimizers and their gra
 calls `accumulate`, `clip`, `update` and `zero_grad`, whatever the layout.
 """
 
-import math
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ class Engine:
     model: on its device. make: from a model to its optimizers. parallel: "ddp", or "fsdp" or "hsdp"
     for FSDP2, which turns the model's parameters into DTensors in place. dtype: what FSDP2 computes
     in. reshard: under FSDP2, free a block's whole weights after its forward pass. grad_clip:
-    largest norm of the raw gradient; 0: no clipping.
+    largest norm of the raw gradient; 0: no clipping. qk_clip: see runtime/qk_clip.py.
     """
 
     dealt = False  # whether micro-batches are dealt out to the ranks in turn, see data.Loader
@@ -48,6 +48,7 @@ class Engine:
         dtype: torch.dtype | None = torch.float32,
         reshard: bool = True,
         grad_clip: float = 0.0,
+        qk_clip: float = 0.0,
     ):
         self.model, self.world, self.grad_clip = model, world, grad_clip
         self.replica: nn.Module = model
@@ -55,11 +56,20 @@ class Engine:
         self.mesh = grid(world, parallel) if self.sharded else None
         # whether nobody could hear of a rank that runs out of memory in a forward pass
         self.lockstep = world.size == 1 or self.sharded or self.dealt
+        self.qk_clip = None
+        if qk_clip:
+            from nanonormuon.runtime.qk_clip import QkClip  # few runs have it
+
+            self.qk_clip = QkClip(model, qk_clip, world.device)
+        self.expert_load = None
+        if model.config.mlp == "experts":
+            from nanonormuon.runtime.expert_load import ExpertLoad  # nor have they these
+
+            self.expert_load = ExpertLoad(model, world)
         self.distribute(dtype, reshard)
         self.forward: Callable[..., Tensor] = self.replica  # or its compiled form
-        self.routers = routers(model)
-        self.load = self.entropy = torch.zeros(())  # of this step, by layer, over all ranks
         self.optimizers = make(model)
+        self.compiled: dict[Optimizer, Callable[[], None]] = {}  # steps
 
     def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
         """Make the model one of several replicas or shards; alone it stays as it is."""
@@ -89,14 +99,15 @@ class Engine:
         tell the others, who would otherwise wait for it there (memory.together).
         """
         mean = torch.zeros((), device=self.world.device)
-        self.load = self.entropy = torch.zeros((), device=self.world.device)
+        if self.qk_clip:
+            self.qk_clip.begin()
+        if self.expert_load:
+            self.expert_load.begin()
 
         def forward() -> Tensor:
             part = self.forward(*next(micro_batches)) / count
-            if self.routers:
-                loads, entropies, _ = zip(*self.model.routed)
-                self.load = self.load + torch.stack(loads)
-                self.entropy = self.entropy + torch.stack(entropies) / count / self.world.size
+            if self.expert_load:
+                self.expert_load.add(count)
             return part
 
         def backward(part: Tensor) -> None:
@@ -112,9 +123,8 @@ class Engine:
         last = together(up_to_the_last, alone=self.lockstep)
         self.sync(True)
         backward(last)
-        if self.routers:
-            distributed.total(self.load)
-            distributed.total(self.entropy)
+        if self.expert_load:
+            self.expert_load.finish()
         return mean
 
     def backward(self, part: Tensor) -> None:
@@ -140,51 +150,30 @@ class Engine:
             torch._foreach_mul_(grads, scale.clamp(max=1.0))
 
     def update(self) -> None:
-        """Make the optimizers' step, and move the routers' biases against the load."""
+        """Make the optimizers' step, then what QK-clip and the load of experts ask for."""
         self.step()
-        for i, router in enumerate(self.routers):
-            router.rebalance(self.load[i])
+        if self.qk_clip:
+            self.qk_clip.apply()
+        if self.expert_load:
+            self.expert_load.apply()
 
     def step(self) -> None:
         """Make the optimizers' step."""
         for optimizer in self.optimizers:
-            optimizer.step()
-
-    def load_row(self) -> dict[str, float]:
-        """What a row of metrics reports on experts; nothing of a model without them.
-
-        expert_load_min, _max: visits of the idlest and the busiest expert of any layer in the last
-        step, over the mean. experts_idle: experts without a visit. router_entropy: of a token's
-        scores, as shares, over that of even shares. Equal on every rank.
-        """
-        if not self.routers:
-            return {}
-        load = self.load / self.load.double().mean(1, keepdim=True)
-        entropy = self.entropy.mean() / math.log(load.size(1))
-        found = torch.stack([load.min(), load.max(), (load == 0).sum(), entropy]).tolist()
-        keys = ("expert_load_min", "expert_load_max", "experts_idle", "router_entropy")
-        return dict(zip(keys, found))
+            self.compiled.get(optimizer, optimizer.step)()
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
         self.model.zero_grad(set_to_none=True)
 
     def compile(self, trial: Callable[[], tuple[Tensor, Tensor]]) -> tuple[float, str]:
-        """Compile the forward and backward pass, if they then work on a trial batch on all ranks.
+        """Compile the forward and backward pass, if they then work on a trial batch on all ranks;
+        with them, on a GPU that has no others, NorMuon's step.
 
         Returns the seconds that it took, and why it failed ("": it did not). No gradient is left of
         the trial. Raises what `accumulate` raises for want of memory.
         """
         start, failures = time.perf_counter(), []
-
-        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-            try:
-                return torch._dynamo.lookup_backend("inductor")(graph, inputs)
-            except Exception as error:  # whatever a compiler may raise; the graph itself is tested
-                if out_of_memory(error):
-                    raise
-                failures.append(error)
-                return graph.forward  # a rank that left the pass would leave the others waiting
 
         def passes() -> None:
             try:  # under FSDP2 torch itself runs what it cannot even trace uncompiled
@@ -195,7 +184,7 @@ class Engine:
                     raise
                 failures.append(error)
 
-        fast = torch.compile(self.replica, backend=backend, dynamic=False)
+        fast = torch.compile(self.replica, backend=tolerant(failures), dynamic=False)
         # FSDP2 would keep an unreduced gradient where zero_grad does not reach it
         self.sync(self.sharded)
         together(passes, alone=self.lockstep)
@@ -204,7 +193,44 @@ class Engine:
         if distributed.largest([len(lines)], self.world.device)[0]:
             return time.perf_counter() - start, (*lines, "on another rank")[0]
         self.forward = fast
+        if self.world.device.type == "cuda" and not self.dealt and not distributed.grouped():
+            ours = [o for o in self.optimizers if isinstance(o, NorMuon)]
+            self.compiled = {o: compiled_step(o, tolerant([])) for o in ours}
         return time.perf_counter() - start, ""
+
+
+def tolerant(failures: list[Exception]) -> Callable[..., Callable]:
+    """A backend of torch.compile that runs a graph as it is if inductor fails, and notes why."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        try:
+            return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+        except Exception as error:  # whatever a compiler may raise; the graph itself is tested
+            if out_of_memory(error):
+                raise
+            failures.append(error)
+            return graph.forward  # a rank that left the pass would leave the others waiting
+
+    return backend
+
+
+def compiled_step(optimizer: NorMuon, backend: str | Callable) -> Callable[[], None]:
+    """NorMuon's step as one graph: some 60 launches of a GPU in place of 134."""
+    # without the profiler's hook, which a graph cannot contain
+    graph = torch.compile(inspect.unwrap(NorMuon.step), backend=backend, dynamic=False)
+    groups, scheduled = optimizer.param_groups, ("lr", "momentum")
+
+    @torch.no_grad()
+    def step() -> None:
+        rates = [{key: group[key] for key in scheduled} for group in groups]
+        for group, numbers in zip(groups, rates):  # a number would be a constant of the graph
+            group |= {k: torch.tensor(x, dtype=torch.float64) for k, x in numbers.items()}
+        with torch._dynamo.config.patch(suppress_errors=True):
+            graph(optimizer)
+        for group, numbers in zip(groups, rates):
+            group |= numbers
+
+    return step
 
 
 def grid(world: World, parallel: str) -> DeviceMesh:
@@ -214,11 +240,6 @@ def grid(world: World, parallel: str) -> DeviceMesh:
     names = ("replicate", "shard")[-len(shape) :]
     # without a mesh FSDP2 would take the machine's GPUs, whatever the device asked for
     return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
-
-
-def routers(model: nn.Module) -> list[Any]:
-    """The modules that choose experts (parts.experts.Router), in the order of the layers."""
-    return [module for module in model.modules() if hasattr(module, "rebalance")]
 
 
 def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype | None, reshard: bool) -> None:
@@ -234,7 +255,7 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype | None, reshard: bool
     reduced = dtype and torch.float32
     policy = MixedPrecisionPolicy(dtype, reduced, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(None, reduced, cast_forward_inputs=False)
-    for router in routers(model):
+    for router in (m for m in model.modules() if hasattr(m, "rebalance")):
         fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=reshard)
     mixed = len({p.dtype for p in model.parameters()}) > 1
     for block in [*model.layers, *([model.embed_tokens] if mixed else []), model]:

@@ -112,6 +112,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
 
 
 class Attention(nn.Module):
+    attend = staticmethod(attend)  # runtime/qk_clip.py has one that looks at the logits
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         C, D, H, G = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
@@ -138,7 +140,7 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.extend(self, k, v)
-        y = attend(q, k, v, self.scale, mask)
+        y = self.attend(q, k, v, self.scale, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 

@@ -164,6 +164,16 @@ def test_a_recipe_is_the_same_on_ranks_as_on_one_process(answers, recipe):
             assert relative(found.float(), alone.float()) < limit, f"{world} ranks, {kind}, {name}"
 
 
+def test_clipped_heads_are_the_same_on_ranks_as_on_one_process(answers):
+    world, tensors, _ = answers
+    alone = worker.clipped("", 0, 1)
+    assert float(alone["clipped..peaks1"].max()) > 0.5  # the threshold
+    for name, value in alone.items():
+        for kind in worker.kinds(world):
+            found = tensors[name.replace("..", f".{kind}.", 1)]
+            assert relative(found, value) < 1e-4, f"{world} ranks, {kind}, {name}"
+
+
 def test_a_trial_of_the_compiler_leaves_no_gradient_behind(answers):
     for kind, (without, after) in answers[2]["norms"].items():
         assert after == without, kind

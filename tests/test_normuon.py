@@ -2,18 +2,21 @@
 plain twin after every step; Muon equal to torch's; no harm from zero, missing or rank-deficient
 gradients."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support import agree, relative
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from twin import Twin, orthogonalise, trajectories
 
 from nanonormuon import NorMuon, normuon
+from nanonormuon.engine import compiled_step
 from nanonormuon.normuon import MUON, POLAR_EXPRESS, newton_schulz
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "normuon.safetensors")
@@ -223,29 +226,42 @@ def test_a_steps_launches_do_not_grow_with_the_layers(layers, settings, launches
 
 @pytest.mark.slow
 def test_a_compiled_step_is_one_graph_that_schedules_do_not_recompile():
-    """Rates as 0-d tensors, every kind of matrix; equal to the eager step with numbers."""
+    """Every kind of matrix; equal to the eager step; launches as inductor fuses on a CPU."""
     torch.manual_seed(8)
     W = [torch.randn(s) for s in ((12, 12), (12, 12), (12, 40), (40, 12), (3, 8, 12))]
-    plain, tensor = ([torch.nn.Parameter(w.clone()) for w in W] for _ in range(2))
+    plain, fused = ([torch.nn.Parameter(w.clone()) for w in W] for _ in range(2))
     settings = {**FP32, "neuron_axis": "longest"}
-    eager = NorMuon(plain, **settings)
-    rates = {"lr": torch.tensor(0.0), "momentum": torch.tensor(0.0)}
-    compiled = NorMuon(tensor, **rates, **settings)
+    eager, compiled = NorMuon(plain, **settings), NorMuon(fused, **settings)
     torch._dynamo.reset()
-    graphs = CompileCounterWithBackend("aot_eager")
-    step = torch.compile(compiled.step, backend=graphs, fullgraph=True)
+    counters.clear()
+    step = compiled_step(compiled, "aot_eager")
     for i in range(4):
-        for key, value in {"lr": 0.1 / (1 + i), "momentum": 0.85 + 0.03 * i}.items():
-            eager.param_groups[0][key] = value
-            compiled.param_groups[0][key].fill_(value)
-        for p, q in zip(plain, tensor):
+        rates = {"lr": 0.1 / (1 + i), "momentum": 0.85 + 0.03 * i}
+        for optimizer in (eager, compiled):
+            optimizer.param_groups[0] |= rates
+        for p, q in zip(plain, fused):
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.clone()
         eager.step()
         step()
-    assert graphs.frame_count == 1
-    for p, q in zip(plain, tensor):
+        assert rates.items() <= compiled.param_groups[0].items()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for p, q in zip(plain, fused):
         assert relative(q.detach(), p.detach()) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_compiled_step_takes_at_most_80_launches():
+    """The kinds of matrices of gpt2-124m. Counts what inductor calls: products, fused loops."""
+    shapes = ([(32, 32)] * 4 + [(96, 32)] * 2 + [(32, 96)]) * 2
+    optimizer = NorMuon([torch.nn.Parameter(torch.randn(shape)) for shape in shapes])
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.randn(p.shape)
+    torch._dynamo.reset()
+    (code,) = run_and_get_code(compiled_step(optimizer, "inductor"))[1]
+    body = code.partition("def call(")[2]
+    calls = re.findall(r"^ +(?:extern_kernels\.|aten\.|cpp_fused)\w*", body, re.M)
+    assert 40 < len(calls) <= 80
 
 
 # singular values of hard cases, as functions of the position i in 0..1

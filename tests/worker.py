@@ -303,6 +303,27 @@ def recipe_steps(kind, name, rank, world):
     return {f"{name}.{kind}.{n}": whole(p) for n, p in model.named_parameters()}
 
 
+def clipped(kind, rank, world):
+    """Two steps of two micro-batches with QK-clip, on heads that share keys; peaks, weights."""
+    from nanonormuon.engine import Engine
+
+    sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 6, "n_kv_head": 3, "n_embd": 24}
+    model = filled(GPT(GPTConfig(**sizes, qk_norm=False, bias=True)))
+    make = partial(make_optimizers, settings=OptimConfig(), ns_dtype=torch.float32)
+    here = World(rank, world, torch.device("cpu"))
+    engine = Engine(model, make, here, kind, qk_clip=0.5)
+    random, found = torch.Generator().manual_seed(7), {}
+    for step in range(2):
+        tokens, targets = torch.randint(96, (2, 24, 16), generator=random)
+        mine = slice(24 // world * rank, 24 // world * (rank + 1))
+        halves = zip(tokens[mine].chunk(2), targets[mine].chunk(2))
+        engine.accumulate(halves, 2)
+        engine.update()
+        engine.zero_grad()
+        found[f"clipped.{kind}.peaks{step}"] = engine.qk_clip.seen
+    return found | {f"clipped.{kind}.{n}": whole(p) for n, p in model.named_parameters()}
+
+
 def engine_of(world, parallel, dtype=torch.float32, make=None, **sizes):
     """An engine of a small model, with torch's compilation of an earlier one forgotten."""
     from nanonormuon.engine import Engine
@@ -468,6 +489,7 @@ def layouts(folder, saved):
     for kind in kinds(world):
         for name in RECIPES:
             tensors |= recipe_steps(kind, name, rank, world)
+        tensors |= clipped(kind, rank, world)
     for key in sorted(tensors):  # replicas must not drift apart by a single bit
         mine = tensors[key].clone()
         dist.broadcast(mine, 0)

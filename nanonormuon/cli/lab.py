@@ -20,6 +20,7 @@ OPTIMIZERS = "normuon, muon, adamw or module:Class, each with +SETTING=VALUE; jo
 RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
 GROW = "Lengthen a grid, by 4 rates at most, while its best rate is its first or last."
 BASELINE = "Optimizer to measure the others against; else the best of all but the first."
+BREAKDOWN = "Also what `evaluate --breakdown` shows of the final models."
 AXIS = "Values of another setting to try: SECTION.KEY=A,B,C; repeatable."
 
 
@@ -34,6 +35,7 @@ def race(
     baseline: Annotated[str, Option(help=BASELINE)] = "",
     seeds: Annotated[int, Option(min=0, help="Seeds of the final runs; 0: only tune.")] = 5,
     tuning_seeds: Annotated[int, Option(min=1, help="Seeds per setting in the tuning.")] = 1,
+    breakdown: Annotated[bool, Option("--breakdown", help=BREAKDOWN)] = False,
     parallel: Parallel = 0,
     ranks: Ranks = 1,
     as_json: options.AsJson = False,
@@ -53,7 +55,8 @@ def race(
 
     runner = processes.Runner(parallel, ranks)
     field = race.entries(recipe, optimizers, lr or (), wd, sweep or ())
-    found = race.Race(recipe, field, seeds, out, tuning_seeds, baseline, grow).run(runner)
+    contest = race.Race(recipe, field, seeds, out, tuning_seeds, baseline, grow, breakdown)
+    found = contest.run(runner)
     files = f"results: {out / 'results.json'}, {out / 'race.png'}"
     options.show(found, f"{results.markdown(found)}\n{files}", as_json)
 

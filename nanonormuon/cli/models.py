@@ -61,6 +61,7 @@ CHOICES = (
     '{"question", "choices", "answer"}; repeatable.'
 )
 STRIDE = "Tokens predicted per window; 0: all. A smaller stride gives each token more context."
+BREAKDOWN = "Also: loss by token frequency, kurtosis of activations, loss with 4-bit weights."
 
 
 def evaluate(
@@ -72,6 +73,7 @@ def evaluate(
     window: Annotated[int, Option(min=0, help="Tokens of context; 0: as in training.")] = 0,
     stride: Annotated[int, Option(min=0, help=STRIDE)] = 0,
     max_tokens: Annotated[int, Option(min=0, help="Tokens per data set; 0: all.")] = 0,
+    breakdown: Annotated[bool, Option("--breakdown", help=BREAKDOWN)] = False,
     device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:
@@ -83,14 +85,14 @@ def evaluate(
     \b
     normuon-train evaluate RUN
     normuon-train evaluate RUN --text book.txt --stride 64
+    normuon-train evaluate RUN --breakdown
     normuon-train evaluate RUN --data data/mine --choices hellaswag_val.jsonl --json
     """
     from nanonormuon.pretrained import judge
 
     started(device)
-    results = judge.evaluate(
-        path, data or (), text or (), choices or (), window, stride, max_tokens, device, text_field
-    )
+    sets = data or (), text or (), choices or ()
+    results = judge.evaluate(path, *sets, window, stride, max_tokens, device, text_field, breakdown)
     options.show(results, "\n".join(map(judge.describe, results)), as_json)
 
 

@@ -26,6 +26,7 @@ from nanonormuon import config
 from nanonormuon.errors import ConfigError, MissingPackage
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
 from nanonormuon.lab.results import Entry, draw, judge, markdown
+from nanonormuon.pretrained.judge import evaluate
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import replace_file
 
@@ -130,10 +131,13 @@ class Race:
     """A comparison in the directory `out`; `run` completes it, however often it was interrupted."""
 
     def __init__(self, arguments: Sequence[str], field: Sequence[Entry], seeds: int, out: Path,
-                 tuning_seeds: int = 1, baseline: str = "", grow: bool = True):  # fmt: skip
-        """baseline, grow: see results.judge and `beyond`. Raises ConfigError."""
+                 tuning_seeds: int = 1, baseline: str = "", grow: bool = True,
+                 breakdown: bool = False):  # fmt: skip
+        """baseline, grow: see results.judge and `beyond`. breakdown: also of the final models'
+        losses. Raises ConfigError."""
         self.arguments, self.field, self.out = tuple(arguments), field, out
         self.baseline, self.longer = baseline, LONGER if grow else 0
+        self.breakdown = breakdown
         self.seeds = range(seeds)
         self.tuning_seeds = range(TUNING_SEED, TUNING_SEED + tuning_seeds)
         self.settings = config.load(arguments)[0]
@@ -203,6 +207,11 @@ class Race:
 
     def report(self) -> dict[str, Any]:
         """Write results.json, results.md and race.png; returns the content of the first."""
+        rows = judge(self.field, self.steps, self.baseline)
+        for row, entry in zip(rows, self.field if self.breakdown else ()):
+            jobs = [self.job("seeds", entry, entry.best, seed) for seed in self.seeds]
+            done = [j.path for j, r in zip(jobs, entry.runs) if math.isfinite(r["val_loss"])]
+            row["breakdown"] = [evaluate(run, detail=True)[0]["breakdown"] for run in done]
         files = sorted(self.out.glob("*/*/environment.json"))
         environments = [read_json(file) for file in files]
         several = ("source_sha256", "device", "torch")
@@ -212,7 +221,7 @@ class Race:
             "steps": self.steps,
             "tokens": self.steps * self.settings.train.batch_tokens,
             **{key: sorted({str(e.get(key)) for e in environments}) for key in several},
-            "optimizers": judge(self.field, self.steps, self.baseline),
+            "optimizers": rows,
         }
         if (count := len(results["source_sha256"])) > 1:
             log.warning(f"{self.out}: its runs come from {count} versions of the source")

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,9 @@ def markdown(results: Mapping[str, Any], times: bool = True) -> str:
         rate = "".join([f"{r['lr']:g}", *(f", {s.removeprefix('optim.')}" for s in others)])
         lines.append([label, rate, *["-"] * 7])
         if "mean" in r:
-            sd = "" if r["sd"] is None else f" ± {r['sd']:.4f}"
             memory = None if r["peak_memory"] is None else r["peak_memory"] / 1e9
             lines[-1][2:] = [
-                f"{r['mean']:.4f}{sd}",
+                with_spread(r["val_loss"]),
                 str(r["n"]),
                 ranged(r.get("difference"), "+.4f", between=r.get("difference_interval")),
                 reached(r),
@@ -122,7 +122,35 @@ def markdown(results: Mapping[str, Any], times: bool = True) -> str:
                 ranged(r["ms_per_step"], ".1f"),
                 ranged(memory, ".2f", " GB"),
             ]
-    return as_markdown([line[: None if times else -2] for line in lines])
+    table = as_markdown([line[: None if times else -2] for line in lines])
+    detailed = [r for r in results["optimizers"] if r.get("breakdown")]
+    return f"{table}\n\n{breakdowns(detailed)}" if detailed else table
+
+
+def breakdowns(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of what the final models' losses hide (pretrained/breakdown.py), means over seeds
+    and their standard deviations."""
+    shares = [group["up_to_percent"] for group in rows[0]["breakdown"][0]["by_frequency"]]
+    spans = [f"loss, {a} to {b} %" for a, b in pairwise([0, *shares])]
+    lines = [["optimizer", *spans, "kurtosis", "largest", "cost of 4 bits"]]
+    for row in rows:
+        parts = [
+            *([b["by_frequency"][i]["loss"] for b in row["breakdown"]] for i in range(len(shares))),
+            [b["excess_kurtosis"] for b in row["breakdown"]],
+            [b["largest_kurtosis"]["value"] for b in row["breakdown"]],
+            [b["cost_4bit"] for b in row["breakdown"]],
+        ]
+        lines.append([row["optimizer"], *map(with_spread, parts)])
+    return as_markdown(lines)
+
+
+def with_spread(values: Sequence[float | None]) -> str:
+    """A mean and its standard deviation; "-" if a value is missing."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "-"
+    sd = spread(known)
+    return f"{mean(known):.4f}" + ("" if sd is None else f" ± {sd:.4f}")
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -122,7 +122,7 @@ class GPTConfig:
             ("n_expert_shared", 0, 1 << 10),
             ("n_dense", 0, self.n_layer),
             ("n_expert_group", 1, E // 2),
-            ("n_group_used", -(-used * groups // E), groups),
+            ("n_group_used", -(-used * groups // max(E, 1)), groups),
             ("router_scale", 1e-6, 1e6),
             ("balance_rate", 0, 1),
             ("balance_loss", 0, 1e6),

@@ -23,6 +23,8 @@ EPS = 1e-6  # of the latents' norms: DeepSeek-V3 has no setting for it
 class LatentAttention(nn.Module):
     """Attention of H heads over a latent and a rotary key per token."""
 
+    attend = staticmethod(attend)  # as in model.Attention
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         C, H = config.n_embd, config.n_head
@@ -60,7 +62,7 @@ class LatentAttention(nn.Module):
         k, v = self.per_head(self.kv_b_proj(latent)).split([self.width, self.values], -1)
         q = torch.cat([q, q_rotary], -1)
         k = torch.cat([k, key.expand(-1, self.heads, -1, -1)], -1)
-        y = attend(q, k, v, self.scale, mask)
+        y = self.attend(q, k, v, self.scale, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def queries(self, x: Tensor) -> Tensor:
@@ -79,6 +81,18 @@ class LatentAttention(nn.Module):
         if self.interleave:
             x = x.unflatten(-1, (-1, 2)).mT.flatten(-2)
         return rotate(x, cos, sin)
+
+    def scaled_by(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Weights, each with a factor per row, that scale the logits of each head by one of
+        `factors` (H,). The rotary key stays, as all heads share it (Kimi K2, arXiv 2507.20534)."""
+
+        def rows(*parts: tuple[Tensor, int]) -> Tensor:
+            return torch.cat([x[:, None].expand(-1, width) for x, width in parts], 1).flatten()
+
+        root, queries = factors.sqrt(), self.q_b_proj if hasattr(self, "q_b_proj") else self.q_proj
+        keys = rows((root, self.width), (torch.ones_like(root), self.values))
+        turned = rows((root, self.width), (factors, self.rotary))
+        return [(queries.weight, turned), (self.kv_b_proj.weight, keys)]
 
     def from_cache(self, q: Tensor, q_rotary: Tensor, seen: Tensor, mask: Tensor | None) -> Tensor:
         """What one query per head, (B, H, 1, D) and (B, H, 1, R), reads from S latents and rotary

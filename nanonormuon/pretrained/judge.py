@@ -18,7 +18,7 @@ from nanonormuon.data import validation_targets
 from nanonormuon.errors import CheckpointError, DataError, UsageError
 from nanonormuon.evaluate import bits_per_byte, validation_loss
 from nanonormuon.model import GPT, IGNORE
-from nanonormuon.pretrained import models, multiple_choice
+from nanonormuon.pretrained import breakdown, models, multiple_choice
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage.files import replace_file
@@ -41,6 +41,7 @@ def evaluate(
     max_tokens: int = 0,
     device: str = "auto",
     text_field: str = "text",
+    detail: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure a model on each set: the validation splits of prepared directories; the documents of
     files and directories, as sources.documents reads them; files of multiple-choice questions.
@@ -49,6 +50,7 @@ def evaluate(
 
     window: the most tokens that the model sees (0: as in training). stride: tokens that each window
     predicts (0: window); see evaluate.validation_loss. max_tokens: targets per set (0: all).
+    detail: add the breakdown of each loss, for which the run's training text must be there.
     Returns one result per set and keeps them in the run's evaluations.json; if that fails, logs a
     warning. Raises DataError, CheckpointError, UsageError.
     """
@@ -68,7 +70,8 @@ def evaluate(
         raise UsageError(f"--stride {stride}: expected 1 to --window {window}")
     own = not (data or texts or questions)
     limit = max_tokens or (settings["data"].get("val_tokens", 0) if own else 0)
-    measure = partial(on_split, model, tokenizer, world, window, stride, limit)
+    train = models.data_of(state, tokenizer).train if detail else None
+    measure = partial(on_split, model, tokenizer, world, window, stride, limit, train=train)
     results = []
     for source in [None] if own else data:
         split = models.data_of(state, tokenizer, source).val
@@ -98,8 +101,10 @@ def on_split(
     stride: int,
     limit: int,
     split: Split,
+    train: Split | None = None,
 ) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte on the first `limit` targets of a split (0: all)."""
+    """Loss, perplexity and bits per byte on the first `limit` targets of a split (0: all), and with
+    the training split the breakdown of the loss."""
     ids = model.config.vocab_size
     split.vocab_size = min(ids, split.vocab_size or ids)  # each batch is checked for larger ids
     text_bytes = None if limit else split.bytes
@@ -114,6 +119,9 @@ def on_split(
             return model(tokens, targets, reduction=reduction)
 
         loss, targets = validation_loss(forward, split, window, batch, world, limit, stride)
+    detail = {}
+    if train is not None:
+        detail["breakdown"] = breakdown.measure(model, split, train, window, stride, limit)
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
@@ -122,6 +130,7 @@ def on_split(
         "bytes": text_bytes,
         "window": window,
         "stride": stride,
+        **detail,
     }
 
 
@@ -138,7 +147,7 @@ def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Spl
 
 
 def describe(result: dict[str, Any]) -> str:
-    """A result as one line."""
+    """A result as one line, and its breakdown below it."""
     if "questions" in result:
         plain, normalised = (
             f"{result[name]:.4f} ± {result[f'{name}_stderr']:.4f}"
@@ -148,11 +157,13 @@ def describe(result: dict[str, Any]) -> str:
         return f"{result['set']}: {measures} ({result['questions']:,} questions)"
     bpb = result["bits_per_byte"]
     per_byte = "" if bpb is None else f", {bpb:.4f} bits per byte"
-    return (
+    line = (
         f"{result['set']}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}"
         f"{per_byte} ({result['tokens']:,} tokens, window {result['window']}, "
         f"stride {result['stride']})"
     )
+    more = breakdown.describe(result["breakdown"]) if "breakdown" in result else []
+    return "\n".join([line, *more])
 
 
 def kept(file: Path) -> list[dict[str, Any]]:

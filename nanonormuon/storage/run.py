@@ -220,6 +220,8 @@ def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
         line += f"  load {row['expert_load_min']:.2f} to {row['expert_load_max']:.2f}"
     if row.get("skipped"):
         line += f"  skipped {row['skipped']}"
+    if "qk_max" in row:
+        line += f"  qk_max {row['qk_max']:.3g}  qk_clipped {row['qk_clipped']}"
     bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
     log.log(logging.INFO if bar.disable or "val_loss" in row else logging.DEBUG, line)
 

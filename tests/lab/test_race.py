@@ -381,8 +381,13 @@ def test_a_race_from_its_first_run_to_its_table(smaller, tmp_path, here):
     for folder in (tmp_path / "r/tuning").iterdir():
         assert not (folder / "checkpoints").exists()
     losses = found["optimizers"][0]["val_loss"]
-    found = race.Race(smaller, field, 3, tmp_path / "r").run(Runner())
+    found = race.Race(smaller, field, 3, tmp_path / "r", breakdown=True).run(Runner())
     assert len(here) == count + 2 and found["optimizers"][0]["val_loss"][:2] == losses
+    assert [len(row["breakdown"]) for row in found["optimizers"]] == [3, 3]
+    table = (tmp_path / "r/results.md").read_text()
+    assert (
+        re.search(r"^\| adamw \| \d\.\d{4} ± 0\.\d{4} \|", table, re.M) and "97 to 100 %" in table
+    )
     with pytest.raises(RunError, match="another comparison"):
         race.Race([*smaller, "optim.decay=1"], field, 2, tmp_path / "r").run(Runner())
 

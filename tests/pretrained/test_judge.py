@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from nanonormuon.cli import app as cli
 from nanonormuon.errors import CheckpointError, DataError
 from nanonormuon.model import GPT, GPTConfig
-from nanonormuon.pretrained import judge, models
+from nanonormuon.pretrained import breakdown, judge, models
 from nanonormuon.pretrained import multiple_choice as choices
 from nanonormuon.runtime.distributed import World
+from nanonormuon.storage.shards import open_data
 from nanonormuon.text import tokenizer
 
 
@@ -39,6 +40,43 @@ def test_it_repeats_what_the_run_measured_and_keeps_results(trained, bpe_data, t
         (bpe_data.name, True), (bpe_data.name, False),
     ]  # fmt: skip
     assert {(r["path"], r["dtype"]) for r in kept} == {(str(bpe_data.resolve()), "float32")}
+
+
+def test_the_breakdown_of_a_loss(trained, bpe_data, capsys):
+    """Groups by counting, losses and kurtosis by brute force, weights as before the rounding."""
+    assert cli.main(["evaluate", str(trained), "--breakdown", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    found, data = result["breakdown"], open_data(bpe_data)
+    table = found["by_frequency"]
+    assert sum(row["targets"] for row in table) == result["tokens"]
+    total = sum(row["targets"] * row["loss"] for row in table if row["targets"])
+    assert total / result["tokens"] == pytest.approx(result["loss"], rel=1e-5)
+
+    model, _, _ = models.load_run(trained, torch.float32, torch.device("cpu"))
+    counts, group = breakdown.groups(data.train, model.config.vocab_size)
+    train = np.concatenate([*data.train.shards])
+    assert [*counts] == [int((train == i).sum()) for i in range(model.config.vocab_size)]
+    shares = [counts[group <= i].sum() / counts.sum() * 100 for i in range(len(breakdown.SHARES))]
+    rarest = [counts[(group == i) & (counts > 0)].min(initial=1 << 40) for i in range(len(shares))]
+    for share, edge, least in zip(shares, breakdown.SHARES, rarest):
+        assert edge <= share + 1e-9 <= edge + 100 * least / counts.sum() + 1e-6
+
+    before = [p.clone() for p in model.parameters()]
+    with breakdown.in_four_bits(model):
+        weight = model.layers[0].mlp.up_proj.weight
+        assert all(len(row.unique()) <= 15 for row in weight)
+        assert not torch.equal(weight, before[0])
+    assert all(map(torch.equal, before, model.parameters()))
+
+    x = torch.randn(2, 3, 5).double()
+    with breakdown.watched(model) as kurtosis:
+        linear = model.layers[0].mlp.up_proj
+        linear(F.pad(x, (0, linear.in_features - 5)).float())
+    padded = F.pad(x, (0, linear.in_features - 5)).flatten(0, 1)
+    z = (padded - padded.mean(1, keepdim=True)) / padded.std(1, correction=0, keepdim=True)
+    assert kurtosis["0.mlp.up_proj"] == [pytest.approx(float((z**4).mean()) - 3, rel=1e-5)]
+    assert cli.main(["evaluate", str(trained), "--breakdown", "--max-tokens", "99"]) == 0
+    assert "97 to 100 %" in capsys.readouterr().out
 
 
 def test_results_that_cannot_be_kept_are_not_lost(trained, tmp_path, monkeypatch, capsys):
