@@ -164,6 +164,25 @@ def test_a_recipe_is_the_same_on_ranks_as_on_one_process(answers, recipe):
             assert relative(found.float(), alone.float()) < limit, f"{world} ranks, {kind}, {name}"
 
 
+def test_experts_are_the_same_on_ranks_as_on_one_process(answers):
+    """Their load to the last token, and so their biases to the last bit."""
+    world, tensors, _ = answers
+    alone = worker.with_experts("", 0, 1)
+    assert alone["experts..visits1"].sum() == 24 * 16 * 2
+    assert alone["experts..layers.1.mlp.gate.e_score_correction_bias"].any()
+    for name, value in alone.items():
+        for kind in worker.kinds(world):
+            found = tensors[name.replace("..", f".{kind}.", 1)]
+            exact = "visits" in name or "bias" in name
+            limit = 0 if exact else 1e-4
+            assert relative(found, value) <= limit, f"{world} ranks, {kind}, {name}"
+
+
+def test_stacks_of_experts_are_sharded_whole_and_send_nothing(answers):
+    for kind, found in answers[2]["stacks"].items():
+        assert found == (["all_gather"] * 2 if kind in ("ddp", "replicas") else []), kind
+
+
 def test_clipped_heads_are_the_same_on_ranks_as_on_one_process(answers):
     world, tensors, _ = answers
     alone = worker.clipped("", 0, 1)
