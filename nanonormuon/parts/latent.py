@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nanonormuon.model import Cache, Linear, RMSNorm, attend, rotate
 from nanonormuon.parts.config import GPTConfig
 
-EPS = 1e-6  # of the latents' norms: DeepSeek-V3 has no setting for it
+EPS = 1e-6  # of the latents' norms: in transformers' DeepSeek-V3 a constant
 
 
 class LatentAttention(nn.Module):
