@@ -62,7 +62,12 @@ def named_state(
             buffers |= {
                 f"{name}.{key}": buffer for key, buffer in sorted(optimizer.state[p].items())
             }
-    return dict(model.named_parameters()), buffers
+    return weights_of(model), buffers
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that a checkpoint keeps of a model: parameters, and the biases of routers."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def named_for_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,7 +90,7 @@ def size_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
         for _, p in named_parameters(optimizer)
         for shape in buffer_shapes(optimizer, p).values()
     )
-    return buffers + sum(p.numel() * p.element_size() for p in model.parameters())
+    return buffers + sum(p.numel() * p.element_size() for p in weights_of(model).values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -160,7 +165,7 @@ def raise_if(failure: BaseException | None) -> None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load model.safetensors, whose names and shapes must match, into a model of any layout."""
     file = TensorFile(path / "model.safetensors")
-    parameters = named_for_hf(dict(model.named_parameters()))
+    parameters = named_for_hf(weights_of(model))
     file.expect({name: p.shape for name, p in parameters.items()})
     with torch.no_grad():
         for name, p in parameters.items():

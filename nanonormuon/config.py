@@ -150,10 +150,11 @@ LIMITS: dict[str, Limit] = {  # all others: AT_LEAST_0
     **dict.fromkeys(("optim.momentum", "optim.momentum_start", "optim.beta2"), BELOW_1),
     **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2"), BELOW_1),
     # beyond any model, and small enough to be counted without overflow or hours of waiting
-    **dict.fromkeys(("model.n_head", "model.n_kv_head", "model.n_embd", "model.head_dim"), WIDTH),
+    **{f"model.{key}": WIDTH for key in ("n_head", "n_kv_head", "n_embd", "head_dim")},
+    **{f"model.{key}": WIDTH for key in ("q_rank", "kv_rank", "rope_head_dim", "v_head_dim")},
     "model.vocab_size": within(0, 1 << 32),  # ids in shards have 32 bits
     "model.n_layer": within(1, 10_000),
-    "model.n_hidden": within(0, 1 << 24),
+    **dict.fromkeys(("model.n_hidden", "model.expert_hidden"), within(0, 1 << 24)),
     "model.attn_scale": (lambda value: True, "any number"),
     "data.seq_len": within(1, 1 << 24),
     "train.batch_tokens": within(1, 10**12),

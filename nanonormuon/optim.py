@@ -5,7 +5,11 @@ matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon, A
 columns     such weights stored (inputs, outputs)               as matrix, with neurons as columns
 embedding   weights of nn.Embedding, also when the head is tied AdamW
 head        the linear layer that ends in the vocabulary        AdamW
-vector      gains, biases, matrices of one row or one column    AdamW
+vector      gains, biases, matrices of one row or one column,   AdamW
+            routers of experts
+
+The low-rank projections of latent attention are matrices: NorMuon makes an update's shorter side
+orthonormal, so the rank that a projection has is used in full. The gains of its norms are vectors.
 """
 
 import ast
@@ -41,8 +45,8 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     Works on any module. An embedding is known by its type. The head is what get_output_embeddings()
     returns (our model and transformers' have it), else the only linear layer with as many outputs
     as an embedding has rows, unless the two are tied. transformers' Conv1D (GPT-2's) stores its
-    weight (inputs, outputs). roles = {name pattern: role} overrides these rules, and covers raw 2-D
-    parameters, whose rows may not be neurons.
+    weight (inputs, outputs). A module may state the roles of parameters of its own, raw ones too,
+    as parameter_roles = {name: role}. roles = {name pattern: role} overrides all these rules.
 
     Raises ValueError naming all parameters without a rule, and for a pattern that matches none.
     """
@@ -52,6 +56,7 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     linear = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
     transposed = {id(m.weight) for m in model.modules() if is_conv1d(m)}
+    stated = stated_roles(model)
     heads = find_heads(model, tables)
     unknown: dict[str, str] = {}  # a pattern for parameters without a rule -> their first shape
     found: dict[str, dict] = {role: {"role": role, "names": [], "params": []} for role in ROLES}
@@ -63,6 +68,8 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
             unused.discard(pattern)
             if (role := roles[pattern]) not in ROLES:
                 raise ValueError(f'role "{role}" for {name}: expected one of {", ".join(ROLES)}')
+        elif id(p) in stated:
+            role = stated[id(p)]
         elif id(p) in tables:
             role = "embedding"
         elif p.ndim < 2 or (p.ndim == 2 and min(p.shape) < 2):
@@ -89,6 +96,12 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     if found["columns"]["params"]:
         found["columns"]["neuron_axis"] = "columns"
     return [group for group in found.values() if group["params"]]
+
+
+def stated_roles(model: nn.Module) -> dict[int, str]:
+    """Roles by parameter's id, as modules state them in parameter_roles = {name: role}."""
+    modules = ((m, getattr(m, "parameter_roles", {})) for m in model.modules())
+    return {id(getattr(m, name)): role for m, found in modules for name, role in found.items()}
 
 
 def is_conv1d(module: nn.Module) -> bool:

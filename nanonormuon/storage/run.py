@@ -216,6 +216,8 @@ def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
     )
     measures = (key for key in ("val_loss", "val_bpb") if row.get(key) is not None)
     line += "".join(f"  {key} {row[key]:.4f}" for key in measures)
+    if "expert_load_max" in row:
+        line += f"  load {row['expert_load_min']:.2f} to {row['expert_load_max']:.2f}"
     if row.get("skipped"):
         line += f"  skipped {row['skipped']}"
     if "qk_max" in row:
