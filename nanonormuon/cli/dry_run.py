@@ -45,13 +45,17 @@ class Estimate:
         return sum(self.parts.values())
 
 
+def unknown(optimizer: str) -> bool:
+    return ":" in optimizer and not optimizer.startswith("zoo:")
+
+
 def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.Optimizer]]:
     """Make the model and its optimizers on `device`, in the dtype of this machine."""
     dtype = distributed.compute_dtype(config.train.dtype, here())
     with device:
         model = GPT(config.model, dtype)
     settings = config.optim
-    if ":" in settings.name:  # counted as if it were AdamW: to import a module is to run its code
+    if unknown(settings.name):  # counted as if it were AdamW: to import a module is to run its code
         settings = replace(settings, name="adamw", options="")
     return model, optim.make_optimizers(model, settings, dtype)
 
@@ -124,7 +128,7 @@ def report(config: Config) -> list[str]:
     roles = ", ".join(f"{role} {n:,}" for role, n in found.parameters.items())
     lines = [
         f"parameters: {sum(found.parameters.values()):,} ({roles})"
-        + (assumed if ":" in config.optim.name else ""),
+        + (assumed if unknown(config.optim.name) else ""),
         f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
         f"{found.flops_per_token / 1e6:.4g} MFLOP per token = {found.flops:.3g} FLOP",
     ]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
+from nanonormuon.config import optimizer_file
 from nanonormuon.errors import DataError, RunError, explained
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage.files import (
@@ -291,8 +292,11 @@ def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, An
     return [rows[step] for step in sorted(rows)]
 
 
-def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
-    """Collect what decides a result beside the configuration: command, source, versions, device."""
+def environment(device: "torch.device", ranks: int, optimizer: str = "") -> dict[str, Any]:
+    """Collect what decides a result beside the configuration: command, source, versions, device.
+
+    optimizer: optim.name, which may be of a file that does not belong to the package.
+    """
     import torch
 
     from nanonormuon import __version__
@@ -307,7 +311,8 @@ def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": git_commit(PACKAGE.parent),
-        "source_sha256": source_hash(),
+        "source_sha256": source_hash(optimizer),
+        **optimizer_hash(optimizer),
         "nanonormuon": __version__,
         "python": platform.python_version(),
         **{package: import_module(package).__version__ for package in packages},
@@ -329,15 +334,23 @@ def git_commit(checkout: Path) -> str | None:
     return None
 
 
-def source_files() -> dict[str, Path]:
-    """The package's Python files, recipes and templates, by path relative to the package."""
+def source_files(optimizer: str = "") -> dict[str, Path]:
+    """The package's Python files, recipes and templates, by path relative to the package; and the
+    file of an optimizer "FILE.py:Class"."""
     files = [file for file in sorted(PACKAGE.rglob("*.*")) if file.suffix in SOURCES]
-    return {file.relative_to(PACKAGE).as_posix(): file for file in files}
+    own = optimizer_file(optimizer)
+    return {f.relative_to(PACKAGE).as_posix(): f for f in files} | ({str(own): own} if own else {})
 
 
-def source_hash() -> str:
+def optimizer_hash(optimizer: str) -> dict[str, str]:
+    """{"optimizer_sha256": that of the file of "FILE.py:Class"}; {} for any other optimizer."""
+    file = optimizer_file(optimizer)
+    return {"optimizer_sha256": hashlib.sha256(read_file(file)).hexdigest()} if file else {}
+
+
+def source_hash(optimizer: str = "") -> str:
     """sha256 over `source_files`: tells a modified checkout from its commit."""
     digest = hashlib.sha256()
-    for name, file in source_files().items():
+    for name, file in source_files(optimizer).items():
         digest.update(name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
