@@ -56,7 +56,8 @@ def self_contained(job: Job) -> str:
     parts["metrics.jsonl"] = "\n".join(map(json.dumps, read_metrics(job.path / "metrics.jsonl")))
     optimizer = config.load(job.arguments)[0].optim.name
     for name, file in source_files(optimizer).items():
-        parts[f"nanonormuon/{name}"] = file.read_text(encoding="utf-8")
+        place = "" if file == Path(name) else "nanonormuon/"  # not if it is the user's
+        parts[place + name] = file.read_text(encoding="utf-8")
     line = "=" * 100
     return "".join(f"{line}\n{name}\n{line}\n{text.rstrip()}\n" for name, text in parts.items())
 
