@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ from nanonormuon.optim import make_optimizers, optimizer_class
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage.files import lock
-from nanonormuon.storage.run import read_metrics, source_hash
+from nanonormuon.storage.run import PACKAGE, read_metrics, source_hash
 from nanonormuon.storage.shards import open_data
 from nanonormuon.text import corpus
 from nanonormuon.train import train
@@ -687,6 +688,31 @@ def test_a_trials_log_has_the_optimizers_file(mine, smaller, here):
     arguments = [*smaller, "train.steps=2", f"optim.name={mine[1]}", "optim.lr=0.01"]
     trials.run(arguments, 1, 9.0, Path("t"), Runner())
     assert "\nmy.py\n" in (text := Path("t/trial-000.txt").read_text()) and MINE in text
+
+
+@pytest.mark.slow
+def test_your_own_optimizer_as_written(smaller, here, tmp_path, monkeypatch, capsys):
+    """Every command of dev/YOUR_OPTIMIZER.md, in its order, with its file; the runs are small."""
+    text = (ROOT / "dev" / "YOUR_OPTIMIZER.md").read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    (source,) = (block for kind, block in blocks if kind == "python")
+    copy, *commands = [line for kind, block in blocks if not kind for line in block.splitlines()]
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(copy.replace("python", sys.executable), shell=True, check=True)
+    assert Path("my_optimizer.py").read_bytes() == (PACKAGE / "lab/zoo/osp.py").read_bytes()
+    Path("my_optimizer.py").write_text(source)
+    assert len(source.splitlines()) <= 40
+    small = [a for a in smaller if "=" in a and "steps" not in a]
+    for line in commands:
+        line = re.sub(
+            r"--seeds (\d)", lambda seeds: f"--no-grow --seeds {int(seeds[1]) // 4}", line
+        )
+        words = shlex.split(re.sub("steps=([12])[02]0", r"steps=\1", line))[1:]
+        more = [] if "--resume" in words else small
+        assert cli.main([words[0], *more, *words[1:]]) == 0, capsys.readouterr().err
+    results = json.loads(Path("runs/mine/results.json").read_text())
+    assert [row["n"] for row in results["optimizers"]] == [2, 2, 2]
+    assert "my_optimizer.py:Rows" in capsys.readouterr().out
 
 
 @pytest.mark.slow
