@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from nanonormuon.errors import out_of_memory
 from nanonormuon.model import GPT
-from nanonormuon.normuon import OneProcess
+from nanonormuon.normuon import NorMuon, OneProcess
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.distributed import World
 from nanonormuon.runtime.memory import together
@@ -277,8 +277,9 @@ class Bitwise(Engine):
 def unshared(optimizer: Optimizer) -> Optimizer:
     """Have every rank make the whole update: in a stack of fewer matrices a product could round
     differently."""
-    for bucket in getattr(optimizer, "buckets", ()):  # NorMuon's, and the zoo's
-        bucket.layout = OneProcess()
+    if isinstance(optimizer, NorMuon) or hasattr(optimizer, "buckets"):  # the zoo's have them too
+        for bucket in optimizer.buckets:
+            bucket.layout = OneProcess()
     return optimizer
 
 
