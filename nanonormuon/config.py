@@ -120,7 +120,6 @@ KINDS: dict[str, Any] = {  # "section.key" of every setting -> its type
 SHARES = 1_000_000  # the shares of a mixture are whole numbers of millionths
 OPTIMIZERS = ("normuon", "muon", "adamw")
 TRUSTED = ("torch.optim:", "zoo:")  # modules that a file may name, too
-ZOO_SHARED = ("__init__", "base", "buckets")
 OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings that other optimizers do not have
 OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
            "ns_coefficients", "ns_steps", "cautious")  # fmt: skip
@@ -190,10 +189,10 @@ class FromFile(str):
     file: str
 
 
-def zoo() -> dict[str, Path]:
-    """ "zoo:NAME" -> file of every neighbour's optimizer in the package."""
-    files = sorted((Path(__file__).parent / "lab" / "zoo").glob("*.py"))
-    return {f"zoo:{path.stem}": path for path in files if path.stem not in ZOO_SHARED}
+def our_optimizers() -> list[str]:
+    """The optimizers of the package; each "zoo:NAME" is a file."""
+    zoo = {path.stem for path in (Path(__file__).parent / "lab" / "zoo").glob("*.py")}
+    return [*OPTIMIZERS, *sorted(f"zoo:{x}" for x in zoo - {"__init__", "base", "buckets"})]
 
 
 def optimizer_file(name: str) -> Path | None:
@@ -315,8 +314,8 @@ def without_effect(config: Config, origin: dict[str, str]) -> list[str]:
     """
     name = config.optim.name
     others = {"normuon": (), "muon": OF_NORMUON}.get(name, OF_NORMUON + OF_MUON)
-    if name in zoo() or optimizer_file(name):  # what a class in a file has, the file says
-        others = (*OF_NORMUON, "cautious") if name in zoo() else ()
+    if name.startswith("zoo:") or optimizer_file(name):  # what a class has, its file says
+        others = () if optimizer_file(name) else (*OF_NORMUON, "cautious")
     reasons = {f"optim.{key}": f"{name} has no such setting here" for key in others}
     if not config.train.eval_every:
         reasons["train.patience"] = "with train.eval_every = 0 only the end is evaluated"
@@ -333,13 +332,13 @@ def check(config: Config, origin: dict[str, str]) -> None:
     o, t, T = config.optim, config.train, config.data.seq_len
     if t.canonical and t.micro_batch == "auto":
         refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")
-    whole = ":" in o.name and not o.name.startswith("zoo:") and not optimizer_file(o.name)
-    if whole and t.parallel in ("fsdp", "hsdp"):
+    module = o.name not in our_optimizers() and not optimizer_file(o.name)
+    if module and ":" in o.name and t.parallel in ("fsdp", "hsdp"):
         refuse("train.parallel", f"ddp: {o.name} needs whole matrices on every rank")
     if mixture(config.data.mix) and config.data.order != "shuffled":
         raise ConfigError("data.mix: expected with data.order = shuffled only")
-    if (":" not in o.name or o.name.startswith("zoo:")) and o.name not in (*OPTIMIZERS, *zoo()):
-        hint = nearest(o.name, (*OPTIMIZERS, *zoo()))
+    if module and (":" not in o.name or o.name.startswith("zoo:")):
+        hint = nearest(o.name, our_optimizers())
         refuse("optim.name", f"{', '.join(OPTIMIZERS)}, FILE.py:Class or module:Class; {hint}")
     if o.options and o.name in OPTIMIZERS:
         refuse("optim.options", f"none: {o.name} has settings of its own here")

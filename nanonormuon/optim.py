@@ -215,12 +215,8 @@ def optimizer_class(name: str) -> type[Optimizer]:
 def default_lr(name: str) -> float | None:
     """The rate that an optimizer of the zoo's kind has if none is given; None for others."""
     cls = optimizer_class(name) if ":" in name else AdamW
-    given = (
-        inspect.signature(cls).parameters["lr"].default
-        if hasattr(cls, "state_by_parameter")
-        else None
-    )
-    return given if isinstance(given, float) else None
+    own = inspect.signature(cls).parameters if hasattr(cls, "state_by_parameter") else {}
+    return own["lr"].default if "lr" in own and isinstance(own["lr"].default, float) else None
 
 
 def run_file(file: Path) -> ModuleType:
@@ -238,15 +234,13 @@ def run_file(file: Path) -> ModuleType:
     return sys.modules[name]
 
 
-def external_optimizer(
-    settings: OptimConfig, groups: list[dict], ns_dtype: torch.dtype
-) -> Optimizer:
-    """An optimizer that `settings` names by its class; of the zoo's kind it has NorMuon's settings.
+def external_optimizer(s: OptimConfig, groups: list[dict], ns_dtype: torch.dtype) -> Optimizer:
+    """Make the optimizer that s.name names by its class; one of the zoo's kind has our settings.
 
-    Raises ValueError for a class that cannot be found or is not an optimizer, for arguments that it
-    does not have, and if it cannot take the layout of its parameters.
+    Raises ValueError for what is no optimizer, for arguments that it does not have, and if it
+    cannot take the layout of its parameters.
     """
-    name, options, cls = settings.name, settings.options, optimizer_class(settings.name)
+    name, options, cls = s.name, s.options, optimizer_class(s.name)
     try:
         call = ast.parse(f"f({options})", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
@@ -260,7 +254,7 @@ def external_optimizer(
     for group in groups:
         group["use_muon"] = True  # some packages' Muons ask for it; to all others it is a name
         if getattr(cls, "state_by_parameter", False):  # the zoo's base, or its copy
-            group |= {key: getattr(settings, key) for key in SHARED} | {"ns_dtype": ns_dtype}
+            group |= {key: getattr(s, key) for key in SHARED} | {"ns_dtype": ns_dtype}
         elif any(isinstance(p, DTensor) for p in group["params"]):
             raise ValueError(f"{name} needs whole matrices: expected train.parallel=ddp")
     try:

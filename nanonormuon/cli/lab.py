@@ -16,9 +16,7 @@ AT_ONCE = "Runs at a time; 0: one per GPU, one on a CPU. Each has OMP_NUM_THREAD
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]
 Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
 Strings = list[str] | None
-OPTIMIZERS = (
-    "normuon, muon, adamw, zoo:NAME, FILE.py:Class, module:Class, with +SETTING=VALUE; by commas."
-)
+OPTIMIZERS = "normuon,muon,adamw,zoo:NAME,FILE.py:Class,module:Class, each with +SETTING=VALUE."
 RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
 GROW = "Lengthen a grid, by 4 rates at most, while its best rate is its first or last."
 BASELINE = "Optimizer to measure the others against; else the best of all but the first."

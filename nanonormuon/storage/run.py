@@ -293,10 +293,8 @@ def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, An
 
 
 def environment(device: "torch.device", ranks: int, optimizer: str = "") -> dict[str, Any]:
-    """Collect what decides a result beside the configuration: command, source, versions, device.
-
-    optimizer: optim.name, which may be of a file that does not belong to the package.
-    """
+    """Collect what decides a result beside the configuration: command, source (optim.name may be of
+    a file that is not the package's), versions, device."""
     import torch
 
     from nanonormuon import __version__

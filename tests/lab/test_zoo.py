@@ -21,7 +21,7 @@ from nanonormuon.normuon import NorMuon
 from nanonormuon.optim import default_lr, make_optimizers, optimizer_class
 from nanonormuon.storage.tensors import read_tensors
 
-NAMES = [name.partition(":")[2] for name in config.zoo()]
+NAMES = [name.partition(":")[2] for name in config.our_optimizers()[3:]]
 LR, DECAY, MU = worker.LR, worker.DECAY, worker.MU
 
 
@@ -390,6 +390,20 @@ def test_two_ranks_equal_one_process(kind, ranks):
     for name in NAMES:
         found = {k.split("/")[2]: t for k, t in ranks[0].items() if k.startswith(f"{kind}/{name}/")}
         agree(found, worker.train(name, None), f"{name}, {kind}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["normuon8bit", "dropmuon", "cosmos"])
+def test_a_canonical_run_is_the_same_sharded_and_resumed_elsewhere(name, tiny, forks, tmp_path):
+    """State of every shape goes through the bitwise mode, FSDP2's checkpoint and one process."""
+    quiet = ["train.sample_tokens=0", "train.eval_every=0", "train.steps=4", "model.n_layer=1"]
+    own = ["train.canonical=true", "train.micro_batch=6", f"optim.name=zoo:{name}"]
+    run([*tiny, *quiet, *own], tmp_path / "a")
+    more = ["train.parallel=fsdp", "train.stop_at=2", "--out", tmp_path / "b"]
+    codes, said = forks.run([*tiny, *quiet, *own, *more], ranks=2)
+    assert codes == [0, 0], said
+    run([*tiny, *quiet, *own], tmp_path / "b", True)
+    assert final(tmp_path / "a") == final(tmp_path / "b")
 
 
 @pytest.mark.slow
