@@ -21,7 +21,7 @@ from typing import Any, Literal
 from nanonormuon.errors import ConfigError
 from nanonormuon.normuon import coefficients
 from nanonormuon.parts.config import GPTConfig
-from nanonormuon.storage.files import read_file
+from nanonormuon.storage.files import optimizer_file, read_file
 
 
 @dataclass(frozen=True)
@@ -193,12 +193,6 @@ def our_optimizers() -> list[str]:
     """The optimizers of the package; each "zoo:NAME" is a file."""
     zoo = {path.stem for path in (Path(__file__).parent / "lab" / "zoo").glob("*.py")}
     return [*OPTIMIZERS, *sorted(f"zoo:{x}" for x in zoo - {"__init__", "base", "buckets"})]
-
-
-def optimizer_file(name: str) -> Path | None:
-    """The file of "PATH.py:Class"; None for any other optimizer."""
-    path = name.rpartition(":")[0]
-    return Path(path) if path.endswith(".py") else None
 
 
 def is_setting(argument: str) -> bool:

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from nanonormuon.config import FromFile, OptimConfig, optimizer_file
+from nanonormuon.config import FromFile, OptimConfig
 from nanonormuon.errors import ConfigError, out_of_memory
 from nanonormuon.normuon import NorMuon
-from nanonormuon.storage.files import read_file
+from nanonormuon.storage.files import optimizer_file, read_file
 
 ROLES = ("matrix", "columns", "embedding", "head", "vector")
 HIDDEN = ROLES[:2]

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from nanonormuon.config import optimizer_file
 from nanonormuon.errors import DataError, RunError, explained
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage.files import (
     check_plain,
     in_shell,
     lock,
+    optimizer_file,
     read_file,
     read_jsonl,
     replace_file,
