@@ -213,7 +213,8 @@ def optimizer_class(name: str) -> type[Optimizer]:
 
 
 def default_lr(name: str) -> float | None:
-    """The rate that an optimizer of the zoo's kind has if none is given; None for others."""
+    """The rate that an optimizer of the zoo's kind has if none is given; None for others. The one
+    of OptimConfig says that it moves weights as far as NorMuon does at the same rate."""
     cls = optimizer_class(name) if ":" in name else AdamW
     own = inspect.signature(cls).parameters if hasattr(cls, "state_by_parameter") else {}
     return own["lr"].default if "lr" in own and isinstance(own["lr"].default, float) else None

@@ -87,7 +87,8 @@ def entry_of(
         refuse(f"--sweep or --wd, and {where}", combination, SHARED | taken)
         usual = resolve([*arguments, *settings, *combination]).optim.lr
     if "optim.lr" not in keys and name not in ("normuon", "muon"):
-        usual = optim.default_lr(name) or ADAMW_LR
+        own = optim.default_lr(name) or ADAMW_LR
+        usual = usual if own == config.OptimConfig.lr else own  # the recipe's, for the kin of Muon
     return Entry(label, settings, rates(label, grid, usual, "optim.lr" in keys), others)
 
 

@@ -101,6 +101,8 @@ def test_every_optimizer_has_a_grid_about_its_own_rate():
     normuon, adamw, lion = race.entries(["demo"], "normuon,adamw,torch.optim:Adagrad")
     assert normuon.rates == (0.02, 0.04, 0.08)  # the recipe's, in the middle
     assert adamw.rates == lion.rates == (0.0015, 0.003, 0.006)
+    kin, other = race.entries(["demo"], "zoo:muon8bit,zoo:reg")
+    assert kin.rates == normuon.rates and other.rates == adamw.rates
     lr = ["0.5x,1x", "adamw=1e-3,0.01"]
     normuon, adamw = race.entries(["demo"], "normuon,adamw", lr, "0,0.1", ["optim.beta2=0.9,0.95"])
     assert normuon.rates == (0.02, 0.04) and adamw.rates == (0.001, 0.01)
