@@ -15,10 +15,12 @@ from support import ROOT, final, relative, run
 
 from nanonormuon import config
 from nanonormuon.config import load
+from nanonormuon.errors import CheckpointError
 from nanonormuon.lab.zoo import muon8bit
 from nanonormuon.lab.zoo.lipschitz import LARGEST, Lipschitz, strength
 from nanonormuon.normuon import NorMuon
 from nanonormuon.optim import default_lr, make_optimizers, optimizer_class
+from nanonormuon.runs import spectra
 from nanonormuon.storage.tensors import read_tensors
 
 NAMES = [name.partition(":")[2] for name in config.our_optimizers()[3:]]
@@ -351,6 +353,16 @@ def test_a_run_resumes_bitwise(name, tiny, tmp_path):
     assert final(tmp_path / "a") == final(tmp_path / "b")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_buffers_mean_what_they_mean_in_normuon(name):
+    """`diagnose` takes a run's momentum and second moment by their names."""
+    W = torch.nn.Parameter(torch.randn(8, 6))
+    state = optimizer_class(f"zoo:{name}")([W]).state[W]
+    theirs = NorMuon([W]).state[W]
+    for key in state.keys() & theirs.keys():
+        assert (state[key].shape, state[key].dtype) == (theirs[key].shape, theirs[key].dtype), key
+
+
 @pytest.mark.slow
 def test_int8_momentum_is_a_quarter_on_disk(tiny, tmp_path):
     sizes = {}
@@ -360,13 +372,15 @@ def test_int8_momentum_is_a_quarter_on_disk(tiny, tmp_path):
         run([*tiny, *quiet, f"optim.name={name}"], out)
         (file,) = out.glob("checkpoints/*/optimizer.safetensors")
         state = read_tensors(file)
-        keys = (".momentum", ".second_moment", ".scale")
+        keys = (".momentum", ".momentum_int8", ".momentum_scale", ".second_moment")
         own = {k: t for k, t in state.items() if k.endswith(keys)}
-        weights = sum(t.numel() for k, t in own.items() if k.endswith(".momentum"))
+        weights = sum(t.numel() for k, t in own.items() if k.endswith(keys[:2]))
         sizes[name] = sum(t.nbytes for t in own.values()) / weights
-        kinds = {t.dtype for k, t in own.items() if k.endswith(".momentum")}
+        kinds = {t.dtype for k, t in own.items() if k.endswith(keys[:2])}
         assert kinds == {torch.float32 if name == "normuon" else torch.int8}
     assert sizes["normuon"] == pytest.approx(4 + 4 / 40, abs=0.1)  # rows of 32 to 85 weights
+    with pytest.raises(CheckpointError, match="no momentum of"):  # in float32, which it reads
+        spectra.diagnose(tmp_path / "zoo")
     assert sizes["zoo:normuon8bit"] == pytest.approx(1 + 8 / 40, abs=0.1)
 
 

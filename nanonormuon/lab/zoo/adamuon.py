@@ -32,7 +32,7 @@ class AdaMuon(Neighbour):
         super().__init__(params, lr, weight_decay, beta2=beta2, eps=eps, sign=sign, **shared)
 
     def keeps(self, m: int, n: int) -> dict[str, tuple]:
-        return {"momentum": (m, n), "second_moment": (m, n)}
+        return {"momentum": (m, n), "second_moment_per_weight": (m, n)}
 
     def update(self, G: Tensor, group: dict, bucket: Bucket) -> Tensor:
         M, V = bucket.buffers.values()

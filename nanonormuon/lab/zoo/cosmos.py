@@ -41,7 +41,7 @@ class COSMOS(Neighbour):
 
     def keeps(self, m: int, n: int) -> dict[str, tuple]:
         r = min(self.rank, min(m, n) // 2)  # P and S as single rows: every rank has all of them
-        return {"momentum": (m, n), "second_moment": (m, r), "basis": (1, n * r),
+        return {"momentum": (m, n), "subspace_second_moment": (m, r), "basis": (1, n * r),
                 "spectrum": (1, r * r), "step": (1, 1)}  # fmt: skip
 
     def update(self, G: Tensor, group: dict, bucket: Bucket) -> Tensor:

@@ -53,10 +53,10 @@ class Muon8bit(Neighbour):
         super().__init__(params, lr, weight_decay, beta2=beta2, **shared)
 
     def keeps(self, m: int, n: int) -> dict[str, tuple]:
-        return {"momentum": (m, n, torch.int8), "scale": (m, -(-n // BLOCK))}
+        return {"momentum_int8": (m, n, torch.int8), "momentum_scale": (m, -(-n // BLOCK))}
 
     def update(self, G: Tensor, group: dict, bucket: Bucket) -> Tensor:
-        Z, scale = bucket.buffers["momentum"], bucket.buffers["scale"]
+        Z, scale = bucket.buffers["momentum_int8"], bucket.buffers["momentum_scale"]
         M = restore(Z, scale)
         O = bucket.orthogonal(lookahead(G, M, group), group)
         quantise(M, Z, scale)
