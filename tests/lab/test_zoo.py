@@ -17,7 +17,7 @@ from nanonormuon import config
 from nanonormuon.config import load
 from nanonormuon.errors import CheckpointError
 from nanonormuon.lab.zoo import muon8bit
-from nanonormuon.lab.zoo.lipschitz import LARGEST, Lipschitz, strength
+from nanonormuon.lab.zoo.lipschitz import LARGEST, Lipschitz
 from nanonormuon.normuon import NorMuon
 from nanonormuon.optim import default_lr, make_optimizers, optimizer_class
 from nanonormuon.runs import spectra
@@ -274,7 +274,7 @@ def test_no_weight_leaves_the_ball():
         assert torch.linalg.matrix_norm(W.detach(), 2) <= 0.8 * s * (1 + 1e-5)
     assert torch.linalg.matrix_norm(W.detach(), 2) > 0.7 * s  # and the ball is used
     with pytest.raises(ValueError, match=r"w_max = 0\.1"):
-        strength(0.2, 0.1)
+        Lipschitz([W], lr=0.1, w_max=0.1)
 
 
 def test_rounding_to_int8_is_off_by_half_a_unit_at_most():

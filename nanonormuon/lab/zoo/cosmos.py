@@ -18,7 +18,8 @@ Sources disagree. A page of formulas projects columns (G P, as here), the author
 (lliu606/COSMOS) rows; the page adds eps under the root, the code after it (here); the last factor
 is sqrt(n) on the page, gamma sqrt(m n) in the code (here: the update's root mean square is gamma =
 0.1, and AdamW's rates fit). The code has 5 iterations, no Nesterov step and no weight decay. r is
-at most half of the smaller side: in a full basis nothing but rounding would be left for B.
+at most half of the smaller side: in a full basis nothing but rounding would be left for B. While
+optim.momentum_warmup lasts, momentum^t is that of the current momentum, as if it had been constant.
 """
 
 import math

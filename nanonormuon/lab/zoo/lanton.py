@@ -13,8 +13,8 @@ so the state is twice as large, and there is a second Newton-Schulz iteration pe
 moment.
 
 What could be read: the noise estimate, from summaries of the paper. The rule from N to the rate is
-as we remember Algorithm 1 and could not be checked against its text, nor could alpha and beta2 (1
-and 0.9 here), nor its start (here the gradient before the first is 0). The paper's second way to
+Algorithm 1 from memory and could not be checked against its text, nor could alpha and beta2 (1 and
+0.9 here), nor its start (here the gradient before the first is 0). The paper's second way to
 estimate noise, by a second batch, and its groups of embedding and vectors are left out: those
 parameters have AdamW here.
 """

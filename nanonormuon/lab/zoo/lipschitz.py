@@ -13,7 +13,7 @@ business).
 
 Sources: of the paper's constraints this is the soft cap, with its coupling to lr. An older commit
 of the authors' code has -9 k^9 where the composition gives -1 k^9, as the newer one. Theirs
-iterates in bfloat16, which rounds the weights; here in their own dtype. |O| <= 1.2024 is the
+iterates in bfloat16, which rounds the weights; here in float32. |O| <= 1.2024 is the
 largest value of Muon's polynomial (theirs are others), and 5 % are for bfloat16. Weights that start
 outside of the ball are divided by their norm at the first step (the authors initialise inside).
 """
@@ -60,17 +60,24 @@ class Lipschitz(Neighbour):
     def keeps(self, m: int, n: int) -> dict[str, tuple]:
         return {"momentum": (m, n), "step": (1, 1)}
 
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        self.strength(self.param_groups[-1])  # refuses a rate that is too large
+
+    def strength(self, group: dict) -> float:
+        k = group["w_max"] * (1 - group["lr"] * group["weight_decay"]) + group["lr"] * LARGEST
+        return strength(k, group["w_max"])
+
     def update(self, G: Tensor, group: dict, bucket: Bucket) -> Tensor:
         X, (m, n) = lookahead(G, bucket.buffers["momentum"], group), bucket.shape
         return bucket.orthogonal(X, group | {"ns_coefficients": MUON}) * math.sqrt(m / n)
 
     def advance(self, G: Tensor, group: dict, bucket: Bucket) -> None:
-        w_max, lr = group["w_max"], group["lr"]
+        w_max, a = group["w_max"], self.strength(group)
         if not bucket.buffers["step"].any():
             norm = lambda W: torch.linalg.matrix_norm(W, 2, keepdim=True)  # noqa: E731
             self.constrain(lambda W: W / (norm(W) / w_max).clamp_min(1), bucket)
         super().advance(G, group, bucket)
-        a = strength(w_max * (1 - lr * group["weight_decay"]) + lr * LARGEST, w_max)
         self.constrain(lambda W: soft_cap(W, a), bucket)
         bucket.buffers["step"] += 1
 
