@@ -13,13 +13,14 @@ import zoo_worker as worker
 from safetensors.torch import load_file
 from support import ROOT, final, relative, run
 
-from nanonormuon import config
+from nanonormuon import checkpoint, config
 from nanonormuon.config import load
 from nanonormuon.errors import CheckpointError
 from nanonormuon.lab.zoo import muon8bit
 from nanonormuon.lab.zoo.lipschitz import LARGEST, Lipschitz
+from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.normuon import NorMuon
-from nanonormuon.optim import default_lr, make_optimizers, optimizer_class
+from nanonormuon.optim import Schedule, default_lr, make_optimizers, optimizer_class
 from nanonormuon.runs import spectra
 from nanonormuon.storage.tensors import read_tensors
 
@@ -305,9 +306,6 @@ def test_they_have_normuons_settings_and_rates_of_their_own(tiny):
     assert default_lr("zoo:auon") == 0.24 and default_lr("torch.optim:SGD") is None
     chosen = ["optim.name=zoo:auon", "optim.options=hybrid=True", "optim.ns_steps=3"]
     settings = load([*tiny, *chosen, "optim.momentum=0.9", "optim.nesterov=false"])[0].optim
-    from nanonormuon.model import GPT, GPTConfig
-    from nanonormuon.optim import Schedule
-
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=64))
     optimizer = make_optimizers(model, settings, torch.float32)[0]
     (group,) = optimizer.param_groups
@@ -361,6 +359,15 @@ def test_names_of_buffers_mean_what_they_mean_in_normuon(name):
     theirs = NorMuon([W]).state[W]
     for key in state.keys() & theirs.keys():
         assert (state[key].shape, state[key].dtype) == (theirs[key].shape, theirs[key].dtype), key
+
+
+def test_the_estimate_of_a_checkpoint_counts_bytes_not_numbers():
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=64))
+    for name in NAMES:
+        optimizers = make_optimizers(model, config.OptimConfig(name=f"zoo:{name}"))[:1]
+        weights, buffers = checkpoint.named_state(model, optimizers)
+        exact = sum(t.nbytes for t in (*weights.values(), *buffers.values()))
+        assert checkpoint.size_of(model, optimizers) == exact, name
 
 
 @pytest.mark.slow
