@@ -342,7 +342,7 @@ class Bitwise(Engine):
 def unshared(optimizer: Optimizer) -> Optimizer:
     """Have every rank make the whole update: in a stack of fewer matrices a product could round
     differently."""
-    if isinstance(optimizer, NorMuon):
+    if isinstance(optimizer, NorMuon) or hasattr(optimizer, "buckets"):  # the zoo's have them too
         for bucket in optimizer.buckets:
             bucket.layout = OneProcess()
     return optimizer

@@ -140,7 +140,7 @@ class Trainer:
             self.take_up(self.found[1])
         elif config.train.init_from:
             build.begin_with(config, engine, self.tokenizer)
-        described = environment(self.world.device, self.world.size)
+        described = environment(self.world.device, self.world.size, config.optim.name)
         rows, sampled = distributed.first_does(lambda: self.open_logs(described), self.world.device)
         self.validations.take_up(rows)
         self.sampled = set(sampled)  # steps

@@ -179,7 +179,8 @@ def serve():
     """Read {"argv", "env", "stderr"} per line, fork a process that does what argv says, answer with
     its id. A negative id in place of that waits for the process and answers with its exit code.
 
-    argv[0] is faulty.py for a training run, worker.py for one of test_layouts.py's processes."""
+    argv[0] is faulty.py for a training run, worker.py for one of test_layouts.py's processes,
+    zoo_worker.py for one of lab/test_zoo.py's."""
     import json
     import traceback
 
@@ -188,6 +189,7 @@ def serve():
 
     defects.apply()
     import worker
+    import zoo_worker
 
     import nanonormuon.cli.app
     import nanonormuon.train  # noqa: F401, the reason for all this
@@ -209,7 +211,8 @@ def serve():
         sys.argv = wish["argv"]
         code = 70
         try:
-            {"faulty.py": main, "worker.py": worker.main}[sys.argv[0]]()
+            others = {"worker.py": worker.main, "zoo_worker.py": zoo_worker.main}
+            others.get(sys.argv[0], main)()
         except SystemExit as error:
             code = error.code
         except Exception:

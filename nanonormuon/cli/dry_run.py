@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 
 from nanonormuon import checkpoint, optim
 from nanonormuon.build import split_batch
-from nanonormuon.config import Config, divisors
+from nanonormuon.config import Config, divisors, our_optimizers
 from nanonormuon.model import GPT
 from nanonormuon.pretrained import models
 from nanonormuon.runtime import distributed, health, memory
@@ -54,7 +54,7 @@ def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.O
     with device:
         model = GPT(config.model, dtype)
     settings = config.optim
-    if ":" in settings.name:  # counted as if it were AdamW: to import a module is to run its code
+    if settings.name not in our_optimizers():  # counted as AdamW: an import runs code
         settings = replace(settings, name="adamw", options="")
     return model, optim.make_optimizers(model, settings, dtype)
 
@@ -129,7 +129,7 @@ def report(config: Config) -> list[str]:
     lines = [
         f"parameters: {sum(found.parameters.values()):,} ({roles})"
         + (f", {found.active:,} of them active for a token" if config.model.n_expert else "")
-        + (assumed if ":" in config.optim.name else ""),
+        + ("" if config.optim.name in our_optimizers() else assumed),
         f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
         f"{found.flops_per_token / 1e6:.4g} MFLOP per token = {found.flops:.3g} FLOP",
     ]
