@@ -3,7 +3,7 @@
 Left alone, the config describes the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention,
 per-head QK-norm with gains, SwiGLU, no biases), and parameter names are Hugging Face's without the
 prefix `model.`, so a checkpoint needs no translation. The fields under "departures" turn it
-into Llama (qk_norm) or, all others together, into the GPT of modded-nanogpt's track 3;
+into Llama (qk_norm) or, all others but value_embed, into the GPT of modded-nanogpt's track 3;
 storage/huggingface.py names those that nobody else could load.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
@@ -126,11 +126,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(*qk_norm) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None
-    ) -> Tensor:
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None,
+        value: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """value (B, T, G D): added to the values."""
         heads = (*x.shape[:2], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).view(heads).transpose(1, 2) for project in projections)
+        if value is not None:
+            v = v + value.to(v.dtype).view(heads).transpose(1, 2)
         if x.device.type == "cpu":  # which is slow at passes over tensors of two orders in memory
             q, k = q.contiguous(), k.contiguous()
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
@@ -155,17 +159,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, index: int):
         super().__init__()
+        # a vector per token that its values are offset by, in every second layer and the last (the
+        # value embeddings of modded-nanogpt): many parameters, no products
+        has_table = config.value_embed and (config.n_layer - index) % 2 == 1
+        size = config.n_kv_head * config.head_dim
+        self.value_embed = nn.Embedding(config.vocab_size, size) if has_table else None
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None,
+        tokens: Tensor,
+    ) -> Tensor:  # fmt: skip
+        value = None if self.value_embed is None else self.value_embed(tokens)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask, value)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -250,11 +261,12 @@ class GPT(nn.Module):
         config = self.config = config.resolved()
         self.compute_dtype = compute_dtype
         self.separator: int | None = None  # a token that attention is not to cross
+        self.roles = {"*.value_embed.weight": "value"}  # what param_groups cannot tell by type
         eps = config.norm_eps
         rest = REST[config.embed_dtype]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd, dtype=rest)
         self.embed_norm = RMSNorm(config.n_embd, eps) if config.embed_norm else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps)
         self.lm_head = None
         if not config.tied:
@@ -263,9 +275,9 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> "GPT":
         """Fill the parameters from a generator of their own, so that no other randomness matters.
 
-        Output projections and an untied head start at zero: at the first step every block is the
-        identity and the loss is log(vocab_size) (modded-nanogpt). The other matrices are
-        N(0, sqrt(0.33 / fan_in)).
+        Output projections, value embeddings and an untied head start at zero: at the first step
+        every block is the identity and the loss is log(vocab_size) (modded-nanogpt). The other
+        matrices are N(0, sqrt(0.33 / fan_in)).
         """
         random = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -276,7 +288,7 @@ class GPT(nn.Module):
                 elif name == "embed_tokens.weight":
                     value.normal_(std=self.config.embed_std, generator=random)
                 elif p.ndim == 2 and not name.endswith(
-                    ("o_proj.weight", "down_proj.weight", "lm_head.weight")
+                    ("o_proj.weight", "down_proj.weight", "value_embed.weight", "lm_head.weight")
                 ):
                     value.normal_(std=(0.33 / p.size(1)) ** 0.5, generator=random)
                 p.copy_(value)
@@ -298,7 +310,7 @@ class GPT(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         for layer in self.layers:
-            x = layer(x, cos, sin, cache, mask)
+            x = layer(x, cos, sin, cache, mask, tokens)
         if cache is not None:
             cache.length = length
         return self.norm(x)
@@ -341,9 +353,10 @@ class GPT(nn.Module):
         6 per weight of a product, and 12 n_layer (H D) seq_len / 2 for causal attention's two
         products (PaLM, arXiv 2204.02311, appendix B, halved because half of the scores are masked).
         """
-        c = self.config
+        c, head = self.config, self.get_output_embeddings()
         weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)
-        lookup = 0 if c.tied else self.embed_tokens.weight.numel()  # a lookup multiplies nothing
+        tables = [m for m in self.modules() if isinstance(m, nn.Embedding) and m is not head]
+        lookup = sum(m.weight.numel() for m in tables)  # a lookup multiplies nothing
         return 6 * (weights - lookup) + 6 * c.n_layer * c.n_head * c.head_dim * seq_len
 
 

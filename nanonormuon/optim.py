@@ -4,6 +4,7 @@ role        parameters                                          optimizer
 matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon, AdamW or module:Class
 columns     such weights stored (inputs, outputs)               as matrix, with neurons as columns
 embedding   weights of nn.Embedding, also when the head is tied AdamW
+value       those of them that the model's `roles` call so      AdamW
 head        the linear layer that ends in the vocabulary        AdamW
 vector      gains, biases, matrices of one row or one column    AdamW
 """
@@ -27,7 +28,7 @@ from nanonormuon.config import FromFile, OptimConfig
 from nanonormuon.errors import ConfigError, out_of_memory
 from nanonormuon.normuon import NorMuon
 
-ROLES = ("matrix", "columns", "embedding", "head", "vector")
+ROLES = ("matrix", "columns", "embedding", "value", "head", "vector")
 HIDDEN = ROLES[:2]
 # NorMuon's arguments that are settings of the same name
 OWN = ("momentum", "nesterov", "neuron_axis", "adjust_lr_fn", "ns_coefficients", "ns_steps",
@@ -41,12 +42,13 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     Works on any module. An embedding is known by its type. The head is what get_output_embeddings()
     returns (our model and transformers' have it), else the only linear layer with as many outputs
     as an embedding has rows, unless the two are tied. transformers' Conv1D (GPT-2's) stores its
-    weight (inputs, outputs). roles = {name pattern: role} overrides these rules, and covers raw 2-D
-    parameters, whose rows may not be neurons.
+    weight (inputs, outputs). roles = {name pattern: role} overrides these rules, as an attribute
+    `roles` of the model does, and covers raw 2-D parameters, whose rows may not be neurons.
 
     Raises ValueError naming all parameters without a rule, and for a pattern that matches none.
     """
-    roles = roles or {}
+    asked = roles or {}
+    roles, unused = {**asked, **getattr(model, "roles", {}), **asked}, set(asked)
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     tables = {id(m.weight): m.num_embeddings for m in embeddings}
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -55,7 +57,6 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     heads = find_heads(model, tables)
     unknown: dict[str, str] = {}  # a pattern for parameters without a rule -> their first shape
     found: dict[str, dict] = {role: {"role": role, "names": [], "params": []} for role in ROLES}
-    unused = set(roles)
     for name, p in model.named_parameters():  # a tied weight comes once
         if not p.requires_grad:
             continue
@@ -133,7 +134,7 @@ def make_optimizers(
 def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype) -> list[Optimizer]:
     """Optimizers for the groups of param_groups. Raises ValueError."""
     s = settings
-    lrs = {"embedding": s.embed_lr, "head": s.head_lr, "vector": s.vector_lr}
+    lrs = {"embedding": s.embed_lr, "value": s.value_lr, "head": s.head_lr, "vector": s.vector_lr}
     matrices, others = [], []
     for group in groups:
         is_matrix = group["role"] in HIDDEN

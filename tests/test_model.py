@@ -23,7 +23,7 @@ TRACK3 = {
     "logit_cap": 15.0,
     "norm_eps": 0.0,
 }
-VARIANTS = [{}, {"tied": True}, {"n_kv_head": 4, "head_dim": 12}, TRACK3]
+VARIANTS = [{}, {"tied": True}, {"n_kv_head": 4, "head_dim": 12}, TRACK3, {"value_embed": True}]
 
 
 class Watch(TorchDispatchMode):
@@ -249,8 +249,10 @@ def test_initial_loss_is_that_of_a_uniform_guess_and_weights_depend_on_the_seed_
     assert all(same) and not any(other)
 
 
-def test_flops_per_token_by_hand():
-    model = GPT(GPTConfig(vocab_size=100, n_layer=1, n_head=2, n_embd=16, n_hidden=64))
+@pytest.mark.parametrize("value_embed", [False, True])
+def test_flops_per_token_by_hand(value_embed):
+    settings = {"vocab_size": 100, "n_head": 2, "n_embd": 16, "n_hidden": 64}
+    model = GPT(GPTConfig(n_layer=1, value_embed=value_embed, **settings))
     products = 4 * 16 * 16 + 3 * 16 * 64 + 16 * 100
     assert model.flops_per_token(32) == 6 * products + 6 * 16 * 32
 

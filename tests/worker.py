@@ -273,12 +273,12 @@ def filled(model):
 
 
 def track3(kind, embed_dtype, rank, world):
-    """Three steps of a track 3 recipe on a small model, within its decay."""
+    """Three steps of a track 3 recipe on a small model with value embeddings, within its decay."""
     from nanonormuon.engine import Engine
 
     recipe = load(["track3-normuon"])[0]
     sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, "embed_dtype": embed_dtype}
-    model = filled(GPT(replace(recipe.model, **sizes)))
+    model = filled(GPT(replace(recipe.model, value_embed=True, **sizes)))
 
     def make(model):
         return make_optimizers(model, recipe.optim, torch.float32)

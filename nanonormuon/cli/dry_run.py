@@ -71,7 +71,7 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, shards: int = 1) 
     activations, head = kept(model.config, T, micro_batch, dtype, t.activation_checkpointing)
     gathered = added_up = 0
     if shards > 1:  # two blocks and everything outside them are whole at a time, in compute's dtype
-        block = sum(p.numel() for p in model.layers[0].parameters())
+        block = sum(p.numel() for p in model.layers.parameters()) // config.model.n_layer
         away = max(config.model.n_layer - 2, 0) if t.reshard else 0
         gathered = (weights // 4 - block * away) * dtype.itemsize
         if micro_batch * T * ranks < t.batch_tokens:  # micro-batches' gradients add up whole
@@ -146,13 +146,15 @@ def report(config: Config) -> list[str]:
 
 
 def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str:
-    """Time models of one and of two blocks; every further block adds their difference."""
+    """Time models of one and of two blocks, or pairs of blocks where every second one has a table;
+    every further one adds their difference."""
     per_block = found.flops_per_token / config.model.n_layer  # an upper bound: all outside counts
     too_long = here().type == "cpu" and per_block * micro * config.data.seq_len > LONGEST_TRIAL
     if too_long or found.memory > memory.memory_of(here()):
         return "time: not tried, one micro-batch is too much for this device"
-    (passes, update), (passes_2, update_2) = (timed(config, layers, micro) for layers in (1, 2))
-    more = config.model.n_layer - 1
+    period = 1 + config.model.value_embed
+    (passes, update), (passes_2, update_2) = (timed(config, n * period, micro) for n in (1, 2))
+    more = config.model.n_layer / period - 1
     step = (passes + more * max(0.0, passes_2 - passes)) * (per_rank // micro)
     step += update + more * max(0.0, update_2 - update)
     return (

@@ -27,6 +27,7 @@ class GPTConfig:
     rope: str = "full"  # full | half (half of the pairs do not turn; modded-nanogpt's frequencies)
     attn_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
     embed_norm: bool = False  # an RMSNorm after the embedding
+    value_embed: bool = False  # every 2nd layer adds a vector per token to its values
     logit_cap: float = 0.0  # c > 0: logits become c x / sqrt(x^2 + c^2)
     embed_dtype: str = "fp32"  # fp32 | bf16: how the embedding rests, and AdamW's averages for it
 

@@ -33,7 +33,7 @@ FIXED = {
 def obstacles(config: GPTConfig) -> list[str]:
     """List the settings that neither Qwen3 nor Llama, and so transformers, can express."""
     plain = GPTConfig()
-    names = ("mlp", "bias", "qk_gain", "rope", "embed_norm", "logit_cap")
+    names = ("mlp", "bias", "qk_gain", "rope", "embed_norm", "value_embed", "logit_cap")
     odd = [f"{n} = {getattr(config, n)}" for n in names if getattr(config, n) != getattr(plain, n)]
     resolved = replace(config, vocab_size=config.vocab_size or 1).resolved()
     if not math.isclose(resolved.attn_scale, resolved.head_dim**-0.5):
