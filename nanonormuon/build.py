@@ -231,7 +231,11 @@ def introduction(
     few = too_few(train=data.train.tokens, val=data.val.tokens)
     lines += [f"warning: {problem}" for problem in few]
     if odd := huggingface.obstacles(m):
-        lines.append(f"warning: Hugging Face's Qwen3 cannot load this model: {', '.join(odd)}")
+        huggingface.modeling()  # from the source as it is now, not as it may be at the first save
+        lines.append(
+            f"no architecture of transformers computes this model ({', '.join(odd)}): it loads "
+            f"with trust_remote_code=True, which runs {huggingface.MODELING} in the checkpoint"
+        )
     if epochs > 4:
         lines.append(
             f"warning: {epochs:.1f} epochs: beyond 4, repetition teaches little (arXiv 2305.16264)"

@@ -111,8 +111,8 @@ def describe(summary: dict, out: Path, of_code: bool) -> str:
         result += f", {summary['val_bpb']:.4f} bits per byte"
     times = "{train_seconds:.0f} s of training, {total_seconds:.0f} s in all".format(**summary)
     lines = [f"done: {result}; {times}", f"checkpoint: {out / summary['checkpoint']}"]
-    if summary["hugging_face"]:
-        lines[-1] += "  (in Hugging Face's format; normuon-train export verifies it)"
+    trusting = "" if summary["hugging_face"] else ", with trust_remote_code=True"
+    lines[-1] += f"  (in Hugging Face's format{trusting}; normuon-train export verifies it)"
     best = summary.get("best_checkpoint")
     if best not in (None, summary["checkpoint"]):
         lines.append(f"best: {out / best}: val_loss {summary['best_val_loss']:.4f}")

@@ -3,6 +3,7 @@ and generates the same tokens, alone in a process too; its Qwen3 and Llama direc
 what does not fit is named."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanonormuon import model, param_groups, sample
+from nanonormuon import param_groups, sample
 from nanonormuon.checkpoint import named_for_hf
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
 from nanonormuon.errors import CheckpointError
-from nanonormuon.model import GPT, MLP, GPTConfig
+from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import export, models
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.tensors import serialise
@@ -24,6 +25,12 @@ from nanonormuon.text import tokenizer
 from nanonormuon.train import train
 
 transformers = pytest.importorskip("transformers")
+
+
+TRACK3 = {
+    "mlp": "relu2", "bias": True, "qk_gain": False, "rope": "half", "attn_scale": 0.12,
+    "embed_norm": True, "logit_cap": 15.0, "norm_eps": 0.0, "embed_dtype": "bf16",
+}  # fmt: skip
 
 
 def written(path, **settings):
@@ -37,7 +44,10 @@ def written(path, **settings):
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape))
     path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(hf.config_json(model.config, 64, 95)))
+    described = hf.config_json(model.config, 64, 95)
+    (path / "config.json").write_text(json.dumps(described))
+    if "auto_map" in described:
+        (path / hf.MODELING).write_bytes(hf.modeling())
     weights = {name: p.detach() for name, p in model.named_parameters()}
     (path / "model.safetensors").write_bytes(serialise(named_for_hf(weights)))
     return model.eval()
@@ -50,28 +60,41 @@ def written(path, **settings):
         {"tied": True},
         {"n_kv_head": 2},
         {"head_dim": 16, "n_hidden": 48, "rope_theta": 1e6, "norm_eps": 1e-5},
+        {"qk_norm": False},
+        {"value_embed": True},
+        {"value_embed": True, "tied": True, "n_kv_head": 2},
+        TRACK3,
     ],
 )
-def test_transformers_gives_the_same_logits_and_tokens(settings, tmp_path):
+def test_transformers_gives_the_same_logits_and_tokens(settings, tmp_path, monkeypatch):
     model = written(tmp_path, **settings)
+    own = settings == TRACK3 or "value_embed" in settings
     other, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, output_loading_info=True
+        tmp_path, dtype=torch.float32, output_loading_info=True, trust_remote_code=own
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert type(other).__name__ == "Qwen3ForCausalLM"
+    kind = "Nanonormuon" if own else "Llama" if "qk_norm" in settings else "Qwen3"
+    assert type(other).__name__ == f"{kind}ForCausalLM"
     tokens = torch.randint(95, (2, 20))
     with torch.no_grad():
         ours, theirs = model(tokens), other(tokens).logits
     assert (ours - theirs).abs().max() < 1e-4 and ours.std() > 0.5
+    fed, forward = [], other.forward
+    monkeypatch.setattr(other, "forward", lambda **x: fed.append(x["input_ids"]) or forward(**x))
     greedy = other.generate(tokens[:1], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert [ids.size(1) for ids in fed] == [20] + 19 * [1]  # with a cache
     ours = [int(t) for t in sample.generate(model, tokens[:1], 20, temperature=0)]
     assert ours == greedy[0, 20:].tolist()
 
 
-def test_a_trained_checkpoint_loads_with_its_tokenizer(tiny, tmp_path):
-    train(load([*tiny, "train.steps=3"])[0], tmp_path / "run")
+@pytest.mark.parametrize("own", [False, True])
+def test_a_trained_checkpoint_loads_with_its_tokenizer(own, tiny, tmp_path):
+    train(load([*tiny, "train.steps=3", f"model.value_embed={own}"])[0], tmp_path / "run")
     model, ours, path = models.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
-    other = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert (path / hf.MODELING).exists() == own
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, trust_remote_code=own
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(path)
     text = "the cat sat; naïve 東京 🎉\r\n\t <|endoftext|>"
     ids = ours.encode(text)
@@ -82,10 +105,75 @@ def test_a_trained_checkpoint_loads_with_its_tokenizer(tiny, tmp_path):
     assert ours.hash == tokenizer.load(path).hash
 
 
+@torch.no_grad()
+def test_what_the_class_in_a_checkpoint_can_do_and_what_it_refuses(tmp_path):
+    model = written(tmp_path / "a", **TRACK3, value_embed=True)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    other, tokens = load(tmp_path / "a", trust_remote_code=True), torch.randint(95, (2, 9))
+    other.save_pretrained(tmp_path / "b")
+    again = load(tmp_path / "b", trust_remote_code=True)
+    assert torch.equal(again(tokens).logits, other(tokens).logits)
+    loss = other(tokens, labels=tokens).loss
+    assert torch.allclose(loss, model(tokens[:, :-1], tokens[:, 1:]), rtol=1e-5)
+    first = other(tokens[:, :5], use_cache=True)
+    rest = other(tokens[:, 5:6], past_key_values=first.past_key_values).logits
+    assert torch.allclose(rest, model(tokens[:, :6])[:, -1:], atol=1e-5)
+    mask = torch.ones_like(tokens)
+    mask[:, -2:] = 0  # on the right nothing sees it
+    assert torch.equal(other(tokens, attention_mask=mask).logits, other(tokens).logits)
+    with pytest.raises(ValueError, match="one length"):
+        other(tokens, attention_mask=mask.flip(1))
+    options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "eos_token_id": None}
+    assert other.generate(tokens, attention_mask=mask * 0 + 1, **options).shape == (2, 12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", hf.ANSWERS)
+def test_the_answers_of_small_models_are_those_of_transformers(kind):
+    small = hf.small(GPTConfig(qk_norm=kind == "qwen3"))
+    described = hf.plain_config(small, 1024, None)
+    config = transformers.AutoConfig.for_model(**described)
+    other = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for name, p in other.named_parameters():
+        p.copy_(hf.filling(name.removeprefix("model."), p.numel()).view(p.shape))
+    z = other(torch.arange(1024)[None] ** 2 % 64).logits[0, (9, 599, 1023), :2]
+    assert torch.allclose(z.flatten(), torch.tensor(hf.ANSWERS[kind]), rtol=0, atol=2e-5)
+    assert hf.architecture(small) == kind
+
+
+def test_a_change_of_the_model_is_noticed(monkeypatch):
+    def found():
+        hf.architecture.cache_clear()
+        return hf.obstacles(GPTConfig())
+
+    assert found() == []
+    for name, changed in {
+        "F.silu": lambda x, own=torch.nn.functional.silu: own(x) * 1.001,
+        "rotate": lambda x, cos, sin: x,
+        "attend": lambda q, k, v, scale, mask: model_of_a_window(q, k, v, scale),
+    }.items():
+        monkeypatch.setattr(f"nanonormuon.model.{name}", changed)
+        assert found() == ["model.py, as it is here"], name
+        monkeypatch.undo()
+    assert found() == []
+
+
+def model_of_a_window(q, k, v, scale, window=512):
+    """Attention to the last so many tokens."""
+    seen = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).tril()
+    seen = seen.triu(1 - window)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q, k, v, seen, scale=scale, enable_gqa=True)
+
+
 def test_what_hugging_face_cannot_load_is_named():
     assert hf.obstacles(GPTConfig()) == []
-    odd = hf.obstacles(GPTConfig(mlp="relu2", logit_cap=15.0, attn_scale=0.12, norm_eps=0.0))
-    assert odd == ["mlp = relu2", "logit_cap = 15.0", "attn_scale = 0.12", "norm_eps = 0"]
+    plain = {"tied": True, "n_kv_head": 2, "head_dim": 12, "rope_theta": 1e6, "embed_dtype": "fp32"}
+    assert hf.obstacles(GPTConfig(vocab_size=50_304, attn_scale=12**-0.5, **plain)) == []
+    odd = hf.obstacles(GPTConfig(**TRACK3, value_embed=True))
+    assert {*odd} == {f"{k} = {v}" for k, v in TRACK3.items() if k != "embed_dtype"} | {
+        "value_embed = True"
+    }
     content = hf.config_json(GPTConfig(vocab_size=64, bias=True).resolved(), 64, None)
     assert content["model_type"] == "nanonormuon"
     assert hf.gpt_config(content) == GPTConfig(vocab_size=64, bias=True).resolved()
@@ -120,7 +208,9 @@ def with_noise(run, out, **settings):
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape))
     files = {p.name: p.read_bytes() for p in source.iterdir() if p.name != "manifest.json"}
-    files["config.json"] = json.dumps(hf.config_json(model.config, 32, 299)).encode()
+    files["config.json"] = json.dumps(described := hf.config_json(model.config, 32, 299)).encode()
+    if "auto_map" in described:
+        files[hf.MODELING] = b"raise SystemExit('a file in a directory was run')"
     files["model.safetensors"] = serialise(named_for_hf(dict(model.named_parameters())))
     return write(out / "checkpoints", read_json(source / "state.json")["step"], files)
 
@@ -134,15 +224,21 @@ def with_noise(run, out, **settings):
         {"n_kv_head": 2},
         {"vocab_size": 300},
         {"qk_norm": False, "n_kv_head": 1, "tied": True},
+        TRACK3 | {"value_embed": True},
     ],
-    ids=["padded", "tied", "grouped", "unpadded", "llama"],
+    ids=["padded", "tied", "grouped", "unpadded", "llama", "own"],
 )
 def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tmp_path):
     with_noise(trained, tmp_path / "run", **settings)
     report = export.export(tmp_path / "run", tmp_path / "hf", dtype)
     model, _, _ = models.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
-    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float()
-    expected = "LlamaForCausalLM" if "qk_norm" in settings else "Qwen3ForCausalLM"
+    own = "value_embed" in settings
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    other = load(tmp_path / "hf", trust_remote_code=own).float()
+    expected = "Nanonormuon" if own else "Llama" if "qk_norm" in settings else "Qwen3"
+    expected += "ForCausalLM"
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert ("trust_remote_code=True" in card) == own == bool(report["own_source"])
     assert type(other).__name__ == report["architecture"] == expected
     assert other.config.vocab_size == 300 and other.get_input_embeddings().weight.shape[0] == 300
     assert report["rows_cut"] == settings.get("vocab_size", 320) - 300 or "vocab_size" in settings
@@ -153,7 +249,7 @@ def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tm
     assert report["largest_difference"] < 1e-4
     saved = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert saved["torch_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-    assert "nanonormuon" not in saved
+    assert ("nanonormuon" in saved) == own
     # an exported directory serves as a run does
     again, _, _ = models.load_run(tmp_path / "hf", torch.float32, torch.device("cpu"))
     with torch.no_grad():
@@ -168,9 +264,24 @@ sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f)]
 assert importlib.util.find_spec("nanonormuon") is None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (c.from_pretrained(sys.argv[1]) for c in (AutoModelForCausalLM, AutoTokenizer))
-ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("the cat")["input_ids"]]])
-print(model.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1]:].tolist())
+for path in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("the cat")["input_ids"]]])
+    tokens = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    print(type(model).__name__, *tokens[0, ids.shape[1]:].tolist())
+"""
+OURS = """
+import sys, torch
+from pathlib import Path
+from nanonormuon import sample
+from nanonormuon.pretrained import export, models
+for path in map(Path, sys.argv[2:]):
+    report = export.export(path, Path(sys.argv[1]) / path.parent.name)
+    model, tokenizer, _ = models.load_run(path, torch.float32, torch.device("cpu"))
+    ids = torch.tensor([[tokenizer.eot, *tokenizer.encode("the cat")]])
+    tokens = map(int, sample.generate(model, ids, 20, temperature=0))
+    print(report["architecture"], *tokens)
 """
 
 
@@ -182,19 +293,34 @@ def exported(trained, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_process_with_transformers_alone_generates_our_tokens(trained, exported, tmp_path):
-    model, ours, _ = models.load_run(trained, torch.float32, torch.device("cpu"))
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, str(exported)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    ids = torch.tensor([[ours.eot, *ours.encode("the cat")]])
-    tokens = [int(t) for t in sample.generate(model, ids, 30, temperature=0)]
-    end = tokens.index(ours.eot) + 1 if ours.eot in tokens else len(tokens)
-    assert json.loads(done.stdout.splitlines()[-1]) == tokens[:end]
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_process_with_transformers_alone_generates_our_tokens(changed, trained, tmp_path):
+    """Of Qwen3's and of other models; and of all of them where somebody changed the activation."""
+    package, python = Path(models.__file__).parents[1], [sys.executable]
+    if changed:
+        shutil.copytree(package, tmp_path / "fork" / "nanonormuon")
+        package = tmp_path / "fork" / "nanonormuon"
+        source = (package / "model.py").read_text()
+        assert source.count("F.silu(") == 1
+        (package / "model.py").write_text(source.replace("F.silu(", "F.gelu("))
+    paths = [
+        with_noise(trained, tmp_path / name, **settings).parent
+        for name, settings in {"plain": {}, "value": {"value_embed": True}, "3": TRACK3}.items()
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    commands = {"ours": [*python, "-c", OURS, tmp_path / "out", *(p.parent for p in paths)]}
+    exported = [tmp_path / "out" / p.parent.parent.name for p in paths]
+    commands["theirs"] = [*python, "-I", "-c", ALONE, *exported]
+    said = {}
+    for who, command in commands.items():
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        said[who] = done.stdout.splitlines()[-3:]
+    assert said["ours"] == said["theirs"]
+    kinds = [line.split()[0].removesuffix("ForCausalLM") for line in said["ours"]]
+    assert kinds == ["Nanonormuon" if changed else "Qwen3", "Nanonormuon", "Nanonormuon"]
 
 
 def test_the_model_card_says_what_it_is(exported, trained, bpe_data):
@@ -280,34 +406,12 @@ def test_what_export_refuses(trained, exported, tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     refused("the current directory", to=Path("."))
-    odd = with_noise(trained, tmp_path / "odd", mlp="relu2", logit_cap=15.0)
-    refused("neither Qwen3 nor Llama can express mlp = relu2, logit_cap = 15.0", run=odd.parents[1])
-    forward = GPT.logits
+    forward = GPT.logits  # which differs from its source too
     monkeypatch.setattr(GPT, "logits", lambda self, h: forward(self, h) + 0.01)
     refused("transformers computes other logits")
-    refused("model.py's GPT.logits computes something else")
-    monkeypatch.setattr(model, "rotate", lambda x, cos, sin: x)
-    refused("first in layers.0.self_attn: model.py's Attention is not what Qwen3Attention")
-    gelu = torch.nn.functional.gelu
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(
-        MLP, "forward", lambda self, x: self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
-    )
-    refused("first in layers.0.mlp: model.py's MLP is not what Qwen3MLP computes")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused("pip install transformers")
-
-
-@torch.no_grad()
-def test_a_part_that_only_our_model_has_is_named(tmp_path):
-    ours = written(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokens = torch.randint(95, (1, 8))
-    assert "after the last norm" in export.first_difference(ours, theirs, tokens)  # none before
-    ours.layers[1].smear = torch.nn.Linear(4, 4)
-    assert export.first_difference(ours, theirs, tokens) == "layers.1.smear is in model.py alone"
 
 
 # -------------------------------------------------------------------------------- beginning with it
