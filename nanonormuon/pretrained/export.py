@@ -106,8 +106,10 @@ def verify(
     and token ids on validation text. own: why it holds its own source, which was written just now
     and is run here; else "". Raises UsageError if they differ."""
     transformers.utils.logging.disable_progress_bar()
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    loaded = load(folder, trust_remote_code=bool(own))
+    loaded, other = (
+        auto.from_pretrained(folder, trust_remote_code=bool(own))
+        for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
     exported = models.load_model(folder, torch.float32, torch.device("cpu"))
     ours, theirs = exported(tokens), loaded.float().eval()(tokens).logits
     original = model(tokens)[..., : ours.size(-1)]
@@ -119,7 +121,6 @@ def verify(
             f"most {allowed:.3g}"
         )
     text = tokenizer.decode([t for t in tokens.flatten().tolist() if t != tokenizer.eot])
-    other = transformers.AutoTokenizer.from_pretrained(folder)
     if other(text)["input_ids"] != tokenizer.encode(text):
         raise UsageError("transformers' tokenizer gives other ids")
     return {

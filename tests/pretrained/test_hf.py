@@ -95,7 +95,7 @@ def test_a_trained_checkpoint_loads_with_its_tokenizer(own, tiny, tmp_path):
     other = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, trust_remote_code=own
     )
-    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    theirs = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=own)
     text = "the cat sat; naïve 東京 🎉\r\n\t <|endoftext|>"
     ids = ours.encode(text)
     assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text == ours.decode(ids)
@@ -266,7 +266,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for path in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("the cat")["input_ids"]]])
     tokens = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
     print(type(model).__name__, *tokens[0, ids.shape[1]:].tolist())
@@ -277,7 +277,7 @@ from pathlib import Path
 from nanonormuon import sample
 from nanonormuon.pretrained import export, models
 for path in map(Path, sys.argv[2:]):
-    report = export.export(path, Path(sys.argv[1]) / path.parent.name)
+    report = export.export(path, Path(sys.argv[1]) / path.name)
     model, tokenizer, _ = models.load_run(path, torch.float32, torch.device("cpu"))
     ids = torch.tensor([[tokenizer.eot, *tokenizer.encode("the cat")]])
     tokens = map(int, sample.generate(model, ids, 20, temperature=0))
@@ -303,14 +303,14 @@ def test_a_process_with_transformers_alone_generates_our_tokens(changed, trained
         source = (package / "model.py").read_text()
         assert source.count("F.silu(") == 1
         (package / "model.py").write_text(source.replace("F.silu(", "F.gelu("))
-    paths = [
-        with_noise(trained, tmp_path / name, **settings).parent
-        for name, settings in {"plain": {}, "value": {"value_embed": True}, "3": TRACK3}.items()
-    ]
+    runs = {"plain": {}, "value": {"value_embed": True}, "track3": TRACK3}
+    for name, settings in runs.items():
+        with_noise(trained, tmp_path / name, vocab_size=300, **settings)
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
-    commands = {"ours": [*python, "-c", OURS, tmp_path / "out", *(p.parent for p in paths)]}
-    exported = [tmp_path / "out" / p.parent.parent.name for p in paths]
-    commands["theirs"] = [*python, "-I", "-c", ALONE, *exported]
+    commands = {
+        "ours": [*python, "-c", OURS, tmp_path / "out", *(tmp_path / name for name in runs)],
+        "theirs": [*python, "-I", "-c", ALONE, *(tmp_path / "out" / name for name in runs)],
+    }
     said = {}
     for who, command in commands.items():
         done = subprocess.run(
@@ -318,7 +318,7 @@ def test_a_process_with_transformers_alone_generates_our_tokens(changed, trained
         )
         assert done.returncode == 0, done.stderr[-2000:]
         said[who] = done.stdout.splitlines()[-3:]
-    assert said["ours"] == said["theirs"]
+    assert said["ours"] == said["theirs"] and len({*said["ours"]}) == 3
     kinds = [line.split()[0].removesuffix("ForCausalLM") for line in said["ours"]]
     assert kinds == ["Nanonormuon" if changed else "Qwen3", "Nanonormuon", "Nanonormuon"]
 
