@@ -340,7 +340,7 @@ def test_quiet_leaves_results_and_warnings(tiny, tmp_path, capsys):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for theirs, code in ((True, True), (False, False)):
         out = describe({**summary, "hugging_face": theirs}, Path("a b"), code)
-        assert ("Hugging Face" in out) is theirs and ("--prompt 'def '" in out) is code
+        assert ("trust_remote_code" in out) is not theirs and ("--prompt 'def '" in out) is code
         assert "normuon-train sample 'a b'" in out
     assert "sample ./-dash" in describe(summary, Path("-dash"), False)
     assert "val_loss" in (tmp_path / "run" / "train.log").read_text()  # there it is all the same

@@ -81,7 +81,7 @@ def test_a_dry_run_says_it_and_stays_readable(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert tomllib.loads(said)["train"]["steps"] == 520
     total = sum(dry_run.estimate(sized("demo"), 1).parameters.values())
-    assert f"\n# parameters: {total:,} (" in said and f"{total:,}".startswith("1,3")
+    assert f"\n# parameters: {total:,} (" in said and f"{total:,}".startswith("1,9")
     for word in ("memory, 1 rank", "optimizer", "checkpoint: ", "minutes of training"):
         assert word in said
 

@@ -16,7 +16,7 @@ from nanonormuon import param_groups, sample
 from nanonormuon.checkpoint import named_for_hf
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
-from nanonormuon.errors import CheckpointError
+from nanonormuon.errors import CheckpointError, UsageError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import export, models
 from nanonormuon.storage import huggingface as hf
@@ -254,6 +254,20 @@ def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tm
     again, _, _ = models.load_run(tmp_path / "hf", torch.float32, torch.device("cpu"))
     with torch.no_grad():
         assert (again(tokens) - other(tokens).logits).abs().max() < 1e-4
+
+
+def test_what_only_its_full_size_shows_goes_with_its_source_too(trained, tmp_path, monkeypatch):
+    verify = export.verify
+
+    def other(*arguments):
+        if not arguments[-1]:
+            raise UsageError("transformers computes other logits")
+        return verify(*arguments)
+
+    monkeypatch.setattr(export, "verify", other)
+    report = export.export(trained, tmp_path / "hf")
+    assert report["own_source"] == "transformers computes other logits"
+    assert report["architecture"] == "NanonormuonForCausalLM"
 
 
 ALONE = """
