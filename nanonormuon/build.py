@@ -80,6 +80,10 @@ class Maker:
         self.config, self.world = config, world
         self.dtype = distributed.compute_dtype(config.train.dtype, world.device)
         self.separator = corpus.separator(config, data, tokenizer)
+        if huggingface.obstacles(
+            config.model
+        ):  # the source now, not as it may be at the first save
+            huggingface.modeling()
 
     def model(self) -> GPT:
         model = GPT(self.config.model, self.dtype)
@@ -231,7 +235,6 @@ def introduction(
     few = too_few(train=data.train.tokens, val=data.val.tokens)
     lines += [f"warning: {problem}" for problem in few]
     if odd := huggingface.obstacles(m):
-        huggingface.modeling()  # from the source as it is now, not as it may be at the first save
         lines.append(
             f"no architecture of transformers computes this model ({', '.join(odd)}): it loads "
             f"with trust_remote_code=True, which runs {huggingface.MODELING} in the checkpoint"

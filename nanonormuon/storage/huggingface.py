@@ -114,17 +114,21 @@ def modeling() -> bytes:
     package, begun, texts = Path(__file__).parents[1], set(), []
     names: Counter[str] = Counter()
 
+    def file(module: str) -> Path:
+        return package.joinpath(*module.split(".")[1:]).with_suffix(".py")
+
     def add(module: str) -> None:
         """Append a module's text, after the texts of those that it imports at its top."""
         if module in begun:
             return
         begun.add(module)
-        path = package.joinpath(*module.split(".")[1:]).with_suffix(".py")
-        tree, lines = ast.parse(text := path.read_text(encoding="utf-8")), text.splitlines()
+        text = (path := file(module)).read_text(encoding="utf-8")
+        tree, lines = ast.parse(text), text.splitlines()
         imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
         imports = [n for n in imports if "nanonormuon" in ast.unparse(n)]
         for node in imports:
-            if not isinstance(node, ast.ImportFrom) or any(name.asname for name in node.names):
+            names_it = isinstance(node, ast.ImportFrom) and file(node.module).is_file()
+            if not names_it or any(name.asname for name in node.names):
                 raise ConfigError(
                     f"{path}, line {node.lineno}: {ast.unparse(node)}: expected from nanonormuon.X "
                     f"import NAME, since {MODELING}, beside the weights, has it all in one file"

@@ -16,7 +16,7 @@ from nanonormuon import param_groups, sample
 from nanonormuon.checkpoint import named_for_hf
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
-from nanonormuon.errors import CheckpointError, UsageError
+from nanonormuon.errors import CheckpointError, ConfigError, UsageError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import export, models
 from nanonormuon.storage import huggingface as hf
@@ -125,6 +125,52 @@ def test_what_the_class_in_a_checkpoint_can_do_and_what_it_refuses(tmp_path):
         other(tokens, attention_mask=mask.flip(1))
     options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "eos_token_id": None}
     assert other.generate(tokens, attention_mask=mask * 0 + 1, **options).shape == (2, 12)
+
+
+@torch.no_grad()
+def test_a_checkpoint_from_before_it_carried_its_source_still_loads_here(tmp_path):
+    ours, tokens = written(tmp_path, bias=True), torch.randint(95, (1, 9))
+    described = json.loads((tmp_path / "config.json").read_text())
+    old = ("model_type", "max_position_embeddings", "nanonormuon")
+    (tmp_path / "config.json").write_text(json.dumps({key: described[key] for key in old}))
+    (tmp_path / hf.MODELING).unlink()
+    again = models.load_model(tmp_path, torch.float32, torch.device("cpu"))
+    assert torch.equal(again(tokens), ours(tokens))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("from nanonormuon.parts.extra import Extra", ""),
+        ("from nanonormuon.parts.extra import Extra as E", "model.py, line 1: .* expected from"),
+        ("import nanonormuon.parts.extra", "model.py, line 1: .* expected from"),
+        ("from nanonormuon.parts.extra import GPT", "GPT: two of nanonormuon.model, "),
+        ("from nanonormuon.parts import extra", "model.py, line 1: .* expected from"),
+    ],
+)
+def test_the_files_of_a_model_become_one(line, words, tmp_path, monkeypatch):
+    """Also one that is imported where it is used, and that imports the model itself."""
+    package = Path(models.__file__).parents[1]
+    shutil.copytree(package / "parts", tmp_path / "parts")
+    (tmp_path / "storage").mkdir()
+    shutil.copy(package / "storage" / "modeling.txt", tmp_path / "storage")
+    source = f"{line}\n" + (package / "model.py").read_text()
+    late = "def extra():\n    from nanonormuon.parts.late import (\n        Late,\n    )\n"
+    (tmp_path / "model.py").write_text(f"{source}\n\n{late}\n    return Late\n")
+    name = "GPT" if "two of" in words else "Extra"
+    (tmp_path / "parts" / "extra.py").write_text(f"class {name}:\n    pass\n")
+    text = "from nanonormuon.model import MLP\n\n\nclass Late(MLP):\n    pass\n"
+    (tmp_path / "parts" / "late.py").write_text(text)
+    monkeypatch.setattr(hf, "__file__", str(tmp_path / "storage" / "huggingface.py"))
+    if words:
+        with pytest.raises(ConfigError, match=words):
+            hf.modeling.__wrapped__()
+        return
+    found = hf.modeling.__wrapped__().decode()
+    assert "import nanonormuon" not in found and "from nanonormuon" not in found
+    names = {"__name__": "json"}  # any module, for dataclasses
+    exec(found, names)
+    assert names["extra"]().__mro__[1] is names["MLP"] and "Extra" in names
 
 
 @torch.no_grad()
