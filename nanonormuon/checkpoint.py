@@ -25,7 +25,7 @@ from nanonormuon.runtime import distributed
 from nanonormuon.runtime.faults import Stopping
 from nanonormuon.runtime.health import Spikes
 from nanonormuon.storage import checkpoints
-from nanonormuon.storage.huggingface import config_json, to_hf
+from nanonormuon.storage.huggingface import MODELING, config_json, modeling, to_hf
 from nanonormuon.storage.tensors import (
     TensorFile,
     copied,
@@ -211,13 +211,15 @@ STATE = {"step": int, "seconds": float, "total_seconds": float, "ranks": int, "m
 def describe(
     config: Config, state: Mapping[str, Any], tokenizer: Tokenizer | None
 ) -> dict[str, bytes]:
-    """The files beside a checkpoint's tensors, by name: Hugging Face's config.json, state.json
-    (progress, and everything that must not change on resume) and the tokenizer."""
+    """The files beside a checkpoint's tensors, by name: Hugging Face's config.json, the model's
+    source if that calls for it, state.json (progress, and everything that must not change on
+    resume) and the tokenizer."""
     state = {**state, "config": asdict(config), "tokenizer": tokenizer and tokenizer.hash}
     hf = config_json(config.model, config.data.seq_len, tokenizer and tokenizer.eot)
     return {
         "config.json": as_json(hf),
         "state.json": as_json(state),
+        **({MODELING: modeling()} if "auto_map" in hf else {}),
         **(tokenizer.files() if tokenizer else {}),
     }
 

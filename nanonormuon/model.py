@@ -3,7 +3,7 @@
 Left alone, the config describes the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention,
 per-head QK-norm with gains, SwiGLU, no biases), and parameter names are Hugging Face's without the
 prefix `model.`, so a checkpoint needs no translation. The fields under "departures" turn it
-into Llama (qk_norm) or, all others together, into the GPT of modded-nanogpt's track 3;
+into Llama (qk_norm) or, all others but value_embed, into the GPT of modded-nanogpt's track 3;
 storage/huggingface.py names those that nobody else could load. parts/ has DeepSeek-V3's attention.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
@@ -130,11 +130,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(*qk_norm) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None
-    ) -> Tensor:
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None,
+        value: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """value (B, T, G D): added to the values."""
         heads = (*x.shape[:2], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).view(heads).transpose(1, 2) for project in projections)
+        if value is not None:
+            v = v + value.to(v.dtype).view(heads).transpose(1, 2)
         if x.device.type == "cpu":  # which is slow at passes over tensors of two orders in memory
             q, k = q.contiguous(), k.contiguous()
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
@@ -161,13 +165,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
+        # a vector per token that its values are offset by, in every second layer and the last (the
+        # value embeddings of modded-nanogpt): many parameters, no products
+        self.value_embed = None
+        if config.value_embed and (config.n_layer - index) % 2 == 1:
+            self.value_embed = nn.Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
+            self.parameter_roles = {"value_embed.weight": "value"}
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        attention = Attention
         if config.attention == "latent":
-            from nanonormuon.parts import latent
+            from nanonormuon.parts.latent import LatentAttention  # made of this file's parts
 
-            attention = latent.LatentAttention
-        self.self_attn = attention(config)
+            self.self_attn: nn.Module = LatentAttention(config)
+        else:
+            self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         if config.mlp == "experts" and index >= config.n_dense:
             from nanonormuon.parts.experts import Experts  # made of this file's MLP
@@ -177,9 +187,11 @@ class Block(nn.Module):
             self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None
-    ) -> Tensor | tuple:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None,
+        tokens: Tensor,
+    ) -> Tensor | tuple:  # fmt: skip
+        value = () if self.value_embed is None else (self.value_embed(tokens),)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask, *value)
         y = self.mlp(self.post_attention_layernorm(x))  # of Experts: also what the router did
         return (x + y[0], y[1]) if isinstance(y, tuple) else x + y
 
@@ -202,14 +214,9 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        h: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        cap: float,
+        ctx, h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float,
         differentiate: bool,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """h (N, C), weight (vocab_size, C), bias (vocab_size,), targets (N,) -> float32 scalar."""
         W, b = weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
         loss = torch.zeros((), device=h.device)
@@ -279,9 +286,9 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> "GPT":
         """Fill the parameters from a generator of their own, so that no other randomness matters.
 
-        Output projections and an untied head start at zero: at the first step every block is the
-        identity and the loss is log(vocab_size) (modded-nanogpt). The other matrices are
-        N(0, sqrt(0.33 / fan_in)).
+        Output projections, value embeddings and an untied head start at zero: at the first step
+        every block is the identity and the loss is log(vocab_size) (modded-nanogpt). The other
+        matrices are N(0, sqrt(0.33 / fan_in)).
         """
         random = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -292,7 +299,7 @@ class GPT(nn.Module):
                 elif name == "embed_tokens.weight":
                     value.normal_(std=self.config.embed_std, generator=random)
                 elif p.ndim > 1 and not name.removesuffix(".weight").endswith(
-                    ("o_proj", "down_proj", "lm_head")
+                    ("o_proj", "down_proj", "value_embed", "lm_head")
                 ):
                     value.normal_(std=(0.33 / p.size(-1)) ** 0.5, generator=random)
                 p.copy_(value)
@@ -315,7 +322,7 @@ class GPT(nn.Module):
             x = self.embed_norm(x)
         self.routed = []
         for layer in self.layers:
-            x = layer(x, cos, sin, cache, mask)
+            x = layer(x, cos, sin, cache, mask, tokens)
             if isinstance(x, tuple):
                 x, routed = x
                 self.routed.append(routed)
@@ -371,9 +378,10 @@ class GPT(nn.Module):
         causal attention's two products (PaLM, arXiv 2204.02311, appendix B, halved because half of
         the scores are masked). `products` of an attention stands for 2 H D.
         """
-        c = self.config
+        head = self.get_output_embeddings()
         weights = sum(p.numel() for p in self.parameters() if p.ndim > 1) - self.unvisited()
-        lookup = 0 if c.tied else self.embed_tokens.weight.numel()  # a lookup multiplies nothing
+        tables = [m for m in self.modules() if isinstance(m, nn.Embedding) and m is not head]
+        lookup = sum(m.weight.numel() for m in tables)  # a lookup multiplies nothing
         return 6 * (weights - lookup) + 3 * seq_len * sum(b.self_attn.products for b in self.layers)
 
 

@@ -4,6 +4,8 @@ role        parameters                                          optimizer
 matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon, AdamW or a Class
 columns     such weights stored (inputs, outputs)               as matrix, with neurons as columns
 embedding   weights of nn.Embedding, also when the head is tied AdamW
+value       those of them that a module's parameter_roles call  AdamW
+            so: value embeddings
 head        the linear layer that ends in the vocabulary        AdamW
 vector      gains, biases, matrices of one row or one column,   AdamW
             routers of experts
@@ -37,7 +39,7 @@ from nanonormuon.errors import ConfigError, out_of_memory
 from nanonormuon.normuon import NorMuon
 from nanonormuon.storage.files import optimizer_file, read_file
 
-ROLES = ("matrix", "columns", "embedding", "head", "vector")
+ROLES = ("matrix", "columns", "embedding", "value", "head", "vector")
 HIDDEN = ROLES[:2]
 # NorMuon's arguments that are settings of the same name
 OWN = ("momentum", "nesterov", "neuron_axis", "adjust_lr_fn", "ns_coefficients", "ns_steps",
@@ -108,7 +110,7 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
 def stated_roles(model: nn.Module) -> dict[int, str]:
     """Roles by parameter's id, as modules state them in parameter_roles = {name: role}."""
     modules = ((m, getattr(m, "parameter_roles", {})) for m in model.modules())
-    return {id(getattr(m, name)): role for m, found in modules for name, role in found.items()}
+    return {id(m.get_parameter(name)): role for m, found in modules for name, role in found.items()}
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -154,7 +156,7 @@ def make_optimizers(
 def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype) -> list[Optimizer]:
     """Optimizers for the groups of param_groups. Raises ValueError."""
     s = settings
-    lrs = {"embedding": s.embed_lr, "head": s.head_lr, "vector": s.vector_lr}
+    lrs = {"embedding": s.embed_lr, "value": s.value_lr, "head": s.head_lr, "vector": s.vector_lr}
     matrices, others = [], []
     for group in groups:
         is_matrix = group["role"] in HIDDEN

@@ -444,6 +444,7 @@ class Trainer:
             "checkpoint": f"checkpoints/step-{self.step:06d}",
             "best_checkpoint": None if kept is None else f"checkpoints/step-{kept:06d}",
             "hugging_face": not huggingface.obstacles(self.config.model),
+            "own_source": huggingface.carried(self.config.model),
         }
         self.run.tidy(self.step)
         self.run.write("summary.json", json.dumps(summary, indent=1) + "\n")

@@ -117,12 +117,14 @@ def bpe_data(text, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(bpe_data, tmp_path_factory):
-    """The directory of a finished run that has learnt the text; for tests that only read it."""
+    """The directory of a finished run of Qwen3 that has learnt the text; for tests that only read
+    it."""
     from nanonormuon.config import load
     from nanonormuon.train import train
 
     out = tmp_path_factory.mktemp("trained") / "run"
     settings = ["train.steps=60", "train.batch_tokens=512", "train.eval_every=20"]
+    settings += ["model.value_embed=false"]
     settings += ["train.save_every=20", "train.log_every=5", f"data.path={bpe_data}"]
     train(load([*TINY, "optim.momentum_warmup=30", *settings])[0], out)
     return out

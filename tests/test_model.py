@@ -26,7 +26,8 @@ TRACK3 = {
 }
 LATENT = {"attention": "latent", "n_kv_head": 0}
 ODD = {**LATENT, "q_rank": 20, "v_head_dim": 10, "rope_head_dim": 6, "rope_interleave": False}
-VARIANTS = [{}, {"tied": True}, {"n_kv_head": 4, "head_dim": 12}, TRACK3, LATENT, ODD]
+VARIANTS = [{}, {"tied": True}, {"n_kv_head": 4, "head_dim": 12}, TRACK3, {"value_embed": True},
+            LATENT, ODD]  # fmt: skip
 
 
 class Watch(TorchDispatchMode):
@@ -252,10 +253,11 @@ def test_initial_loss_is_that_of_a_uniform_guess_and_weights_depend_on_the_seed_
     assert all(same) and not any(other)
 
 
-def test_flops_per_token_by_hand():
+@pytest.mark.parametrize("value_embed", [False, True])
+def test_flops_per_token_by_hand(value_embed):
     sizes = {"vocab_size": 100, "n_layer": 1, "n_head": 2, "n_embd": 16, "n_hidden": 64}
     around = 3 * 16 * 64 + 16 * 100
-    full = GPT(GPTConfig(**sizes))
+    full = GPT(GPTConfig(**sizes, value_embed=value_embed))
     assert full.flops_per_token(32) == 6 * (4 * 16 * 16 + around) + 6 * 16 * 32
     widths = {"kv_rank": 20, "head_dim": 12, "rope_head_dim": 4, "v_head_dim": 10}
     latent = 16 * 2 * 16 + 16 * (20 + 4) + 20 * 2 * (12 + 10) + 2 * 10 * 16

@@ -308,7 +308,7 @@ def test_nothing_that_is_not_finite_is_saved(where, tiny, tmp_path, monkeypatch)
     report = json.loads((tmp_path / "run" / "crash-000004.json").read_text())
     assert report["step"] == 4 and report["amiss"] == where and len(report["windows"]) == 12
     assert report["seed"] == 0 and report["config"]["optim"]["lr"] == 0.04
-    assert {"matrix", "embedding", "head", "vector"} == set(report["groups"])
+    assert {"matrix", "embedding", "value", "head", "vector"} == set(report["groups"])
     with pytest.raises(NonFinite, match=rf"the {where} of step 4 .*stop_at=5"):  # as it says
         run([*tiny, "train.stop_at=5"], tmp_path / "run", resume=True)
 

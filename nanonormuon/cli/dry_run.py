@@ -155,13 +155,15 @@ def report(config: Config) -> list[str]:
 
 
 def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str:
-    """Time models of one and of two blocks; every further block adds their difference."""
+    """Time models of one and of two blocks, or pairs of blocks where every second one has a table;
+    every further one adds their difference."""
     per_block = found.flops_per_token / config.model.n_layer  # an upper bound: all outside counts
     too_long = here().type == "cpu" and per_block * micro * config.data.seq_len > LONGEST_TRIAL
     if too_long or found.memory > memory.memory_of(here()):
         return "time: not tried, one micro-batch is too much for this device"
-    (passes, update), (passes_2, update_2) = (timed(config, layers, micro) for layers in (1, 2))
-    more = config.model.n_layer - 1
+    period = 1 + config.model.value_embed
+    (passes, update), (passes_2, update_2) = (timed(config, n * period, micro) for n in (1, 2))
+    more = config.model.n_layer / period - 1
     step = (passes + more * max(0.0, passes_2 - passes)) * (per_rank // micro)
     step += update + more * max(0.0, update_2 - update)
     return (

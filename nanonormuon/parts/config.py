@@ -16,7 +16,7 @@ EXPERTS = ("n_expert", "n_expert_used", "n_expert_shared", "expert_hidden", "n_d
 # the settings of latent attention where there is none, and what latent attention has no choice in:
 # its norms are those of the latents, and DeepSeek-V3's have gains
 LATENT = {"q_rank": 0, "kv_rank": 0, "rope_head_dim": 0, "v_head_dim": 0, "rope_interleave": True}
-PLAIN = {"qk_norm": True, "qk_gain": True, "bias": False}
+PLAIN = {"qk_norm": True, "qk_gain": True, "bias": False, "value_embed": False}
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class GPTConfig:
     rope: str = "full"  # full | half (half of the pairs do not turn; modded-nanogpt's frequencies)
     attn_scale: float = 0.0  # 0: 1 / sqrt(head_dim + rope_head_dim)
     embed_norm: bool = False  # an RMSNorm after the embedding
+    value_embed: bool = False  # every 2nd layer adds a vector per token to its values
     logit_cap: float = 0.0  # c > 0: logits become c x / sqrt(x^2 + c^2)
     embed_dtype: str = "fp32"  # fp32 | bf16: how the embedding rests, and AdamW's averages for it
     # with mlp = "experts": SwiGLUs, of which each token visits those that a router chooses

@@ -6,11 +6,24 @@ attention is Qwen3's and whose experts are DeepSeek-V3's; DeepSeek-V3 itself if 
 Hugging Face puts the prefix `model.` on every parameter name except the head's, and stores stacked
 experts one by one."""
 
+import ast
 import math
 import re
+from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from nanonormuon.errors import ConfigError
+from nanonormuon.model import GPT
+from nanonormuon.parts.config import EXPERTS as OF_SPARSE
 from nanonormuon.parts.config import GPTConfig
 
 ARCHITECTURES = {
@@ -72,6 +85,29 @@ FIXED = {
 }
 
 
+# ------------------------------------------------------------------------------------------------
+# Which architecture of transformers computes what model.py computes
+
+# A small model of each kind and its answer: some logits, as transformers computes them. Settings
+# that are not named here stay as a run has them.
+SMALL = {"vocab_size": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "head_dim": 8,
+         "n_hidden": 48, "tied": False, "rope_theta": 500.0, "norm_eps": 1e-3, "embed_std": 1.0,
+         "embed_dtype": "fp32"}  # fmt: skip
+SMALL_LATENT = {"n_kv_head": 4, "q_rank": 12, "kv_rank": 16, "rope_head_dim": 4, "v_head_dim": 8,
+                "rope_interleave": True}  # fmt: skip
+SMALL_EXPERTS = {"n_expert": 4, "n_expert_used": 2, "expert_hidden": 16, "n_dense": 1,
+                 "router_norm": True, "n_group_used": 1, "balance_loss": 0.0}  # fmt: skip
+SIGMOID = {"n_expert_shared": 1, "router_scale": 2.5, "n_expert_group": 1, "balance_rate": 0.001}
+ANSWERS = {
+    "qwen3": (-0.51608, 0.2454, 0.43433, 0.05372, -0.24181, -0.1023),
+    "llama": (-0.90476, 0.09822, 0.3635, 0.22633, -0.2564, -0.1065),
+    "qwen3_moe": (-0.96682, 0.61163, -0.65631, 0.13579, -0.80436, -0.18817),
+    "dots1": (-0.72749, 0.61369, -0.13195, -0.0061, -0.95598, -0.31335),
+    "deepseek_v3": (-0.52582, 1.03921, -0.2222, 0.91118, 0.53849, 0.47541),
+    "deepseek_v3 with experts": (0.81174, 2.32418, 0.48143, 2.19827, 0.00225, 0.69935),
+}
+
+
 def kind_of(config: GPTConfig) -> str:
     """The architecture of Hugging Face's that is the model, but for `obstacles`."""
     if config.attention == "latent":
@@ -81,23 +117,121 @@ def kind_of(config: GPTConfig) -> str:
     return "qwen3" if config.qk_norm else "llama"
 
 
-def obstacles(config: GPTConfig) -> list[str]:
-    """List the settings that `kind_of` the model, and so transformers, cannot express."""
-    kind, names = kind_of(config), ("mlp", "bias", "qk_gain", "rope", "embed_norm", "logit_cap")
-    needed = {name: getattr(GPTConfig, name) for name in names}
+def small(config: GPTConfig) -> GPTConfig:
+    """The settings at SMALL sizes; a 0 that stands for no number of its own stays 0."""
+    config = replace(config, vocab_size=config.vocab_size or 1).resolved()
+    sizes = {name: size for name, size in SMALL.items() if getattr(config, name)}
+    if config.attention == "latent":
+        sizes |= SMALL_LATENT
     if config.mlp == "experts":
-        needed |= {"mlp": "experts", "qk_norm": True}
-        needed |= QWEN3_MOE if kind == "qwen3_moe" else {"router": "sigmoid"}
-    odd = [f"{name} = {getattr(config, name)}" for name in needed
-           if getattr(config, name) != needed[name]]  # fmt: skip
-    if config.mlp == "experts" and kind != "qwen3_moe" and not config.n_expert_shared:
-        odd.append("n_expert_shared = 0 with router = sigmoid")
-    resolved = replace(config, vocab_size=config.vocab_size or 1).resolved()
-    if not math.isclose(resolved.attn_scale, (resolved.head_dim + resolved.rope_head_dim) ** -0.5):
-        odd.append(f"attn_scale = {config.attn_scale}")
-    if config.norm_eps == 0:
-        odd.append("norm_eps = 0")
-    return odd
+        sizes |= SMALL_EXPERTS | (SIGMOID if config.router == "sigmoid" else QWEN3_MOE)
+    width = SMALL["head_dim"] + sizes.get("rope_head_dim", 0)
+    scale = config.attn_scale * math.sqrt((config.head_dim + config.rope_head_dim) / width)
+    return replace(config, **sizes, attn_scale=scale)
+
+
+def filling(name: str, size: int) -> Tensor:
+    """Numbers between -0.5 and 0.5 for a weight, equal on every machine."""
+    return torch.sin(torch.arange(size).double() ** 2 + crc32(name.encode())).float() / 2
+
+
+@cache
+def architecture(config: GPTConfig) -> str | None:
+    """The architecture of transformers that gives the logits that model.py gives for `small`
+    settings, over 1,024 tokens; None if there is none.
+
+    Computed, not known from a list: nobody's change of model.py can make it untrue.
+    """
+    with torch.device("meta"), suppress(Exception):  # a changed model may need other sizes
+        model = GPT(config)
+        numbers = dict(model.named_parameters()) | dict(model.named_buffers())
+        with torch.device("cpu"), torch.no_grad():
+            weights = {n: filling(n, p.numel()).view(p.shape) for n, p in numbers.items()}
+            tokens = torch.arange(1024)[None] ** 2 % config.vocab_size
+            found = functional_call(model, weights, (tokens,))[0, (9, 599, 1023), :2].flatten()
+        for name, answer in ANSWERS.items():
+            if torch.allclose(found, torch.tensor(answer, device="cpu"), rtol=0, atol=1e-4):
+                return name.partition(" ")[0]
+    return None
+
+
+def obstacles(config: GPTConfig) -> list[str]:
+    """List what keeps transformers' architectures from computing a model: settings, or model.py."""
+    odd = [f"{name} = {getattr(config, name)}" for name in without_field(config)]
+    if architecture(mine := small(config)) == kind_of(config):
+        return odd
+    chosen = {"n_layer", "attention", *LATENT}
+    chosen |= {"mlp", *OF_SPARSE} if config.mlp == "experts" else set()
+    plain = small(GPTConfig(**{name: getattr(config, name) for name in chosen}))
+    changed = [n for n, v in asdict(mine).items() if v != getattr(plain, n)]
+    wrong = [n for n in changed if not architecture(replace(plain, **{n: getattr(mine, n)}))]
+    odd += [f"{n} = {getattr(config, n)}" for n in wrong]
+    return odd or ["model.py, as it is here"]
+
+
+def without_field(config: GPTConfig) -> list[str]:
+    """The settings of experts that config.json has no field for in the model's kind."""
+    if config.mlp != "experts":
+        return []
+    if kind_of(config) == "qwen3_moe":
+        return [name for name, value in QWEN3_MOE.items() if getattr(config, name) != value]
+    odd = ["router"] if config.router != "sigmoid" else []
+    return odd if config.n_expert_shared else [*odd, "n_expert_shared"]
+
+
+# ------------------------------------------------------------------------------------------------
+# The model's source, beside its weights
+
+MODELING = "modeling_nanonormuon.py"
+
+
+@cache
+def modeling() -> bytes:
+    """The file from which transformers makes the model: model.py and what it imports of the
+    package, as they lie here at the first call, in one, and storage/modeling.txt.
+
+    Raises ConfigError for imports and equal names with which they cannot be put into one file.
+    """
+    package, begun, texts = Path(__file__).parents[1], set(), []
+    names: Counter[str] = Counter()
+
+    def file(module: str) -> Path:
+        return package.joinpath(*module.split(".")[1:]).with_suffix(".py")
+
+    def add(module: str) -> None:
+        """Append a module's text, after the texts of those that it imports at its top."""
+        if module in begun:
+            return
+        begun.add(module)
+        text = (path := file(module)).read_text(encoding="utf-8")
+        tree, lines = ast.parse(text), text.splitlines()
+        imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+        imports = [n for n in imports if "nanonormuon" in ast.unparse(n)]
+        for node in imports:
+            names_it = isinstance(node, ast.ImportFrom) and file(node.module).is_file()
+            if not names_it or any(name.asname for name in node.names):
+                raise ConfigError(
+                    f"{path}, line {node.lineno}: {ast.unparse(node)}: expected from nanonormuon.X "
+                    f"import NAME, since {MODELING}, beside the weights, has it all in one file"
+                )
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+            if node.col_offset:
+                lines[node.lineno - 1] = " " * node.col_offset + "pass"
+        for node in imports:
+            if node in tree.body:
+                add(node.module)
+        names.update(n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef))
+        assigned = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
+        names.update(t.id for t in assigned if isinstance(t, ast.Name))
+        texts.append("\n".join(lines))
+        for node in imports:
+            add(node.module)
+
+    add("nanonormuon.model")
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise ConfigError(f"{', '.join(twice)}: two of {', '.join(sorted(begun))} define it")
+    texts.append(Path(__file__).with_name("modeling.txt").read_text(encoding="utf-8"))
+    return "\n\n\n".join(text.strip() for text in texts).encode() + b"\n"
 
 
 def to_hf(name: str) -> str:
@@ -107,12 +241,43 @@ def to_hf(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
+def carried(config: GPTConfig) -> bool:
+    """Whether checkpoints of a model hold its source, as no architecture of transformers has it.
+    Those with experts do not: their stacks are stored one by one, which the source does not read.
+    """
+    return bool(obstacles(config)) and config.mlp != "experts"
+
+
 def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, Any]:
     """Build config.json for a resolved config, with our own fields under "nanonormuon"."""
     ours = {"nanonormuon": asdict(config)}
+    if carried(config):
+        return own_config(config, seq_len, eot)
     if obstacles(config):
         return {"model_type": "nanonormuon", "max_position_embeddings": seq_len, **ours}
     return {**plain_config(config, seq_len, eot), **ours}
+
+
+def own_config(
+    config: GPTConfig, seq_len: int, eot: int | None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Build config.json for a model that only the file `modeling` computes."""
+    file = MODELING.removesuffix(".py")
+    classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+    return {
+        "architectures": ["NanonormuonForCausalLM"],
+        "model_type": "nanonormuon",
+        "auto_map": {auto: f"{file}.Nanonormuon{name}" for auto, name in classes.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+        "max_position_embeddings": seq_len,
+        "tie_word_embeddings": config.tied,
+        "use_cache": True,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "nanonormuon": asdict(config),
+    }
 
 
 def plain_config(

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nanonormuon")
 PACKAGE = Path(__file__).parents[1]
-SOURCES = (".py", ".toml", ".md", ".html")
+SOURCES = (".py", ".toml", ".md", ".html", ".txt")
 
 
 class Console(logging.Handler):
