@@ -221,9 +221,10 @@ def introduction(
     """What is about to happen, in a few lines."""
     m, t, model, world = config.model, config.train, engine.model, engine.world
     epochs = max(batches.epochs(t.steps))  # of the source that has most
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, unvisited = sum(p.numel() for p in model.parameters()), model.unvisited()
+    active = f" ({(parameters - unvisited) / 1e6:.2f}M active)" if unvisited else ""
     lines = [
-        f"model: {parameters / 1e6:.2f}M parameters, {m.n_layer} layers, width {m.n_embd}, "
+        f"model: {parameters / 1e6:.2f}M parameters{active}, {m.n_layer} layers, width {m.n_embd}, "
         f"vocabulary {m.vocab_size}; {str(model.compute_dtype).removeprefix('torch.')} on "
         f"{world.device}, {world.size} rank{'s' * (world.size > 1)}",
         f"data: {data.path}, {data.train.tokens:,} train and {data.val.tokens:,} validation tokens",
@@ -233,7 +234,7 @@ def introduction(
     few = too_few(train=data.train.tokens, val=data.val.tokens)
     lines += [f"warning: {problem}" for problem in few]
     if odd := huggingface.obstacles(m):
-        lines.append(f"warning: Hugging Face's Qwen3 cannot load this model: {', '.join(odd)}")
+        lines.append(f"warning: no Hugging Face architecture can load this model: {', '.join(odd)}")
     if epochs > 4:
         lines.append(
             f"warning: {epochs:.1f} epochs: beyond 4, repetition teaches little (arXiv 2305.16264)"

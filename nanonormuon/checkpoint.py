@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from nanonormuon.config import Config, from_dict
 from nanonormuon.errors import CheckpointError
-from nanonormuon.normuon import NorMuon
+from nanonormuon.optim import by_parameter
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.faults import Stopping
 from nanonormuon.runtime.health import Spikes
@@ -38,7 +38,6 @@ from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-OURS = (NorMuon, torch.optim.AdamW)  # each of their buffers is a tensor of a single parameter
 ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
 OTHER = "foreign."  # prefix for the state of optimizers from other packages
 
@@ -55,14 +54,19 @@ def named_state(
     """Everything that training changes: weights by parameter, buffers by parameter.buffer."""
     buffers: dict[str, Tensor] = {}
     for optimizer in optimizers:
-        if not isinstance(optimizer, OURS):
+        if not by_parameter(type(optimizer)):
             buffers |= flatten_tree(optimizer.state_dict(), OTHER)
             continue
         for name, p in named_parameters(optimizer):
             buffers |= {
                 f"{name}.{key}": buffer for key, buffer in sorted(optimizer.state[p].items())
             }
-    return dict(model.named_parameters()), buffers
+    return weights_of(model), buffers
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that a checkpoint keeps of a model: parameters, and the biases of routers."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def named_for_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -72,7 +76,7 @@ def named_for_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def buffer_shapes(optimizer: Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]:
     """Shapes of a parameter's buffers, including those that AdamW creates at its first step. For
     other packages' optimizers an estimate: AdamW's."""
-    if isinstance(optimizer, OURS) and (state := optimizer.state[p]):
+    if by_parameter(type(optimizer)) and (state := optimizer.state[p]):
         return {key: tuple(value.shape) for key, value in state.items()}
     return {key: () if key == "step" else tuple(p.shape) for key in ADAMW_STATE}
 
@@ -80,12 +84,12 @@ def buffer_shapes(optimizer: Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]
 def size_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
     """Bytes of a checkpoint's tensors, which are whole even where this rank holds only shards."""
     buffers = sum(
-        4 * math.prod(shape)
+        math.prod(shape) * getattr(optimizer.state.get(p, {}).get(key), "itemsize", 4)
         for optimizer in optimizers
         for _, p in named_parameters(optimizer)
-        for shape in buffer_shapes(optimizer, p).values()
+        for key, shape in buffer_shapes(optimizer, p).items()
     )
-    return buffers + sum(p.numel() * p.element_size() for p in model.parameters())
+    return buffers + sum(p.numel() * p.element_size() for p in weights_of(model).values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -160,7 +164,7 @@ def raise_if(failure: BaseException | None) -> None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load model.safetensors, whose names and shapes must match, into a model of any layout."""
     file = TensorFile(path / "model.safetensors")
-    parameters = named_for_hf(dict(model.named_parameters()))
+    parameters = named_for_hf(weights_of(model))
     file.expect({name: p.shape for name, p in parameters.items()})
     with torch.no_grad():
         for name, p in parameters.items():
@@ -174,13 +178,13 @@ def load_optimizers(optimizers: Sequence[Optimizer], path: Path) -> None:
     """
     file = TensorFile(path / "optimizer.safetensors")
     expected = {name: e[1] for name, e in file.entries.items() if name.startswith(OTHER)}
-    for optimizer in (o for o in optimizers if isinstance(o, OURS)):
+    for optimizer in (o for o in optimizers if by_parameter(type(o))):
         for name, p in named_parameters(optimizer):
             shapes = buffer_shapes(optimizer, p)
             expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
     file.expect(expected)
     for optimizer in optimizers:
-        if not isinstance(optimizer, OURS):
+        if not by_parameter(type(optimizer)):
             try:
                 optimizer.load_state_dict(unflatten_tree(file.read, OTHER))
             except (KeyError, TypeError, ValueError, RecursionError) as error:

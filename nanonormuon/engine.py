@@ -62,6 +62,11 @@ class Engine:
             from nanonormuon.runtime.qk_clip import QkClip  # few runs have it
 
             self.qk_clip = QkClip(model, qk_clip, world.device)
+        self.expert_load = None
+        if model.config.mlp == "experts":
+            from nanonormuon.runtime.expert_load import ExpertLoad  # nor have they these
+
+            self.expert_load = ExpertLoad(model, world)
         self.distribute(dtype, reshard)
         self.forward: Callable[..., Tensor] = self.replica  # or its compiled form
         self.optimizers = make(model)
@@ -72,7 +77,9 @@ class Engine:
         if self.sharded:
             shard(self.model, self.mesh, dtype, reshard)
         elif distributed.grouped():
-            self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.replica = DistributedDataParallel(
+                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
             self.replica.require_backward_grad_sync = False  # its forward pass prepares nothing
 
     @property
@@ -95,9 +102,14 @@ class Engine:
         mean = torch.zeros((), device=self.world.device)
         if self.qk_clip:
             self.qk_clip.begin()
+        if self.expert_load:
+            self.expert_load.begin()
 
         def forward() -> Tensor:
-            return self.forward(*next(micro_batches)) / count
+            part = self.forward(*next(micro_batches)) / count
+            if self.expert_load:
+                self.expert_load.add(count)
+            return part
 
         def backward(part: Tensor) -> None:
             self.backward(part)
@@ -112,6 +124,8 @@ class Engine:
         last = together(up_to_the_last, alone=self.lockstep)
         self.sync(True)
         backward(last)
+        if self.expert_load:
+            self.expert_load.finish()
         return mean
 
     def backward(self, part: Tensor) -> None:
@@ -137,10 +151,12 @@ class Engine:
             torch._foreach_mul_(grads, scale.clamp(max=1.0))
 
     def update(self) -> None:
-        """Make the optimizers' step, then what QK-clip asks for."""
+        """Make the optimizers' step, then what QK-clip and the load of experts ask for."""
         self.step()
         if self.qk_clip:
             self.qk_clip.apply()
+        if self.expert_load:
+            self.expert_load.apply()
 
     def step(self) -> None:
         """Make the optimizers' step."""
@@ -191,10 +207,10 @@ def blaming(optimizer: Optimizer) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a user's class may raise
-        if isinstance(optimizer, NorMuon | AdamW) or exit_code(error):
+        name = f"{type(optimizer).__module__}:{type(optimizer).__name__}"
+        if name.startswith("nanonormuon.") or isinstance(optimizer, AdamW) or exit_code(error):
             raise
-        name, problem = f"{type(optimizer).__module__}:{type(optimizer).__name__}", describe(error)
-        raise ConfigError(f"optim.name = {name}: its step() fails: {problem}") from error
+        raise ConfigError(f"optim.name = {name}: its step() fails: {describe(error)}") from error
 
 
 def tolerant(failures: list[Exception]) -> Callable[..., Callable]:
@@ -245,12 +261,16 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype | None, reshard: bool
 
     Computes in `dtype` and reduces gradients in float32, or does both as the model itself does
     (None). An embedding that rests in another dtype is a block of its own: what FSDP2 shards
-    together has one dtype. The model casts activations itself, but for rotary tables.
+    together has one dtype. So is a router, which computes in float32. The model casts activations
+    itself, but for rotary tables.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     reduced = dtype and torch.float32
     policy = MixedPrecisionPolicy(dtype, reduced, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(None, reduced, cast_forward_inputs=False)
+    for router in (m for m in model.modules() if hasattr(m, "rebalance")):
+        fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=reshard)
     mixed = len({p.dtype for p in model.parameters()}) > 1
     for block in [*model.layers, *([model.embed_tokens] if mixed else []), model]:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -337,7 +357,7 @@ class Bitwise(Engine):
 def unshared(optimizer: Optimizer) -> Optimizer:
     """Have every rank make the whole update: in a stack of fewer matrices a product could round
     differently."""
-    if isinstance(optimizer, NorMuon):
+    if isinstance(optimizer, NorMuon) or hasattr(optimizer, "buckets"):  # the zoo's have them too
         for bucket in optimizer.buckets:
             bucket.layout = OneProcess()
     return optimizer

@@ -4,7 +4,7 @@ Left alone, the config describes the Qwen3 architecture (pre-RMSNorm, RoPE, grou
 per-head QK-norm with gains, SwiGLU, no biases), and parameter names are Hugging Face's without the
 prefix `model.`, so a checkpoint needs no translation. The fields under "departures" turn it
 into Llama (qk_norm) or, all others together, into the GPT of modded-nanogpt's track 3;
-storage/huggingface.py names those that nobody else could load.
+storage/huggingface.py names those that nobody else could load. parts/ has DeepSeek-V3's attention.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
 """
@@ -67,7 +67,7 @@ class Normalise(torch.autograd.Function):
 
 def rope_tables(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, each (length, D), for `rotate`; float32. The first half of sin is negative."""
-    D = config.head_dim
+    D = config.rope_head_dim or config.head_dim
     if config.rope == "half":  # its pairs turn the other way round than Qwen3's
         turning = (1 / 1024) ** torch.linspace(0, 1, D // 4, device=device)
         frequencies = torch.cat([-turning, turning.new_zeros(D // 2 - D // 4)])
@@ -91,7 +91,7 @@ def document_mask(tokens: Tensor, separator: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """Attention of queries (B, H, T, D) to keys and values (B, G, S, D): (B, H, T, D).
+    """Attention of queries (B, H, T, D) to keys (B, G, S, D) and values (B, G, S, V): (B, H, T, V).
 
     Causal, unless a mask (B, 1, T, S) says what each query sees. A single query sees all S keys;
     several are as many as the keys.
@@ -105,10 +105,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
         )
     # plain products take half the time of torch's kernel here (dev/LOG.md); the query heads that
     # share a key head are rows of one product
-    q, k, v = q.reshape(B * G, -1, D), k.reshape(B * G, T, D), v.reshape(B * G, T, D)
+    q, k, v = q.reshape(B * G, -1, D), k.reshape(B * G, T, D), v.reshape(B * G, T, -1)
     future = q.new_full((T, T), -torch.inf).triu(1).repeat(H // G, 1)
     scores = (q * scale) @ k.mT + future
-    return (scores.softmax(-1) @ v).view(B, H, T, D)
+    return (scores.softmax(-1) @ v).view(B, H, T, -1)
 
 
 class Attention(nn.Module):
@@ -118,6 +118,8 @@ class Attention(nn.Module):
         super().__init__()
         C, D, H, G = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
         self.head_dim, self.scale = D, config.attn_scale
+        self.cached = ((G, D), (G, D))  # what Cache holds of a token: tensors of (heads, width)
+        self.products = H * 2 * D  # multiplications per query and key that it sees
         # three matrices, not one: NorMuon orthogonalises each on its own
         self.q_proj = Linear(C, H * D, bias=config.bias)
         self.k_proj = Linear(C, G * D, bias=config.bias)
@@ -146,7 +148,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         C, hidden, bias = config.n_embd, config.n_hidden, config.bias
-        self.gate_proj = Linear(C, hidden, bias=bias) if config.mlp == "swiglu" else None
+        self.gate_proj = Linear(C, hidden, bias=bias) if config.mlp != "relu2" else None
         self.up_proj = Linear(C, hidden, bias=bias)
         self.down_proj = Linear(hidden, C, bias=bias)
 
@@ -157,18 +159,29 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, index: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.self_attn = Attention(config)
+        attention = Attention
+        if config.attention == "latent":
+            from nanonormuon.parts import latent
+
+            attention = latent.LatentAttention
+        self.self_attn = attention(config)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = MLP(config)
+        if config.mlp == "experts" and index >= config.n_dense:
+            from nanonormuon.parts.experts import Experts  # made of this file's MLP
+
+            self.mlp: nn.Module = Experts(config)
+        else:
+            self.mlp = MLP(config)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None
-    ) -> Tensor:
+    ) -> Tensor | tuple:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.mlp(self.post_attention_layernorm(x))  # of Experts: also what the router did
+        return (x + y[0], y[1]) if isinstance(y, tuple) else x + y
 
 
 def chunk_rows(tokens: int, vocab_size: int, device: str) -> int:
@@ -256,7 +269,8 @@ class GPT(nn.Module):
         rest = REST[config.embed_dtype]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd, dtype=rest)
         self.embed_norm = RMSNorm(config.n_embd, eps) if config.embed_norm else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.routed: list = []  # what the routers did in the last pass: parts.experts.Routed
         self.norm = RMSNorm(config.n_embd, eps)
         self.lm_head = None
         if not config.tied:
@@ -277,10 +291,10 @@ class GPT(nn.Module):
                     value.fill_(1.0)
                 elif name == "embed_tokens.weight":
                     value.normal_(std=self.config.embed_std, generator=random)
-                elif p.ndim == 2 and not name.endswith(
-                    ("o_proj.weight", "down_proj.weight", "lm_head.weight")
+                elif p.ndim > 1 and not name.removesuffix(".weight").endswith(
+                    ("o_proj", "down_proj", "lm_head")
                 ):
-                    value.normal_(std=(0.33 / p.size(1)) ** 0.5, generator=random)
+                    value.normal_(std=(0.33 / p.size(-1)) ** 0.5, generator=random)
                 p.copy_(value)
         return self
 
@@ -299,8 +313,12 @@ class GPT(nn.Module):
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
+        self.routed = []
         for layer in self.layers:
             x = layer(x, cos, sin, cache, mask)
+            if isinstance(x, tuple):
+                x, routed = x
+                self.routed.append(routed)
         if cache is not None:
             cache.length = length
         return self.norm(x)
@@ -335,36 +353,48 @@ class GPT(nn.Module):
         head, train = self.get_output_embeddings(), torch.is_grad_enabled()
         bias, cap = getattr(head, "bias", None), self.config.logit_cap
         loss = HeadLoss.apply(h.flatten(0, 1), head.weight, bias, targets.flatten(), cap, train)
-        return loss if reduction == "sum" else loss / (targets != IGNORE).sum()
+        loss = loss if reduction == "sum" else loss / (targets != IGNORE).sum()
+        if self.config.balance_loss and train:  # its gradient alone: the loss is the cross entropy
+            auxiliary = self.config.balance_loss * sum(r.balance for r in self.routed)
+            loss = loss + (auxiliary - auxiliary.detach())
+        return loss
+
+    def unvisited(self) -> int:
+        """How many weights are those of experts that a token does not visit."""
+        stacks, c = sum(p.numel() for p in self.parameters() if p.ndim == 3), self.config
+        return stacks // max(c.n_expert, 1) * (c.n_expert - c.n_expert_used)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of forward and backward per trained token.
 
-        6 per weight of a product, and 12 n_layer (H D) seq_len / 2 for causal attention's two
-        products (PaLM, arXiv 2204.02311, appendix B, halved because half of the scores are masked).
+        6 per weight of a product (of visited experts alone), and 12 n_layer (H D) seq_len / 2 for
+        causal attention's two products (PaLM, arXiv 2204.02311, appendix B, halved because half of
+        the scores are masked). `products` of an attention stands for 2 H D.
         """
         c = self.config
-        weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        weights = sum(p.numel() for p in self.parameters() if p.ndim > 1) - self.unvisited()
         lookup = 0 if c.tied else self.embed_tokens.weight.numel()  # a lookup multiplies nothing
-        return 6 * (weights - lookup) + 6 * c.n_layer * c.n_head * c.head_dim * seq_len
+        return 6 * (weights - lookup) + 3 * seq_len * sum(b.self_attn.products for b in self.layers)
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, for generation: room for `size` tokens.
+    """What attention needs of the tokens seen so far, for generation: room for `size` tokens. Each
+    attention's `cached` says what that is: keys and values, or a latent.
 
     A single query is given whole blocks of keys, since cuDNN plans a kernel for every number of
     keys, and a mask hides those still to come. On a CPU a block is one token.
     """
 
     def __init__(self, model: GPT, batch: int, size: int):
-        c, device = model.config, model.embed_tokens.weight.device
-        shape = (batch, c.n_kv_head, size, c.head_dim)
+        dtype, device = model.compute_dtype, model.embed_tokens.weight.device
         self.length, self.size, self.device = 0, size, device
         self.block = 1 if device.type == "cpu" else 256
-        self.kv = {  # zeros: a mask could not hide NaN
-            layer.self_attn: torch.zeros(2, *shape, dtype=model.compute_dtype, device=device)
-            for layer in model.layers
-        }
+
+        def room(heads: int, width: int) -> Tensor:  # zeros: a mask could not hide NaN
+            return torch.zeros(batch, heads, size, width, dtype=dtype, device=device)
+
+        each = [layer.self_attn for layer in model.layers]
+        self.kept = {attention: [room(*of) for of in attention.cached] for attention in each}
 
     def shown(self) -> int:
         """How many keys the next token's query is given."""
@@ -376,13 +406,14 @@ class Cache:
             return None
         return (torch.arange(self.shown(), device=self.device) <= self.length)[None, None, None]
 
-    def extend(self, attention: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, G, T, D); returns the keys and values to attend to."""
-        end = self.length + k.size(2)
+    def extend(self, attention: nn.Module, *new: Tensor) -> list[Tensor]:
+        """Append tensors (B, heads, T, width), as attention.cached lists them; returns those to
+        attend to."""
+        end = self.length + (T := new[0].size(2))
         if end > self.size:
             raise ValueError(f"cache of {self.size} tokens: {end} do not fit")
-        assert self.length == 0 or k.size(2) == 1, "several tokens need an empty cache"
-        kv = self.kv[attention]
-        kv[0, :, :, self.length : end], kv[1, :, :, self.length : end] = k, v
-        shown = self.shown() if k.size(2) == 1 else end
-        return kv[0, :, :, :shown], kv[1, :, :, :shown]
+        assert self.length == 0 or T == 1, "several tokens need an empty cache"
+        for kept, t in zip(self.kept[attention], new):
+            kept[:, :, self.length : end] = t
+        shown = self.shown() if T == 1 else end
+        return [kept[:, :, :shown] for kept in self.kept[attention]]

@@ -140,7 +140,7 @@ class Trainer:
             self.take_up(self.found[1])
         elif config.train.init_from:
             build.begin_with(config, engine, self.tokenizer)
-        described = environment(self.world.device, self.world.size)
+        described = environment(self.world.device, self.world.size, config.optim.name)
         rows, sampled = distributed.first_does(lambda: self.open_logs(described), self.world.device)
         self.validations.take_up(rows)
         self.sampled = set(sampled)  # steps
@@ -310,6 +310,7 @@ class Trainer:
             "lr": self.config.optim.lr * self.schedule.lr(self.step - 1),
             "grad_norm": grad_norm,
             **self.weight_stats.row(),
+            **(self.engine.expert_load.row() if self.engine.expert_load else {}),
             "tokens_per_second": round(rate, 1),
             **({"skipped": spikes.skipped} if spikes.factor else {}),
             **(self.engine.qk_clip.row() if self.engine.qk_clip else {}),

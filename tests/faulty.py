@@ -180,7 +180,7 @@ def serve():
     its id. A negative id in place of that waits for the process and answers with its exit code.
 
     argv[0] is faulty.py for a training run, worker.py for one of test_layouts.py's processes,
-    launch for `launch`."""
+    zoo_worker.py for one of lab/test_zoo.py's, launch for `launch`."""
     import json
     import traceback
 
@@ -189,6 +189,7 @@ def serve():
 
     defects.apply()
     import worker
+    import zoo_worker
 
     import nanonormuon.cli.app
     import nanonormuon.train  # noqa: F401, the reason for all this
@@ -210,7 +211,8 @@ def serve():
         sys.argv = wish["argv"]
         code = 70
         try:
-            {"faulty.py": main, "worker.py": worker.main, "launch": launch}[sys.argv[0]]()
+            others = {"worker.py": worker.main, "zoo_worker.py": zoo_worker.main, "launch": launch}
+            others.get(sys.argv[0], main)()
         except SystemExit as error:
             code = error.code
         except Exception:

@@ -29,6 +29,7 @@ TINY = [
     "train.device=cpu",
     "optim.momentum_warmup=4",
 ]
+LATENT = ["model.attention=latent", "model.n_kv_head=0"]  # what TINY lacks of latent attention
 
 
 def command(*arguments, cwd=None, env=None, timeout=WAIT):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ROOT, WAIT, final, losses, run
+from support import LATENT, ROOT, WAIT, final, losses, run
 
 from nanonormuon import build
 from nanonormuon import train as train_module
@@ -85,9 +85,11 @@ def test_accumulation_is_resumed_bitwise_and_changes_only_rounding(tiny, tmp_pat
     assert [r["loss"] for r in other] == pytest.approx([r["loss"] for r in one], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_the_other_optimizers_resume_too(name, tiny, tmp_path):
-    more = [*tiny, f"optim.name={name}", "optim.lr=0.002", "optim.grad_clip=0.5"]
+@pytest.mark.parametrize(
+    "settings", [["optim.name=muon"], ["optim.name=adamw"], [*LATENT, "model.q_rank=24"]]
+)
+def test_other_optimizers_and_models_resume_too(settings, tiny, tmp_path):
+    more = [*tiny, *settings, "optim.lr=0.002", "optim.grad_clip=0.5"]
     run(more, tmp_path / "whole")
     run([*more, "train.stop_at=4"], tmp_path / "parts")
     run(more, tmp_path / "parts", resume=True)

@@ -79,6 +79,8 @@ def fake_engine(config, compute=torch.bfloat16):
             if p is not None:
                 there = torch.empty(p.shape, dtype=p.dtype, device="cuda")
                 module._parameters[name] = torch.nn.Parameter(there)
+        for name, bias in module._buffers.items():
+            module._buffers[name] = None if bias is None else torch.empty_like(bias, device="cuda")
 
     def backward(part):
         for p in model.parameters():
@@ -144,14 +146,19 @@ def test_a_step_waits_for_the_device_once(fake_cuda):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [["demo"], ["track3-normuon"], ["train.activation_checkpointing=true"], ["masked"]]
-)
+    "settings",
+    [["demo"], ["track3-normuon"], ["train.activation_checkpointing=true"], ["masked"],
+     ["latent-demo"],
+     ["model.mlp=experts", "model.n_expert=4", "model.n_expert_used=2", "model.balance_loss=0.1",
+      "train.activation_checkpointing=true"]],
+)  # fmt: skip
 def test_the_model_is_one_graph_for_training_and_one_for_evaluation(settings):
     """In the branches that a GPU takes: float32 takes them on a CPU too. Nothing breaks a graph,
     and another batch compiles nothing; another number of sequences does, as dynamic=False says."""
     masked = settings == ["masked"]
     config = load([] if masked else settings)[0]
-    sizes = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "head_dim": 16}
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "head_dim": 16}
+    sizes["n_kv_head"] = 2 if config.model.attention == "latent" else 1
     model = GPT(replace(config.model, vocab_size=64, **sizes)).init_weights(1)
     model.separator = 3 if masked else None
     if config.train.activation_checkpointing:

@@ -51,6 +51,7 @@ SHAPES = {
     "tall0": (33, 5),
     "tall1": (33, 5),
     "experts": (5, 6, 8),
+    "even_experts": (6, 8, 6),
 }
 SETTINGS = {
     f"{axis}-{adjust}": {"neuron_axis": axis, "adjust_lr_fn": adjust}
@@ -272,12 +273,19 @@ def filled(model):
     return model
 
 
-def track3(kind, embed_dtype, rank, world):
-    """Three steps of a track 3 recipe on a small model, within its decay."""
+RECIPES = {  # to run on a small model, and what of its model is another
+    "track3": ("track3-normuon", {"embed_dtype": "fp32"}),
+    "track3-bf16": ("track3-normuon", {"embed_dtype": "bf16"}),
+    "latent": ("latent-demo", {"q_rank": 20}),
+}
+
+
+def recipe_steps(kind, name, rank, world):
+    """Three steps of a recipe on a small model, early, in the middle and late in its schedule."""
     from nanonormuon.engine import Engine
 
-    recipe = load(["track3-normuon"])[0]
-    sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, "embed_dtype": embed_dtype}
+    recipe = load([RECIPES[name][0]])[0]
+    sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, **RECIPES[name][1]}
     model = filled(GPT(replace(recipe.model, **sizes)))
 
     def make(model):
@@ -285,14 +293,15 @@ def track3(kind, embed_dtype, rank, world):
 
     engine = Engine(model, make, World(rank, world, torch.device("cpu")), kind)
     random = torch.Generator().manual_seed(6)
-    for step in (1000, 2000, 3000):
+    for share in (0.3, 0.6, 0.9):
         tokens, targets = torch.randint(96, (2, 12, 24), generator=random)
         mine = slice(12 // world * rank, 12 // world * (rank + 1))
-        Schedule(recipe.train.steps, recipe.optim).set(engine.optimizers, step)
+        steps = recipe.train.steps
+        Schedule(steps, recipe.optim).set(engine.optimizers, int(share * steps))
         engine.accumulate(iter([(tokens[mine], targets[mine])]), 1)
         engine.update()
         engine.zero_grad()
-    return {f"track3.{kind}.{embed_dtype}.{n}": whole(p) for n, p in model.named_parameters()}
+    return {f"{name}.{kind}.{n}": whole(p) for n, p in model.named_parameters()}
 
 
 def clipped(kind, rank, world):
@@ -435,6 +444,28 @@ def alone(folder, device):
     os._exit(0)
 
 
+def with_experts(kind, rank, world):
+    """Two steps of two micro-batches with 5 experts, which divide among no ranks; visits of each
+    step, weights and biases."""
+    from nanonormuon.checkpoint import weights_of
+    from nanonormuon.engine import Engine
+
+    experts = {"mlp": "experts", "n_expert": 5, "n_expert_used": 2, "balance_loss": 0.1}
+    sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, "n_dense": 1}
+    model = filled(GPT(GPTConfig(**sizes, **experts)))
+    make = partial(make_optimizers, settings=OptimConfig(), ns_dtype=torch.float32)
+    engine = Engine(model, make, World(rank, world, torch.device("cpu")), kind)
+    random, found = torch.Generator().manual_seed(9), {}
+    for step in range(2):
+        tokens, targets = torch.randint(96, (2, 24, 16), generator=random)
+        mine = slice(24 // world * rank, 24 // world * (rank + 1))
+        engine.accumulate(zip(tokens[mine].chunk(2), targets[mine].chunk(2)), 2)
+        engine.update()
+        engine.zero_grad()
+        found[f"experts.{kind}.visits{step}"] = engine.expert_load.visits
+    return found | {f"experts.{kind}.{name}": whole(t) for name, t in weights_of(model).items()}
+
+
 def main():
     folder, what, *more = sys.argv[1:]
     torch.set_num_threads(1)
@@ -455,7 +486,7 @@ def layouts(folder, saved):
         os.environ["LOCAL_WORLD_SIZE"] = "2"
         meshes["hsdp"] = grid(World(rank, world, torch.device("cpu")), "hsdp")
         layouts["hsdp"] = (meshes["hsdp"], [Replicate(), Shard(0)])
-    tensors, facts = {}, {"collectives": {}, "order": {}}
+    tensors, facts = {}, {"collectives": {}, "order": {}, "stacks": {}}
     for kind, layout in layouts.items():
         for label, settings in SETTINGS.items():
             for name, value in train(layout, torch.float32, **settings).items():
@@ -464,6 +495,7 @@ def layouts(folder, saved):
             tensors[f"bf16.{kind}.rows-original.{name}"] = value
         equal = [sorted(collectives(layout, [(8, 6)] * copies)) for copies in (2, 9)]
         facts["collectives"][kind] = equal
+        facts["stacks"][kind] = collectives(layout, [(5, 6, 8), (6, 6, 8)])
         facts["order"][kind] = collectives(layout, [(8, 6), (6, 8), (8, 8)])
         for name, value in missing_gradients(layout).items():
             tensors[f"missing.{kind}.{name}"] = value
@@ -479,9 +511,10 @@ def layouts(folder, saved):
     facts["checkpoint"] = read_back_on_each(saved, meshes)
     tensors |= readme_on_each(meshes)
     for kind in kinds(world):
-        for embed_dtype in ("fp32", "bf16"):
-            tensors |= track3(kind, embed_dtype, rank, world)
+        for name in RECIPES:
+            tensors |= recipe_steps(kind, name, rank, world)
         tensors |= clipped(kind, rank, world)
+        tensors |= with_experts(kind, rank, world)
     for key in sorted(tensors):  # replicas must not drift apart by a single bit
         mine = tensors[key].clone()
         dist.broadcast(mine, 0)

@@ -13,11 +13,12 @@ from torch.utils.benchmark import Timer
 
 from nanonormuon import checkpoint, optim
 from nanonormuon.build import split_batch
-from nanonormuon.config import Config, divisors
+from nanonormuon.config import Config, divisors, our_optimizers
 from nanonormuon.model import GPT
 from nanonormuon.pretrained import models
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.activations import chunk_bytes, here, kept
+from nanonormuon.sample import cache_bytes
 from nanonormuon.storage.shards import MANIFEST, read_manifest
 from nanonormuon.text.tokenizer import trained_size
 
@@ -31,10 +32,12 @@ class Estimate:
     """Cost of a run; memory and checkpoint in bytes."""
 
     parameters: dict[str, int]  # by role
+    active: int  # parameters that take part in a token's forward pass
     flops_per_token: float  # forward and backward
     tokens: int  # of the whole run
     parts: dict[str, int]  # of a rank's memory
     checkpoint: int
+    cache: int  # of generation, bytes per token
 
     @property
     def flops(self) -> float:
@@ -51,7 +54,7 @@ def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.O
     with device:
         model = GPT(config.model, dtype)
     settings = config.optim
-    if ":" in settings.name:  # counted as if it were AdamW: to import a module is to run its code
+    if settings.name not in our_optimizers():  # counted as AdamW: an import runs code
         settings = replace(settings, name="adamw", options="")
     return model, optim.make_optimizers(model, settings, dtype)
 
@@ -71,9 +74,8 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, shards: int = 1) 
     activations, head = kept(model.config, T, micro_batch, dtype, t.activation_checkpointing)
     gathered = added_up = 0
     if shards > 1:  # two blocks and everything outside them are whole at a time, in compute's dtype
-        block = sum(p.numel() for p in model.layers[0].parameters())
-        away = max(config.model.n_layer - 2, 0) if t.reshard else 0
-        gathered = (weights // 4 - block * away) * dtype.itemsize
+        blocks = sorted(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
+        gathered = (weights // 4 - sum(blocks[:-2]) * t.reshard) * dtype.itemsize
         if micro_batch * T * ranks < t.batch_tokens:  # micro-batches' gradients add up whole
             added_up = weights
     parts = {
@@ -84,7 +86,8 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, shards: int = 1) 
         "logits": head + chunk_bytes(model.config, micro_batch * T, dtype),  # and their gradients
     }
     tokens = t.last_step * t.batch_tokens
-    return Estimate(parameters, model.flops_per_token(T), tokens, parts, saved)
+    active, cache = sum(parameters.values()) - model.unvisited(), cache_bytes(model)
+    return Estimate(parameters, active, model.flops_per_token(T), tokens, parts, saved, cache)
 
 
 def with_model(config: Config, origin: dict[str, str]) -> tuple[Config, dict[str, str]]:
@@ -125,7 +128,8 @@ def report(config: Config) -> list[str]:
     roles = ", ".join(f"{role} {n:,}" for role, n in found.parameters.items())
     lines = [
         f"parameters: {sum(found.parameters.values()):,} ({roles})"
-        + (assumed if ":" in config.optim.name else ""),
+        + (f", {found.active:,} of them active for a token" if config.model.n_expert else "")
+        + ("" if config.optim.name in our_optimizers() else assumed),
         f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
         f"{found.flops_per_token / 1e6:.4g} MFLOP per token = {found.flops:.3g} FLOP",
     ]
@@ -144,6 +148,7 @@ def report(config: Config) -> list[str]:
         size = f"{e.memory / 1e9:.3g} GB ({parts})"
         lines.append(f"memory, {where}, {micro} sequences at a time: {size}")
     lines.append(f"checkpoint: {found.checkpoint / 1e9:.3g} GB, train.keep_last = {t.keep_last}")
+    lines.append(f"generation: {found.cache:,} bytes of cache per token")
     if t.device in ("auto", here().type):
         lines.append(time_line(config, found, micro, per_rank))
     return lines
@@ -169,7 +174,8 @@ def timed(config: Config, layers: int, micro: int) -> list[float]:
     """Median seconds of a micro-batch's two passes and of an update, with so many blocks."""
     if here().type == "cpu":
         distributed.keep_freed_memory()
-    model, optimizers = build(replace(config, model=replace(config.model, n_layer=layers)), here())
+    small = replace(config.model, n_layer=layers, n_dense=0)
+    model, optimizers = build(replace(config, model=small), here())
     model.init_weights(0)  # a saturated softmax makes denormal numbers, which are slow
     shape = (micro, config.data.seq_len)
     tokens = torch.randint(config.model.vocab_size, shape, device=here())

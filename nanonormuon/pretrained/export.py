@@ -45,7 +45,7 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
         raise UsageError(f"{to}: exists already: choose another --out, or remove it")
     model, tokenizer, found = models.load_run(path, torch.float32, torch.device("cpu"))
     if odd := hf.obstacles(model.config):
-        raise UsageError(f"{found}: neither Qwen3 nor Llama can express {', '.join(odd)}")
+        raise UsageError(f"{found}: none of {', '.join(hf.ARCHITECTURES)} has {', '.join(odd)}")
     transformers = need("transformers", "export")
     state, context = models.state_of(found), models.context_of(found)
     tokens = some_tokens(models.data_of(state, tokenizer, data), context)
@@ -53,7 +53,7 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     weights = {
         hf.to_hf(name): (p[:rows] if name in TABLES else p).detach().to(DTYPES[dtype])
         for name, p in model.named_parameters()
-    }
+    } | {hf.to_hf(name): bias for name, bias in model.named_buffers()}
     config, stored = replace(model.config, vocab_size=rows), str(DTYPES[dtype])
     described = hf.plain_config(config, context, eot, stored.removeprefix("torch."))
     sampling = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "temperature": 0.8}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanonormuon.checkpoint import named_for_hf
+from nanonormuon.checkpoint import named_for_hf, weights_of
 from nanonormuon.config import AT_LEAST_0, KINDS, LIMITS, SECTIONS, coerce
 from nanonormuon.errors import CheckpointError, DataError
 from nanonormuon.model import GPT
@@ -16,7 +16,7 @@ from nanonormuon.storage import checkpoints
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.run import known_runs
 from nanonormuon.storage.shards import Data, open_data
-from nanonormuon.storage.tensors import TensorFile, check_names, check_shape, placed_like
+from nanonormuon.storage.tensors import TensorFile, check_names, check_shape, entries, placed_like
 from nanonormuon.text.builtin import builtin_python
 from nanonormuon.text.huggingface import vocabulary
 from nanonormuon.text.tokenizer import FILE as TOKENIZER_FILE
@@ -98,10 +98,11 @@ def model_config(path: Path) -> GPTConfig:
     if len(layers) != config.n_layer:
         raise CheckpointError(f"{file}: {config.n_layer} layers, the weights have {len(layers)}")
     with torch.device("meta"):
-        parameters = named_for_hf(dict(GPT(config).named_parameters()))
+        parameters = named_for_hf(weights_of(GPT(config)))
     for name, p in parameters.items():
-        if name in shapes:
-            check_shape(path, name, shapes[name], p.shape)
+        for entry, shape in entries(name, p.shape).items():
+            if entry in shapes:
+                check_shape(path, entry, shapes[entry], shape)
     return config
 
 
@@ -146,12 +147,14 @@ def read_weights(path: Path, tied: bool) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Fill a model, sharded or not, that was made from model_config(path). Raises CheckpointError
     for missing and for unexpected tensors."""
-    parameters = named_for_hf(dict(model.named_parameters()))
+    parameters = named_for_hf(weights_of(model))
+    stored = {name: [*entries(name, p.shape)] for name, p in parameters.items()}
     values = read_weights(path, "lm_head.weight" not in parameters)
-    check_names(path, set(values), set(parameters))
+    check_names(path, set(values), {entry for names in stored.values() for entry in names})
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(placed_like(values[name], p))
+            parts = [values.pop(entry) for entry in stored[name]]
+            p.copy_(placed_like(torch.stack(parts) if "#" in name else parts[0], p))
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> GPT:

@@ -28,6 +28,8 @@ CHARTS = (
     ("Gradient norm", ("grad_norm",)),
     ("Neurons' weights (root mean square)", tuple(f"neuron_rms_{w}" for w in WHICH)),
     ("Last update's norm over the weights'", ("update_ratio",)),
+    ("Experts' load over its mean", ("expert_load_min", "expert_load_max")),
+    ("Router's entropy over that of even shares", ("router_entropy",)),
     ("Tokens per second", ("tokens_per_second",)),
 )
 

@@ -25,8 +25,10 @@ def kept(
 ) -> tuple[int, int]:
     """Bytes kept for the backward pass, by the blocks and by the rest of the model.
 
-    Both are linear in layers L and in sequences B, so four small cases determine them.
+    Both are linear in layers L and in sequences B, so four small cases determine them. Layers
+    without experts that come before others count as these do.
     """
+    m = replace(m, n_dense=0)
     f = {(L, B): recorded(replace(m, n_layer=L), seq_len, B, dtype) for L in (1, 2) for B in (1, 2)}
     f |= {(L, micro_batch): f[L, 1] + (micro_batch - 1) * (f[L, 2] - f[L, 1]) for L in (1, 2)}
     block = f[2, micro_batch] - f[1, micro_batch]

@@ -40,10 +40,11 @@ def refuse_absurd(config: Config, world: distributed.World) -> None:
     either by a wide margin. The model's vocabulary must be known."""
     t, ranks = config.train, world.size
     with torch.device("meta"):
-        one, two = (GPT(replace(config.model, n_layer=n)) for n in (1, 2))
+        first = max(1, config.model.n_dense)
+        few, more = (GPT(replace(config.model, n_layer=first + n)) for n in (0, 1))
 
-    def whole(count: Callable[[GPT], float]) -> float:  # every block adds an equal amount
-        return count(one) + (config.model.n_layer - 1) * (count(two) - count(one))
+    def whole(count: Callable[[GPT], float]) -> float:  # every further block adds an equal amount
+        return count(few) + (config.model.n_layer - first) * (count(more) - count(few))
 
     parameters = whole(lambda model: sum(p.numel() for p in model.parameters()))
     share = distributed.shards(t.parallel)

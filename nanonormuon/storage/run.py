@@ -26,6 +26,7 @@ from nanonormuon.storage.files import (
     check_plain,
     in_shell,
     locked,
+    optimizer_file,
     read_file,
     read_jsonl,
     replace_file,
@@ -214,6 +215,8 @@ def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
     )
     measures = (key for key in ("val_loss", "val_bpb") if row.get(key) is not None)
     line += "".join(f"  {key} {row[key]:.4f}" for key in measures)
+    if "expert_load_max" in row:
+        line += f"  load {row['expert_load_min']:.2f} to {row['expert_load_max']:.2f}"
     if row.get("skipped"):
         line += f"  skipped {row['skipped']}"
     if "qk_max" in row:
@@ -298,8 +301,9 @@ def known_runs(path: Path | None = None) -> str:
     return "known here: " + (", ".join(found[-5:]) or "none in runs/")
 
 
-def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
-    """Collect what decides a result beside the configuration: command, source, versions, device."""
+def environment(device: "torch.device", ranks: int, optimizer: str = "") -> dict[str, Any]:
+    """Collect what decides a result beside the configuration: command, source (optim.name may be of
+    a file that is not the package's), versions, device."""
     import torch
 
     from nanonormuon import __version__
@@ -314,7 +318,8 @@ def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": git_commit(PACKAGE.parent),
-        "source_sha256": source_hash(),
+        "source_sha256": source_hash(optimizer),
+        **optimizer_hash(optimizer),
         "nanonormuon": __version__,
         "python": platform.python_version(),
         **{package: import_module(package).__version__ for package in packages},
@@ -336,15 +341,23 @@ def git_commit(checkout: Path) -> str | None:
     return None
 
 
-def source_files() -> dict[str, Path]:
-    """The package's Python files, recipes and templates, by path relative to the package."""
+def source_files(optimizer: str = "") -> dict[str, Path]:
+    """The package's Python files, recipes and templates, by path relative to the package; and the
+    file of an optimizer "FILE.py:Class"."""
     files = [file for file in sorted(PACKAGE.rglob("*.*")) if file.suffix in SOURCES]
-    return {file.relative_to(PACKAGE).as_posix(): file for file in files}
+    own = optimizer_file(optimizer)
+    return {f.relative_to(PACKAGE).as_posix(): f for f in files} | ({str(own): own} if own else {})
 
 
-def source_hash() -> str:
+def optimizer_hash(optimizer: str) -> dict[str, str]:
+    """{"optimizer_sha256": that of the file of "FILE.py:Class"}; {} for any other optimizer."""
+    file = optimizer_file(optimizer)
+    return {"optimizer_sha256": hashlib.sha256(read_file(file)).hexdigest()} if file else {}
+
+
+def source_hash(optimizer: str = "") -> str:
     """sha256 over `source_files`: tells a modified checkout from its commit."""
     digest = hashlib.sha256()
-    for name, file in source_files().items():
+    for name, file in source_files(optimizer).items():
         digest.update(name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from nanonormuon.normuon import local as local
 from nanonormuon.storage.checkpoints import JSON_LIMIT
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
+          torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8"}  # fmt: skip
 
 
 def whole(t: Tensor) -> Tensor:
@@ -99,19 +99,29 @@ def unflatten_tree(read: Callable[[str], Tensor], prefix: str) -> Any:
     return value(json.loads(bytes(read(f"{prefix}tree").tolist())))
 
 
+def entries(name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The tensors in a file, name -> shape, that a tensor is stored as: a "#" in its name stands
+    for the index of its first dimension, by which it is then split."""
+    if "#" not in name:
+        return {name: tuple(shape)}
+    return {name.replace("#", str(i)): tuple(shape[1:]) for i in range(shape[0])}
+
+
 def stream(tensors: Mapping[str, Tensor], keep: bool = True) -> Iterator[Any]:
     """Yield the bytes of a safetensors file in pieces, gathering each tensor only when its turn
     comes, so that at most one is whole in memory.
 
     If any tensor is sharded, every rank must exhaust its stream; keep=False gathers but yields no
-    content.
+    content. Names are those of `entries`.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, t in ordered:
-        begin, end = end, end + t.numel() * t.element_size()
-        header[name] = {"dtype": DTYPES[t.dtype], "shape": [*t.shape], "data_offsets": [begin, end]}
+        for entry, shape in entries(name, t.shape).items():
+            begin, end = end, end + math.prod(shape) * t.element_size()
+            found = {"dtype": DTYPES[t.dtype], "shape": [*shape], "data_offsets": [begin, end]}
+            header[entry] = found
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -164,6 +174,11 @@ class TensorFile:
             raise CheckpointError(f"{path}: not a readable safetensors file ({reason})") from None
 
     def read(self, name: str) -> Tensor:
+        """Read a tensor, or all entries of a name with a "#"."""
+        if "#" in name:
+            first, last = name.split("#")
+            count = sum(n.startswith(first) and n.endswith(last) for n in self.entries)
+            return torch.stack([self.read(name.replace("#", str(i))) for i in range(count)])
         dtype, shape, begin = self.entries[name]
         value = torch.empty(shape, dtype=dtype)
         with open(self.path, "rb") as file:
@@ -174,8 +189,9 @@ class TensorFile:
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise CheckpointError unless the file holds exactly these tensors, of these shapes."""
-        check_names(self.path, set(self.entries), set(shapes))
-        for name, shape in shapes.items():
+        stored = {n: s for name, shape in shapes.items() for n, s in entries(name, shape).items()}
+        check_names(self.path, set(self.entries), set(stored))
+        for name, shape in stored.items():
             check_shape(self.path, name, self.entries[name][1], shape)
 
 

@@ -44,8 +44,9 @@ def test_headers_say_what_the_code_computes(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("again", [False, True])
-def test_activations_are_what_autograd_keeps(dtype, again):
-    m = GPTConfig(vocab_size=192, n_layer=5, n_head=4, n_kv_head=2, n_embd=64).resolved()
+@pytest.mark.parametrize("settings", [{"n_kv_head": 2}, {"attention": "latent", "q_rank": 32}])
+def test_activations_are_what_autograd_keeps(settings, dtype, again):
+    m = GPTConfig(vocab_size=192, n_layer=5, n_head=4, n_embd=64, **settings).resolved()
     model = GPT(m, dtype).init_weights(0)
     if again:
         activations.checkpoint_activations(model)
@@ -82,7 +83,8 @@ def test_a_dry_run_says_it_and_stays_readable(capsys, monkeypatch):
     assert tomllib.loads(said)["train"]["steps"] == 520
     total = sum(dry_run.estimate(sized("demo"), 1).parameters.values())
     assert f"\n# parameters: {total:,} (" in said and f"{total:,}".startswith("1,3")
-    for word in ("memory, 1 rank", "optimizer", "checkpoint: ", "minutes of training"):
+    words = ["memory, 1 rank", "optimizer", "checkpoint: ", "minutes of training"]
+    for word in (*words, f"{dry_run.estimate(sized('demo'), 1).cache:,} bytes of cache per token"):
         assert word in said
 
 

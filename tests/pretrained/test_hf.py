@@ -6,13 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from nanonormuon import model, param_groups, sample
-from nanonormuon.checkpoint import named_for_hf
+from nanonormuon.checkpoint import named_for_hf, weights_of
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
 from nanonormuon.errors import CheckpointError
@@ -24,6 +25,9 @@ from nanonormuon.text import tokenizer
 from nanonormuon.train import train
 
 transformers = pytest.importorskip("transformers")
+LATENT = {"attention": "latent", "head_dim": 12, "rope_head_dim": 8, "v_head_dim": 16}
+DEEPSEEK = {**LATENT, "q_rank": 20, "mlp": "experts", "n_expert": 8, "n_expert_used": 3,
+            "n_dense": 1, "n_expert_group": 2, "n_group_used": 1, "router_scale": 2.5}  # fmt: skip
 
 
 CHANGED = """model.py computes something else than the class that config.json names. If the
@@ -45,31 +49,46 @@ def written(path, **settings):
     model.init_weights(0)
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in weights_of(model).values():
             p.add_(0.1 * torch.randn(p.shape))
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(hf.config_json(model.config, 64, 95)))
-    weights = {name: p.detach() for name, p in model.named_parameters()}
+    weights = {name: p.detach() for name, p in weights_of(model).items()}
     (path / "model.safetensors").write_bytes(serialise(named_for_hf(weights)))
     return model.eval()
 
 
+EXPERTS = {"mlp": "experts", "n_expert": 8, "n_expert_used": 2, "n_layer": 3}
+QWEN3_MOE = {**EXPERTS, "router": "softmax", "n_expert_shared": 0, "balance_rate": 0.0}
+DOTS1 = {**EXPERTS, "n_dense": 1, "n_expert_group": 4, "n_group_used": 2, "router_scale": 2.5}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "kind"),
     [
-        {},
-        {"tied": True},
-        {"n_kv_head": 2},
-        {"head_dim": 16, "n_hidden": 48, "rope_theta": 1e6, "norm_eps": 1e-5},
+        ({}, "Qwen3"),
+        ({"tied": True}, "Qwen3"),
+        ({"n_kv_head": 2}, "Qwen3"),
+        ({"head_dim": 16, "n_hidden": 48, "rope_theta": 1e6, "norm_eps": 1e-5}, "Qwen3"),
+        (QWEN3_MOE, "Qwen3Moe"),
+        ({**QWEN3_MOE, "n_dense": 2, "router_norm": False, "balance_loss": 0.01}, "Qwen3Moe"),
+        (EXPERTS, "Dots1"),
+        (DOTS1, "Dots1"),
+        (LATENT, "DeepseekV3"),
+        (
+            {**LATENT, "q_rank": 20, "rope_interleave": False, "tied": True, "norm_eps": 1e-2},
+            "DeepseekV3",
+        ),
+        (DEEPSEEK, "DeepseekV3"),
     ],
 )
-def test_transformers_gives_the_same_logits_and_tokens(settings, tmp_path):
+def test_transformers_gives_the_same_logits_and_tokens(settings, kind, tmp_path):
     model = written(tmp_path, **settings)
     other, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert type(other).__name__ == "Qwen3ForCausalLM"
+    assert type(other).__name__ == f"{kind}ForCausalLM"
     tokens = torch.randint(95, (2, 20))
     with torch.no_grad():
         ours, theirs = model(tokens), other(tokens).logits
@@ -98,11 +117,41 @@ def test_what_hugging_face_cannot_load_is_named():
     assert hf.obstacles(GPTConfig()) == []
     odd = hf.obstacles(GPTConfig(mlp="relu2", logit_cap=15.0, attn_scale=0.12, norm_eps=0.0))
     assert odd == ["mlp = relu2", "logit_cap = 15.0", "attn_scale = 0.12", "norm_eps = 0"]
+    assert hf.obstacles(GPTConfig(**LATENT)) == hf.obstacles(GPTConfig(**DEEPSEEK)) == []
+    odd = hf.obstacles(GPTConfig(**LATENT, mlp="relu2", rope="half", attn_scale=12**-0.5))
+    assert odd == ["mlp = relu2", "rope = half", f"attn_scale = {12**-0.5}"]
+    odd = hf.obstacles(GPTConfig(**{**DEEPSEEK, "router": "softmax", "n_expert_shared": 0}))
+    assert odd == ["router = softmax", "n_expert_shared = 0 with router = sigmoid"]
     content = hf.config_json(GPTConfig(vocab_size=64, bias=True).resolved(), 64, None)
     assert content["model_type"] == "nanonormuon"
     assert hf.gpt_config(content) == GPTConfig(vocab_size=64, bias=True).resolved()
+    softmax = GPTConfig(mlp="experts", n_expert=4, n_expert_used=2, router="softmax")
+    assert hf.obstacles(softmax) == ["balance_rate = 0.001", "n_expert_shared = 1"]
+    sigmoid = replace(softmax, router="sigmoid", n_expert_shared=0, qk_norm=False)
+    odd = ["qk_norm = False", "n_expert_shared = 0 with router = sigmoid"]
+    assert hf.obstacles(sigmoid) == odd
     with pytest.raises(ValueError, match='section "nanonormuon" not usable'):
         hf.gpt_config({"nanonormuon": {"n_layers": 3}})
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\]"),
+        ({"num_experts": "8"}, "num_experts = '8'"),
+        ({"num_experts": None}, "n_expert = 0: expected 2"),
+        ({"moe_intermediate_size": 20}, "expert_hidden = 20: expected a multiple of 8"),
+        ({"model_type": "dots1"}, "n_expert = 0: expected 2"),
+    ],
+)
+def test_experts_that_do_not_fit_are_named(changed, words):
+    config = replace(GPTConfig(**QWEN3_MOE, vocab_size=64), balance_loss=0.001).resolved()
+    content = hf.config_json(config, 64, None)
+    del content["nanonormuon"]
+    assert hf.gpt_config(content) == config
+    with pytest.raises(ValueError, match=words):
+        hf.gpt_config(content | changed)
 
 
 def test_gpt2s_layers_are_known_by_their_class():
@@ -129,11 +178,11 @@ def with_noise(run, out, **settings):
     model = GPT(config).init_weights(0)
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in weights_of(model).values():
             p.add_(0.05 * torch.randn(p.shape))
     files = {p.name: p.read_bytes() for p in source.iterdir() if p.name != "manifest.json"}
     files["config.json"] = json.dumps(hf.config_json(model.config, 32, 299)).encode()
-    files["model.safetensors"] = serialise(named_for_hf(dict(model.named_parameters())))
+    files["model.safetensors"] = serialise(named_for_hf(weights_of(model)))
     return write(out / "checkpoints", read_json(source / "state.json")["step"], files)
 
 
@@ -146,22 +195,40 @@ def with_noise(run, out, **settings):
         {"n_kv_head": 2},
         {"vocab_size": 300},
         {"qk_norm": False, "n_kv_head": 1, "tied": True},
+        QWEN3_MOE,
+        EXPERTS,
+        LATENT,
+        DEEPSEEK,
     ],
-    ids=["padded", "tied", "grouped", "unpadded", "llama"],
+    ids=[
+        "padded",
+        "tied",
+        "grouped",
+        "unpadded",
+        "llama",
+        "qwen3moe",
+        "dots1",
+        "latent",
+        "deepseek",
+    ],
 )
 def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tmp_path):
     with_noise(trained, tmp_path / "run", **settings)
     report = export.export(tmp_path / "run", tmp_path / "hf", dtype)
     model, _, _ = models.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float()
-    expected = "LlamaForCausalLM" if "qk_norm" in settings else "Qwen3ForCausalLM"
+    kinds = [({"qk_norm": False}, "Llama"), (LATENT, "DeepseekV3"), (QWEN3_MOE, "Qwen3Moe"),
+             (EXPERTS, "Dots1")]  # fmt: skip
+    kind = next((name for given, name in kinds if given.items() <= settings.items()), "Qwen3")
+    expected = f"{kind}ForCausalLM"
     assert type(other).__name__ == report["architecture"] == expected
     assert other.config.vocab_size == 300 and other.get_input_embeddings().weight.shape[0] == 300
     assert report["rows_cut"] == settings.get("vocab_size", 320) - 300 or "vocab_size" in settings
     tokens = torch.randint(300, (3, 30))
     with torch.no_grad():
         difference = (model(tokens)[..., :300] - other(tokens).logits).abs().max()
-    assert difference < (1e-4 if dtype == "fp32" else 2e-2)
+    rounded = 8e-2 if "mlp" in settings else 2e-2  # a rounded score chooses other experts
+    assert difference < (1e-4 if dtype == "fp32" else rounded)
     assert report["largest_difference"] < 1e-4
     saved = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert saved["torch_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
@@ -293,7 +360,7 @@ def test_what_export_refuses(trained, exported, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "here")
     refused("the current directory", to=Path("."))
     odd = with_noise(trained, tmp_path / "odd", mlp="relu2", logit_cap=15.0)
-    refused("neither Qwen3 nor Llama can express mlp = relu2, logit_cap = 15.0", run=odd.parents[1])
+    refused("deepseek_v3 has mlp = relu2, logit_cap = 15.0", run=odd.parents[1])
     forward = GPT.logits
     monkeypatch.setattr(GPT, "logits", lambda self, h: forward(self, h) + 0.01)
     refused("transformers computes other logits")
@@ -325,16 +392,27 @@ def test_a_part_that_only_our_model_has_is_named(tmp_path):
 # -------------------------------------------------------------------------------- beginning with it
 
 
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+THEIRS = {"num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_rope_head_dim": 8,
+          "qk_nope_head_dim": 12, "v_head_dim": 16, "num_nextn_predict_layers": 0,
+          "n_routed_experts": 8, "moe_intermediate_size": 16, "num_experts_per_tok": 3,
+          "n_group": 2, "topk_group": 1, "n_shared_experts": 2}  # fmt: skip
+
+
 def made_by_transformers(kind, out, bpe_data, **settings):
     """A small model directory with the data's tokenizer, as transformers saves it."""
-    make = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[kind]
+    make = {
+        "qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig,
+        "qwen3_moe": transformers.Qwen3MoeConfig, "dots1": transformers.Dots1Config,
+        "deepseek_v3": transformers.DeepseekV3Config,
+    }[kind]  # fmt: skip
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     config = make(**{**sizes, "bos_token_id": 299, "eos_token_id": 299, **settings})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
-        for p in model.parameters():
+        for p in model.state_dict().values():  # not the buffers of RoPE
             p.add_(0.05 * torch.randn(p.shape))
     model.save_pretrained(out)
     tokenizer.load(bpe_data).save(out)
@@ -348,6 +426,31 @@ def made_by_transformers(kind, out, bpe_data, **settings):
         ("qwen3", {"tie_word_embeddings": True, "head_dim": 8}),
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+        ("qwen3_moe", {**MOE, "num_experts": 4, "norm_topk_prob": True, "mlp_only_layers": [0]}),
+        ("qwen3_moe", {**MOE, "num_experts": 4}),
+        ("deepseek_v3", {**THEIRS, "rms_norm_eps": 1e-2, "tie_word_embeddings": True}),
+        ("deepseek_v3", {**THEIRS, "first_k_dense_replace": 1, "norm_topk_prob": False}),
+        (
+            "deepseek_v3",
+            {
+                **THEIRS,
+                "first_k_dense_replace": 0,
+                "n_group": 1,
+                "q_lora_rank": None,
+                "rope_interleave": False,
+            },
+        ),
+        (
+            "dots1",
+            {
+                **MOE,
+                "n_routed_experts": 8,
+                "n_shared_experts": 2,
+                "n_group": 4,
+                "topk_group": 2,
+                "first_k_dense_replace": 1,
+            },
+        ),
     ],
 )
 def test_their_models_are_ours(kind, settings, tmp_path, bpe_data):
@@ -360,9 +463,21 @@ def test_their_models_are_ours(kind, settings, tmp_path, bpe_data):
     assert (ours - theirs).abs().max() < 1e-4 and ours.std() > 0.05
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "qwen3",
+        "llama",
+        pytest.param("qwen3_moe", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", marks=pytest.mark.slow),
+    ],
+)
 def test_they_train_on_and_go_back(kind, tmp_path, bpe_data, capsys):
-    settings = {"head_dim": 16} if kind == "qwen3" else {}
+    settings = {
+        "qwen3": {"head_dim": 16},
+        "qwen3_moe": {**MOE, "num_experts": 4, "norm_topk_prob": True},
+        "deepseek_v3": {**THEIRS, "first_k_dense_replace": 1},
+    }.get(kind, {})
     made_by_transformers(kind, tmp_path / "their", bpe_data, **settings)
     size = sum(p.stat().st_size for p in (tmp_path / "their").iterdir())
     assert size < 500_000
@@ -423,7 +538,7 @@ def test_what_init_from_refuses(trained, bpe_data, shards, tmp_path, capsys):
     refused(["--init-from", str(there), mine], 4, "hidden_act = 'gelu'", "rope_type = 'llama3'",
             "attention_bias = True")  # fmt: skip
     (there / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    refused(["--init-from", str(there), mine], 4, "model_type = 'mamba': expected qwen3 or llama")
+    refused(["--init-from", str(there), mine], 4, "model_type = 'mamba': expected qwen3 or")
     (there / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     refused(["--init-from", str(there), mine], 4, "mlp", "has shape (48, 32), expected (64, 32)")
     (there / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
@@ -433,6 +548,33 @@ def test_what_init_from_refuses(trained, bpe_data, shards, tmp_path, capsys):
     (there / "config.json").write_text(json.dumps(config))
     (there / "tokenizer.json").unlink()
     refused(["--init-from", str(there), mine], 4, "tokenizer.json: missing")
+
+
+def test_what_of_deepseeks_is_not_ours_is_named():
+    config = transformers.DeepseekV3Config(**THEIRS, num_hidden_layers=9, num_attention_heads=4)
+    plain = config.to_dict()
+    found = hf.gpt_config(plain)
+    assert (found.attention, found.mlp, found.n_dense) == ("latent", "experts", 3)
+    odd = {
+        "num_nextn_predict_layers": 1,
+        "quantization_config": {"quant_method": "fp8"},
+        "rope_scaling": {"type": "yarn", "factor": 40},
+        "first_k_dense_replace": None,
+        "attention_bias": True,
+        "kv_lora_rank": None,
+        "n_group": None,  # 8 in transformers
+        "scoring_func": "softmax",
+        "moe_layer_freq": 2,
+    }
+    with pytest.raises(ValueError) as refused:
+        hf.gpt_config({**plain, "rope_parameters": None, **odd})
+    for name in odd:
+        assert name.replace("rope_scaling", "rope_type = 'yarn'") in str(refused.value)
+    with pytest.raises(ValueError, match="n_group_used = 3"):
+        hf.gpt_config({**plain, "topk_group": 3})
+    del plain["q_lora_rank"]  # its default in transformers is 1,536, not null
+    with pytest.raises(ValueError, match="q_lora_rank = None"):
+        hf.gpt_config(plain)
 
 
 def test_weights_in_several_files_are_read_and_odd_indices_refused(bpe_data, tmp_path):
