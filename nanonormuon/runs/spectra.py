@@ -35,6 +35,8 @@ class Profile:
     @classmethod
     def of(cls, X: Tensor) -> "Profile":
         X = X.detach().float()
+        if not X.isfinite().all():  # though weights and buffers are
+            raise CheckpointError("an update is not finite: no run has saved such a momentum")
         s, r = torch.linalg.svdvals(X), torch.linalg.vector_norm(X, dim=1)
         return cls(*(t / t.square().mean().sqrt().clamp_min(1e-30) for t in (s, r)))
 

@@ -487,6 +487,8 @@ def test_buffers_that_no_run_saves_and_a_matrix_without_a_second_moment(trained,
             words = f"{key.replace('_', ' ')} of {name} has shape"
             with pytest.raises(CheckpointError, match=words):
                 diagnose(key, change)
+    with pytest.raises(CheckpointError, match="an update is not finite"):
+        diagnose("second_moment", lambda t: t - 1)
     rows = spectra.table(diagnose("second_moment", lambda t: None)).splitlines()
     (row,) = (row.split() for row in rows if row.startswith(name))
     assert row[3] == row[6] == "-" and "-" not in rows[1].split()
