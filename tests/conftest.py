@@ -49,6 +49,20 @@ def pytest_xdist_auto_num_workers():
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
 
 
+LONGEST = (
+    "test_the_check_for_a_gpu_runs_in_small_and_does_only_what_is_missing",
+    "test_killed_at_random_moments", "test_many_runs_of_two_ranks_end_cleanly",
+    "test_killed_20_times", "test_100_mb_take_no_more_memory_than_25",
+    "test_the_script_for_slurm_starts_stops_and_goes_on",
+    "test_a_compiled_run_under_fsdp_has_the_eager_gradients_also_after_a_resume",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest tests, so that none of them is left to one process at the end."""
+    items.sort(key=lambda item: getattr(item, "originalname", "") not in LONGEST)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
     """Make a test's captured output fit for being sent to the process that reports it."""

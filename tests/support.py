@@ -135,6 +135,14 @@ def final(out, step=None):
     return [(path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
 
 
+def prepare_cutting(root, out, workers):
+    """Prepare a folder of which a text of 3 MB is cut as one of 17 MB would be; for a process."""
+    from nanonormuon.text import prepare, sources
+
+    sources.LARGE, sources.PART = 1 << 21, 1 << 17
+    prepare.prepare([root], out, "bpe:4096", workers=workers, shard_bytes=1 << 18)
+
+
 TIMES = {"seconds", "tokens_per_second", "train_seconds", "compile_seconds", "total_seconds",
          "peak_memory"}  # fmt: skip
 

@@ -220,6 +220,7 @@ def test_a_compiled_run_under_fsdp_has_the_eager_gradients_also_after_a_resume(
         out = tmp_path / wish
         common = [*tiny, "model.n_layer=1", "train.parallel=fsdp", f"train.compile={wish}"]
         common += ["train.sample_tokens=0", "train.micro_batch=3", "train.eval_every=0"]
+        common += ["data.val_tokens=192"]  # of a single shape, for which it compiles
         for more in (["train.stop_at=3"], ["train.stop_at=6", "--resume"]):
             codes, said = forks.run([*common, *more, "--out", out], ranks=2)
             assert codes == [0, 0], said

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,10 +176,23 @@ def test_the_model_is_one_graph_for_training_and_one_for_evaluation(settings):
     assert made == [1, 1, 2, 3, 3]
 
 
+@pytest.fixture
+def python(tmp_path_factory):
+    """A folder with a `python` whose processes begin with everything imported."""
+    folder = tmp_path_factory.mktemp("python")
+    command = [sys.executable, str(ROOT / "tests" / "quick_python.py"), str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as server:
+        assert server.stdout.readline() == "ready\n"
+        yield folder
+        server.stdin.close()
+
+
 @pytest.mark.slow
-def test_the_check_for_a_gpu_runs_in_small_and_does_only_what_is_missing(tmp_path):
+def test_the_check_for_a_gpu_runs_in_small_and_does_only_what_is_missing(python, tmp_path):
     def check(seconds=900):
         env = {**os.environ, "GPU_CHECK_SMALL": "1", "GPU_CHECK_SECONDS": str(seconds)}
+        env |= {"PATH": f"{python}:{env['PATH']}", "PYTHON_EXEC": str(python / "python")}
         command = ["bash", "scripts/gpu_check.sh", str(tmp_path)]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         return done.returncode, done.stdout

@@ -30,7 +30,7 @@ from nanonormuon.optim import make_optimizers
 from nanonormuon.pretrained import models
 from nanonormuon.runs import compare
 from nanonormuon.storage.checkpoints import read_json
-from nanonormuon.storage.files import check_plain, lock, open_regular, read_file, replace_file
+from nanonormuon.storage.files import check_plain, locked, open_regular, read_file, replace_file
 from nanonormuon.storage.run import optimizer_hash
 
 log = logging.getLogger(__name__)
@@ -153,9 +153,9 @@ class Runner:
         try:
             job.path.parent.mkdir(parents=True, exist_ok=True)
             # a run that outlives its killed race may still be saving
-            handle = lock(job.path / ".lock", wait=True) if job.path.is_dir() else None
-            if handle is not None:
-                os.close(handle)
+            if job.path.is_dir():
+                with locked(job.path / ".lock", wait=True):
+                    pass
             if job.result() is None and (job.path / "config.toml").exists():
                 # once reached, --resume drops it
                 stop_at = config.load(job.arguments)[0].train.stop_at

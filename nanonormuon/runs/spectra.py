@@ -35,6 +35,8 @@ class Profile:
     @classmethod
     def of(cls, X: Tensor) -> "Profile":
         X = X.detach().float()
+        if not X.isfinite().all():  # though weights and buffers are
+            raise CheckpointError("an update is not finite: no run has saved such a momentum")
         s, r = torch.linalg.svdvals(X), torch.linalg.vector_norm(X, dim=1)
         return cls(*(t / t.square().mean().sqrt().clamp_min(1e-30) for t in (s, r)))
 
@@ -61,20 +63,31 @@ def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     if not (found / "optimizer.safetensors").is_file():
         raise CheckpointError(f"{found}: no optimizer.safetensors: expected a run's checkpoint")
     buffers = read_tensors(found / "optimizer.safetensors")
-    settings, matrices = state["config"]["optim"], group["names"]
+    settings, matrices = state["config"]["optim"], [*zip(group["names"], group["params"])]
     triples = coefficients(settings["ns_coefficients"], settings["ns_steps"])
     profiles = {}
-    for name in tqdm(matrices, unit="matrix", leave=False, disable=None):
+    for name, p in tqdm(matrices, unit="matrix", leave=False, disable=None):
         M = buffers.get(f"{name}.momentum", buffers.get(f"{name}.exp_avg"))
         if M is None:
             raise CheckpointError(f"{found}: no momentum of {name} in optimizer.safetensors")
-        O = newton_schulz(M[None].float(), triples)
+        M = checked(found, f"momentum of {name}", M, [tuple(p.shape)])
+        O = newton_schulz(M[None], triples)
         profiles[name] = {"momentum": Profile.of(M), "muon": Profile.of(O[0])}
         if (v := buffers.get(f"{name}.second_moment")) is not None:
+            (m, n), which = p.shape, f"second moment of {name}"
+            v = checked(found, which, v, [(m, 1), (1, n)])[None]
             # beta2 = 1 leaves v as it is
-            factors = neuron_factors(O, v[None].clone(), 1.0, "original", M.shape, lambda x: x)
+            factors = neuron_factors(O, v, 1.0, "original", M.shape, lambda x: x)
             profiles[name]["normuon"] = Profile.of((factors * O)[0])
     return profiles
+
+
+def checked(found: Path, name: str, t: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
+    """A copy of a buffer in float32. Raises CheckpointError for one that no run saves."""
+    if tuple(t.shape) not in shapes or not t.isfinite().all():
+        expected = f"expected finite numbers of shape {' or '.join(map(str, shapes))}"
+        raise CheckpointError(f"{found}: {name} has shape {tuple(t.shape)}: {expected}")
+    return t.to(torch.float32, copy=True)
 
 
 def as_numbers(profiles: dict[str, dict[str, Profile]]) -> list[dict[str, Any]]:
@@ -86,11 +99,13 @@ def as_numbers(profiles: dict[str, dict[str, Profile]]) -> list[dict[str, Any]]:
 
 def table(profiles: dict[str, dict[str, Profile]]) -> str:
     """A line per matrix: how even its spectrum and its rows are, in each kind of update."""
-    kinds = list(next(iter(profiles.values())))
+    kinds = list(dict.fromkeys(kind for found in profiles.values() for kind in found))
     lines = [["matrix", *(f"stable rank {k}" for k in kinds), *(f"row spread {k}" for k in kinds)]]
     for row in as_numbers(profiles):
-        ranks = [f"{row[k]['stable_rank']:.2f}" for k in kinds]
-        lines.append([row["matrix"], *ranks, *(f"{row[k]['row_spread']:.3f}" for k in kinds)])
+        # optim.beta2_on may leave a matrix without normuon
+        ranks = [f"{row[k]['stable_rank']:.2f}" if k in row else "-" for k in kinds]
+        spreads = [f"{row[k]['row_spread']:.3f}" if k in row else "-" for k in kinds]
+        lines.append([row["matrix"], *ranks, *spreads])
     note = "stable rank: 1 if all singular values are equal; row spread: 0 if all row norms are"
     return f"{aligned(lines)}\n{note}"
 

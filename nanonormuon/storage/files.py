@@ -175,6 +175,17 @@ def lock(path: Path, wait: bool = False) -> int | None:
     return handle
 
 
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold `lock` on a path in the `with` block."""
+    handle = lock(path, wait)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def in_units(size: float) -> str:
     """Write a number of bytes with three digits and the unit that fits."""
     units = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}

@@ -25,7 +25,7 @@ from nanonormuon.storage import checkpoints
 from nanonormuon.storage.files import (
     check_plain,
     in_shell,
-    lock,
+    locked,
     optimizer_file,
     read_file,
     read_jsonl,
@@ -108,7 +108,7 @@ class RunDirectory:
     def hold(self, path: Path) -> None:
         """Lock a path until the `with` block ends. Raises RunError naming who has the lock."""
         try:
-            handle = lock(path)
+            self.resources.enter_context(locked(path))
         except BlockingIOError:
             owner = ""
             with suppress(OSError, DataError):
@@ -117,8 +117,6 @@ class RunDirectory:
                 f"{self.path} is being written by process {owner or 'unknown'}: wait, or choose "
                 "another --out"
             ) from None
-        if handle is not None:
-            self.resources.callback(os.close, handle)
 
     def open(
         self, config_toml: str, environment: dict[str, Any], step: int
