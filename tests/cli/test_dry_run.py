@@ -86,6 +86,14 @@ def test_a_dry_run_says_it_and_stays_readable(capsys, monkeypatch):
         assert word in said
 
 
+def test_what_is_assumed_of_data_that_are_not_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run, "time_line", lambda *_: "")
+    for arguments, words in (([], "320 token ids"), (["model.vocab_size=64"], "")):
+        settings = [f"data.path={tmp_path / 'no'}", "data.tokenizer=byte", *arguments]
+        first = dry_run.report(load(["shakespeare-char", *settings])[0])[0]
+        assert words in first and (str(tmp_path / "no") in first) is bool(words)
+
+
 def test_on_several_nodes_it_shows_what_a_rank_holds_in_each_layout(monkeypatch):
     monkeypatch.setattr(dry_run, "time_line", lambda *_: "")
     monkeypatch.setenv("WORLD_SIZE", "4")
