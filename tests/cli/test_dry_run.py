@@ -44,8 +44,10 @@ def test_headers_say_what_the_code_computes(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("again", [False, True])
-def test_activations_are_what_autograd_keeps(dtype, again):
-    m = GPTConfig(vocab_size=192, n_layer=5, n_head=4, n_kv_head=2, n_embd=64).resolved()
+@pytest.mark.parametrize("experts", [{}, {"mlp": "experts", "n_expert": 6, "n_expert_used": 2}])
+def test_activations_are_what_autograd_keeps(dtype, again, experts):
+    sizes = {"vocab_size": 192, "n_layer": 5, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+    m = GPTConfig(**sizes, **experts).resolved()
     model = GPT(m, dtype).init_weights(0)
     if again:
         activations.checkpoint_activations(model)
