@@ -38,11 +38,13 @@ def complete(config: Config, data: Data) -> Config:
     if (source := config.train.init_from) and not config.model.vocab_size:
         from nanonormuon.pretrained import models  # loading finished models is not part of a run
 
-        model = models.model_config(models.find_checkpoint(Path(source)))
+        directory = models.find_checkpoint(Path(source))
+        model = models.model_config(directory)
         if (data.vocab_size or 0) > model.vocab_size:
             raise ConfigError(
                 f"train.init_from = {source}: a model of {model.vocab_size} token ids, the data in "
-                f"{data.path} have {data.vocab_size}: prepare them with the model's tokenizer"
+                f"{data.path} have {data.vocab_size}: set data.path to text prepared with "
+                f"--tokenizer {directory / 'tokenizer.json'}"
             )
         config = replace(config, model=model)
     given, found = config.model.vocab_size, data.vocab_size

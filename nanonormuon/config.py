@@ -244,7 +244,8 @@ def read_toml(source: str) -> dict[str, Any]:
         hint = f'no file "{source}"' if source.endswith(".toml") else nearest(source, recipes())
         raise ConfigError(f'unknown recipe "{source}": {hint}') from None
     except (OSError, ValueError, RecursionError) as error:  # also: a number of 5,000 digits
-        raise ConfigError(f"{source}: not a readable TOML file: {error}") from None
+        hint = "" if source.endswith(".toml") else "; data are named by data.path=DIR"
+        raise ConfigError(f"{source}: not a readable TOML file: {error}{hint}") from None
 
 
 def coerce(value: Any, kind: Any, where: str) -> Any:

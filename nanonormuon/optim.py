@@ -88,7 +88,8 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
             f"{', '.join(f'{name} {shape}' for name, shape in unknown.items())}: in no nn.Linear, "
             f"Conv1D or nn.Embedding. Say what each is, as roles={dict.fromkeys(unknown, 'matrix')}"
             ': "matrix" if its rows are output neurons, "columns" if it is stored (inputs, '
-            'outputs), "embedding" or "vector" to leave it to AdamW'
+            'outputs), "embedding" or "vector" to leave it to AdamW (roles: an argument of '
+            "param_groups; for normuon-train change its default, nanonormuon/optim.py)"
         )
     if unused:
         raise ValueError(f"roles: {', '.join(sorted(unused))} match no parameter of the model")
@@ -207,6 +208,8 @@ def external_optimizer(name: str, options: str, groups: list[dict]) -> Optimizer
             raise TypeError(f"{attribute} is no torch.optim.Optimizer")
     except (Exception, SystemExit) as error:  # the module may raise anything
         expected = f"expected module:Class of an optimizer ({type(error).__name__}: {error})"
+        if isinstance(error, ModuleNotFoundError):
+            expected += "; for a file of your own: PYTHONPATH=ITS_DIRECTORY normuon-train ..."
         raise ValueError(f'name = "{name}": {expected}') from None
     try:
         call = ast.parse(f"f({options})", mode="eval").body

@@ -434,6 +434,7 @@ class Trainer:
             "steps": self.step,
             "tokens": self.tokens,
             **self.validations.get(self.step, {}),
+            "best_step": best,
             "best_val_loss": None if best is None else self.validations[best]["val_loss"],
             "train_seconds": round(self.seconds, 3),
             "compile_seconds": round(self.compile_seconds, 3),

@@ -116,6 +116,7 @@ def with_vocabulary(config: Config) -> tuple[Config, int | None]:
 
 def report(config: Config) -> list[str]:
     """The lines that --dry-run prints below the configuration; needs no data, starts no ranks."""
+    given = config.model.vocab_size
     config, data_tokens = with_vocabulary(config)
     t, T, ranks = config.train, config.data.seq_len, distributed.size()
     per_rank, micro = split_batch(config, ranks), t.micro_batch
@@ -132,6 +133,9 @@ def report(config: Config) -> list[str]:
         f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
         f"{found.flops_per_token / 1e6:.4g} MFLOP per token = {found.flops:.3g} FLOP",
     ]
+    if not (data_tokens or given or config.data.path.startswith("builtin:")):
+        ids = f"{config.model.vocab_size:,} token ids assumed, by data.tokenizer"
+        lines.insert(0, f"{config.data.path}: nothing prepared there, {ids}")
     if data_tokens:
         lines.append(f"data: {data_tokens:,} train tokens, {found.tokens / data_tokens:.2f} epochs")
     layouts = {"1 rank": found}

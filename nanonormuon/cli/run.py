@@ -78,12 +78,11 @@ def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
     `arguments`. Raises ConfigError if `out` holds no run."""
     from nanonormuon import config
     from nanonormuon.storage import checkpoints
+    from nanonormuon.storage.run import known_runs
 
     if out is None or not (out / "config.toml").is_file():
-        known = sorted(str(p.parent) for p in Path("runs").glob("*/config.toml"))
         raise errors.ConfigError(
-            f"--resume: {out or 'no --out given'}: expected a run directory; known here: "
-            + (", ".join(known[-5:]) or "none in runs/")
+            f"--resume: {out or 'no --out given'}: expected a run directory; {known_runs(out)}"
         )
     if files := [Path(a).stem for a in arguments if not config.is_setting(a)]:
         names = ", ".join(files)
@@ -112,10 +111,14 @@ def describe(summary: dict, out: Path, of_code: bool) -> str:
     times = "{train_seconds:.0f} s of training, {total_seconds:.0f} s in all".format(**summary)
     lines = [f"done: {result}; {times}", f"checkpoint: {out / summary['checkpoint']}"]
     if summary["hugging_face"]:
-        lines[-1] += "  (in Hugging Face's format; normuon-train export verifies it)"
-    best = summary.get("best_checkpoint")
+        lines[-1] += "  (laid out for Hugging Face, not verified: normuon-train export does)"
+    best, step = summary.get("best_checkpoint"), summary.get("best_step")
     if best not in (None, summary["checkpoint"]):
-        lines.append(f"best: {out / best}: val_loss {summary['best_val_loss']:.4f}")
+        saved = best == f"checkpoints/step-{step:06d}"  # else a later one, of those that are kept
+        loss = f": val_loss {summary['best_val_loss']:.4f}" if saved else " of those that are kept"
+        lines.append(f"best: {out / best}{loss}")
+    if step == 0:
+        lines.append("no val_loss since was below that before training: try a lower optim.lr")
     prompt = " --prompt 'def '" if of_code else ""
     return "\n".join([*lines, f"next: normuon-train sample {in_shell(out)}{prompt}"])
 

@@ -14,6 +14,7 @@ from nanonormuon.model import GPT
 from nanonormuon.parts.config import GPTConfig
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage import huggingface as hf
+from nanonormuon.storage.run import known_runs
 from nanonormuon.storage.shards import Data, open_data
 from nanonormuon.storage.tensors import TensorFile, check_names, check_shape, entries, placed_like
 from nanonormuon.text.builtin import builtin_python
@@ -39,7 +40,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     raise CheckpointError(
         f"{path}: neither a run directory (with checkpoints/) nor a checkpoint nor a model "
-        f"directory (with config.json and {WEIGHTS})"
+        f"directory (with config.json and {WEIGHTS}); {known_runs(path)}"
     )
 
 

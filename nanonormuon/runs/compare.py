@@ -15,7 +15,7 @@ from nanonormuon.errors import CheckpointError, RunError
 from nanonormuon.runs.pictures import picture, short
 from nanonormuon.storage.checkpoints import all_steps, read_json
 from nanonormuon.storage.files import read_file
-from nanonormuon.storage.run import aligned, read_metrics
+from nanonormuon.storage.run import aligned, known_runs, read_metrics
 
 log = logging.getLogger(__name__)
 BARS = "▁▂▃▄▅▆▇█"
@@ -41,6 +41,8 @@ def read(path: Path) -> RunRecord:
     """Read a run directory. Raises RunError if it is not one, or has no metrics yet."""
     try:
         config = tomllib.loads(read_file(path / "config.toml").decode())
+    except FileNotFoundError:
+        raise RunError(f"{path}: not a run directory, no config.toml; {known_runs(path)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: not a run directory: {error}") from None
     rows = read_metrics(path / "metrics.jsonl")

@@ -295,6 +295,13 @@ def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, An
     return [rows[step] for step in sorted(rows)]
 
 
+def known_runs(path: Path | None = None) -> str:
+    """The runs in `path` and in runs/, for the message that there is none where one is expected."""
+    places = {Path("runs"), path or Path("runs")}
+    found = sorted({str(p.parent) for place in places for p in place.glob("*/config.toml")})
+    return "known here: " + (", ".join(found[-5:]) or "none in runs/")
+
+
 def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
     """Collect what decides a result beside the configuration: command, source, versions, device."""
     import torch

@@ -8,6 +8,7 @@ format of llm.c and modded-nanogpt. A data directory holds `*train_*.bin`, `*val
 
 import hashlib
 import json
+import math
 import os
 import re
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nanonormuon.errors import DataError
-from nanonormuon.storage.files import replace_file
+from nanonormuon.storage.files import in_shell, replace_file
 
 MAGIC, HEADER_BYTES = 20240520, 1024
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by shard version
@@ -288,9 +289,7 @@ def open_data(
     """
     path = Path(path)
     if not path.is_dir():
-        raise DataError(
-            f"{path}: no such data directory; run normuon-train prepare FILE... --out {path}"
-        )
+        raise DataError(f"{path}: {_absent(path)}")
     manifest = None
     if os.path.lexists(path / MANIFEST) and not headerless:
         manifest = read_manifest(path)
@@ -321,6 +320,18 @@ def open_data(
     return Data(path, train, val, manifest, vocab_size, fingerprint)
 
 
+def _absent(path: Path) -> str:
+    """What is at a path that has no shards, and how to come by some."""
+    if (path / "config.toml").is_file():
+        return "this is a run; expected is the directory that normuon-train prepare wrote"
+    if path.exists():
+        out = in_shell(Path("data", path.resolve().stem))
+        make = f"normuon-train prepare {in_shell(path)} --out {out}"
+        return f"not prepared; run {make}, then set data.path={out}"
+    make = f"normuon-train prepare FILE... --out {in_shell(path)}"
+    return f"no such data directory; run {make} (a recipe's data: see normuon-train recipes NAME)"
+
+
 def _open_split(
     path: Path, name: str, entry: dict[str, Any] | None, vocab_size: int | None, headerless: bool
 ) -> Split:
@@ -333,8 +344,9 @@ def _open_split(
         problem = "missing, but listed" if wrong[0] in listed else "here, but not listed"
         raise DataError(f"{path / wrong[0]}: {problem} in {MANIFEST}; prepare the data again")
     if not paths:
-        plain = not headerless and (path / f"{name}.bin").exists()
-        hint = "for nanoGPT's files set data.format=nanogpt" if plain else "prepare it again"
+        hint = "prepare it again" if entry or any(path.glob("*_*.bin")) else _absent(path)
+        if not headerless and (path / f"{name}.bin").exists():
+            hint = "for nanoGPT's files set data.format=nanogpt"
         raise DataError(f"{path}: no {name} split, {pattern} expected; {hint}")
     files = [File(p, listed.get(p.name)) for p in paths]
     shards = [np.asarray(read_shard(p, headerless)) for p in paths]
@@ -388,8 +400,11 @@ def digest(manifest: dict[str, Any]) -> str:
 
 def too_few(**tokens: int) -> list[str]:
     """A line for each split, by its name, that has too few tokens to learn or judge by."""
+    share = math.ceil(100 * FEW / max(sum(tokens.values()), 1)) / 100
+    larger = f", or prepare it with --val {share:g}" if share <= 0.2 else ""
     return [
-        f"{name}: {count:,} tokens are too few to learn or judge by"
+        f"{name}: {count:,} tokens are too few to learn or judge by; expected {FEW:,} or more: "
+        + f"add text{larger if name == 'val' else ''}"
         for name, count in tokens.items()
         if count < FEW
     ]

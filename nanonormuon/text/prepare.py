@@ -101,11 +101,9 @@ def prepare_documents(
 ) -> dict[str, Any]:
     """`prepare` for any documents that can be read repeatedly: each `read()` begins anew. `whole`:
     hashes alone decide on the split (see Survey)."""
-    if not 0 < val < 1 or shard_bytes < 1 or workers < 0:
-        raise DataError(
-            "prepare: 0 < val < 1 <= shard_bytes, workers >= 0 expected,"
-            f" {val}, {shard_bytes}, {workers} found"
-        )
+    if not 0 < val < 1:
+        raise DataError(f"prepare: --val {val:g}: expected a share between 0 and 1, as 0.02")
+    assert shard_bytes > 0 <= workers, (shard_bytes, workers)
     # errors of the tokenizer come before any work
     vocabulary = None if trained_size(spec) else get_tokenizer(spec)
     refuse_foreign(out)
@@ -141,9 +139,6 @@ def prepare_documents(
         manifest["sha256"] = shards.digest(manifest)
         _publish(partial, out, manifest)
     _warn(manifest)
-    for name, found in splits.items():
-        counts = (found[key] for key in ("documents", "tokens", "bytes"))
-        log.info("prepare: %s documents=%d tokens=%d bytes=%d", name, *counts)
     return manifest
 
 
@@ -263,8 +258,8 @@ class Survey:
             )  # fmt: skip
         if self.cut:
             log.info(
-                "prepare: %d large documents are cut, and the last %g of each is validation: %s",
-                len(self.cut), self.val, ", ".join(self.tails[:3]),
+                "prepare: the last %g of each large document is validation; %d cut: %s",
+                self.val, len(self.cut), ", ".join(self.tails[:3]),
             )  # fmt: skip
 
     def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
@@ -351,8 +346,11 @@ def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a finished directory, if it is what is asked for and undamaged."""
     try:
         manifest = shards.read_manifest(out)
-        if other := [key for key in asked if manifest.get(key) != asked[key]]:
-            raise DataError(f"it was prepared with another {', '.join(other)}")
+        before, now = manifest.get("request", {}), asked["request"]
+        if other := [f"{k}: {before.get(k)}, now {now[k]}" for k in now if before.get(k) != now[k]]:
+            raise DataError("; ".join(other))
+        if manifest.get("sources") != asked["sources"]:
+            raise DataError("it was prepared from other sources, or their content has changed")
         shards.open_data(out, verify="full").check_tokenizer(load(out))
     except DataError as error:
         raise DataError(

@@ -20,6 +20,8 @@ from nanonormuon.cli.run import describe
 from nanonormuon.storage.shards import write_shard
 from nanonormuon.train import train
 
+HERE = Path(__file__).parent
+
 
 def called(arguments, capsys):
     """Exit code and the error line of a command run in this process."""
@@ -49,6 +51,10 @@ def called(arguments, capsys):
             3,
             "nowhere: no such data directory; run normuon-train prepare",
         ),
+        (["run", f"data.path={__file__}", "--out", "OUT"], 3, f"prepare {__file__} --out data/"),
+        (["run", f"data.path={HERE}", "--out", "OUT"], 3, f"prepare {HERE} --out data/cli"),
+        (["run", str(HERE)], 2, "data.path=DIR"),
+        (["compare", "OUT"], 2, "not a run directory, no config.toml; known here"),
         (["run", "--resume"], 2, "--resume: no --out given"),
         (["run", "--resume", "--out", "OUT"], 2, "expected a run directory"),
         (["show", "demo", "optim.lr=big"], 2, "expected a number"),
@@ -79,7 +85,7 @@ def called(arguments, capsys):
         (["prepare", "nothing.txt", "--out", "OUT"], 3, "nothing.txt"),
         (["prepare", __file__, "--out", "OUT", "--tokenizer", "gtp2"], 3, "gpt2"),
         (["prepare", __file__, "--out", "OUT", "--tokenizer", "bpe:12"], 3, "257"),
-        (["prepare", __file__, "--out", "OUT", "--val", "1.5"], 3, "val"),
+        (["prepare", __file__, "--out", "OUT", "--val", "1.5"], 3, "--val 1.5"),
     ],
 )
 def test_mistakes(arguments, code, words, tmp_path, capsys, monkeypatch):
@@ -123,6 +129,9 @@ def test_what_is_there_but_not_what_was_asked_for(shards, trained, tmp_path, cap
         (["evaluate", trained, "--text", tmp_path / "no"], 3, "no such file"),
         (["evaluate", trained, "--choices", tmp_path / "no"], 3, "expected a JSONL file"),
         (["report", trained, "--out", tmp_path], 2, f"--out {tmp_path}: a directory"),
+        (["compare", trained.parent], 2, f"known here: {trained}"),
+        (["sample", trained.parent], 4, f"known here: {trained}"),
+        (["run", f"data.path={trained}", "--out", tmp_path / "out"], 3, "this is a run"),
     ):
         found, message = called(arguments, capsys)
         assert found == code and words in message, message
@@ -342,6 +351,17 @@ def test_quiet_leaves_results_and_warnings(tiny, tmp_path, capsys):
         out = describe({**summary, "hugging_face": theirs}, Path("a b"), code)
         assert ("Hugging Face" in out) is theirs and ("--prompt 'def '" in out) is code
         assert "normuon-train sample 'a b'" in out
+    rows = [("step-000000", 0, "before training"), ("step-000001", 1, ""), ("step-000003", 2, "")]
+    for kept, step, words in rows:  # the best loss is the kept checkpoint's, or an earlier step's
+        values = {
+            "best_step": step,
+            "best_val_loss": 1.25,
+            "best_checkpoint": f"checkpoints/{kept}",
+        }
+        out = describe(
+            {**summary, **values, "checkpoint": "checkpoints/step-000009"}, Path("r"), True
+        )
+        assert words in out and (": val_loss 1.2500" in out) is kept.endswith(f"{step}")
     assert "sample ./-dash" in describe(summary, Path("-dash"), False)
     assert "val_loss" in (tmp_path / "run" / "train.log").read_text()  # there it is all the same
     assert cli.main(["--quiet", "sample", str(tmp_path / "no")]) == 4

@@ -44,7 +44,14 @@ def test_headers_say_what_the_code_computes(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("settings", [{"n_kv_head": 2}, {"attention": "latent", "q_rank": 32}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_kv_head": 2},
+        {"attention": "latent", "q_rank": 32},
+        {"n_kv_head": 2, "mlp": "experts", "n_expert": 6, "n_expert_used": 2},
+    ],
+)
 def test_activations_are_what_autograd_keeps(settings, dtype, again):
     m = GPTConfig(vocab_size=192, n_layer=5, n_head=4, n_embd=64, **settings).resolved()
     model = GPT(m, dtype).init_weights(0)
@@ -86,6 +93,14 @@ def test_a_dry_run_says_it_and_stays_readable(capsys, monkeypatch):
     words = ["memory, 1 rank", "optimizer", "checkpoint: ", "minutes of training"]
     for word in (*words, f"{dry_run.estimate(sized('demo'), 1).cache:,} bytes of cache per token"):
         assert word in said
+
+
+def test_what_is_assumed_of_data_that_are_not_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run, "time_line", lambda *_: "")
+    for arguments, words in (([], "320 token ids"), (["model.vocab_size=64"], "")):
+        settings = [f"data.path={tmp_path / 'no'}", "data.tokenizer=byte", *arguments]
+        first = dry_run.report(load(["shakespeare-char", *settings])[0])[0]
+        assert words in first and (str(tmp_path / "no") in first) is bool(words)
 
 
 def test_on_several_nodes_it_shows_what_a_rank_holds_in_each_layout(monkeypatch):

@@ -594,7 +594,7 @@ def test_state_that_needs_pickle_is_not_resumed(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "nowhere:X"}, "No module named 'nowhere'"),
+        ({"name": "nowhere:X"}, "No module named 'nowhere'.*PYTHONPATH"),
         ({"name": "torch.optim:Muonn"}, "has no attribute 'Muonn'"),
         ({"name": "os:system"}, "expected module:Class of an optimizer"),
         ({"name": "test_race:Nested", "options": "powr=2"}, "has no powr; it has .*power"),

@@ -30,6 +30,17 @@ DEEPSEEK = {**LATENT, "q_rank": 20, "mlp": "experts", "n_expert": 8, "n_expert_u
             "n_dense": 1, "n_expert_group": 2, "n_group_used": 1, "router_scale": 2.5}  # fmt: skip
 
 
+CHANGED = """model.py computes something else than the class that config.json names. If the
+architecture was changed on purpose, let `obstacles` in nanonormuon/storage/huggingface.py return a
+line about it: runs then say at their start that their checkpoints are no Hugging Face directories.
+These tests of Qwen3 and Llama can go."""
+
+
+def check_same(ours, theirs):
+    difference = (ours - theirs).abs().max().item()
+    assert difference < 1e-4, f"logits differ by {difference:.2g}: {CHANGED}"
+
+
 def written(path, **settings):
     """A model in which no parameter is zero, as a checkpoint's files describe it."""
     model = GPT(
@@ -81,7 +92,8 @@ def test_transformers_gives_the_same_logits_and_tokens(settings, kind, tmp_path)
     tokens = torch.randint(95, (2, 20))
     with torch.no_grad():
         ours, theirs = model(tokens), other(tokens).logits
-    assert (ours - theirs).abs().max() < 1e-4 and ours.std() > 0.5
+    check_same(ours, theirs)
+    assert ours.std() > 0.5
     greedy = other.generate(tokens[:1], max_new_tokens=20, do_sample=False, eos_token_id=None)
     ours = [int(t) for t in sample.generate(model, tokens[:1], 20, temperature=0)]
     assert ours == greedy[0, 20:].tolist()
@@ -97,7 +109,7 @@ def test_a_trained_checkpoint_loads_with_its_tokenizer(tiny, tmp_path):
     assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text == ours.decode(ids)
     tokens = torch.tensor([ids])
     with torch.no_grad():
-        assert (model(tokens) - other(tokens).logits).abs().max() < 1e-4
+        check_same(model(tokens), other(tokens).logits)
     assert ours.hash == tokenizer.load(path).hash
 
 

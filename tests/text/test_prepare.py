@@ -234,7 +234,17 @@ def test_splits_that_are_too_small_are_named(
         manifest = prepare([corpus], tmp_path / "out", tokenizer="byte")
     found = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     tokens = manifest["val"]["tokens"]
-    assert found == 2 * [f"prepare: val: {tokens:,} tokens are too few to learn or judge by"]
+    assert len(found) == 2 and found[0] == found[1]
+    assert f"val: {tokens:,} tokens are too few" in found[0] and "10,000" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "advice"),
+    [(190_000, 4_000, "--val 0.06"), (20_000, 400, "add text")],
+)
+def test_what_would_make_a_small_validation_split_larger_is_named(train, val, advice) -> None:
+    (line,) = shards.too_few(train=train, val=val)
+    assert line.startswith("val: ") and advice in line
 
 
 @pytest.mark.parametrize("there", ["notes.md", ".partial/notes.md", ".partial", "sub/notes.md"])
@@ -296,7 +306,7 @@ def test_named_files_and_bad_sources(corpus: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=says):
             prepare([corpus / name], tmp_path / "out", tokenizer="byte")
-    with pytest.raises(DataError, match="0 < val < 1"):
+    with pytest.raises(DataError, match="--val 0"):
         prepare([corpus], tmp_path / "out", val=0.0)
     for spec, says in (
         ("gtp2", "did you mean gpt2"),
@@ -346,12 +356,12 @@ def test_same_preparation_is_reused_and_another_refused(corpus: Path, tmp_path: 
     times = {p: p.stat().st_mtime_ns for p in out.iterdir()}
     assert prepare([corpus], out, tokenizer="bpe:300") == first
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
-    with pytest.raises(DataError, match=r"already holds .* another request"):
+    with pytest.raises(DataError, match=r"already holds .*tokenizer: bpe:300, now bpe:301"):
         prepare([corpus], out, tokenizer="bpe:301")
-    with pytest.raises(DataError, match="another request"):
+    with pytest.raises(DataError, match=r"val: 0\.02, now 0\.5"):
         prepare([corpus], out, tokenizer="bpe:300", val=0.5)
     (corpus / "000.txt").write_text("changed")
-    with pytest.raises(DataError, match="another sources"):
+    with pytest.raises(DataError, match="other sources"):
         prepare([corpus], out, tokenizer="bpe:300")
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
     inside = [str(corpus / "**" / "*[!yn].*")], corpus / "out", "byte"
