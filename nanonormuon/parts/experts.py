@@ -2,12 +2,11 @@
 
 A router sends a token to the experts with the highest scores, and their outputs are added up with
 the scores as weights: a softmax of the router's logits (Qwen3-MoE) or sigmoids (DeepSeek-V3, arXiv
-2412.19437). No token is dropped, whatever the load. Two rules keep the load even:
-
-The bias rule (arXiv 2408.15664) adds a bias to the scores where experts are chosen, not where
-outputs are weighted, and moves it after every step, against the load in the whole batch: counts of
-tokens, so it depends neither on ranks nor on micro-batches. The auxiliary loss is Switch's (arXiv
-2101.03961), but averaged over sequences (DeepSeek-V3): over a micro-batch, its size would matter.
+2412.19437). No token is dropped, whatever the load. Two rules keep the load even. The bias rule
+(arXiv 2408.15664) adds a bias to the scores where experts are chosen, not where outputs are
+weighted, and moves it after every step, against the load in the whole batch: counts of tokens, so
+it depends neither on ranks nor on micro-batches. The auxiliary loss is Switch's (arXiv 2101.03961),
+but averaged over sequences (DeepSeek-V3): over a micro-batch, its size would matter.
 
 Shapes: B sequences, T tokens, C = n_embd, E experts of which k are used, V = B T k visits.
 """
@@ -45,11 +44,8 @@ def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 class Grouped(torch.autograd.Function):
-    """Each expert's product with its own rows, in one operation on any device.
-
-    The backward pass is written out because some GPUs' kernels leave the gradient of an expert
-    without rows uninitialised (pytorch issue 172439), and because they take no expanded dy.
-    """
+    """Each expert's product with its own rows. Its backward pass makes up for kernels that leave
+    the gradient of an expert without rows uninitialised (pytorch issue 172439)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
@@ -60,7 +56,7 @@ class Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x, W, ends), dy = ctx.saved_tensors, dy.contiguous()
+        (x, W, ends), dy = ctx.saved_tensors, dy.contiguous()  # it may be expanded
         dW = grouped_mm(dy.mT, x, ends)
         idle = ends.diff(prepend=ends.new_zeros(1)) == 0
         return grouped_mm(dy, W, ends), dW.masked_fill_(idle[:, None, None], 0), None
@@ -75,8 +71,8 @@ class Router(nn.Module):
         self.parameter_roles = {"weight": "vector"}
         self.config = config
         self.weight = nn.Parameter(torch.zeros(config.n_expert, config.n_embd))
-        has_bias = config.router == "sigmoid" or config.balance_rate
-        bias = torch.zeros(config.n_expert) if has_bias else None
+        biased = config.router == "sigmoid" or config.balance_rate
+        bias = torch.zeros(config.n_expert) if biased else None
         self.register_buffer("e_score_correction_bias", bias)  # DeepSeek-V3's name
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routed]:
@@ -85,9 +81,8 @@ class Router(nn.Module):
         scores = logits.sigmoid() if c.router == "sigmoid" else logits.softmax(-1)
         chosen = self.ranked(scores.detach()).topk(c.n_expert_used).indices
         weights = scores.gather(-1, chosen)
-        if c.router_norm:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return chosen, weights * c.router_scale, self.report(scores, chosen)
+        total = weights.sum(-1, keepdim=True) + 1e-20 if c.router_norm else 1
+        return chosen, weights / total * c.router_scale, self.report(scores, chosen)
 
     def ranked(self, scores: Tensor) -> Tensor:
         """What the choice goes by (B, T, E): scores with bias; -inf outside of the best groups,
@@ -107,20 +102,20 @@ class Router(nn.Module):
         shares = kept / kept.sum(-1, keepdim=True)
         of_visits = visited.float().mean(1) / c.n_expert_used  # by sequence and expert
         balance = c.n_expert * (of_visits * shares.mean(1)).sum(-1).mean()
-        entropy = torch.special.entr(shares.detach()).sum(-1).mean()
-        return Routed(visited.sum((0, 1)), entropy, balance)
+        entropy = torch.special.entr(shares.detach()).sum(-1)
+        return Routed(visited.sum((0, 1)), entropy.mean(), balance)
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:
         """Move the bias against the load (E,) of a step, tokens of the whole batch by expert."""
         if self.config.balance_rate:
-            above = (load * len(load) - load.sum()).sign()  # the mean; in whole numbers
-            self.e_score_correction_bias -= self.config.balance_rate * above
+            excess = load * len(load) - load.sum()  # in whole numbers
+            self.e_score_correction_bias -= self.config.balance_rate * excess.sign()
 
 
 class Experts(nn.Module):
-    """In place of model.MLP. Also returns what the router did, so that a recomputed forward pass
-    (train.activation_checkpointing) is not counted twice."""
+    """In model.MLP's place. Returns what the router did too: a forward pass that is recomputed
+    (train.activation_checkpointing) then counts once."""
 
     def __init__(self, c: GPTConfig):
         super().__init__()

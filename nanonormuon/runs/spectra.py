@@ -52,14 +52,15 @@ class Profile:
 def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     """Profile each hidden matrix of a run's newest checkpoint: "momentum" (of AdamW, the first
     moment), "muon" and, if the run kept second moments, "normuon"; of a model directory's matrices
-    the "weights". Raises CheckpointError."""
+    the "weights". A stack of experts is profiled matrix by matrix, as NAME.0 and so on. Raises
+    CheckpointError."""
     found = models.find_checkpoint(path)
     state = models.state_of(found)
     model = models.load_model(found, torch.float32, torch.device("cpu"))
     (group,) = (g for g in optim.param_groups(model) if g["role"] == "matrix")
     if state is None:
         pairs = zip(group["names"], group["params"])
-        return {name: {"weights": Profile.of(p)} for name, p in pairs}
+        return {n: {"weights": Profile.of(W)} for name, p in pairs for n, W in unstacked(name, p)}
     if not (found / "optimizer.safetensors").is_file():
         raise CheckpointError(f"{found}: no optimizer.safetensors: expected a run's checkpoint")
     buffers = read_tensors(found / "optimizer.safetensors")
@@ -71,14 +72,17 @@ def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
         if M is None:
             raise CheckpointError(f"{found}: no momentum of {name} in optimizer.safetensors")
         M = checked(found, f"momentum of {name}", M, [tuple(p.shape)])
-        O = newton_schulz(M[None], triples)
-        profiles[name] = {"momentum": Profile.of(M), "muon": Profile.of(O[0])}
+        X = M.reshape(-1, *M.shape[-2:])
+        kinds = {"momentum": X, "muon": newton_schulz(X, triples)}
         if (v := buffers.get(f"{name}.second_moment")) is not None:
-            (m, n), which = p.shape, f"second moment of {name}"
-            v = checked(found, which, v, [(m, 1), (1, n)])[None]
+            (*stack, m, n), which = p.shape, f"second moment of {name}"
+            v = checked(found, which, v, [(*stack, m, 1), (*stack, 1, n)])
+            O, v = kinds["muon"], v.reshape(len(X), *v.shape[-2:])
             # beta2 = 1 leaves v as it is
-            factors = neuron_factors(O, v, 1.0, "original", M.shape, lambda x: x)
-            profiles[name]["normuon"] = Profile.of((factors * O)[0])
+            factors = neuron_factors(O, v, 1.0, "original", (m, n), lambda x: x)
+            kinds["normuon"] = factors * O
+        for i, (part, _) in enumerate(unstacked(name, M)):
+            profiles[part] = {kind: Profile.of(Xs[i]) for kind, Xs in kinds.items()}
     return profiles
 
 
@@ -88,6 +92,11 @@ def checked(found: Path, name: str, t: Tensor, shapes: list[tuple[int, ...]]) ->
         expected = f"expected finite numbers of shape {' or '.join(map(str, shapes))}"
         raise CheckpointError(f"{found}: {name} has shape {tuple(t.shape)}: {expected}")
     return t.to(torch.float32, copy=True)
+
+
+def unstacked(name: str, W: Tensor) -> list[tuple[str, Tensor]]:
+    """The matrices of a stack, with a name for each; of a matrix itself."""
+    return [(name, W)] if W.ndim == 2 else [(f"{name}.{i}", w) for i, w in enumerate(W)]
 
 
 def as_numbers(profiles: dict[str, dict[str, Profile]]) -> list[dict[str, Any]]:

@@ -44,7 +44,14 @@ def test_headers_say_what_the_code_computes(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("settings", [{"n_kv_head": 2}, {"attention": "latent", "q_rank": 32}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_kv_head": 2},
+        {"attention": "latent", "q_rank": 32},
+        {"n_kv_head": 2, "mlp": "experts", "n_expert": 6, "n_expert_used": 2},
+    ],
+)
 def test_activations_are_what_autograd_keeps(settings, dtype, again):
     m = GPTConfig(vocab_size=192, n_layer=5, n_head=4, n_embd=64, **settings).resolved()
     model = GPT(m, dtype).init_weights(0)
