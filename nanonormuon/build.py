@@ -82,6 +82,8 @@ class Maker:
         self.config, self.world = config, world
         self.dtype = distributed.compute_dtype(config.train.dtype, world.device)
         self.separator = corpus.separator(config, data, tokenizer)
+        if huggingface.carried(config.model):
+            huggingface.modeling()  # the source as it is now, not as it may be at the first save
 
     def model(self) -> GPT:
         model = GPT(self.config.model, self.dtype)
@@ -234,7 +236,13 @@ def introduction(
     few = too_few(train=data.train.tokens, val=data.val.tokens)
     lines += [f"warning: {problem}" for problem in few]
     if odd := huggingface.obstacles(m):
-        lines.append(f"warning: Hugging Face's Qwen3 cannot load this model: {', '.join(odd)}")
+        way = "only normuon-train loads it"
+        if huggingface.carried(m):
+            file = huggingface.MODELING
+            way = f"it loads with trust_remote_code=True, which runs {file} in the checkpoint"
+        lines.append(
+            f"no architecture of transformers computes this model ({', '.join(odd)}): {way}"
+        )
     if epochs > 4:
         lines.append(
             f"warning: {epochs:.1f} epochs: beyond 4, repetition teaches little (arXiv 2305.16264)"

@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 
 from nanonormuon.config import Config, from_dict
 from nanonormuon.errors import CheckpointError
-from nanonormuon.normuon import NorMuon
+from nanonormuon.optim import by_parameter
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.faults import Stopping
 from nanonormuon.runtime.health import Spikes
 from nanonormuon.storage import checkpoints
-from nanonormuon.storage.huggingface import config_json, to_hf
+from nanonormuon.storage.huggingface import MODELING, config_json, modeling, to_hf
 from nanonormuon.storage.tensors import (
     TensorFile,
     copied,
@@ -38,7 +38,6 @@ from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-OURS = (NorMuon, torch.optim.AdamW)  # each of their buffers is a tensor of a single parameter
 ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
 OTHER = "foreign."  # prefix for the state of optimizers from other packages
 
@@ -55,7 +54,7 @@ def named_state(
     """Everything that training changes: weights by parameter, buffers by parameter.buffer."""
     buffers: dict[str, Tensor] = {}
     for optimizer in optimizers:
-        if not isinstance(optimizer, OURS):
+        if not by_parameter(type(optimizer)):
             buffers |= flatten_tree(optimizer.state_dict(), OTHER)
             continue
         for name, p in named_parameters(optimizer):
@@ -77,7 +76,7 @@ def named_for_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def buffer_shapes(optimizer: Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]:
     """Shapes of a parameter's buffers, including those that AdamW creates at its first step. For
     other packages' optimizers an estimate: AdamW's."""
-    if isinstance(optimizer, OURS) and (state := optimizer.state[p]):
+    if by_parameter(type(optimizer)) and (state := optimizer.state[p]):
         return {key: tuple(value.shape) for key, value in state.items()}
     return {key: () if key == "step" else tuple(p.shape) for key in ADAMW_STATE}
 
@@ -85,10 +84,10 @@ def buffer_shapes(optimizer: Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]
 def size_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
     """Bytes of a checkpoint's tensors, which are whole even where this rank holds only shards."""
     buffers = sum(
-        4 * math.prod(shape)
+        math.prod(shape) * getattr(optimizer.state.get(p, {}).get(key), "itemsize", 4)
         for optimizer in optimizers
         for _, p in named_parameters(optimizer)
-        for shape in buffer_shapes(optimizer, p).values()
+        for key, shape in buffer_shapes(optimizer, p).items()
     )
     return buffers + sum(p.numel() * p.element_size() for p in weights_of(model).values())
 
@@ -179,13 +178,13 @@ def load_optimizers(optimizers: Sequence[Optimizer], path: Path) -> None:
     """
     file = TensorFile(path / "optimizer.safetensors")
     expected = {name: e[1] for name, e in file.entries.items() if name.startswith(OTHER)}
-    for optimizer in (o for o in optimizers if isinstance(o, OURS)):
+    for optimizer in (o for o in optimizers if by_parameter(type(o))):
         for name, p in named_parameters(optimizer):
             shapes = buffer_shapes(optimizer, p)
             expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
     file.expect(expected)
     for optimizer in optimizers:
-        if not isinstance(optimizer, OURS):
+        if not by_parameter(type(optimizer)):
             try:
                 optimizer.load_state_dict(unflatten_tree(file.read, OTHER))
             except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -212,13 +211,15 @@ STATE = {"step": int, "seconds": float, "total_seconds": float, "ranks": int, "m
 def describe(
     config: Config, state: Mapping[str, Any], tokenizer: Tokenizer | None
 ) -> dict[str, bytes]:
-    """The files beside a checkpoint's tensors, by name: Hugging Face's config.json, state.json
-    (progress, and everything that must not change on resume) and the tokenizer."""
+    """The files beside a checkpoint's tensors, by name: Hugging Face's config.json, the model's
+    source if that calls for it, state.json (progress, and everything that must not change on
+    resume) and the tokenizer."""
     state = {**state, "config": asdict(config), "tokenizer": tokenizer and tokenizer.hash}
     hf = config_json(config.model, config.data.seq_len, tokenizer and tokenizer.eot)
     return {
         "config.json": as_json(hf),
         "state.json": as_json(state),
+        **({MODELING: modeling()} if "auto_map" in hf else {}),
         **(tokenizer.files() if tokenizer else {}),
     }
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from nanonormuon.errors import ConfigError
 from nanonormuon.normuon import coefficients
 from nanonormuon.parts.config import GPTConfig
-from nanonormuon.storage.files import read_file
+from nanonormuon.storage.files import optimizer_file, read_file
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: str = "normuon"  # for the hidden matrices: normuon | muon | adamw | module:Class
-    options: str = ""  # arguments of module:Class but lr, weight_decay: "betas=(0.9, 0.95), rho=1"
+    name: str = "normuon"  # normuon | muon | adamw | zoo:NAME | FILE.py:Class | module:Class
+    options: str = ""  # other arguments of a zoo:NAME or Class: "betas=(0.9, 0.95), rho=1"
     lr: float = 0.02  # for the hidden matrices
     weight_decay: float = 0.1  # for the hidden matrices
     momentum: float = 0.95  # for the hidden matrices
@@ -56,6 +56,7 @@ class OptimConfig:
     ns_steps: int = 5
     cautious: bool = False  # decay only the weights that the update moves towards zero
     embed_lr: float = 0.3  # AdamW's rates for all other parameters
+    value_lr: float = 0.1  # for model.value_embed
     head_lr: float = 0.003
     vector_lr: float = 0.01
     adam_beta1: float = 0.8
@@ -120,6 +121,7 @@ KINDS: dict[str, Any] = {  # "section.key" of every setting -> its type
 }
 SHARES = 1_000_000  # the shares of a mixture are whole numbers of millionths
 OPTIMIZERS = ("normuon", "muon", "adamw")
+TRUSTED = ("torch.optim:", "zoo:")  # modules that a file may name, too
 OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings that other optimizers do not have
 OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
            "ns_coefficients", "ns_steps", "cautious")  # fmt: skip
@@ -150,7 +152,8 @@ LIMITS: dict[str, Limit] = {  # all others: AT_LEAST_0
     **dict.fromkeys(("optim.momentum", "optim.momentum_start", "optim.beta2"), BELOW_1),
     **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2"), BELOW_1),
     # beyond any model, and small enough to be counted without overflow or hours of waiting
-    **dict.fromkeys(("model.n_head", "model.n_kv_head", "model.n_embd", "model.head_dim"), WIDTH),
+    **{f"model.{key}": WIDTH for key in ("n_head", "n_kv_head", "n_embd", "head_dim")},
+    **{f"model.{key}": WIDTH for key in ("q_rank", "kv_rank", "rope_head_dim", "v_head_dim")},
     "model.vocab_size": within(0, 1 << 32),  # ids in shards have 32 bits
     "model.n_layer": within(1, 10_000),
     **dict.fromkeys(("model.n_hidden", "model.expert_hidden"), within(0, 1 << 24)),
@@ -189,6 +192,12 @@ class FromFile(str):
     file: str
 
 
+def our_optimizers() -> list[str]:
+    """The optimizers of the package; each "zoo:NAME" is a file."""
+    zoo = {path.stem for path in (Path(__file__).parent / "lab" / "zoo").glob("*.py")}
+    return [*OPTIMIZERS, *sorted(f"zoo:{x}" for x in zoo - {"__init__", "base", "buckets"})]
+
+
 def is_setting(argument: str) -> bool:
     """Whether an argument is key=value, not a recipe or a file (whose path may contain = too)."""
     return re.match(r"\s*[\w.]+\s*=", argument) is not None
@@ -223,7 +232,7 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
         possible, expected = LIMITS.get(name, AT_LEAST_0)
         if not possible(found):
             raise ConfigError(f"{where} = {found!s:.60}: expected {expected}")
-        elsewhere = name == "optim.name" and ":" in found and not found.startswith("torch.optim:")
+        elsewhere = name == "optim.name" and ":" in found and not found.startswith(TRUSTED)
         if elsewhere and origin[name] != "command line":
             changed[section][key] = FromFile(found)
             changed[section][key].file = origin[name]
@@ -303,6 +312,8 @@ def without_effect(config: Config, origin: dict[str, str]) -> list[str]:
     """
     name = config.optim.name
     others = {"normuon": (), "muon": OF_NORMUON}.get(name, OF_NORMUON + OF_MUON)
+    if name.startswith("zoo:") or optimizer_file(name):  # what a class has, its file says
+        others = () if optimizer_file(name) else (*OF_NORMUON, "cautious")
     reasons = {f"optim.{key}": f"{name} has no such setting here" for key in others}
     if not config.train.eval_every:
         reasons["train.patience"] = "with train.eval_every = 0 only the end is evaluated"
@@ -319,13 +330,14 @@ def check(config: Config, origin: dict[str, str]) -> None:
     o, t, T = config.optim, config.train, config.data.seq_len
     if t.canonical and t.micro_batch == "auto":
         refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")
-    if ":" in o.name and t.parallel in ("fsdp", "hsdp"):
+    module = o.name not in our_optimizers() and not optimizer_file(o.name)
+    if module and ":" in o.name and t.parallel in ("fsdp", "hsdp"):
         refuse("train.parallel", f"ddp: {o.name} needs whole matrices on every rank")
     if mixture(config.data.mix) and config.data.order != "shuffled":
         raise ConfigError("data.mix: expected with data.order = shuffled only")
-    if ":" not in o.name and o.name not in OPTIMIZERS:
-        hint = nearest(o.name, OPTIMIZERS)
-        refuse("optim.name", f"{', '.join(OPTIMIZERS)} or module:Class; {hint}")
+    if module and (":" not in o.name or o.name.startswith("zoo:")):
+        hint = nearest(o.name, our_optimizers())
+        refuse("optim.name", f"{', '.join(OPTIMIZERS)}, FILE.py:Class or module:Class; {hint}")
     if o.options and o.name in OPTIMIZERS:
         refuse("optim.options", f"none: {o.name} has settings of its own here")
     if rest := t.batch_tokens % T:

@@ -8,6 +8,7 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
-from nanonormuon.errors import out_of_memory
+from nanonormuon.errors import ConfigError, describe, exit_code, out_of_memory
 from nanonormuon.model import GPT
 from nanonormuon.normuon import NorMuon, OneProcess
 from nanonormuon.runtime import distributed
@@ -160,7 +161,8 @@ class Engine:
     def step(self) -> None:
         """Make the optimizers' step."""
         for optimizer in self.optimizers:
-            self.compiled.get(optimizer, optimizer.step)()
+            with blaming(optimizer):
+                self.compiled.get(optimizer, optimizer.step)()
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -197,6 +199,18 @@ class Engine:
             ours = [o for o in self.optimizers if isinstance(o, NorMuon)]
             self.compiled = {o: compiled_step(o, tolerant([])) for o in ours}
         return time.perf_counter() - start, ""
+
+
+@contextmanager
+def blaming(optimizer: Optimizer) -> Iterator[None]:
+    """Name an optimizer of another package whose step fails, by a ConfigError."""
+    try:
+        yield
+    except Exception as error:  # whatever a user's class may raise
+        name = f"{type(optimizer).__module__}:{type(optimizer).__name__}"
+        if name.startswith("nanonormuon.") or isinstance(optimizer, AdamW) or exit_code(error):
+            raise
+        raise ConfigError(f"optim.name = {name}: its step() fails: {describe(error)}") from error
 
 
 def tolerant(failures: list[Exception]) -> Callable[..., Callable]:
@@ -326,7 +340,8 @@ class Bitwise(Engine):
             return
         for acting, kept in zip(self.make(self.model), self.optimizers):
             pass_on(kept, acting)
-            acting.step()
+            with blaming(acting):
+                acting.step()
             pass_on(acting, kept)
 
     @torch.no_grad()
@@ -342,7 +357,7 @@ class Bitwise(Engine):
 def unshared(optimizer: Optimizer) -> Optimizer:
     """Have every rank make the whole update: in a stack of fewer matrices a product could round
     differently."""
-    if isinstance(optimizer, NorMuon):
+    if isinstance(optimizer, NorMuon) or hasattr(optimizer, "buckets"):  # the zoo's have them too
         for bucket in optimizer.buckets:
             bucket.layout = OneProcess()
     return optimizer

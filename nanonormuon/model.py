@@ -3,8 +3,8 @@
 Left alone, the config describes the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention,
 per-head QK-norm with gains, SwiGLU, no biases), and parameter names are Hugging Face's without the
 prefix `model.`, so a checkpoint needs no translation. The fields under "departures" turn it
-into Llama (qk_norm) or, all others together, into the GPT of modded-nanogpt's track 3;
-storage/huggingface.py names those that nobody else could load.
+into Llama (qk_norm) or, all others but value_embed, into the GPT of modded-nanogpt's track 3;
+storage/huggingface.py names those that nobody else could load. parts/ has DeepSeek-V3's attention.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
 """
@@ -67,7 +67,7 @@ class Normalise(torch.autograd.Function):
 
 def rope_tables(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, each (length, D), for `rotate`; float32. The first half of sin is negative."""
-    D = config.head_dim
+    D = config.rope_head_dim or config.head_dim
     if config.rope == "half":  # its pairs turn the other way round than Qwen3's
         turning = (1 / 1024) ** torch.linspace(0, 1, D // 4, device=device)
         frequencies = torch.cat([-turning, turning.new_zeros(D // 2 - D // 4)])
@@ -91,7 +91,7 @@ def document_mask(tokens: Tensor, separator: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """Attention of queries (B, H, T, D) to keys and values (B, G, S, D): (B, H, T, D).
+    """Attention of queries (B, H, T, D) to keys (B, G, S, D) and values (B, G, S, V): (B, H, T, V).
 
     Causal, unless a mask (B, 1, T, S) says what each query sees. A single query sees all S keys;
     several are as many as the keys.
@@ -105,10 +105,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
         )
     # plain products take half the time of torch's kernel here (dev/LOG.md); the query heads that
     # share a key head are rows of one product
-    q, k, v = q.reshape(B * G, -1, D), k.reshape(B * G, T, D), v.reshape(B * G, T, D)
+    q, k, v = q.reshape(B * G, -1, D), k.reshape(B * G, T, D), v.reshape(B * G, T, -1)
     future = q.new_full((T, T), -torch.inf).triu(1).repeat(H // G, 1)
     scores = (q * scale) @ k.mT + future
-    return (scores.softmax(-1) @ v).view(B, H, T, D)
+    return (scores.softmax(-1) @ v).view(B, H, T, -1)
 
 
 class Attention(nn.Module):
@@ -118,6 +118,8 @@ class Attention(nn.Module):
         super().__init__()
         C, D, H, G = config.n_embd, config.head_dim, config.n_head, config.n_kv_head
         self.head_dim, self.scale = D, config.attn_scale
+        self.cached = ((G, D), (G, D))  # what Cache holds of a token: tensors of (heads, width)
+        self.products = H * 2 * D  # multiplications per query and key that it sees
         # three matrices, not one: NorMuon orthogonalises each on its own
         self.q_proj = Linear(C, H * D, bias=config.bias)
         self.k_proj = Linear(C, G * D, bias=config.bias)
@@ -128,11 +130,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(*qk_norm) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None
-    ) -> Tensor:
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None,
+        value: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """value (B, T, G D): added to the values."""
         heads = (*x.shape[:2], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).view(heads).transpose(1, 2) for project in projections)
+        if value is not None:
+            v = v + value.to(v.dtype).view(heads).transpose(1, 2)
         if x.device.type == "cpu":  # which is slow at passes over tensors of two orders in memory
             q, k = q.contiguous(), k.contiguous()
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
@@ -159,8 +165,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
+        # a vector per token that its values are offset by, in every second layer and the last (the
+        # value embeddings of modded-nanogpt): many parameters, no products
+        self.value_embed = None
+        if config.value_embed and (config.n_layer - index) % 2 == 1:
+            self.value_embed = nn.Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
+            self.parameter_roles = {"value_embed.weight": "value"}
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.self_attn = Attention(config)
+        if config.attention == "latent":
+            from nanonormuon.parts.latent import LatentAttention  # made of this file's parts
+
+            self.self_attn: nn.Module = LatentAttention(config)
+        else:
+            self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         if config.mlp == "experts" and index >= config.n_dense:
             from nanonormuon.parts.experts import Experts  # made of this file's MLP
@@ -170,9 +187,11 @@ class Block(nn.Module):
             self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None
-    ) -> Tensor | tuple:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache | None", mask: Tensor | None,
+        tokens: Tensor,
+    ) -> Tensor | tuple:  # fmt: skip
+        value = () if self.value_embed is None else (self.value_embed(tokens),)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask, *value)
         y = self.mlp(self.post_attention_layernorm(x))  # of Experts: also what the router did
         return (x + y[0], y[1]) if isinstance(y, tuple) else x + y
 
@@ -195,14 +214,9 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        h: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        cap: float,
+        ctx, h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float,
         differentiate: bool,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """h (N, C), weight (vocab_size, C), bias (vocab_size,), targets (N,) -> float32 scalar."""
         W, b = weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
         loss = torch.zeros((), device=h.device)
@@ -272,9 +286,9 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> "GPT":
         """Fill the parameters from a generator of their own, so that no other randomness matters.
 
-        Output projections and an untied head start at zero: at the first step every block is the
-        identity and the loss is log(vocab_size) (modded-nanogpt). The other matrices are
-        N(0, sqrt(0.33 / fan_in)).
+        Output projections, value embeddings and an untied head start at zero: at the first step
+        every block is the identity and the loss is log(vocab_size) (modded-nanogpt). The other
+        matrices are N(0, sqrt(0.33 / fan_in)).
         """
         random = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -285,7 +299,7 @@ class GPT(nn.Module):
                 elif name == "embed_tokens.weight":
                     value.normal_(std=self.config.embed_std, generator=random)
                 elif p.ndim > 1 and not name.removesuffix(".weight").endswith(
-                    ("o_proj", "down_proj", "lm_head")
+                    ("o_proj", "down_proj", "value_embed", "lm_head")
                 ):
                     value.normal_(std=(0.33 / p.size(-1)) ** 0.5, generator=random)
                 p.copy_(value)
@@ -308,7 +322,7 @@ class GPT(nn.Module):
             x = self.embed_norm(x)
         self.routed = []
         for layer in self.layers:
-            x = layer(x, cos, sin, cache, mask)
+            x = layer(x, cos, sin, cache, mask, tokens)
             if isinstance(x, tuple):
                 x, routed = x
                 self.routed.append(routed)
@@ -362,30 +376,33 @@ class GPT(nn.Module):
 
         6 per weight of a product (of visited experts alone), and 12 n_layer (H D) seq_len / 2 for
         causal attention's two products (PaLM, arXiv 2204.02311, appendix B, halved because half of
-        the scores are masked).
+        the scores are masked). `products` of an attention stands for 2 H D.
         """
-        c = self.config
+        head = self.get_output_embeddings()
         weights = sum(p.numel() for p in self.parameters() if p.ndim > 1) - self.unvisited()
-        lookup = 0 if c.tied else self.embed_tokens.weight.numel()  # a lookup multiplies nothing
-        return 6 * (weights - lookup) + 6 * c.n_layer * c.n_head * c.head_dim * seq_len
+        tables = [m for m in self.modules() if isinstance(m, nn.Embedding) and m is not head]
+        lookup = sum(m.weight.numel() for m in tables)  # a lookup multiplies nothing
+        return 6 * (weights - lookup) + 3 * seq_len * sum(b.self_attn.products for b in self.layers)
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, for generation: room for `size` tokens.
+    """What attention needs of the tokens seen so far, for generation: room for `size` tokens. Each
+    attention's `cached` says what that is: keys and values, or a latent.
 
     A single query is given whole blocks of keys, since cuDNN plans a kernel for every number of
     keys, and a mask hides those still to come. On a CPU a block is one token.
     """
 
     def __init__(self, model: GPT, batch: int, size: int):
-        c, device = model.config, model.embed_tokens.weight.device
-        shape = (batch, c.n_kv_head, size, c.head_dim)
+        dtype, device = model.compute_dtype, model.embed_tokens.weight.device
         self.length, self.size, self.device = 0, size, device
         self.block = 1 if device.type == "cpu" else 256
-        self.kv = {  # zeros: a mask could not hide NaN
-            layer.self_attn: torch.zeros(2, *shape, dtype=model.compute_dtype, device=device)
-            for layer in model.layers
-        }
+
+        def room(heads: int, width: int) -> Tensor:  # zeros: a mask could not hide NaN
+            return torch.zeros(batch, heads, size, width, dtype=dtype, device=device)
+
+        each = [layer.self_attn for layer in model.layers]
+        self.kept = {attention: [room(*of) for of in attention.cached] for attention in each}
 
     def shown(self) -> int:
         """How many keys the next token's query is given."""
@@ -397,13 +414,14 @@ class Cache:
             return None
         return (torch.arange(self.shown(), device=self.device) <= self.length)[None, None, None]
 
-    def extend(self, attention: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, G, T, D); returns the keys and values to attend to."""
-        end = self.length + k.size(2)
+    def extend(self, attention: nn.Module, *new: Tensor) -> list[Tensor]:
+        """Append tensors (B, heads, T, width), as attention.cached lists them; returns those to
+        attend to."""
+        end = self.length + (T := new[0].size(2))
         if end > self.size:
             raise ValueError(f"cache of {self.size} tokens: {end} do not fit")
-        assert self.length == 0 or k.size(2) == 1, "several tokens need an empty cache"
-        kv = self.kv[attention]
-        kv[0, :, :, self.length : end], kv[1, :, :, self.length : end] = k, v
-        shown = self.shown() if k.size(2) == 1 else end
-        return kv[0, :, :, :shown], kv[1, :, :, :shown]
+        assert self.length == 0 or T == 1, "several tokens need an empty cache"
+        for kept, t in zip(self.kept[attention], new):
+            kept[:, :, self.length : end] = t
+        shown = self.shown() if T == 1 else end
+        return [kept[:, :, :shown] for kept in self.kept[attention]]

@@ -1,38 +1,50 @@
 """Which parameter goes to which optimizer, and the schedule of learning rates and momentum.
 
 role        parameters                                          optimizer
-matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon, AdamW or module:Class
+matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon, AdamW or a Class
 columns     such weights stored (inputs, outputs)               as matrix, with neurons as columns
 embedding   weights of nn.Embedding, also when the head is tied AdamW
+value       those of them that a module's parameter_roles call  AdamW
+            so: value embeddings
 head        the linear layer that ends in the vocabulary        AdamW
 vector      gains, biases, matrices of one row or one column,   AdamW
             routers of experts
+
+The low-rank projections of latent attention are matrices: NorMuon makes an update's shorter side
+orthonormal, so the rank that a projection has is used in full. The gains of its norms are vectors.
 """
 
 import ast
+import hashlib
 import importlib
 import inspect
 import re
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from nanonormuon.config import FromFile, OptimConfig
 from nanonormuon.errors import ConfigError, out_of_memory
 from nanonormuon.normuon import NorMuon
+from nanonormuon.storage.files import optimizer_file, read_file
 
-ROLES = ("matrix", "columns", "embedding", "head", "vector")
+ROLES = ("matrix", "columns", "embedding", "value", "head", "vector")
 HIDDEN = ROLES[:2]
 # NorMuon's arguments that are settings of the same name
 OWN = ("momentum", "nesterov", "neuron_axis", "adjust_lr_fn", "ns_coefficients", "ns_steps",
        "cautious")  # fmt: skip
+SHARED = ("momentum", "nesterov", "adjust_lr_fn", "ns_coefficients", "ns_steps")  # with the zoo
 
 
 def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[dict]:
@@ -98,7 +110,7 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
 def stated_roles(model: nn.Module) -> dict[int, str]:
     """Roles by parameter's id, as modules state them in parameter_roles = {name: role}."""
     modules = ((m, getattr(m, "parameter_roles", {})) for m in model.modules())
-    return {id(getattr(m, name)): role for m, found in modules for name, role in found.items()}
+    return {id(m.get_parameter(name)): role for m, found in modules for name, role in found.items()}
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -144,7 +156,7 @@ def make_optimizers(
 def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype) -> list[Optimizer]:
     """Optimizers for the groups of param_groups. Raises ValueError."""
     s = settings
-    lrs = {"embedding": s.embed_lr, "head": s.head_lr, "vector": s.vector_lr}
+    lrs = {"embedding": s.embed_lr, "value": s.value_lr, "head": s.head_lr, "vector": s.vector_lr}
     matrices, others = [], []
     for group in groups:
         is_matrix = group["role"] in HIDDEN
@@ -153,7 +165,7 @@ def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype)
         (matrices if is_matrix and s.name != "adamw" else others).append(group)
     optimizers: list[Optimizer] = []
     if matrices and ":" in s.name:
-        optimizers.append(external_optimizer(s.name, s.options, matrices))
+        optimizers.append(external_optimizer(s, matrices, ns_dtype))
     elif matrices:
         own: dict[str, Any] = {key: getattr(s, key) for key in OWN}
         own["beta2"] = s.beta2 if s.name == "normuon" else None
@@ -191,23 +203,63 @@ def check_trusted(name: str) -> None:
         )
 
 
-def external_optimizer(name: str, options: str, groups: list[dict]) -> Optimizer:
-    """An optimizer of another package, imported as "module:Class".
+def by_parameter(cls: type[Optimizer]) -> bool:
+    """Whether each buffer is a tensor of one parameter, placed like it: saved by the parameter's
+    name and resharded. Other optimizers' state is saved as one tree; they need whole matrices."""
+    return issubclass(cls, NorMuon | AdamW) or getattr(cls, "state_by_parameter", False)
 
-    options: its arguments as in a call, with literal values. Raises ValueError for a name that
-    cannot be imported or is not an optimizer, and for arguments that the class does not have.
-    """
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """The class that "module:Class", "FILE.py:Class" or "zoo:NAME" names. Raises ValueError."""
     check_trusted(name)
-    module, _, attribute = name.partition(":")
+    module, _, attribute = name.rpartition(":")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
+        if module == "zoo":  # the only optimizer in that file
+            found = vars(importlib.import_module(f"nanonormuon.lab.zoo.{attribute}"))
+            kinds = (v for v in found.values() if isinstance(v, type) and issubclass(v, Optimizer))
+            return next(v for v in kinds if v.__module__ == found["__name__"])
+        file = optimizer_file(name)
+        cls = getattr(run_file(file) if file else importlib.import_module(module), attribute)
         if not issubclass(cls, Optimizer):
             raise TypeError(f"{attribute} is no torch.optim.Optimizer")
+        return cls
     except (Exception, SystemExit) as error:  # the module may raise anything
         expected = f"expected module:Class of an optimizer ({type(error).__name__}: {error})"
         if isinstance(error, ModuleNotFoundError):
             expected += "; for a file of your own: PYTHONPATH=ITS_DIRECTORY normuon-train ..."
         raise ValueError(f'name = "{name}": {expected}') from None
+
+
+def default_lr(name: str) -> float | None:
+    """The rate that an optimizer of the zoo's kind has if none is given; None for others. The one
+    of OptimConfig says that it moves weights as far as NorMuon does at the same rate."""
+    cls = optimizer_class(name) if ":" in name else AdamW
+    own = inspect.signature(cls).parameters if hasattr(cls, "state_by_parameter") else {}
+    return own["lr"].default if "lr" in own and isinstance(own["lr"].default, float) else None
+
+
+def run_file(file: Path) -> ModuleType:
+    """Make a module of a file, once for each content that the file has had."""
+    content = read_file(file)
+    name = f"{file.stem}-{hashlib.sha256(content).hexdigest()}"  # which no import can mean
+    if name not in sys.modules:
+        module = sys.modules[name] = ModuleType(name)
+        module.__file__ = str(file)
+        try:
+            exec(compile(content, file, "exec"), vars(module))
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def external_optimizer(s: OptimConfig, groups: list[dict], ns_dtype: torch.dtype) -> Optimizer:
+    """Make the optimizer that s.name names by its class; one of the zoo's kind has our settings.
+
+    Raises ValueError for what is no optimizer, for arguments that it does not have, and if it
+    cannot take the layout of its parameters.
+    """
+    name, options, cls = s.name, s.options, optimizer_class(s.name)
     try:
         call = ast.parse(f"f({options})", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
@@ -220,6 +272,10 @@ def external_optimizer(name: str, options: str, groups: list[dict]) -> Optimizer
         raise ValueError(f"options: {name} has no {min(unknown)}; it has {', '.join(known)}")
     for group in groups:
         group["use_muon"] = True  # some packages' Muons ask for it; to all others it is a name
+        if getattr(cls, "state_by_parameter", False):  # the zoo's base, or its copy
+            group |= {key: getattr(s, key) for key in SHARED} | {"ns_dtype": ns_dtype}
+        elif any(isinstance(p, DTensor) for p in group["params"]):
+            raise ValueError(f"{name} needs whole matrices: expected train.parallel=ddp")
     try:
         optimizer = cls(groups, lr=groups[0]["lr"], **arguments)
     except Exception as error:
@@ -276,5 +332,5 @@ class Schedule:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.lr(step)
-                if isinstance(optimizer, NorMuon):  # other optimizers keep their momentum
+                if "momentum" in group and by_parameter(type(optimizer)):  # others keep theirs
                     group["momentum"] = self.momentum_at(step)

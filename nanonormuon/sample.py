@@ -1,4 +1,4 @@
-"""Text from a model, token by token, with a KV cache."""
+"""Text from a model, token by token, with a cache."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +9,12 @@ from torch import Tensor
 from nanonormuon.errors import TokenizerError
 from nanonormuon.model import GPT, Cache
 from nanonormuon.text.tokenizer import Tokenizer
+
+
+def cache_bytes(model: GPT) -> int:
+    """Bytes that generation keeps of each token of a sequence."""
+    numbers = sum(heads * width for b in model.layers for heads, width in b.self_attn.cached)
+    return numbers * model.compute_dtype.itemsize
 
 
 @torch.no_grad()

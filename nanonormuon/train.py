@@ -140,7 +140,7 @@ class Trainer:
             self.take_up(self.found[1])
         elif config.train.init_from:
             build.begin_with(config, engine, self.tokenizer)
-        described = environment(self.world.device, self.world.size)
+        described = environment(self.world.device, self.world.size, config.optim.name)
         rows, sampled = distributed.first_does(lambda: self.open_logs(described), self.world.device)
         self.validations.take_up(rows)
         self.sampled = set(sampled)  # steps
@@ -444,6 +444,7 @@ class Trainer:
             "checkpoint": f"checkpoints/step-{self.step:06d}",
             "best_checkpoint": None if kept is None else f"checkpoints/step-{kept:06d}",
             "hugging_face": not huggingface.obstacles(self.config.model),
+            "own_source": huggingface.carried(self.config.model),
         }
         self.run.tidy(self.step)
         self.run.write("summary.json", json.dumps(summary, indent=1) + "\n")

@@ -179,7 +179,8 @@ def serve():
     """Read {"argv", "env", "stderr"} per line, fork a process that does what argv says, answer with
     its id. A negative id in place of that waits for the process and answers with its exit code.
 
-    argv[0] is faulty.py for a training run, worker.py for one of test_layouts.py's processes."""
+    argv[0] is faulty.py for a training run, worker.py for one of test_layouts.py's processes,
+    zoo_worker.py for one of lab/test_zoo.py's, launch for `launch`."""
     import json
     import traceback
 
@@ -188,6 +189,7 @@ def serve():
 
     defects.apply()
     import worker
+    import zoo_worker
 
     import nanonormuon.cli.app
     import nanonormuon.train  # noqa: F401, the reason for all this
@@ -209,7 +211,8 @@ def serve():
         sys.argv = wish["argv"]
         code = 70
         try:
-            {"faulty.py": main, "worker.py": worker.main}[sys.argv[0]]()
+            others = {"worker.py": worker.main, "zoo_worker.py": zoo_worker.main, "launch": launch}
+            others.get(sys.argv[0], main)()
         except SystemExit as error:
             code = error.code
         except Exception:
@@ -219,15 +222,50 @@ def serve():
             os._exit(code)
 
 
-def main():
+def launch():
+    """Start ranks of a training run with torchrun's launcher, as forks, which import nothing.
+    They are a session of their own. sys.argv[1]: their number, or of several nodes' launchers each
+    "RANKS/NODE/NODES/PORT"."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.setsid()
+    ranks, node, nodes, port = [*map(int, sys.argv[1].split("/")), 0, 1, 0][:4]
+    static = {"rdzv_configs": {"rank": node, "timeout": 900}} if nodes > 1 else {}
+    config = LaunchConfig(
+        nodes, nodes, ranks, start_method="fork", max_restarts=0, run_id="test",
+        rdzv_backend="static" if static else "c10d", rdzv_endpoint=f"127.0.0.1:{port}", **static,
+    )  # fmt: skip
+    try:
+        elastic_launch(config, rank)(*sys.argv[2:])
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)  # torchrun's last lines
+        sys.exit(1)
+    sys.exit(0)
+
+
+def rank(*arguments):
+    """One of them; the launcher wants a result of one that succeeds, so that returns."""
+    from nanonormuon.cli import app
+
+    be_faulty()
+    if code := app.main(["run", *arguments]):
+        os._exit(app.flush(code))
+
+
+def be_faulty():
     if fault := os.environ.get("FAULT"):
         kind, _, where = fault.partition("@")
         if kind in ("disk", "save"):
             on_disk(int(where), "checkpoints", kind == "save")
         else:
             inject(kind, *where.split(":"))
+
+
+def main():
     from nanonormuon.cli.app import entry
 
+    be_faulty()
     entry(["run", *sys.argv[1:]])
 
 

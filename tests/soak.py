@@ -24,7 +24,7 @@ from support import TINY, WAIT, Forks, alive, outcome
 from nanonormuon.storage.files import lock, replace_file
 
 STEPS = 24
-CALLS = 120  # file-system calls of half of a run's saves, about
+CALLS = 5  # file-system calls of half of a run's saves, about, by step
 OFTEN = ["train.save_every=2", "train.eval_every=4", "train.sample_every=3"]
 REPORT = 600  # seconds between lines
 
@@ -32,9 +32,9 @@ REPORT = 600  # seconds between lines
 class Soak:
     """Runs of the data in `data`, killed until state["kills"] are reached."""
 
-    def __init__(self, folder, forks, data, seed):
-        self.folder, self.forks, self.out = folder, forks, folder / "run"
-        self.arguments = [*TINY, *OFTEN, f"train.steps={STEPS}", "train.sample_tokens=4"]
+    def __init__(self, folder, forks, data, seed, steps=STEPS):
+        self.folder, self.forks, self.out, self.steps = folder, forks, folder / "run", steps
+        self.arguments = [*TINY, *OFTEN, f"train.steps={steps}", "train.sample_tokens=4"]
         self.arguments.append(f"data.path={data}")
         self.state = {"seed": seed, "trials": 0, "kills": 0, "in_save": 0, "runs": 0,
                       "two_ranks": 0, "differences": 0}  # fmt: skip
@@ -65,7 +65,7 @@ class Soak:
             shutil.rmtree(out, ignore_errors=True)
             codes, said = self.forks.run([*self.arguments, "--out", out], ranks)
             assert codes == [0] * ranks, said
-            self.wholes[ranks] = outcome(out, STEPS), time.monotonic() - begin
+            self.wholes[ranks] = outcome(out, self.steps), time.monotonic() - begin
         return self.wholes[ranks]
 
     def trial(self, to_its_end):
@@ -76,7 +76,7 @@ class Soak:
         ranks = 2 if state["runs"] % 4 == 3 else 1
         whole, seconds = self.whole(ranks)
         in_save = not to_its_end and 2 * state["in_save"] <= state["kills"]
-        fault = f"save@{dice.randint(1, CALLS)}" if in_save else ""
+        fault = f"save@{dice.randint(1, CALLS * self.steps)}" if in_save else ""
         more = ["--resume"] if (out / "config.toml").exists() else []
         more.append("train.save_async=" + ("on" if state["runs"] % 2 else "off"))
         if out.exists():  # a process of a command that was killed may still be writing
@@ -99,7 +99,7 @@ class Soak:
             self.wholes[ranks] = whole, time.monotonic() - begin
         state["runs"] += 1
         state["two_ranks"] += ranks == 2
-        found = outcome(out, STEPS) if codes == [0] * ranks else {"exit codes": codes}
+        found = outcome(out, self.steps) if codes == [0] * ranks else {"exit codes": codes}
         if found == whole:
             shutil.rmtree(out)
         else:

@@ -29,6 +29,7 @@ TINY = [
     "train.device=cpu",
     "optim.momentum_warmup=4",
 ]
+LATENT = ["model.attention=latent", "model.n_kv_head=0"]  # what TINY lacks of latent attention
 
 
 def command(*arguments, cwd=None, env=None, timeout=WAIT):
@@ -132,6 +133,14 @@ def final(out, step=None):
     pattern = "step-*" if step is None else f"step-{step:06d}"
     path = max((Path(out) / "checkpoints").glob(pattern))
     return [(path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+
+
+def prepare_cutting(root, out, workers):
+    """Prepare a folder of which a text of 3 MB is cut as one of 17 MB would be; for a process."""
+    from nanonormuon.text import prepare, sources
+
+    sources.LARGE, sources.PART = 1 << 21, 1 << 17
+    prepare.prepare([root], out, "bpe:4096", workers=workers, shard_bytes=1 << 18)
 
 
 TIMES = {"seconds", "tokens_per_second", "train_seconds", "compile_seconds", "total_seconds",

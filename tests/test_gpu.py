@@ -58,9 +58,10 @@ def test_no_step_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("settings", [{"n_kv_head": 2}, {"attention": "latent", "q_rank": 32}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradients_equal_the_cpus(dtype):
-    config = GPTConfig(vocab_size=192, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
+def test_loss_and_gradients_equal_the_cpus(dtype, settings):
+    config = GPTConfig(vocab_size=192, n_layer=2, n_head=4, n_embd=64, **settings)
     torch.manual_seed(2)
     tokens, targets = torch.randint(192, (2, 3, 50))
     losses, grads = [], []

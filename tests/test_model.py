@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, HeadLoss, RMSNorm, attend
+from nanonormuon.sample import cache_bytes
 
 SMALL = {"vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
 TRACK3 = {
@@ -23,7 +24,10 @@ TRACK3 = {
     "logit_cap": 15.0,
     "norm_eps": 0.0,
 }
-VARIANTS = [{}, {"tied": True}, {"n_kv_head": 4, "head_dim": 12}, TRACK3]
+LATENT = {"attention": "latent", "n_kv_head": 0}
+ODD = {**LATENT, "q_rank": 20, "v_head_dim": 10, "rope_head_dim": 6, "rope_interleave": False}
+VARIANTS = [{}, {"tied": True}, {"n_kv_head": 4, "head_dim": 12}, TRACK3, {"value_embed": True},
+            LATENT, ODD]  # fmt: skip
 
 
 class Watch(TorchDispatchMode):
@@ -249,10 +253,28 @@ def test_initial_loss_is_that_of_a_uniform_guess_and_weights_depend_on_the_seed_
     assert all(same) and not any(other)
 
 
-def test_flops_per_token_by_hand():
-    model = GPT(GPTConfig(vocab_size=100, n_layer=1, n_head=2, n_embd=16, n_hidden=64))
-    products = 4 * 16 * 16 + 3 * 16 * 64 + 16 * 100
-    assert model.flops_per_token(32) == 6 * products + 6 * 16 * 32
+@pytest.mark.parametrize("value_embed", [False, True])
+def test_flops_per_token_by_hand(value_embed):
+    sizes = {"vocab_size": 100, "n_layer": 1, "n_head": 2, "n_embd": 16, "n_hidden": 64}
+    around = 3 * 16 * 64 + 16 * 100
+    full = GPT(GPTConfig(**sizes, value_embed=value_embed))
+    assert full.flops_per_token(32) == 6 * (4 * 16 * 16 + around) + 6 * 16 * 32
+    widths = {"kv_rank": 20, "head_dim": 12, "rope_head_dim": 4, "v_head_dim": 10}
+    latent = 16 * 2 * 16 + 16 * (20 + 4) + 20 * 2 * (12 + 10) + 2 * 10 * 16
+    model = GPT(GPTConfig(**sizes, attention="latent", **widths))
+    assert model.flops_per_token(32) == 6 * (latent + around) + 3 * 2 * (12 + 4 + 10) * 32
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_the_cache_holds_as_many_bytes_per_token_as_it_says(settings):
+    model = filled(settings, torch.bfloat16)
+    c, layers = model.config, len(model.layers)
+    numbers = 2 * c.n_kv_head * c.head_dim  # a latent: 4 head_dim, and half of it rotates
+    if c.attention == "latent":
+        numbers = 4 * 8 + (6 if "q_rank" in settings else 8 // 2)
+    assert cache_bytes(model) == layers * numbers * 2
+    kept = Cache(model, 3, 7).kept
+    assert sum(t.nbytes for of in kept.values() for t in of) == 3 * 7 * cache_bytes(model)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +289,14 @@ def test_flops_per_token_by_hand():
         ({"n_hidden": -1}, "expected 0 or more"),
         ({"embed_dtype": "fp16"}, "expected fp32 or bf16"),
         ({"embed_dtype": "bf16", "tied": True}, "expected fp32.*tied"),
+        ({"attention": "sparse"}, "attention = sparse: expected full or latent"),
+        ({"kv_rank": 8}, "kv_rank = 8: expected 0, as attention = full"),
+        ({"rope_interleave": False}, "rope_interleave = False: expected True, as attention = full"),
+        ({**LATENT, "n_kv_head": 2}, "n_kv_head = 2: expected 0 or n_head = 4"),
+        ({**LATENT, "qk_norm": False}, "qk_norm = False: expected True, as attention = latent"),
+        ({**LATENT, "bias": True}, "bias = True: expected False, as attention = latent"),
+        ({**LATENT, "rope_head_dim": 3}, "rope_head_dim = 3: expected an even number"),
+        ({**LATENT, "kv_rank": -1}, "kv_rank = -1: expected 0 or more"),
     ],
 )
 def test_impossible_models_are_refused(settings, words):

@@ -144,32 +144,27 @@ def free_port():
         return s.getsockname()[1]
 
 
-def two_nodes(arguments, fault="", second=()):
+def two_nodes(forks, arguments, fault="", second=()):
     """(exit codes, standard error) of two launchers, each with two ranks, as two machines start
     them; `second`: further arguments of the second."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
-              "--master-addr=127.0.0.1", f"--master-port={free_port()}"]  # fmt: skip
-    script, env = [str(ROOT / "tests" / "faulty.py"), *map(str, arguments)], {"FAULT": fault}
+    port = free_port()
     nodes = [
-        subprocess.Popen(
-            [*launch, f"--node-rank={node}", *script, *(second if node else ())],
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | env,
-        )
-        for node in (0, 1)
-    ]  # fmt: skip
-    said = [node.communicate(timeout=WAIT)[1] for node in nodes]
-    return [node.returncode for node in nodes], said
+        forks.start([f"2/{node}/2/{port}", *arguments, *more], 1, fault, "launch")
+        for node, more in enumerate(((), second))
+    ]
+    codes = [node.wait()[0] for node in nodes]
+    return codes, [node.said[0] for node in nodes]
 
 
 @pytest.mark.slow
-def test_two_nodes_follow_one_process_which_resumes_them_and_is_resumed(tiny, tmp_path):
+def test_two_nodes_follow_one_process_which_resumes_them_and_is_resumed(tiny, forks, tmp_path):
     longer = [*tiny, "train.steps=12", "train.sample_tokens=0"]
     parts = tmp_path / "parts"
-    codes, said = two_nodes([*longer, HSDP, "train.stop_at=4", "--out", parts])
+    codes, said = two_nodes(forks, [*longer, HSDP, "train.stop_at=4", "--out", parts])
     assert codes == [0, 0], said
     run([*longer, "train.stop_at=8"], parts, resume=True)
     more = [HSDP, "train.reshard=false", "train.micro_batch=1", "--resume", "--out", parts]
-    codes, said = two_nodes([*longer, *more])
+    codes, said = two_nodes(forks, [*longer, *more])
     assert codes == [0, 0], said
     run(longer, tmp_path / "one")
     assert losses(parts) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
@@ -177,10 +172,10 @@ def test_two_nodes_follow_one_process_which_resumes_them_and_is_resumed(tiny, tm
 
 
 @pytest.mark.slow
-def test_a_node_that_is_gone_ends_the_other_which_names_its_ranks(tiny, tmp_path):
+def test_a_node_that_is_gone_ends_the_other_which_names_its_ranks(tiny, forks, tmp_path):
     out, limit = tmp_path / "run", "train.time_limit=600"
     arguments = [*tiny, HSDP, limit, "train.save_every=2", "train.sample_tokens=0", "--out", out]
-    codes, said = two_nodes(arguments, "node@step:4:3")
+    codes, said = two_nodes(forks, arguments, "node@step:4:3")
     assert codes == [1, -9], said
     assert "step 4, step: one of the ranks 2 to 3, on another node, failed or is gone" in said[0]
     cause = said[0].rpartition("Root Cause (first observed failure):")[2]
@@ -190,8 +185,8 @@ def test_a_node_that_is_gone_ends_the_other_which_names_its_ranks(tiny, tmp_path
 
 
 @pytest.mark.slow
-def test_nodes_started_differently_end_before_anything_is_made(tiny, tmp_path):
-    codes, said = two_nodes([*tiny, "--out", tmp_path / "run"], second=["optim.lr=0.5"])
+def test_nodes_started_differently_end_before_anything_is_made(tiny, forks, tmp_path):
+    codes, said = two_nodes(forks, [*tiny, "--out", tmp_path / "run"], second=["optim.lr=0.5"])
     assert codes == [1, 1] and "rank 2 has optim.lr = 0.5, not " in said[1], said
     assert "start: expected rank 0's settings" in said[0] and not (tmp_path / "run").exists()
 

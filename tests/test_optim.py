@@ -3,6 +3,7 @@ of the step that reach every group."""
 
 import ast
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,19 @@ def test_roles_of_our_model():
     assert "lm_head.weight" not in roles(
         GPT(GPTConfig(vocab_size=40, n_layer=1, n_head=2, n_embd=16, tied=True))
     )
+
+
+def test_a_models_own_roles_count_unless_others_are_asked_for():
+    model = GPT(replace(SMALL, n_layer=3, value_embed=True))
+    tables = {f"layers.{i}.value_embed.weight" for i in (0, 2)}
+    assert {name for name, role in roles(model).items() if role == "value"} == tables
+    found = roles(model, roles={"layers.2.value_*": "embedding"})
+    assert [found[name] for name in sorted(tables)] == ["value", "embedding"]
+    same = roles(model, roles={"*.value_embed.weight": "embedding"})
+    assert "value" not in same.values()
+    rates = {g["role"]: g["lr"] for o in make_optimizers(model, OptimConfig(value_lr=0.7))
+             for g in o.param_groups}  # fmt: skip
+    assert rates["value"] == 0.7 != rates["embedding"]
 
 
 def test_roles_of_a_foreign_module_by_type_and_tying():

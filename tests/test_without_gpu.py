@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,6 +148,7 @@ def test_a_step_waits_for_the_device_once(fake_cuda):
 @pytest.mark.parametrize(
     "settings",
     [["demo"], ["track3-normuon"], ["train.activation_checkpointing=true"], ["masked"],
+     ["latent-demo"],
      ["model.mlp=experts", "model.n_expert=4", "model.n_expert_used=2", "model.balance_loss=0.1",
       "train.activation_checkpointing=true"]],
 )  # fmt: skip
@@ -155,7 +157,8 @@ def test_the_model_is_one_graph_for_training_and_one_for_evaluation(settings):
     and another batch compiles nothing; another number of sequences does, as dynamic=False says."""
     masked = settings == ["masked"]
     config = load([] if masked else settings)[0]
-    sizes = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "head_dim": 16}
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "head_dim": 16}
+    sizes["n_kv_head"] = 2 if config.model.attention == "latent" else 1
     model = GPT(replace(config.model, vocab_size=64, **sizes)).init_weights(1)
     model.separator = 3 if masked else None
     if config.train.activation_checkpointing:
@@ -173,10 +176,23 @@ def test_the_model_is_one_graph_for_training_and_one_for_evaluation(settings):
     assert made == [1, 1, 2, 3, 3]
 
 
+@pytest.fixture
+def python(tmp_path_factory):
+    """A folder with a `python` whose processes begin with everything imported."""
+    folder = tmp_path_factory.mktemp("python")
+    command = [sys.executable, str(ROOT / "tests" / "quick_python.py"), str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as server:
+        assert server.stdout.readline() == "ready\n"
+        yield folder
+        server.stdin.close()
+
+
 @pytest.mark.slow
-def test_the_check_for_a_gpu_runs_in_small_and_does_only_what_is_missing(tmp_path):
+def test_the_check_for_a_gpu_runs_in_small_and_does_only_what_is_missing(python, tmp_path):
     def check(seconds=900):
         env = {**os.environ, "GPU_CHECK_SMALL": "1", "GPU_CHECK_SECONDS": str(seconds)}
+        env |= {"PATH": f"{python}:{env['PATH']}", "PYTHON_EXEC": str(python / "python")}
         command = ["bash", "scripts/gpu_check.sh", str(tmp_path)]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         return done.returncode, done.stdout

@@ -273,12 +273,19 @@ def filled(model):
     return model
 
 
-def track3(kind, embed_dtype, rank, world):
-    """Three steps of a track 3 recipe on a small model, within its decay."""
+RECIPES = {  # to run on a small model, and what of its model is another
+    "track3": ("track3-normuon", {"embed_dtype": "fp32", "value_embed": True}),
+    "track3-bf16": ("track3-normuon", {"embed_dtype": "bf16", "value_embed": True}),
+    "latent": ("latent-demo", {"q_rank": 20}),
+}
+
+
+def recipe_steps(kind, name, rank, world):
+    """Three steps of a recipe on a small model, early, in the middle and late in its schedule."""
     from nanonormuon.engine import Engine
 
-    recipe = load(["track3-normuon"])[0]
-    sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, "embed_dtype": embed_dtype}
+    recipe = load([RECIPES[name][0]])[0]
+    sizes = {"vocab_size": 96, "n_layer": 2, "n_head": 2, "n_embd": 32, **RECIPES[name][1]}
     model = filled(GPT(replace(recipe.model, **sizes)))
 
     def make(model):
@@ -286,14 +293,15 @@ def track3(kind, embed_dtype, rank, world):
 
     engine = Engine(model, make, World(rank, world, torch.device("cpu")), kind)
     random = torch.Generator().manual_seed(6)
-    for step in (1000, 2000, 3000):
+    for share in (0.3, 0.6, 0.9):
         tokens, targets = torch.randint(96, (2, 12, 24), generator=random)
         mine = slice(12 // world * rank, 12 // world * (rank + 1))
-        Schedule(recipe.train.steps, recipe.optim).set(engine.optimizers, step)
+        steps = recipe.train.steps
+        Schedule(steps, recipe.optim).set(engine.optimizers, int(share * steps))
         engine.accumulate(iter([(tokens[mine], targets[mine])]), 1)
         engine.update()
         engine.zero_grad()
-    return {f"track3.{kind}.{embed_dtype}.{n}": whole(p) for n, p in model.named_parameters()}
+    return {f"{name}.{kind}.{n}": whole(p) for n, p in model.named_parameters()}
 
 
 def clipped(kind, rank, world):
@@ -503,8 +511,8 @@ def layouts(folder, saved):
     facts["checkpoint"] = read_back_on_each(saved, meshes)
     tensors |= readme_on_each(meshes)
     for kind in kinds(world):
-        for embed_dtype in ("fp32", "bf16"):
-            tensors |= track3(kind, embed_dtype, rank, world)
+        for name in RECIPES:
+            tensors |= recipe_steps(kind, name, rank, world)
         tensors |= clipped(kind, rank, world)
         tensors |= with_experts(kind, rank, world)
     for key in sorted(tensors):  # replicas must not drift apart by a single bit

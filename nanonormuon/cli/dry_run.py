@@ -13,11 +13,12 @@ from torch.utils.benchmark import Timer
 
 from nanonormuon import checkpoint, optim
 from nanonormuon.build import split_batch
-from nanonormuon.config import Config, divisors
+from nanonormuon.config import Config, divisors, our_optimizers
 from nanonormuon.model import GPT
 from nanonormuon.pretrained import models
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.activations import chunk_bytes, here, kept
+from nanonormuon.sample import cache_bytes
 from nanonormuon.storage.shards import MANIFEST, read_manifest
 from nanonormuon.text.tokenizer import trained_size
 
@@ -36,6 +37,7 @@ class Estimate:
     tokens: int  # of the whole run
     parts: dict[str, int]  # of a rank's memory
     checkpoint: int
+    cache: int  # of generation, bytes per token
 
     @property
     def flops(self) -> float:
@@ -52,7 +54,7 @@ def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.O
     with device:
         model = GPT(config.model, dtype)
     settings = config.optim
-    if ":" in settings.name:  # counted as if it were AdamW: to import a module is to run its code
+    if settings.name not in our_optimizers():  # counted as AdamW: an import runs code
         settings = replace(settings, name="adamw", options="")
     return model, optim.make_optimizers(model, settings, dtype)
 
@@ -84,8 +86,8 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, shards: int = 1) 
         "logits": head + chunk_bytes(model.config, micro_batch * T, dtype),  # and their gradients
     }
     tokens = t.last_step * t.batch_tokens
-    active = sum(parameters.values()) - model.unvisited()
-    return Estimate(parameters, active, model.flops_per_token(T), tokens, parts, saved)
+    active, cache = sum(parameters.values()) - model.unvisited(), cache_bytes(model)
+    return Estimate(parameters, active, model.flops_per_token(T), tokens, parts, saved, cache)
 
 
 def with_model(config: Config, origin: dict[str, str]) -> tuple[Config, dict[str, str]]:
@@ -127,7 +129,7 @@ def report(config: Config) -> list[str]:
     lines = [
         f"parameters: {sum(found.parameters.values()):,} ({roles})"
         + (f", {found.active:,} of them active for a token" if config.model.n_expert else "")
-        + (assumed if ":" in config.optim.name else ""),
+        + ("" if config.optim.name in our_optimizers() else assumed),
         f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
         f"{found.flops_per_token / 1e6:.4g} MFLOP per token = {found.flops:.3g} FLOP",
     ]
@@ -146,19 +148,22 @@ def report(config: Config) -> list[str]:
         size = f"{e.memory / 1e9:.3g} GB ({parts})"
         lines.append(f"memory, {where}, {micro} sequences at a time: {size}")
     lines.append(f"checkpoint: {found.checkpoint / 1e9:.3g} GB, train.keep_last = {t.keep_last}")
+    lines.append(f"generation: {found.cache:,} bytes of cache per token")
     if t.device in ("auto", here().type):
         lines.append(time_line(config, found, micro, per_rank))
     return lines
 
 
 def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str:
-    """Time models of one and of two blocks; every further block adds their difference."""
+    """Time models of one and of two blocks, or pairs of blocks where every second one has a table;
+    every further one adds their difference."""
     per_block = found.flops_per_token / config.model.n_layer  # an upper bound: all outside counts
     too_long = here().type == "cpu" and per_block * micro * config.data.seq_len > LONGEST_TRIAL
     if too_long or found.memory > memory.memory_of(here()):
         return "time: not tried, one micro-batch is too much for this device"
-    (passes, update), (passes_2, update_2) = (timed(config, layers, micro) for layers in (1, 2))
-    more = config.model.n_layer - 1
+    period = 1 + config.model.value_embed
+    (passes, update), (passes_2, update_2) = (timed(config, n * period, micro) for n in (1, 2))
+    more = config.model.n_layer / period - 1
     step = (passes + more * max(0.0, passes_2 - passes)) * (per_rank // micro)
     step += update + more * max(0.0, update_2 - update)
     return (

@@ -16,7 +16,7 @@ AT_ONCE = "Runs at a time; 0: one per GPU, one on a CPU. Each has OMP_NUM_THREAD
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]
 Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
 Strings = list[str] | None
-OPTIMIZERS = "normuon, muon, adamw or module:Class, each with +SETTING=VALUE; joined by commas."
+OPTIMIZERS = "normuon,muon,adamw,zoo:NAME,FILE.py:Class,module:Class, each with +SETTING=VALUE."
 RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
 GROW = "Lengthen a grid, by 4 rates at most, while its best rate is its first or last."
 BASELINE = "Optimizer to measure the others against; else the best of all but the first."
@@ -49,7 +49,7 @@ def race(
     \b
     normuon-train race shakespeare-char train.steps=500 --seeds 5 --out runs/race
     normuon-train race demo --optimizers normuon,adamw --lr adamw=0.001,0.003 --out runs/two
-    normuon-train race demo --optimizers normuon,normuon+beta2=0.9,torch.optim:Muon --out runs/b
+    normuon-train race demo --optimizers normuon,zoo:adamuon,my_file.py:MyOptimizer --out runs/b
     """
     from nanonormuon.lab import processes, race, results
 

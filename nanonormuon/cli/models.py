@@ -122,6 +122,8 @@ def export(
     size = f"{report['parameters'] / 1e6:.2f}M parameters, weights {report['dtype']}"
     if cut := report["rows_cut"]:
         size += f", {cut} padding rows of the vocabulary cut off"
+    if why := report["own_source"]:
+        size += f"; loads with trust_remote_code=True, which runs its own source: {why}"
     text = (
         f"{report['to']}: {report['architecture']}, {size}\n"
         f"verified: transformers' logits on {report['tokens_compared']} tokens of validation text "

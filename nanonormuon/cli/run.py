@@ -110,8 +110,9 @@ def describe(summary: dict, out: Path, of_code: bool) -> str:
         result += f", {summary['val_bpb']:.4f} bits per byte"
     times = "{train_seconds:.0f} s of training, {total_seconds:.0f} s in all".format(**summary)
     lines = [f"done: {result}; {times}", f"checkpoint: {out / summary['checkpoint']}"]
-    if summary["hugging_face"]:
-        lines[-1] += "  (laid out for Hugging Face, not verified: normuon-train export does)"
+    if summary["hugging_face"] or summary["own_source"]:
+        trusting = ", with trust_remote_code=True" if summary["own_source"] else ""
+        lines[-1] += f"  (in Hugging Face's format{trusting}; normuon-train export verifies it)"
     best, step = summary.get("best_checkpoint"), summary.get("best_step")
     if best not in (None, summary["checkpoint"]):
         saved = best == f"checkpoints/step-{step:06d}"  # else a later one, of those that are kept

@@ -10,7 +10,7 @@ from typing import Any
 
 from nanonormuon.errors import DataError, UsageError
 from nanonormuon.model import GPT
-from nanonormuon.sample import Text, write
+from nanonormuon.sample import Text, cache_bytes, write
 from nanonormuon.storage.files import read_file
 from nanonormuon.text.tokenizer import Tokenizer
 
@@ -71,4 +71,5 @@ def show(
         print(json.dumps(row, ensure_ascii=False) if as_json else as_text)
     sys.stdout.flush()
     seconds, tokens = time.perf_counter() - start, sum(row.tokens for row in rows)
-    log.info(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
+    speed = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
+    log.info(f"{speed}; the cache takes {cache_bytes(model):,} bytes per token")

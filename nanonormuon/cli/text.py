@@ -76,5 +76,5 @@ def inspect(
         raise typer.BadParameter(f'--format "{data_format}": expected shards or nanogpt')
     found = inspection.inspect(directory, tokenizer, data_format == "nanogpt")
     options.show(found, inspection.as_text(found), as_json)
-    if "train" not in found:
+    if "train" not in found or "refused" in found:
         raise typer.Exit(3)

@@ -30,7 +30,8 @@ from nanonormuon.optim import make_optimizers
 from nanonormuon.pretrained import models
 from nanonormuon.runs import compare
 from nanonormuon.storage.checkpoints import read_json
-from nanonormuon.storage.files import check_plain, lock, open_regular, read_file, replace_file
+from nanonormuon.storage.files import check_plain, locked, open_regular, read_file, replace_file
+from nanonormuon.storage.run import optimizer_hash
 
 log = logging.getLogger(__name__)
 # settings for runs of which only the losses matter
@@ -90,6 +91,7 @@ class Runner:
             self.places.put({"CUDA_VISIBLE_DEVICES": mine} if mine else on_cpu)
         self.children: set[subprocess.Popen] = set()
         self.stopped = 0
+        self.hashes: dict[str, str] = {}  # of the optimizers' files, "" for other optimizers
         self.known = self.carried_out = 0  # runs with a result, and those of them in this process
         # by kind of run, then by setting, one per seed
         self.losses: dict[Path, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -104,7 +106,7 @@ class Runner:
         the other runs have saved. A later call continues them.
         """
         for job in jobs:
-            config.load(job.arguments)
+            self.check_optimizer(job)
         missing = []
         for job in dict.fromkeys(jobs):
             if (result := job.result()) is None:
@@ -151,9 +153,9 @@ class Runner:
         try:
             job.path.parent.mkdir(parents=True, exist_ok=True)
             # a run that outlives its killed race may still be saving
-            handle = lock(job.path / ".lock", wait=True) if job.path.is_dir() else None
-            if handle is not None:
-                os.close(handle)
+            if job.path.is_dir():
+                with locked(job.path / ".lock", wait=True):
+                    pass
             if job.result() is None and (job.path / "config.toml").exists():
                 # once reached, --resume drops it
                 stop_at = config.load(job.arguments)[0].train.stop_at
@@ -167,11 +169,26 @@ class Runner:
                 _, last = self.start(job, job.arguments, place)
         finally:
             self.places.put(place)
+        self.check_optimizer(job)  # the file may have changed meanwhile
         if (result := job.result()) is None:
             raise RunError(f"{job.path.name}: {last.removeprefix('error: ')} (see {job.log_file})")
         if not job.keep:
             shutil.rmtree(job.path / "checkpoints", ignore_errors=True)
         return result
+
+    def check_optimizer(self, job: Job) -> None:
+        """Raise ConfigError for arguments that cannot be, RunError if the job's run began with
+        another content of its optimizer's file than this object has met first."""
+        name = config.load(job.arguments)[0].optim.name
+        if (now := self.hashes.get(name)) is None:
+            now = self.hashes[name] = optimizer_hash(name).get("optimizer_sha256", "")
+        with contextlib.suppress(OSError, CheckpointError):  # it has not begun
+            began = read_json(job.path / "environment.json").get("optimizer_sha256", "")
+            if began != now:
+                raise RunError(
+                    f"{name}: {job.path} began with a file of sha256 {began}, not {now}: undo the "
+                    "change, or choose another --out or another name for the file"
+                )
 
     def start(self, job: Job, arguments: Sequence[str], place: dict[str, str]) -> tuple[int, str]:
         """Run `normuon-train run` to its end; returns its exit code and last line, of several ranks

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanonormuon import config
+from nanonormuon import config, optim
 from nanonormuon.errors import ConfigError, MissingPackage
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
 from nanonormuon.lab.results import Entry, draw, judge, markdown
@@ -55,7 +55,7 @@ def entries(
 ) -> list[Entry]:
     """Parse the command line. Raises ConfigError.
 
-    optimizers: "normuon,adamw,module:Class,normuon+beta2=0.9"; a + adds a setting, of [optim]
+    optimizers: "normuon,zoo:reg,my.py:Class,normuon+beta2=0.9"; a + adds a setting, of [optim]
         unless it names a section. A comma before a blank belongs to the setting's value.
     lr: "0.01,0.02" for all, "adamw=0.001,0.003" for one, "0.5x,1x,2x" as multiples of the usual
         rate. weight_decay: "0,0.1". sweep: "SECTION.KEY=A,B" for further axes.
@@ -88,7 +88,8 @@ def entry_of(
         refuse(f"--sweep or --wd, and {where}", combination, SHARED | taken)
         usual = resolve([*arguments, *settings, *combination]).optim.lr
     if "optim.lr" not in keys and name not in ("normuon", "muon"):
-        usual = ADAMW_LR
+        own = optim.default_lr(name) or ADAMW_LR
+        usual = usual if own == config.OptimConfig.lr else own  # the recipe's, for the kin of Muon
     return Entry(label, settings, rates(label, grid, usual, "optim.lr" in keys), others)
 
 
@@ -223,7 +224,9 @@ class Race:
             **{key: sorted({str(e.get(key)) for e in environments}) for key in several},
             "optimizers": rows,
         }
-        if (count := len(results["source_sha256"])) > 1:
+        # runs whose optimizer is a file have it in their hash of the source
+        kinds = {(e.get("source_sha256"), e.get("optimizer_sha256")) for e in environments}
+        if (count := len(kinds) - len({kind[1] for kind in kinds}) + 1) > 1:
             log.warning(f"{self.out}: its runs come from {count} versions of the source")
         replace_file(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         replace_file(self.out / "results.md", (markdown(results) + "\n").encode())

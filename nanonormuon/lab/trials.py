@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nanonormuon import config
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
 from nanonormuon.lab.significance import verdict
 from nanonormuon.storage.checkpoints import read_json
@@ -53,8 +54,10 @@ def self_contained(job: Job) -> str:
     for name in ("environment.json", "config.toml", "summary.json"):
         parts[name] = read_file(job.path / name).decode()
     parts["metrics.jsonl"] = "\n".join(map(json.dumps, read_metrics(job.path / "metrics.jsonl")))
-    for name, file in source_files().items():
-        parts[f"nanonormuon/{name}"] = file.read_text(encoding="utf-8")
+    optimizer = config.load(job.arguments)[0].optim.name
+    for name, file in source_files(optimizer).items():
+        place = "" if file == Path(name) else "nanonormuon/"  # not if it is the user's
+        parts[place + name] = file.read_text(encoding="utf-8")
     line = "=" * 100
     return "".join(f"{line}\n{name}\n{line}\n{text.rstrip()}\n" for name, text in parts.items())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanonormuon.config import to_toml
 from nanonormuon.data import validation_batches
@@ -26,17 +26,16 @@ from nanonormuon.storage.tensors import serialise
 from nanonormuon.text.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TABLES = ("embed_tokens.weight", "lm_head.weight")  # one row per token id
 TOLERANCE = 1e-4  # between two float32 implementations, per unit of the largest logit (at least 1)
 
 
 def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) -> dict[str, Any]:
     """Write the model of a run or checkpoint to the new directory `to`; returns what was verified.
 
-    `to` appears complete and verified, or not at all. Rows that pad the vocabulary are cut off.
-    data: prepared directory with the validation text to compare on (None: the run's own). Raises
-    UsageError for a model that transformers cannot express or computes differently,
-    CheckpointError, DataError, OSError.
+    `to` appears complete and verified, or not at all. Rows that pad the vocabulary are cut off. A
+    model that no architecture of transformers computes goes with its source. data: prepared
+    directory with the validation text to compare on (None: the run's own). Raises UsageError for a
+    model that transformers computes differently, CheckpointError, DataError, OSError.
     """
     target = to.resolve()
     if target == Path.cwd():
@@ -44,29 +43,47 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{to}: exists already: choose another --out, or remove it")
     model, tokenizer, found = models.load_run(path, torch.float32, torch.device("cpu"))
-    if odd := hf.obstacles(model.config):
-        raise UsageError(f"{found}: neither Qwen3 nor Llama can express {', '.join(odd)}")
+    if (odd := hf.obstacles(model.config)) and not hf.carried(model.config):
+        raise UsageError(
+            f"{found}: no architecture of transformers has experts with {', '.join(odd)}, and the "
+            "source of experts is not exported: only normuon-train loads this model"
+        )
     transformers = need("transformers", "export")
     state, context = models.state_of(found), models.context_of(found)
     tokens = some_tokens(models.data_of(state, tokenizer, data), context)
     eot, rows = tokenizer.eot, min(tokenizer.vocab_size, model.config.vocab_size)
+    config, stored = replace(model.config, vocab_size=rows), DTYPES[dtype]
+    with torch.device("meta"):
+        cut = {name: p.size(0) for name, p in GPT(config).named_parameters()}
     weights = {
-        hf.to_hf(name): (p[:rows] if name in TABLES else p).detach().to(DTYPES[dtype])
-        for name, p in model.named_parameters()
+        hf.to_hf(name): p[: cut[name]].detach().to(stored) for name, p in model.named_parameters()
     } | {hf.to_hf(name): bias for name, bias in model.named_buffers()}
-    config, stored = replace(model.config, vocab_size=rows), str(DTYPES[dtype])
-    described = hf.plain_config(config, context, eot, stored.removeprefix("torch."))
     sampling = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "temperature": 0.8}
     files = {
-        "config.json": as_json(described),
         "generation_config.json": as_json(sampling),
         "model.safetensors": serialise(weights),
         **tokenizer.files(),
     }
+    described = (config, context, eot, str(stored).removeprefix("torch."))
+
+    def attempt(partial: Path, own: str) -> dict[str, Any]:
+        """Describe the model as transformers' or, because of `own`, its own, and verify that."""
+        build = hf.own_config if own else hf.plain_config
+        write_durably(partial / "config.json", as_json(build(*described)))
+        if own:
+            write_durably(partial / hf.MODELING, hf.modeling())
+        return verify(partial, transformers, model, tokenizer, tokens, own)
+
     with publish(target) as partial:
         for file, content in files.items():
             write_durably(partial / file, content)
-        report = verify(partial, transformers, model, tokenizer, tokens)
+        own = ", ".join(hf.obstacles(config))
+        try:
+            report = attempt(partial, own)
+        except UsageError as error:
+            if own:
+                raise
+            report = attempt(partial, str(error))  # what a small model did not show
         report |= {"to": str(to), "checkpoint": str(found), "dtype": dtype}
         report["rows_cut"] = model.config.vocab_size - rows
         card = model_card(config, report, tokenizer, state, models.run_of(path))
@@ -88,61 +105,38 @@ def some_tokens(data: Data, context: int) -> Tensor:
 
 @torch.no_grad()
 def verify(
-    folder: Path, transformers: Any, model: GPT, tokenizer: Tokenizer, tokens: Tensor
+    folder: Path, transformers: Any, model: GPT, tokenizer: Tokenizer, tokens: Tensor, own: str
 ) -> dict[str, Any]:
     """Load `folder` with transformers and with nanonormuon, and compare their logits (in float32)
-    and token ids on validation text. Raises UsageError if they differ."""
+    and token ids on validation text. own: why it holds its own source, which was written just now
+    and is run here; else "". Raises UsageError if they differ."""
     transformers.utils.logging.disable_progress_bar()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    loaded, other = (
+        auto.from_pretrained(folder, trust_remote_code=bool(own))
+        for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
     exported = models.load_model(folder, torch.float32, torch.device("cpu"))
     ours, theirs = exported(tokens), loaded.float().eval()(tokens).logits
     original = model(tokens)[..., : ours.size(-1)]
     difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
     allowed = TOLERANCE * max(1.0, largest)
     if not difference <= allowed:  # also if it is NaN
-        where = first_difference(exported, loaded, tokens)
         raise UsageError(
             f"transformers computes other logits: largest difference {difference:.3g}, expected at "
-            f"most {allowed:.3g}; {where}; nothing was exported"
+            f"most {allowed:.3g}"
         )
     text = tokenizer.decode([t for t in tokens.flatten().tolist() if t != tokenizer.eot])
-    other = transformers.AutoTokenizer.from_pretrained(folder)
     if other(text)["input_ids"] != tokenizer.encode(text):
-        raise UsageError("transformers' tokenizer gives other ids; nothing was exported")
+        raise UsageError("transformers' tokenizer gives other ids")
     return {
         "architecture": type(loaded).__name__,
+        "own_source": own,
         "parameters": sum(p.numel() for p in exported.parameters()),
         "tokens_compared": tokens.numel(),
         "largest_logit": largest,
         "largest_difference": difference,
         "largest_difference_to_run": float((theirs - original).abs().max()),
     }
-
-
-def first_difference(ours: GPT, theirs: nn.Module, tokens: Tensor) -> str:
-    """Where two models with equal weights begin to compute different things. Modules outside and
-    directly inside a block have equal names in both."""
-    mine = {n: m for n, m in ours.named_modules() if n and n.count(".") <= 2}
-    other = {**dict(theirs.base_model.named_modules()), "lm_head": theirs.get_output_embeddings()}
-    if alone := [name for name in mine if name not in other]:
-        return f"{alone[0]} is in model.py alone"
-    outputs: list[dict[str, Tensor]] = [{}, {}]
-    for kept, modules in zip(outputs, (mine, other)):
-        for name in mine:
-
-            def keep(_module, _inputs, out, name: str = name, kept: dict = kept) -> None:
-                kept[name] = out[0] if isinstance(out, tuple) else out
-
-            modules[name].register_forward_hook(keep)
-    for model in (ours, theirs):
-        model(tokens)
-    for name, a in outputs[0].items():  # in the order of computation
-        b = outputs[1].get(name, a[:0])
-        close = a.shape == b.shape and (a - b).abs().max() <= TOLERANCE * b.abs().max()
-        if not close:
-            kind, known = type(mine[name]).__name__, type(other[name]).__name__
-            return f"first in {name}: model.py's {kind} is not what {known} computes"
-    return "after the last norm: model.py's GPT.logits computes something else"
 
 
 def model_card(
@@ -156,8 +150,9 @@ def model_card(
     name, millions = run.resolve().name if run else "model", report["parameters"] / 1e6
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     card = template.format(
-        name=name, millions=millions, config=config, report=report, tokenizer=tokenizer.name
-    )
+        name=name, millions=millions, config=config, report=report, tokenizer=tokenizer.name,
+        trust=", trust_remote_code=True" if report["own_source"] else "",
+    )  # fmt: skip
     if run:
         step = state["step"] if state else 0
         card += validations(read_metrics(run / "metrics.jsonl"), step)

@@ -21,7 +21,7 @@ from nanonormuon.model import GPT, IGNORE
 from nanonormuon.pretrained import breakdown, models, multiple_choice
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints
-from nanonormuon.storage.files import replace_file
+from nanonormuon.storage.files import check_plain, locked, replace_file
 from nanonormuon.storage.shards import Split
 from nanonormuon.text.sources import documents
 from nanonormuon.text.tokenizer import Tokenizer
@@ -138,7 +138,7 @@ def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Spl
     """The documents of a file or directory, one after the other, as a split of one shard. Raises
     DataError."""
     parts, size = [], 0
-    for document in documents([file], text_field=text_field):
+    for document in documents([file], text_field=text_field, advise=False):
         parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data, document.name)]))
         size += len(document.data)
     if not parts:
@@ -196,8 +196,11 @@ def keep(file: Path, results: Sequence[dict[str, Any]]) -> None:
         return [result.get(name) for name in names]
 
     new = [key(result) for result in results]
+    guard = file.with_name(f".{file.name}.lock")  # against evaluations at the same time
     try:
-        merged = [*(result for result in kept(file) if key(result) not in new), *results]
-        replace_file(file, (json.dumps({"results": merged}, indent=1) + "\n").encode())
-    except (OSError, CheckpointError) as error:
+        check_plain([guard])
+        with locked(guard, wait=True):
+            merged = [*(result for result in kept(file) if key(result) not in new), *results]
+            replace_file(file, (json.dumps({"results": merged}, indent=1) + "\n").encode())
+    except (OSError, CheckpointError, DataError) as error:
         log.warning(f"warning: the results are not kept: {error}")

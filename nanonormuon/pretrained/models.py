@@ -107,8 +107,12 @@ def model_config(path: Path) -> GPTConfig:
 
 
 def context_of(path: Path) -> int:
-    """The context length, in tokens, that a model was trained with."""
-    return int(checkpoints.read_json(path / "config.json")["max_position_embeddings"])
+    """The context length, in tokens, that a model was trained with. Raises CheckpointError."""
+    file, name = path / "config.json", "max_position_embeddings"
+    length, (fits, expected) = checkpoints.read_json(file).get(name), LIMITS["data.seq_len"]
+    if type(length) is not int or not fits(length):
+        raise CheckpointError(f"{file}: {name} = {length!s:.60}: expected {expected}")
+    return length
 
 
 def tensor_files(path: Path) -> list[TensorFile]:

@@ -52,6 +52,9 @@ def read(file: Path) -> list[Question]:
         raise DataError(f"{file}: {error.strerror}, expected a JSONL file of questions") from None
     if not rows:
         raise DataError(f"{file}: no questions")
+    if answers is not None and len(answers) != len(rows):
+        found = f"{len(answers)} answers to {len(rows)} questions"
+        raise DataError(f"{labels}: {found}, expected one per line of {file.name}: copy both again")
     questions = []
     for number, row in rows:
         try:

@@ -41,6 +41,10 @@ def read(path: Path) -> RunRecord:
     """Read a run directory. Raises RunError if it is not one, or has no metrics yet."""
     try:
         config = tomllib.loads(read_file(path / "config.toml").decode())
+        for name, table in config.items():
+            values = table.values() if isinstance(table, dict) else [None]
+            if not all(isinstance(value, bool | int | float | str) for value in values):
+                raise ValueError(f"config.toml: [{name[:40]}]: expected numbers and text")
     except FileNotFoundError:
         raise RunError(f"{path}: not a run directory, no config.toml; {known_runs(path)}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -78,9 +82,9 @@ def validation_sets(runs: Sequence[RunRecord]) -> list[str]:
         names = [str(table.get("path")) for table in tables]
     for i, table in enumerate(tables):
         if share := table.get("tuning"):
-            names[i] += f", the last {share:g} of the training tokens"
+            names[i] += f", the last {spell('share', share)} of the training tokens"
         if tokens := table.get("val_tokens"):
-            names[i] += f", {tokens:,} tokens"
+            names[i] += f", {spell('tokens', tokens)} tokens"
         names[i] += f", windows of {table.get('seq_len')}"
     return names
 

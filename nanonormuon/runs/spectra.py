@@ -35,6 +35,8 @@ class Profile:
     @classmethod
     def of(cls, X: Tensor) -> "Profile":
         X = X.detach().float()
+        if not X.isfinite().all():  # though weights and buffers are
+            raise CheckpointError("an update is not finite: no run has saved such a momentum")
         s, r = torch.linalg.svdvals(X), torch.linalg.vector_norm(X, dim=1)
         return cls(*(t / t.square().mean().sqrt().clamp_min(1e-30) for t in (s, r)))
 
@@ -62,20 +64,21 @@ def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     if not (found / "optimizer.safetensors").is_file():
         raise CheckpointError(f"{found}: no optimizer.safetensors: expected a run's checkpoint")
     buffers = read_tensors(found / "optimizer.safetensors")
-    settings, matrices = state["config"]["optim"], group["names"]
+    settings, matrices = state["config"]["optim"], [*zip(group["names"], group["params"])]
     triples = coefficients(settings["ns_coefficients"], settings["ns_steps"])
     profiles = {}
-    for name in tqdm(matrices, unit="matrix", leave=False, disable=None):
+    for name, p in tqdm(matrices, unit="matrix", leave=False, disable=None):
         M = buffers.get(f"{name}.momentum", buffers.get(f"{name}.exp_avg"))
         if M is None:
             raise CheckpointError(f"{found}: no momentum of {name} in optimizer.safetensors")
-        X = M.reshape(-1, *M.shape[-2:]).float()
+        M = checked(found, f"momentum of {name}", M, [tuple(p.shape)])
+        X = M.reshape(-1, *M.shape[-2:])
         kinds = {"momentum": X, "muon": newton_schulz(X, triples)}
         if (v := buffers.get(f"{name}.second_moment")) is not None:
-            O, v = kinds["muon"], v.reshape(len(X), *v.shape[-2:]).clone()
+            (*K, m, n), which, O = p.shape, f"second moment of {name}", kinds["muon"]
+            v = checked(found, which, v, [(*K, m, 1), (*K, 1, n)]).reshape(len(X), -1, v.size(-1))
             # beta2 = 1 leaves v as it is
-            factors = neuron_factors(O, v, 1.0, "original", M.shape[-2:], lambda x: x)
-            kinds["normuon"] = factors * O
+            kinds["normuon"] = O * neuron_factors(O, v, 1.0, "original", (m, n), lambda x: x)
         for i, (part, _) in enumerate(unstacked(name, M)):
             profiles[part] = {kind: Profile.of(Xs[i]) for kind, Xs in kinds.items()}
     return profiles
@@ -84,6 +87,14 @@ def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
 def unstacked(name: str, W: Tensor) -> list[tuple[str, Tensor]]:
     """The matrices of a stack, with a name for each; of a matrix itself."""
     return [(name, W)] if W.ndim == 2 else [(f"{name}.{i}", w) for i, w in enumerate(W)]
+
+
+def checked(found: Path, name: str, t: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
+    """A copy of a buffer in float32. Raises CheckpointError for one that no run saves."""
+    if tuple(t.shape) not in shapes or not t.isfinite().all():
+        expected = f"expected finite numbers of shape {' or '.join(map(str, shapes))}"
+        raise CheckpointError(f"{found}: {name} has shape {tuple(t.shape)}: {expected}")
+    return t.to(torch.float32, copy=True)
 
 
 def as_numbers(profiles: dict[str, dict[str, Profile]]) -> list[dict[str, Any]]:
@@ -95,11 +106,13 @@ def as_numbers(profiles: dict[str, dict[str, Profile]]) -> list[dict[str, Any]]:
 
 def table(profiles: dict[str, dict[str, Profile]]) -> str:
     """A line per matrix: how even its spectrum and its rows are, in each kind of update."""
-    kinds = list(next(iter(profiles.values())))
+    kinds = list(dict.fromkeys(kind for found in profiles.values() for kind in found))
     lines = [["matrix", *(f"stable rank {k}" for k in kinds), *(f"row spread {k}" for k in kinds)]]
     for row in as_numbers(profiles):
-        ranks = [f"{row[k]['stable_rank']:.2f}" for k in kinds]
-        lines.append([row["matrix"], *ranks, *(f"{row[k]['row_spread']:.3f}" for k in kinds)])
+        # optim.beta2_on may leave a matrix without normuon
+        ranks = [f"{row[k]['stable_rank']:.2f}" if k in row else "-" for k in kinds]
+        spreads = [f"{row[k]['row_spread']:.3f}" if k in row else "-" for k in kinds]
+        lines.append([row["matrix"], *ranks, *spreads])
     note = "stable rank: 1 if all singular values are equal; row spread: 0 if all row norms are"
     return f"{aligned(lines)}\n{note}"
 

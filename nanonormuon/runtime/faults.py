@@ -33,7 +33,8 @@ class Stopping:
     """
 
     def __init__(self) -> None:
-        self.number, self.finishing = 0, False
+        self.number, self.finishing = 0, False  # number: of the signal to stop for
+        self.received = False  # a signal; a failed save sets `number` without one
 
     def __enter__(self) -> "Stopping":
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -44,9 +45,9 @@ class Stopping:
             signal.signal(number, handler)
 
     def note(self, number: int, _frame: Any) -> None:
-        if self.number:
+        if self.received:
             os._exit(128 + number)
-        self.number = number
+        self.number, self.received = number, True
         if not self.finishing:
             self.interrupt()
         say(f"signal {number}: finishing the step, then saving; a second signal ends at once")

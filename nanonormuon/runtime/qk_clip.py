@@ -3,7 +3,8 @@
 After each update, a head whose largest logit S in that step exceeds the threshold t has the product
 of its query and key weights scaled by t / S. With keys of their own both sides take the square
 root. Query heads that share a key head share the key's factor, that of the most extreme among them,
-and each query's factor is what is left for its own head. Optimizer state stays as it is.
+and each query's factor is what is left for its own head. So it is with latent attention's rotary
+key, which all heads share and which stays. Optimizer state stays as it is.
 """
 
 from functools import partial
@@ -30,7 +31,7 @@ class QkClip:
 
     def __init__(self, model: GPT, threshold: float, device: torch.device):
         c = model.config
-        if c.qk_norm:
+        if c.qk_norm and c.attention == "full":  # the norms of latent attention come earlier
             raise ConfigError(
                 "optim.qk_clip needs model.qk_norm=false: the weights of normalised q and k do not "
                 "change their logits"
@@ -56,6 +57,10 @@ class QkClip:
         queries = factors / keys.repeat_interleave(self.shared, 1)
         for layer, q, k in zip(self.layers, queries, keys):
             attention = layer.self_attn
+            if hasattr(attention, "scaled_by"):  # latent: q is what its head needs
+                for p, rows in attention.scaled_by(q * k):
+                    scale_rows(p, rows)
+                continue
             for projection, head in ((attention.q_proj, q), (attention.k_proj, k)):
                 rows = head.repeat_interleave(attention.head_dim)
                 for p in projection.parameters():  # weight and bias

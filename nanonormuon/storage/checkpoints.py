@@ -4,6 +4,7 @@
         model.safetensors      weights by Hugging Face names, in float32 or model.embed_dtype
         optimizer.safetensors  every optimizer buffer, as <parameter>.<buffer>
         config.json, tokenizer files: with the weights, a Hugging Face model directory
+        modeling_nanonormuon.py  the model's source, if transformers has no such architecture
         state.json             step, tokens, configuration, fingerprints of data and tokenizer
         manifest.json          size and sha256 of every file above; written last
 

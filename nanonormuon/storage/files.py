@@ -99,6 +99,12 @@ def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
         return file.read(limit)
 
 
+def optimizer_file(name: str) -> Path | None:
+    """The file of "PATH.py:Class"; None for any other optimizer."""
+    path = name.rpartition(":")[0]
+    return Path(path) if path.endswith(".py") else None
+
+
 def check_plain(paths: Iterable[Path]) -> None:
     """Raise DataError for a path that exists and is not a regular file. Called before something is
     appended: a pipe would make the writer wait, a symbolic link leads elsewhere."""
@@ -167,6 +173,17 @@ def lock(path: Path, wait: bool = False) -> int | None:
             return None
         raise
     return handle
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold `lock` on a path in the `with` block."""
+    handle = lock(path, wait)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def in_units(size: float) -> str:

@@ -1,15 +1,29 @@
 """Conversion to and from Hugging Face's `config.json` and parameter names.
 
-The default model is exactly transformers' Qwen3, or Llama without q and k norms. With experts it is
-Qwen3-MoE if their scores are a softmax, else dots1, whose attention is Qwen3's and whose experts
-are DeepSeek-V3's. Hugging Face puts the prefix `model.` on every parameter name except the head's,
-and stores stacked experts one by one."""
+The default model is exactly transformers' Qwen3, or Llama without q and k norms, or DeepSeek-V3
+with latent attention. With experts it is Qwen3-MoE if their scores are a softmax, else dots1, whose
+attention is Qwen3's and whose experts are DeepSeek-V3's; DeepSeek-V3 itself if attention is latent.
+Hugging Face puts the prefix `model.` on every parameter name except the head's, and stores stacked
+experts one by one."""
 
+import ast
 import math
 import re
+from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from nanonormuon.errors import ConfigError
+from nanonormuon.model import GPT
+from nanonormuon.parts.config import EXPERTS as OF_SPARSE
 from nanonormuon.parts.config import GPTConfig
 
 ARCHITECTURES = {
@@ -17,6 +31,7 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "dots1": "Dots1ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 SIZES = {  # our name -> theirs
     "vocab_size": "vocab_size",
@@ -27,22 +42,31 @@ SIZES = {  # our name -> theirs
     "n_kv_head": "num_key_value_heads",
     "head_dim": "head_dim",
 }
-OF_EXPERTS = {  # of both kinds
+LATENT = {  # likewise, of DeepSeek-V3 alone
+    "head_dim": "qk_nope_head_dim",
+    "rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "kv_rank": "kv_lora_rank",
+    "q_rank": "q_lora_rank",  # null: 0
+}
+OF_EXPERTS = {  # of all kinds
     "n_expert_used": "num_experts_per_tok",
     "expert_hidden": "moe_intermediate_size",
     "router_norm": "norm_topk_prob",
 }
+OF_DEEPSEEK = OF_EXPERTS | {
+    "n_expert": "n_routed_experts",
+    "n_expert_shared": "n_shared_experts",
+    "n_dense": "first_k_dense_replace",
+    "router_scale": "routed_scaling_factor",
+    "n_expert_group": "n_group",
+    "n_group_used": "topk_group",
+}
 EXPERTS = {
     "qwen3_moe": OF_EXPERTS | {"n_expert": "num_experts", "balance_loss": "router_aux_loss_coef"},
-    "dots1": OF_EXPERTS | {
-        "n_expert": "n_routed_experts",
-        "n_expert_shared": "n_shared_experts",
-        "n_dense": "first_k_dense_replace",
-        "router_scale": "routed_scaling_factor",
-        "n_expert_group": "n_group",
-        "n_group_used": "topk_group",
-    },
-}  # fmt: skip
+    "dots1": OF_DEEPSEEK,
+    "deepseek_v3": OF_DEEPSEEK,
+}
 # settings that Qwen3-MoE has, but not the fields for; a bias moved by balance_rate is another model
 QWEN3_MOE = {"router": "softmax", "balance_rate": 0.0, "n_expert_shared": 0, "router_scale": 1.0,
              "n_expert_group": 1}  # fmt: skip
@@ -55,33 +79,159 @@ FIXED = {
     "use_sliding_window": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "num_nextn_predict_layers": 0,  # DeepSeek-V3's layers that predict further tokens
+    "scoring_func": "sigmoid",  # these two in DeepSeek's files alone
+    "moe_layer_freq": 1,
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Which architecture of transformers computes what model.py computes
+
+# A small model of each kind and its answer: some logits, as transformers computes them. Settings
+# that are not named here stay as a run has them.
+SMALL = {"vocab_size": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "head_dim": 8,
+         "n_hidden": 48, "tied": False, "rope_theta": 500.0, "norm_eps": 1e-3, "embed_std": 1.0,
+         "embed_dtype": "fp32"}  # fmt: skip
+SMALL_LATENT = {"n_kv_head": 4, "q_rank": 12, "kv_rank": 16, "rope_head_dim": 4, "v_head_dim": 8,
+                "rope_interleave": True}  # fmt: skip
+SMALL_EXPERTS = {"n_expert": 4, "n_expert_used": 2, "expert_hidden": 16, "n_dense": 1,
+                 "router_norm": True, "n_group_used": 1, "balance_loss": 0.0}  # fmt: skip
+SIGMOID = {"n_expert_shared": 1, "router_scale": 2.5, "n_expert_group": 1, "balance_rate": 0.001}
+ANSWERS = {
+    "qwen3": (-0.51608, 0.2454, 0.43433, 0.05372, -0.24181, -0.1023),
+    "llama": (-0.90476, 0.09822, 0.3635, 0.22633, -0.2564, -0.1065),
+    "qwen3_moe": (-0.96682, 0.61163, -0.65631, 0.13579, -0.80436, -0.18817),
+    "dots1": (-0.72749, 0.61369, -0.13195, -0.0061, -0.95598, -0.31335),
+    "deepseek_v3": (-0.52582, 1.03921, -0.2222, 0.91118, 0.53849, 0.47541),
+    "deepseek_v3 with experts": (0.81174, 2.32418, 0.48143, 2.19827, 0.00225, 0.69935),
 }
 
 
 def kind_of(config: GPTConfig) -> str:
     """The architecture of Hugging Face's that is the model, but for `obstacles`."""
+    if config.attention == "latent":
+        return "deepseek_v3"
     if config.mlp == "experts":
         return "dots1" if config.router == "sigmoid" else "qwen3_moe"
     return "qwen3" if config.qk_norm else "llama"
 
 
-def obstacles(config: GPTConfig) -> list[str]:
-    """List the settings that `kind_of` the model, and so transformers, cannot express."""
-    names = ("mlp", "bias", "qk_gain", "rope", "embed_norm", "logit_cap")
-    needed = {name: getattr(GPTConfig, name) for name in names}
+def small(config: GPTConfig) -> GPTConfig:
+    """The settings at SMALL sizes; a 0 that stands for no number of its own stays 0."""
+    config = replace(config, vocab_size=config.vocab_size or 1).resolved()
+    sizes = {name: size for name, size in SMALL.items() if getattr(config, name)}
+    if config.attention == "latent":
+        sizes |= SMALL_LATENT
     if config.mlp == "experts":
-        needed |= {"mlp": "experts", "qk_norm": True}
-        needed |= QWEN3_MOE if config.router == "softmax" else {}
-    odd = [f"{name} = {getattr(config, name)}" for name in needed
-           if getattr(config, name) != needed[name]]  # fmt: skip
-    if kind_of(config) == "dots1" and not config.n_expert_shared:
-        odd.append("n_expert_shared = 0 with router = sigmoid")
-    resolved = replace(config, vocab_size=config.vocab_size or 1).resolved()
-    if not math.isclose(resolved.attn_scale, resolved.head_dim**-0.5):
-        odd.append(f"attn_scale = {config.attn_scale}")
-    if config.norm_eps == 0:
-        odd.append("norm_eps = 0")
-    return odd
+        sizes |= SMALL_EXPERTS | (SIGMOID if config.router == "sigmoid" else QWEN3_MOE)
+    width = SMALL["head_dim"] + sizes.get("rope_head_dim", 0)
+    scale = config.attn_scale * math.sqrt((config.head_dim + config.rope_head_dim) / width)
+    return replace(config, **sizes, attn_scale=scale)
+
+
+def filling(name: str, size: int) -> Tensor:
+    """Numbers between -0.5 and 0.5 for a weight, equal on every machine."""
+    return torch.sin(torch.arange(size).double() ** 2 + crc32(name.encode())).float() / 2
+
+
+@cache
+def architecture(config: GPTConfig) -> str | None:
+    """The architecture of transformers that gives the logits that model.py gives for `small`
+    settings, over 1,024 tokens; None if there is none.
+
+    Computed, not known from a list: nobody's change of model.py can make it untrue.
+    """
+    with torch.device("meta"), suppress(Exception):  # a changed model may need other sizes
+        model = GPT(config)
+        numbers = dict(model.named_parameters()) | dict(model.named_buffers())
+        with torch.device("cpu"), torch.no_grad():
+            weights = {n: filling(n, p.numel()).view(p.shape) for n, p in numbers.items()}
+            tokens = torch.arange(1024)[None] ** 2 % config.vocab_size
+            found = functional_call(model, weights, (tokens,))[0, (9, 599, 1023), :2].flatten()
+        for name, answer in ANSWERS.items():
+            if torch.allclose(found, torch.tensor(answer, device="cpu"), rtol=0, atol=1e-4):
+                return name.partition(" ")[0]
+    return None
+
+
+def obstacles(config: GPTConfig) -> list[str]:
+    """List what keeps transformers' architectures from computing a model: settings, or model.py."""
+    odd = [f"{name} = {getattr(config, name)}" for name in without_field(config)]
+    if architecture(mine := small(config)) == kind_of(config):
+        return odd
+    chosen = {"n_layer", "attention", *LATENT}
+    chosen |= {"mlp", *OF_SPARSE} if config.mlp == "experts" else set()
+    plain = small(GPTConfig(**{name: getattr(config, name) for name in chosen}))
+    changed = [n for n, v in asdict(mine).items() if v != getattr(plain, n)]
+    wrong = [n for n in changed if not architecture(replace(plain, **{n: getattr(mine, n)}))]
+    odd += [f"{n} = {getattr(config, n)}" for n in wrong]
+    return odd or ["model.py, as it is here"]
+
+
+def without_field(config: GPTConfig) -> list[str]:
+    """The settings of experts that config.json has no field for in the model's kind."""
+    if config.mlp != "experts":
+        return []
+    if kind_of(config) == "qwen3_moe":
+        return [name for name, value in QWEN3_MOE.items() if getattr(config, name) != value]
+    odd = ["router"] if config.router != "sigmoid" else []
+    return odd if config.n_expert_shared else [*odd, "n_expert_shared"]
+
+
+# ------------------------------------------------------------------------------------------------
+# The model's source, beside its weights
+
+MODELING = "modeling_nanonormuon.py"
+
+
+@cache
+def modeling() -> bytes:
+    """The file from which transformers makes the model: model.py and what it imports of the
+    package, as they lie here at the first call, in one, and storage/modeling.txt.
+
+    Raises ConfigError for imports and equal names with which they cannot be put into one file.
+    """
+    package, begun, texts = Path(__file__).parents[1], set(), []
+    names: Counter[str] = Counter()
+
+    def file(module: str) -> Path:
+        return package.joinpath(*module.split(".")[1:]).with_suffix(".py")
+
+    def add(module: str) -> None:
+        """Append a module's text, after the texts of those that it imports at its top."""
+        if module in begun:
+            return
+        begun.add(module)
+        text = (path := file(module)).read_text(encoding="utf-8")
+        tree, lines = ast.parse(text), text.splitlines()
+        imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+        imports = [n for n in imports if "nanonormuon" in ast.unparse(n)]
+        for node in imports:
+            names_it = isinstance(node, ast.ImportFrom) and file(node.module).is_file()
+            if not names_it or any(name.asname for name in node.names):
+                raise ConfigError(
+                    f"{path}, line {node.lineno}: {ast.unparse(node)}: expected from nanonormuon.X "
+                    f"import NAME, since {MODELING}, beside the weights, has it all in one file"
+                )
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+            if node.col_offset:
+                lines[node.lineno - 1] = " " * node.col_offset + "pass"
+        for node in imports:
+            if node in tree.body:
+                add(node.module)
+        names.update(n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef))
+        assigned = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
+        names.update(t.id for t in assigned if isinstance(t, ast.Name))
+        texts.append("\n".join(lines))
+        for node in imports:
+            add(node.module)
+
+    add("nanonormuon.model")
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise ConfigError(f"{', '.join(twice)}: two of {', '.join(sorted(begun))} define it")
+    texts.append(Path(__file__).with_name("modeling.txt").read_text(encoding="utf-8"))
+    return "\n\n\n".join(text.strip() for text in texts).encode() + b"\n"
 
 
 def to_hf(name: str) -> str:
@@ -91,12 +241,43 @@ def to_hf(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
+def carried(config: GPTConfig) -> bool:
+    """Whether checkpoints of a model hold its source, as no architecture of transformers has it.
+    Those with experts do not: their stacks are stored one by one, which the source does not read.
+    """
+    return bool(obstacles(config)) and config.mlp != "experts"
+
+
 def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, Any]:
     """Build config.json for a resolved config, with our own fields under "nanonormuon"."""
     ours = {"nanonormuon": asdict(config)}
+    if carried(config):
+        return own_config(config, seq_len, eot)
     if obstacles(config):
         return {"model_type": "nanonormuon", "max_position_embeddings": seq_len, **ours}
     return {**plain_config(config, seq_len, eot), **ours}
+
+
+def own_config(
+    config: GPTConfig, seq_len: int, eot: int | None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Build config.json for a model that only the file `modeling` computes."""
+    file = MODELING.removesuffix(".py")
+    classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+    return {
+        "architectures": ["NanonormuonForCausalLM"],
+        "model_type": "nanonormuon",
+        "auto_map": {auto: f"{file}.Nanonormuon{name}" for auto, name in classes.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+        "max_position_embeddings": seq_len,
+        "tie_word_embeddings": config.tied,
+        "use_cache": True,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "nanonormuon": asdict(config),
+    }
 
 
 def plain_config(
@@ -105,14 +286,17 @@ def plain_config(
     """Build config.json as transformers writes it, for a resolved config without obstacles."""
     kind = kind_of(config)
     more: dict[str, Any] = {"mlp_bias": False} if kind == "llama" else {"use_sliding_window": False}
-    if kind in EXPERTS:
+    if kind == "deepseek_v3":
+        more = {"rope_interleave": config.rope_interleave, "num_nextn_predict_layers": 0,
+                "first_k_dense_replace": config.n_layer}  # fmt: skip
+    if config.mlp == "experts":
         more |= {theirs: getattr(config, ours) for ours, theirs in EXPERTS[kind].items()}
         dense = list(range(config.n_dense))
         more |= {"mlp_only_layers": dense} if kind == "qwen3_moe" else {"sliding_window": None}
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+        **{theirs: getattr(config, ours) or None for ours, theirs in sizes(kind).items()},
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -128,6 +312,11 @@ def plain_config(
         "torch_dtype": dtype,
         **more,
     }
+
+
+def sizes(kind: str) -> dict[str, str]:
+    """Our name -> theirs, of the sizes in the config.json of a model_type."""
+    return {**SIZES, **LATENT} if kind == "deepseek_v3" else SIZES
 
 
 def gpt_config(content: dict[str, Any]) -> GPTConfig:
@@ -148,23 +337,30 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
         odd.append(f"rope_type = {rope_type!r}")
     if "sliding_attention" in (content.get("layer_types") or []):
         odd.append("layer_types: sliding_attention")
-    sizes = {}
-    for ours, theirs in SIZES.items():
+    numbers, optional = {}, {"num_key_value_heads", "head_dim", *({"q_lora_rank"} & content.keys())}
+    for ours, theirs in sizes(kind).items():
         size = content.get(theirs)
-        if size is None and theirs in ("num_key_value_heads", "head_dim"):
+        if size is None and theirs in optional:
             size = 128 if (kind, theirs) == ("qwen3", "head_dim") else 0  # transformers' defaults
         elif type(size) is not int or size < 1:
             odd.append(f"{theirs} = {size!r}")
-        sizes[ours] = size
-    experts = experts_config(kind, content, odd) if kind in EXPERTS else {}
+        numbers[ours] = size
+    latent, sparse = {}, kind in EXPERTS
+    if kind == "deepseek_v3":
+        interleave = bool(content.get("rope_interleave", True))
+        latent = {"attention": "latent", "rope_interleave": interleave}
+        dense, layers = (content.get(k) for k in ("first_k_dense_replace", "num_hidden_layers"))
+        sparse = type(dense) is not int or type(layers) is not int or dense < layers
+    experts = experts_config(kind, content, odd) if sparse else {}
     if odd:
         raise ValueError(f"this {kind} model does not fit: {', '.join(odd)}")
     return GPTConfig(
-        **sizes,
+        **numbers,
         tied=bool(content.get("tie_word_embeddings", False)),
         rope_theta=float(rope.get("rope_theta", content.get("rope_theta", 10_000.0))),
         norm_eps=float(content.get("rms_norm_eps", 1e-6)),
         qk_norm=kind != "llama",
+        **latent,
         **experts,
     ).resolved()
 
@@ -176,7 +372,9 @@ def experts_config(kind: str, content: dict[str, Any], odd: list[str]) -> dict[s
     absent = {"router_norm": False, "n_expert_shared": 0}  # transformers' defaults, unlike ours
     for ours, theirs in EXPERTS[kind].items():
         default = absent.get(ours, getattr(GPTConfig, ours))
-        value = default if content.get(theirs) is None else content[theirs]
+        value = content.get(theirs)
+        if value is None and kind != "deepseek_v3":  # whose defaults are those of 671B parameters
+            value = default
         if type(value) is not type(default) and not (type(default) is float and type(value) is int):
             odd.append(f"{theirs} = {value!r}")
         found[ours] = value

@@ -25,7 +25,8 @@ from nanonormuon.storage import checkpoints
 from nanonormuon.storage.files import (
     check_plain,
     in_shell,
-    lock,
+    locked,
+    optimizer_file,
     read_file,
     read_jsonl,
     replace_file,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nanonormuon")
 PACKAGE = Path(__file__).parents[1]
-SOURCES = (".py", ".toml", ".md", ".html")
+SOURCES = (".py", ".toml", ".md", ".html", ".txt")
 
 
 class Console(logging.Handler):
@@ -107,7 +108,7 @@ class RunDirectory:
     def hold(self, path: Path) -> None:
         """Lock a path until the `with` block ends. Raises RunError naming who has the lock."""
         try:
-            handle = lock(path)
+            self.resources.enter_context(locked(path))
         except BlockingIOError:
             owner = ""
             with suppress(OSError, DataError):
@@ -116,8 +117,6 @@ class RunDirectory:
                 f"{self.path} is being written by process {owner or 'unknown'}: wait, or choose "
                 "another --out"
             ) from None
-        if handle is not None:
-            self.resources.callback(os.close, handle)
 
     def open(
         self, config_toml: str, environment: dict[str, Any], step: int
@@ -302,8 +301,9 @@ def known_runs(path: Path | None = None) -> str:
     return "known here: " + (", ".join(found[-5:]) or "none in runs/")
 
 
-def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
-    """Collect what decides a result beside the configuration: command, source, versions, device."""
+def environment(device: "torch.device", ranks: int, optimizer: str = "") -> dict[str, Any]:
+    """Collect what decides a result beside the configuration: command, source (optim.name may be of
+    a file that is not the package's), versions, device."""
     import torch
 
     from nanonormuon import __version__
@@ -318,7 +318,8 @@ def environment(device: "torch.device", ranks: int) -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": git_commit(PACKAGE.parent),
-        "source_sha256": source_hash(),
+        "source_sha256": source_hash(optimizer),
+        **optimizer_hash(optimizer),
         "nanonormuon": __version__,
         "python": platform.python_version(),
         **{package: import_module(package).__version__ for package in packages},
@@ -340,15 +341,23 @@ def git_commit(checkout: Path) -> str | None:
     return None
 
 
-def source_files() -> dict[str, Path]:
-    """The package's Python files, recipes and templates, by path relative to the package."""
+def source_files(optimizer: str = "") -> dict[str, Path]:
+    """The package's Python files, recipes and templates, by path relative to the package; and the
+    file of an optimizer "FILE.py:Class"."""
     files = [file for file in sorted(PACKAGE.rglob("*.*")) if file.suffix in SOURCES]
-    return {file.relative_to(PACKAGE).as_posix(): file for file in files}
+    own = optimizer_file(optimizer)
+    return {f.relative_to(PACKAGE).as_posix(): f for f in files} | ({str(own): own} if own else {})
 
 
-def source_hash() -> str:
+def optimizer_hash(optimizer: str) -> dict[str, str]:
+    """{"optimizer_sha256": that of the file of "FILE.py:Class"}; {} for any other optimizer."""
+    file = optimizer_file(optimizer)
+    return {"optimizer_sha256": hashlib.sha256(read_file(file)).hexdigest()} if file else {}
+
+
+def source_hash(optimizer: str = "") -> str:
     """sha256 over `source_files`: tells a modified checkout from its commit."""
     digest = hashlib.sha256()
-    for name, file in source_files().items():
+    for name, file in source_files(optimizer).items():
         digest.update(name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

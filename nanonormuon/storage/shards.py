@@ -26,6 +26,7 @@ DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by shard version
 MANIFEST, FORMAT, PARTIAL = "manifest.json", 1, ".partial"
 SHARD_SHAPE = {"name": str, "tokens": int, "size": int, "sha256": str, "max_token": int}
 _SPLIT = {"documents": int, "tokens": int, "bytes": int, "shards": [SHARD_SHAPE]}
+SOURCE_SHAPE = {"name": str, "documents": int, "bytes": int}  # older manifests have no sources
 MANIFEST_SHAPE = {
     "format": int,
     "tokenizer": {"name": str, "hash": str, "vocab_size": int, "eot": int},
@@ -368,6 +369,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             raise ValueError(f"a regular file of at most {MANIFEST_LIMIT} bytes expected")
         manifest = json.loads(path.read_bytes())
         check_shape(manifest, MANIFEST_SHAPE, "manifest")
+        check_shape(manifest.get("sources", []), [SOURCE_SHAPE], "manifest.sources")
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {FORMAT} expected, {manifest['format']} found")
         if (expected := manifest.get("sha256", digest(manifest))) != digest(manifest):

@@ -16,7 +16,7 @@ from nanonormuon.normuon import local as local
 from nanonormuon.storage.checkpoints import JSON_LIMIT
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
+          torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8"}  # fmt: skip
 
 
 def whole(t: Tensor) -> Tensor:

@@ -26,10 +26,15 @@ DEEPEST = 1000  # lists and objects within each other in a JSON array
 
 
 def _too_long(where: str, limit: int) -> DataError:
-    return DataError(
-        f"{where}: a record of more than {limit / (1 << 20):g} MB; prepare --max-record MB allows"
-        " more, for about 30 times as much memory"
-    )
+    more = "MB allows more, for about 30 times as much memory"
+    return _too_large(f"{where}: a record of more than {limit / (1 << 20):g} MB", more)
+
+
+def _too_large(problem: str, allows: str) -> DataError:
+    """An error with advice on --max-record, an option of `prepare` alone."""
+    error = DataError(problem)
+    error.advice = f"; prepare --max-record {allows}"  # type: ignore[attr-defined]
+    return error
 
 
 def _lines(file: Any, name: str, limit: int) -> Iterator[bytes]:
@@ -168,9 +173,9 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
             for packed, size in _pages(file, table.metadata.row_group(group), text_field):
                 largest = max(largest, size)
                 if (needed := packed + 2 * size) > PAGE * limit:
-                    raise DataError(
-                        f"{name}: row group {group}: a page of {size >> 20} MB of text;"
-                        f" prepare --max-record {-(-needed // (PAGE << 20))} allows it"
+                    raise _too_large(
+                        f"{name}: row group {group}: a page of {size >> 20} MB of text",
+                        f"{-(-needed // (PAGE << 20))} allows it",
                     )
             rows = max(1, min(128, 2 * limit // largest))  # each may hold a whole page's bytes
             for batch in table.iter_batches(rows, [group], [text_field], use_threads=False):

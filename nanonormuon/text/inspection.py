@@ -23,7 +23,8 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
     """Read a data directory whole and describe it in values that JSON can hold.
 
     `tokenizer` is needed only where the directory has none. "problems" lists what is wrong; a
-    directory that cannot be opened gives nothing else.
+    directory that cannot be opened gives nothing else, one whose own tokenizer training would
+    refuse also "refused".
     """
     problems: list[str] = []
     words: Tokenizer | None = None
@@ -31,18 +32,20 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
         if tokenizer or (directory / FILE).exists():
             words = get(tokenizer) if tokenizer else load(directory)
         data = open_data(directory, words and words.vocab_size, "full", headerless)
-        if data.manifest and words and words.hash == data.manifest["tokenizer"]["hash"]:
-            data.check_tokenizer(words)
     except DataError as error:
         return {"path": str(directory), "problems": [str(error)]}
     result: dict[str, Any] = {"path": str(directory), "fingerprint": data.fingerprint}
     if data.manifest:
         result["tokenizer"] = data.manifest["tokenizer"]
         result["sources"] = data.manifest.get("sources", [])
-        if words is None:
-            problems.append(f"{directory / FILE}: missing; the tokens cannot be read as text")
-        elif words.hash != data.manifest["tokenizer"]["hash"]:
-            problems.append(f"{tokenizer or directory / FILE}: not the tokenizer of the shards")
+        try:
+            data.check_tokenizer(load(directory))
+        except DataError as error:
+            problems.append(str(error))
+            result["refused"] = True  # by training, which takes no other tokenizer
+        if words and words.hash != data.manifest["tokenizer"]["hash"]:
+            if tokenizer:
+                problems.append(f"{tokenizer}: not the tokenizer of the shards")
             words = None
     elif words is None:
         problems.append("no manifest and no tokenizer: give --tokenizer, as in --tokenizer gpt2")

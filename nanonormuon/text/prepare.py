@@ -34,7 +34,7 @@ from tqdm import tqdm
 from nanonormuon import __version__
 from nanonormuon.errors import DataError, TokenizerError
 from nanonormuon.storage import shards
-from nanonormuon.storage.files import lock, replace_file, sync_directory
+from nanonormuon.storage.files import locked, replace_file, sync_directory
 from nanonormuon.storage.shards import MANIFEST, PARTIAL
 from nanonormuon.text import formats
 from nanonormuon.text.bpe import CONFIG, FILE, Tokenizer, pieces
@@ -120,10 +120,9 @@ def prepare_documents(
             vocabulary.save(partial)
             split = survey.split(read())
             splits = encode(split, survey.bytes, vocabulary, partial, plan, shard_bytes, workers)
-        except DataError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, DataError) and not plan["shards"]:
+                shutil.rmtree(partial, ignore_errors=True)  # finished ones may be wanted yet
             if partial.is_dir():
                 log.warning("prepare: stopped; the same command goes on from %s", partial)
             raise
@@ -317,17 +316,14 @@ def alone(directory: Path, wait: bool = False) -> Iterator[None]:
     """Make a directory and be the only process that prepares in it. Unless `wait`, DataError if
     another one does."""
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = lock(directory, wait)
-    except BlockingIOError:
-        raise DataError(
-            f"{directory}: another process is preparing here; wait, or choose another --out"
-        ) from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(directory, wait))
+        except BlockingIOError:
+            raise DataError(
+                f"{directory}: another process is preparing here; wait, or choose another --out"
+            ) from None
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ def documents(
     log_passed: bool = False,
     skip_bad: bool = False,
     max_record: int = formats.RECORD_LIMIT,
+    advise: bool = True,
 ) -> Iterator[Document]:
     """The documents of all sources, in order; blank ones are left out.
 
@@ -78,7 +79,8 @@ def documents(
     one between each two `separator`s; records, of at most `max_record` bytes, give the document in
     their field `text_field`. A file that is named must be text; a walk passes over hidden, binary
     and empty ones. A file that cannot be read ends the reading, or with `skip_bad` itself alone.
-    With `log_passed` the log says what was read of a directory, and what was not. Raises DataError.
+    With `log_passed` the log says what was read of a directory, and what was not. Raises DataError,
+    which names the options of `prepare` that help if `advise`.
     """
     for index, source in enumerate(sources):
         walked = isinstance(source, str | Path) and Path(source).is_dir()
@@ -93,14 +95,15 @@ def documents(
                         yield Document(name, index, text)
                 read.add(_suffix(Path(name)), name)
             except DataError as error:
+                problem = f"{error}{getattr(error, 'advice', '') if advise else ''}"
                 if walked and isinstance(error, NotText):
                     passed.add("not text", name)
                 elif not skip_bad:
-                    hint = " (prepare --skip-bad goes on without it)" if walked else ""
-                    raise type(error)(f"{error}{hint}") from None
+                    hint = " (prepare --skip-bad goes on without it)" if walked and advise else ""
+                    raise type(error)(f"{problem}{hint}") from None
                 elif log_passed:
                     passed.add("bad", name)
-                    log.warning("prepare: skipped from document %d on: %s", taken + 1, error)
+                    log.warning("prepare: skipped from document %d on: %s", taken + 1, problem)
         if walked and log_passed:
             log.info("prepare: %s: read %s; passed over %s", source, read, passed)
 

@@ -349,7 +349,7 @@ def test_quiet_leaves_results_and_warnings(tiny, tmp_path, capsys):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for theirs, code in ((True, True), (False, False)):
         out = describe({**summary, "hugging_face": theirs}, Path("a b"), code)
-        assert ("Hugging Face" in out) is theirs and ("--prompt 'def '" in out) is code
+        assert ("trust_remote_code" in out) is not theirs and ("--prompt 'def '" in out) is code
         assert "normuon-train sample 'a b'" in out
     rows = [("step-000000", 0, "before training"), ("step-000001", 1, ""), ("step-000003", 2, "")]
     for kept, step, words in rows:  # the best loss is the kept checkpoint's, or an earlier step's

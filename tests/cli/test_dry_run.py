@@ -44,10 +44,16 @@ def test_headers_say_what_the_code_computes(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("experts", [{}, {"mlp": "experts", "n_expert": 6, "n_expert_used": 2}])
-def test_activations_are_what_autograd_keeps(dtype, again, experts):
-    sizes = {"vocab_size": 192, "n_layer": 5, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
-    m = GPTConfig(**sizes, **experts).resolved()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_kv_head": 2},
+        {"attention": "latent", "q_rank": 32},
+        {"mlp": "experts", "n_expert": 6, "n_expert_used": 2},
+    ],
+)
+def test_activations_are_what_autograd_keeps(settings, dtype, again):
+    m = GPTConfig(vocab_size=192, n_layer=5, n_head=4, n_embd=64, **settings).resolved()
     model = GPT(m, dtype).init_weights(0)
     if again:
         activations.checkpoint_activations(model)
@@ -83,8 +89,9 @@ def test_a_dry_run_says_it_and_stays_readable(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert tomllib.loads(said)["train"]["steps"] == 520
     total = sum(dry_run.estimate(sized("demo"), 1).parameters.values())
-    assert f"\n# parameters: {total:,} (" in said and f"{total:,}".startswith("1,3")
-    for word in ("memory, 1 rank", "optimizer", "checkpoint: ", "minutes of training"):
+    assert f"\n# parameters: {total:,} (" in said and f"{total:,}".startswith("1,9")
+    words = ["memory, 1 rank", "optimizer", "checkpoint: ", "minutes of training"]
+    for word in (*words, f"{dry_run.estimate(sized('demo'), 1).cache:,} bytes of cache per token"):
         assert word in said
 
 

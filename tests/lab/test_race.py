@@ -2,12 +2,14 @@
 twice, choices that never see the validation split, any optimizer by its import path."""
 
 import concurrent.futures
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -29,11 +31,11 @@ from nanonormuon.lab.processes import Job, Runner
 from nanonormuon.lab.significance import interval, student_cdf, student_quantile, verdict
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.normuon import NorMuon
-from nanonormuon.optim import make_optimizers
+from nanonormuon.optim import make_optimizers, optimizer_class
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage.files import lock
-from nanonormuon.storage.run import read_metrics
+from nanonormuon.storage.run import PACKAGE, read_metrics, source_hash
 from nanonormuon.storage.shards import open_data
 from nanonormuon.text import corpus
 from nanonormuon.train import train
@@ -99,6 +101,8 @@ def test_every_optimizer_has_a_grid_about_its_own_rate():
     normuon, adamw, lion = race.entries(["demo"], "normuon,adamw,torch.optim:Adagrad")
     assert normuon.rates == (0.02, 0.04, 0.08)  # the recipe's, in the middle
     assert adamw.rates == lion.rates == (0.0015, 0.003, 0.006)
+    kin, other = race.entries(["demo"], "zoo:muon8bit,zoo:reg")
+    assert kin.rates == normuon.rates and other.rates == adamw.rates
     lr = ["0.5x,1x", "adamw=1e-3,0.01"]
     normuon, adamw = race.entries(["demo"], "normuon,adamw", lr, "0,0.1", ["optim.beta2=0.9,0.95"])
     assert normuon.rates == (0.02, 0.04) and adamw.rates == (0.001, 0.01)
@@ -617,6 +621,112 @@ def test_names_in_the_configuration():
     with pytest.raises(ConfigError, match="settings of its own"):
         load(["demo", "optim.options=eps=1"])
     assert load([*TINY, "optim.name=torch.optim:Muon"])[0].optim.name == "torch.optim:Muon"
+
+
+MINE = """
+import torch
+
+class Mine(torch.optim.Optimizer):
+    def __init__(self, params, lr=0.1, weight_decay=0.0, scale=1.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "scale": scale})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad.sign(), alpha=group["lr"] * group["scale"])
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """An optimizer's file in the working directory, and its name as a command has it."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.py").write_text(MINE)
+    return Path("my.py"), "my.py:Mine"
+
+
+def test_an_optimizer_in_a_file_of_ones_own(mine, smaller):
+    file, name = mine
+    arguments = [*smaller, "train.steps=2", "optim.lr=0.01", f"optim.name={name}"]
+    run(arguments, "a")
+    made = json.loads(Path("a/environment.json").read_text())
+    assert made["optimizer_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert made["source_sha256"] == source_hash(name) != source_hash()
+    once = optimizer_class(name)
+    assert optimizer_class(name) is once  # its module is made once ...
+    file.write_text(MINE.replace("sign()", "sign().neg()"))
+    assert optimizer_class(name) is not once  # ... for each content
+    assert source_hash(name) != made["source_sha256"]
+    with pytest.raises(ConfigError, match=r"a/config.toml.*add optim\.name=my\.py:Mine"):
+        run(["a/config.toml"], "b")
+    for wrong, why in (
+        ("you.py:Mine", "you.py"),
+        ("my.py:Yours", "Yours"),
+        ("my.py:torch", "class"),
+    ):
+        with pytest.raises(ValueError, match=rf"name = .{wrong}.*{why}"):
+            optimizer_class(wrong)
+
+
+@pytest.mark.slow
+def test_a_file_that_changed_stops_its_race(mine, smaller, here, caplog):
+    """Before the next run, and after a run that it changed under; other runs do not mind."""
+    file, name = mine
+    arguments = [*smaller, "train.steps=2"]
+
+    def race_on(seeds):
+        field = race.entries(arguments, f"normuon,{name}", ["0.01"])
+        return race.Race(arguments, field, seeds, Path("r")).run(Runner())
+
+    assert len(race_on(1)["source_sha256"]) == 2  # with the file, and without
+    assert "versions of the source" not in caplog.text
+    file.write_text(MINE + "\n")
+    old, new = (hashlib.sha256(text.encode()).hexdigest() for text in (MINE, MINE + "\n"))
+    with pytest.raises(RunError, match=rf"my\.py:Mine.*{old}.*{new}.*--out"):
+        race_on(2)
+    assert len(here) == 2
+    file.write_text(MINE)
+    assert len(race_on(2)["optimizers"][1]["val_loss"]) == 2
+
+
+@pytest.mark.slow
+def test_a_trials_log_has_the_optimizers_file(mine, smaller, here):
+    arguments = [*smaller, "train.steps=2", f"optim.name={mine[1]}", "optim.lr=0.01"]
+    trials.run(arguments, 1, 9.0, Path("t"), Runner())
+    assert "\nmy.py\n" in (text := Path("t/trial-000.txt").read_text()) and MINE in text
+
+
+@pytest.mark.slow
+def test_your_own_optimizer_as_written(smaller, here, tmp_path, monkeypatch, capsys):
+    """Every command of dev/YOUR_OPTIMIZER.md, in its order, with its file; the runs are small."""
+    text = (ROOT / "dev" / "YOUR_OPTIMIZER.md").read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    (source,) = (block for kind, block in blocks if kind == "python")
+    copy, *commands = [line for kind, block in blocks if not kind for line in block.splitlines()]
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(copy.replace("python", sys.executable), shell=True, check=True)
+    assert Path("my_optimizer.py").read_bytes() == (PACKAGE / "lab/zoo/osp.py").read_bytes()
+    Path("my_optimizer.py").write_text(source)
+    assert len(source.splitlines()) <= 40
+    small = [a for a in smaller if "=" in a and "steps" not in a]
+    for line in commands:
+        line = re.sub(
+            r"--seeds (\d)", lambda seeds: f"--no-grow --seeds {int(seeds[1]) // 4}", line
+        )
+        words = shlex.split(re.sub("steps=([12])[02]0", r"steps=\1", line))[1:]
+        more = [] if "--resume" in words else small
+        assert cli.main([words[0], *more, *words[1:]]) == 0, capsys.readouterr().err
+    results = json.loads(Path("runs/mine/results.json").read_text())
+    assert [row["n"] for row in results["optimizers"]] == [2, 2, 2]
+    assert "my_optimizer.py:Rows" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_file_whose_state_does_not_shard_needs_ddp(mine, tiny, forks):
+    arguments = [*tiny, f"optim.name={Path.cwd() / mine[1]}", "train.parallel=fsdp"]
+    codes, said = forks.run([*arguments, "--out", Path("f").resolve()], ranks=2)
+    assert codes == [2, 2] and "my.py:Mine needs whole matrices" in said[0]
 
 
 def test_a_second_moment_for_some_matrices_only():

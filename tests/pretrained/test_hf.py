@@ -3,6 +3,7 @@ and generates the same tokens, alone in a process too; its Qwen3 and Llama direc
 what does not fit is named."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanonormuon import model, param_groups, sample
+from nanonormuon import param_groups, sample
 from nanonormuon.checkpoint import named_for_hf, weights_of
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
-from nanonormuon.errors import CheckpointError
-from nanonormuon.model import GPT, MLP, GPTConfig
+from nanonormuon.errors import CheckpointError, ConfigError, UsageError
+from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import export, models
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.tensors import serialise
@@ -25,6 +26,9 @@ from nanonormuon.text import tokenizer
 from nanonormuon.train import train
 
 transformers = pytest.importorskip("transformers")
+LATENT = {"attention": "latent", "head_dim": 12, "rope_head_dim": 8, "v_head_dim": 16}
+DEEPSEEK = {**LATENT, "q_rank": 20, "mlp": "experts", "n_expert": 8, "n_expert_used": 3,
+            "n_dense": 1, "n_expert_group": 2, "n_group_used": 1, "router_scale": 2.5}  # fmt: skip
 
 
 CHANGED = """model.py computes something else than the class that config.json names. If the
@@ -38,6 +42,12 @@ def check_same(ours, theirs):
     assert difference < 1e-4, f"logits differ by {difference:.2g}: {CHANGED}"
 
 
+TRACK3 = {
+    "mlp": "relu2", "bias": True, "qk_gain": False, "rope": "half", "attn_scale": 0.12,
+    "embed_norm": True, "logit_cap": 15.0, "norm_eps": 0.0, "embed_dtype": "bf16",
+}  # fmt: skip
+
+
 def written(path, **settings):
     """A model in which no parameter is zero, as a checkpoint's files describe it."""
     model = GPT(
@@ -49,7 +59,10 @@ def written(path, **settings):
         for p in weights_of(model).values():
             p.add_(0.1 * torch.randn(p.shape))
     path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(hf.config_json(model.config, 64, 95)))
+    described = hf.config_json(model.config, 64, 95)
+    (path / "config.json").write_text(json.dumps(described))
+    if "auto_map" in described:
+        (path / hf.MODELING).write_bytes(hf.modeling())
     weights = {name: p.detach() for name, p in weights_of(model).items()}
     (path / "model.safetensors").write_bytes(serialise(named_for_hf(weights)))
     return model.eval()
@@ -67,16 +80,28 @@ DOTS1 = {**EXPERTS, "n_dense": 1, "n_expert_group": 4, "n_group_used": 2, "route
         ({"tied": True}, "Qwen3"),
         ({"n_kv_head": 2}, "Qwen3"),
         ({"head_dim": 16, "n_hidden": 48, "rope_theta": 1e6, "norm_eps": 1e-5}, "Qwen3"),
+        ({"qk_norm": False}, "Llama"),
         (QWEN3_MOE, "Qwen3Moe"),
         ({**QWEN3_MOE, "n_dense": 2, "router_norm": False, "balance_loss": 0.01}, "Qwen3Moe"),
         (EXPERTS, "Dots1"),
         (DOTS1, "Dots1"),
+        (LATENT, "DeepseekV3"),
+        (
+            {**LATENT, "q_rank": 20, "rope_interleave": False, "tied": True, "norm_eps": 1e-2},
+            "DeepseekV3",
+        ),
+        (DEEPSEEK, "DeepseekV3"),
+        ({"value_embed": True}, "Nanonormuon"),
+        ({"value_embed": True, "tied": True, "n_kv_head": 2}, "Nanonormuon"),
+        ({**LATENT, "logit_cap": 15.0}, "Nanonormuon"),
+        (TRACK3, "Nanonormuon"),
     ],
 )
-def test_transformers_gives_the_same_logits_and_tokens(settings, kind, tmp_path):
+def test_transformers_gives_the_same_logits_and_tokens(settings, kind, tmp_path, monkeypatch):
     model = written(tmp_path, **settings)
+    own = kind == "Nanonormuon"
     other, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, output_loading_info=True
+        tmp_path, dtype=torch.float32, output_loading_info=True, trust_remote_code=own
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert type(other).__name__ == f"{kind}ForCausalLM"
@@ -85,16 +110,23 @@ def test_transformers_gives_the_same_logits_and_tokens(settings, kind, tmp_path)
         ours, theirs = model(tokens), other(tokens).logits
     check_same(ours, theirs)
     assert ours.std() > 0.5
+    fed, forward = [], other.forward
+    monkeypatch.setattr(other, "forward", lambda **x: fed.append(x["input_ids"]) or forward(**x))
     greedy = other.generate(tokens[:1], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert [ids.size(1) for ids in fed] == [20] + 19 * [1]  # with a cache
     ours = [int(t) for t in sample.generate(model, tokens[:1], 20, temperature=0)]
     assert ours == greedy[0, 20:].tolist()
 
 
-def test_a_trained_checkpoint_loads_with_its_tokenizer(tiny, tmp_path):
-    train(load([*tiny, "train.steps=3"])[0], tmp_path / "run")
+@pytest.mark.parametrize("own", [False, True])
+def test_a_trained_checkpoint_loads_with_its_tokenizer(own, tiny, tmp_path):
+    train(load([*tiny, "train.steps=3", f"model.value_embed={own}"])[0], tmp_path / "run")
     model, ours, path = models.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
-    other = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    assert (path / hf.MODELING).exists() == own
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, trust_remote_code=own
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=own)
     text = "the cat sat; naïve 東京 🎉\r\n\t <|endoftext|>"
     ids = ours.encode(text)
     assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text == ours.decode(ids)
@@ -104,17 +136,144 @@ def test_a_trained_checkpoint_loads_with_its_tokenizer(tiny, tmp_path):
     assert ours.hash == tokenizer.load(path).hash
 
 
+@torch.no_grad()
+def test_what_the_class_in_a_checkpoint_can_do_and_what_it_refuses(tmp_path):
+    model = written(tmp_path / "a", **TRACK3, value_embed=True)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    other, tokens = load(tmp_path / "a", trust_remote_code=True), torch.randint(95, (2, 9))
+    other.save_pretrained(tmp_path / "b")
+    again = load(tmp_path / "b", trust_remote_code=True)
+    assert torch.equal(again(tokens).logits, other(tokens).logits)
+    loss = other(tokens, labels=tokens).loss
+    assert torch.allclose(loss, model(tokens[:, :-1], tokens[:, 1:]), rtol=1e-5)
+    first = other(tokens[:, :5], use_cache=True)
+    rest = other(tokens[:, 5:6], past_key_values=first.past_key_values).logits
+    assert torch.allclose(rest, model(tokens[:, :6])[:, -1:], atol=1e-5)
+    mask = torch.ones_like(tokens)
+    mask[:, -2:] = 0  # on the right nothing sees it
+    assert torch.equal(other(tokens, attention_mask=mask).logits, other(tokens).logits)
+    with pytest.raises(ValueError, match="one length"):
+        other(tokens, attention_mask=mask.flip(1))
+    options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "eos_token_id": None}
+    assert other.generate(tokens, attention_mask=mask * 0 + 1, **options).shape == (2, 12)
+
+
+@torch.no_grad()
+def test_a_checkpoint_from_before_it_carried_its_source_still_loads_here(tmp_path):
+    ours, tokens = written(tmp_path, bias=True), torch.randint(95, (1, 9))
+    described = json.loads((tmp_path / "config.json").read_text())
+    old = ("model_type", "max_position_embeddings", "nanonormuon")
+    (tmp_path / "config.json").write_text(json.dumps({key: described[key] for key in old}))
+    (tmp_path / hf.MODELING).unlink()
+    again = models.load_model(tmp_path, torch.float32, torch.device("cpu"))
+    assert torch.equal(again(tokens), ours(tokens))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("from nanonormuon.parts.extra import Extra", ""),
+        ("from nanonormuon.parts.extra import Extra as E", "model.py, line 1: .* expected from"),
+        ("import nanonormuon.parts.extra", "model.py, line 1: .* expected from"),
+        ("from nanonormuon.parts.extra import GPT", "GPT: two of nanonormuon.model, "),
+        ("from nanonormuon.parts import extra", "model.py, line 1: .* expected from"),
+    ],
+)
+def test_the_files_of_a_model_become_one(line, words, tmp_path, monkeypatch):
+    """Also one that is imported where it is used, and that imports the model itself."""
+    package = Path(models.__file__).parents[1]
+    shutil.copytree(package / "parts", tmp_path / "parts")
+    (tmp_path / "storage").mkdir()
+    shutil.copy(package / "storage" / "modeling.txt", tmp_path / "storage")
+    source = f"{line}\n" + (package / "model.py").read_text()
+    late = "def extra():\n    from nanonormuon.parts.late import (\n        Late,\n    )\n"
+    (tmp_path / "model.py").write_text(f"{source}\n\n{late}\n    return Late\n")
+    name = "GPT" if "two of" in words else "Extra"
+    (tmp_path / "parts" / "extra.py").write_text(f"class {name}:\n    pass\n")
+    text = "from nanonormuon.model import MLP\n\n\nclass Late(MLP):\n    pass\n"
+    (tmp_path / "parts" / "late.py").write_text(text)
+    monkeypatch.setattr(hf, "__file__", str(tmp_path / "storage" / "huggingface.py"))
+    if words:
+        with pytest.raises(ConfigError, match=words):
+            hf.modeling.__wrapped__()
+        return
+    found = hf.modeling.__wrapped__().decode()
+    assert "import nanonormuon" not in found and "from nanonormuon" not in found
+    names = {"__name__": "json"}  # any module, for dataclasses
+    exec(found, names)
+    assert names["extra"]().__mro__[1] is names["MLP"] and "Extra" in names
+
+
+SMALL = {
+    "qwen3": {},
+    "llama": {"qk_norm": False},
+    "qwen3_moe": QWEN3_MOE,
+    "dots1": EXPERTS,
+    "deepseek_v3": LATENT,
+    "deepseek_v3 with experts": DEEPSEEK,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", hf.ANSWERS)
+def test_the_answers_of_small_models_are_those_of_transformers(kind, tmp_path):
+    """Through a directory, as transformers stacks experts anew."""
+    model = GPT(small := hf.small(GPTConfig(**SMALL[kind])))
+    for name, p in weights_of(model).items():
+        p.copy_(hf.filling(name, p.numel()).view(p.shape))
+    (tmp_path / "config.json").write_text(json.dumps(hf.plain_config(small, 1024, None)))
+    (tmp_path / "model.safetensors").write_bytes(serialise(named_for_hf(weights_of(model))))
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).float().eval()
+    z = other(torch.arange(1024)[None] ** 2 % 64).logits[0, (9, 599, 1023), :2].flatten()
+    assert z.tolist() == pytest.approx(hf.ANSWERS[kind], abs=2e-5, rel=0)
+    assert hf.architecture(small) == kind.partition(" ")[0]
+
+
+def test_a_change_of_the_model_is_noticed(monkeypatch):
+    def found():
+        hf.architecture.cache_clear()
+        return hf.obstacles(GPTConfig())
+
+    assert found() == []
+    for name, changed in {
+        "F.silu": lambda x, own=torch.nn.functional.silu: own(x) * 1.001,
+        "rotate": lambda x, cos, sin: x,
+        "Attention.attend": lambda _self, q, k, v, scale, mask: model_of_a_window(q, k, v, scale),
+    }.items():
+        monkeypatch.setattr(f"nanonormuon.model.{name}", changed)
+        assert found() == ["model.py, as it is here"], name
+        monkeypatch.undo()
+    assert found() == []
+
+
+def model_of_a_window(q, k, v, scale, window=512):
+    """Attention to the last so many tokens."""
+    seen = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).tril()
+    seen = seen.triu(1 - window)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q, k, v, seen, scale=scale, enable_gqa=True)
+
+
 def test_what_hugging_face_cannot_load_is_named():
     assert hf.obstacles(GPTConfig()) == []
-    odd = hf.obstacles(GPTConfig(mlp="relu2", logit_cap=15.0, attn_scale=0.12, norm_eps=0.0))
-    assert odd == ["mlp = relu2", "logit_cap = 15.0", "attn_scale = 0.12", "norm_eps = 0"]
+    odd = hf.obstacles(GPTConfig(**LATENT, mlp="relu2", rope="half", attn_scale=12**-0.5))
+    assert odd == ["mlp = relu2", "rope = half", f"attn_scale = {12**-0.5}"]
+    assert hf.obstacles(GPTConfig(**LATENT)) == hf.obstacles(GPTConfig(**DEEPSEEK)) == []
+    odd = hf.obstacles(GPTConfig(**{**DEEPSEEK, "router": "softmax", "n_expert_shared": 0}))
+    assert odd == ["router = softmax", "n_expert_shared = 0"]
+    plain = {"tied": True, "n_kv_head": 2, "head_dim": 12, "rope_theta": 1e6, "embed_dtype": "fp32"}
+    assert hf.obstacles(GPTConfig(vocab_size=50_304, attn_scale=12**-0.5, **plain)) == []
+    odd = hf.obstacles(GPTConfig(**TRACK3, value_embed=True))
+    assert {*odd} == {f"{k} = {v}" for k, v in TRACK3.items() if k != "embed_dtype"} | {
+        "value_embed = True"
+    }
     content = hf.config_json(GPTConfig(vocab_size=64, bias=True).resolved(), 64, None)
     assert content["model_type"] == "nanonormuon"
     assert hf.gpt_config(content) == GPTConfig(vocab_size=64, bias=True).resolved()
     softmax = GPTConfig(mlp="experts", n_expert=4, n_expert_used=2, router="softmax")
     assert hf.obstacles(softmax) == ["balance_rate = 0.001", "n_expert_shared = 1"]
     sigmoid = replace(softmax, router="sigmoid", n_expert_shared=0, qk_norm=False)
-    odd = ["qk_norm = False", "n_expert_shared = 0 with router = sigmoid"]
+    odd = ["n_expert_shared = 0", "qk_norm = False"]
     assert hf.obstacles(sigmoid) == odd
     with pytest.raises(ValueError, match='section "nanonormuon" not usable'):
         hf.gpt_config({"nanonormuon": {"n_layers": 3}})
@@ -167,7 +326,9 @@ def with_noise(run, out, **settings):
         for p in weights_of(model).values():
             p.add_(0.05 * torch.randn(p.shape))
     files = {p.name: p.read_bytes() for p in source.iterdir() if p.name != "manifest.json"}
-    files["config.json"] = json.dumps(hf.config_json(model.config, 32, 299)).encode()
+    files["config.json"] = json.dumps(described := hf.config_json(model.config, 32, 299)).encode()
+    if "auto_map" in described:
+        files[hf.MODELING] = b"raise SystemExit('a file in a directory was run')"
     files["model.safetensors"] = serialise(named_for_hf(weights_of(model)))
     return write(out / "checkpoints", read_json(source / "state.json")["step"], files)
 
@@ -183,17 +344,36 @@ def with_noise(run, out, **settings):
         {"qk_norm": False, "n_kv_head": 1, "tied": True},
         QWEN3_MOE,
         EXPERTS,
+        LATENT,
+        DEEPSEEK,
+        TRACK3 | {"value_embed": True},
     ],
-    ids=["padded", "tied", "grouped", "unpadded", "llama", "qwen3moe", "dots1"],
+    ids=[
+        "padded",
+        "tied",
+        "grouped",
+        "unpadded",
+        "llama",
+        "qwen3moe",
+        "dots1",
+        "latent",
+        "deepseek",
+        "own",
+    ],
 )
 def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tmp_path):
     with_noise(trained, tmp_path / "run", **settings)
     report = export.export(tmp_path / "run", tmp_path / "hf", dtype)
     model, _, _ = models.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
-    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float()
-    kinds = [({"qk_norm": False}, "Llama"), (QWEN3_MOE, "Qwen3Moe"), (EXPERTS, "Dots1")]
+    own = "value_embed" in settings
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    other = load(tmp_path / "hf", trust_remote_code=own).float()
+    kinds = [({"qk_norm": False}, "Llama"), (LATENT, "DeepseekV3"), (QWEN3_MOE, "Qwen3Moe"),
+             (EXPERTS, "Dots1"), ({"value_embed": True}, "Nanonormuon")]  # fmt: skip
     kind = next((name for given, name in kinds if given.items() <= settings.items()), "Qwen3")
     expected = f"{kind}ForCausalLM"
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert ("trust_remote_code=True" in card) == own == bool(report["own_source"])
     assert type(other).__name__ == report["architecture"] == expected
     assert other.config.vocab_size == 300 and other.get_input_embeddings().weight.shape[0] == 300
     assert report["rows_cut"] == settings.get("vocab_size", 320) - 300 or "vocab_size" in settings
@@ -205,11 +385,25 @@ def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tm
     assert report["largest_difference"] < 1e-4
     saved = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert saved["torch_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-    assert "nanonormuon" not in saved
+    assert ("nanonormuon" in saved) == own
     # an exported directory serves as a run does
     again, _, _ = models.load_run(tmp_path / "hf", torch.float32, torch.device("cpu"))
     with torch.no_grad():
         assert (again(tokens) - other(tokens).logits).abs().max() < 1e-4
+
+
+def test_what_only_its_full_size_shows_goes_with_its_source_too(trained, tmp_path, monkeypatch):
+    verify = export.verify
+
+    def other(*arguments):
+        if not arguments[-1]:
+            raise UsageError("transformers computes other logits")
+        return verify(*arguments)
+
+    monkeypatch.setattr(export, "verify", other)
+    report = export.export(trained, tmp_path / "hf")
+    assert report["own_source"] == "transformers computes other logits"
+    assert report["architecture"] == "NanonormuonForCausalLM"
 
 
 ALONE = """
@@ -220,9 +414,24 @@ sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f)]
 assert importlib.util.find_spec("nanonormuon") is None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (c.from_pretrained(sys.argv[1]) for c in (AutoModelForCausalLM, AutoTokenizer))
-ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("the cat")["input_ids"]]])
-print(model.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1]:].tolist())
+for path in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("the cat")["input_ids"]]])
+    tokens = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    print(type(model).__name__, *tokens[0, ids.shape[1]:].tolist())
+"""
+OURS = """
+import sys, torch
+from pathlib import Path
+from nanonormuon import sample
+from nanonormuon.pretrained import export, models
+for path in map(Path, sys.argv[2:]):
+    report = export.export(path, Path(sys.argv[1]) / path.name)
+    model, tokenizer, _ = models.load_run(path, torch.float32, torch.device("cpu"))
+    ids = torch.tensor([[tokenizer.eot, *tokenizer.encode("the cat")]])
+    tokens = map(int, sample.generate(model, ids, 20, temperature=0))
+    print(report["architecture"], *tokens)
 """
 
 
@@ -234,19 +443,34 @@ def exported(trained, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_process_with_transformers_alone_generates_our_tokens(trained, exported, tmp_path):
-    model, ours, _ = models.load_run(trained, torch.float32, torch.device("cpu"))
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, str(exported)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    ids = torch.tensor([[ours.eot, *ours.encode("the cat")]])
-    tokens = [int(t) for t in sample.generate(model, ids, 30, temperature=0)]
-    end = tokens.index(ours.eot) + 1 if ours.eot in tokens else len(tokens)
-    assert json.loads(done.stdout.splitlines()[-1]) == tokens[:end]
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_process_with_transformers_alone_generates_our_tokens(changed, trained, tmp_path):
+    """Of Qwen3's and of other models; and of all of them where somebody changed the activation."""
+    package, python = Path(models.__file__).parents[1], [sys.executable]
+    if changed:
+        shutil.copytree(package, tmp_path / "fork" / "nanonormuon")
+        package = tmp_path / "fork" / "nanonormuon"
+        source = (package / "model.py").read_text()
+        assert source.count("F.silu(") == 1
+        (package / "model.py").write_text(source.replace("F.silu(", "F.gelu("))
+    runs = {"plain": {}, "value": {"value_embed": True}, "track3": TRACK3}
+    for name, settings in runs.items():
+        with_noise(trained, tmp_path / name, vocab_size=300, **settings)
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    commands = {
+        "ours": [*python, "-c", OURS, tmp_path / "out", *(tmp_path / name for name in runs)],
+        "theirs": [*python, "-I", "-c", ALONE, *(tmp_path / "out" / name for name in runs)],
+    }
+    said = {}
+    for who, command in commands.items():
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        said[who] = done.stdout.splitlines()[-3:]
+    assert said["ours"] == said["theirs"] and len({*said["ours"]}) == 3
+    kinds = [line.split()[0].removesuffix("ForCausalLM") for line in said["ours"]]
+    assert kinds == ["Nanonormuon" if changed else "Qwen3", "Nanonormuon", "Nanonormuon"]
 
 
 def test_the_model_card_says_what_it_is(exported, trained, bpe_data):
@@ -332,40 +556,24 @@ def test_what_export_refuses(trained, exported, tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     refused("the current directory", to=Path("."))
-    odd = with_noise(trained, tmp_path / "odd", mlp="relu2", logit_cap=15.0)
-    refused("neither Qwen3 nor Llama can express mlp = relu2, logit_cap = 15.0", run=odd.parents[1])
-    forward = GPT.logits
+    mixed = with_noise(trained, tmp_path / "odd", **EXPERTS, value_embed=True)
+    refused("value_embed = True", run=mixed.parents[1])
+    forward = GPT.logits  # which differs from its source too
     monkeypatch.setattr(GPT, "logits", lambda self, h: forward(self, h) + 0.01)
     refused("transformers computes other logits")
-    refused("model.py's GPT.logits computes something else")
-    monkeypatch.setattr(model, "rotate", lambda x, cos, sin: x)
-    refused("first in layers.0.self_attn: model.py's Attention is not what Qwen3Attention")
-    gelu = torch.nn.functional.gelu
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(
-        MLP, "forward", lambda self, x: self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
-    )
-    refused("first in layers.0.mlp: model.py's MLP is not what Qwen3MLP computes")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused("pip install transformers")
-
-
-@torch.no_grad()
-def test_a_part_that_only_our_model_has_is_named(tmp_path):
-    ours = written(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokens = torch.randint(95, (1, 8))
-    assert "after the last norm" in export.first_difference(ours, theirs, tokens)  # none before
-    ours.layers[1].smear = torch.nn.Linear(4, 4)
-    assert export.first_difference(ours, theirs, tokens) == "layers.1.smear is in model.py alone"
 
 
 # -------------------------------------------------------------------------------- beginning with it
 
 
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+THEIRS = {"num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_rope_head_dim": 8,
+          "qk_nope_head_dim": 12, "v_head_dim": 16, "num_nextn_predict_layers": 0,
+          "n_routed_experts": 8, "moe_intermediate_size": 16, "num_experts_per_tok": 3,
+          "n_group": 2, "topk_group": 1, "n_shared_experts": 2}  # fmt: skip
 
 
 def made_by_transformers(kind, out, bpe_data, **settings):
@@ -373,6 +581,7 @@ def made_by_transformers(kind, out, bpe_data, **settings):
     make = {
         "qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig,
         "qwen3_moe": transformers.Qwen3MoeConfig, "dots1": transformers.Dots1Config,
+        "deepseek_v3": transformers.DeepseekV3Config,
     }[kind]  # fmt: skip
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -396,6 +605,18 @@ def made_by_transformers(kind, out, bpe_data, **settings):
         ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
         ("qwen3_moe", {**MOE, "num_experts": 4, "norm_topk_prob": True, "mlp_only_layers": [0]}),
         ("qwen3_moe", {**MOE, "num_experts": 4}),
+        ("deepseek_v3", {**THEIRS, "rms_norm_eps": 1e-2, "tie_word_embeddings": True}),
+        ("deepseek_v3", {**THEIRS, "first_k_dense_replace": 1, "norm_topk_prob": False}),
+        (
+            "deepseek_v3",
+            {
+                **THEIRS,
+                "first_k_dense_replace": 0,
+                "n_group": 1,
+                "q_lora_rank": None,
+                "rope_interleave": False,
+            },
+        ),
         (
             "dots1",
             {
@@ -420,11 +641,20 @@ def test_their_models_are_ours(kind, settings, tmp_path, bpe_data):
 
 
 @pytest.mark.parametrize(
-    "kind", ["qwen3", "llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)]
+    "kind",
+    [
+        "qwen3",
+        "llama",
+        pytest.param("qwen3_moe", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", marks=pytest.mark.slow),
+    ],
 )
 def test_they_train_on_and_go_back(kind, tmp_path, bpe_data, capsys):
-    settings = {"head_dim": 16} if kind == "qwen3" else {}
-    settings |= {**MOE, "num_experts": 4, "norm_topk_prob": True} if kind == "qwen3_moe" else {}
+    settings = {
+        "qwen3": {"head_dim": 16},
+        "qwen3_moe": {**MOE, "num_experts": 4, "norm_topk_prob": True},
+        "deepseek_v3": {**THEIRS, "first_k_dense_replace": 1},
+    }.get(kind, {})
     made_by_transformers(kind, tmp_path / "their", bpe_data, **settings)
     size = sum(p.stat().st_size for p in (tmp_path / "their").iterdir())
     assert size < 500_000
@@ -485,7 +715,7 @@ def test_what_init_from_refuses(trained, bpe_data, shards, tmp_path, capsys):
     refused(["--init-from", str(there), mine], 4, "hidden_act = 'gelu'", "rope_type = 'llama3'",
             "attention_bias = True")  # fmt: skip
     (there / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    refused(["--init-from", str(there), mine], 4, "model_type = 'mamba': expected qwen3 or llama")
+    refused(["--init-from", str(there), mine], 4, "model_type = 'mamba': expected qwen3 or")
     (there / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     refused(["--init-from", str(there), mine], 4, "mlp", "has shape (48, 32), expected (64, 32)")
     (there / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
@@ -495,6 +725,33 @@ def test_what_init_from_refuses(trained, bpe_data, shards, tmp_path, capsys):
     (there / "config.json").write_text(json.dumps(config))
     (there / "tokenizer.json").unlink()
     refused(["--init-from", str(there), mine], 4, "tokenizer.json: missing")
+
+
+def test_what_of_deepseeks_is_not_ours_is_named():
+    config = transformers.DeepseekV3Config(**THEIRS, num_hidden_layers=9, num_attention_heads=4)
+    plain = config.to_dict()
+    found = hf.gpt_config(plain)
+    assert (found.attention, found.mlp, found.n_dense) == ("latent", "experts", 3)
+    odd = {
+        "num_nextn_predict_layers": 1,
+        "quantization_config": {"quant_method": "fp8"},
+        "rope_scaling": {"type": "yarn", "factor": 40},
+        "first_k_dense_replace": None,
+        "attention_bias": True,
+        "kv_lora_rank": None,
+        "n_group": None,  # 8 in transformers
+        "scoring_func": "softmax",
+        "moe_layer_freq": 2,
+    }
+    with pytest.raises(ValueError) as refused:
+        hf.gpt_config({**plain, "rope_parameters": None, **odd})
+    for name in odd:
+        assert name.replace("rope_scaling", "rope_type = 'yarn'") in str(refused.value)
+    with pytest.raises(ValueError, match="n_group_used = 3"):
+        hf.gpt_config({**plain, "topk_group": 3})
+    del plain["q_lora_rank"]  # its default in transformers is 1,536, not null
+    with pytest.raises(ValueError, match="q_lora_rank = None"):
+        hf.gpt_config(plain)
 
 
 def test_weights_in_several_files_are_read_and_odd_indices_refused(bpe_data, tmp_path):

@@ -19,6 +19,7 @@ from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import breakdown, judge, models
 from nanonormuon.pretrained import multiple_choice as choices
 from nanonormuon.runtime.distributed import World
+from nanonormuon.storage.files import lock
 from nanonormuon.storage.shards import open_data
 from nanonormuon.text import tokenizer
 
@@ -101,6 +102,25 @@ def test_results_on_two_fields_of_a_file_are_both_kept(tmp_path):
         judge.keep(tmp_path / "kept.json", [row])
     kept = judge.kept(tmp_path / "kept.json")
     assert [(row["loss"], row.get("field")) for row in kept] == [(1.0, "body"), (2.0, None)]
+
+
+def test_of_two_evaluations_at_once_the_second_waits_to_keep_its_results(tmp_path, monkeypatch):
+    seen = []
+
+    def alone(work):
+        def then(*arguments):
+            with pytest.raises(BlockingIOError):
+                lock(tmp_path / ".kept.json.lock")
+            seen.append(work.__name__)
+            return work(*arguments)
+
+        return then
+
+    for work in (judge.kept, judge.replace_file):
+        monkeypatch.setattr(judge, work.__name__, alone(work))
+    judge.keep(tmp_path / "kept.json", [{"set": "a", "loss": 1.0}])
+    assert seen == ["kept", "replace_file"]
+    os.close(lock(tmp_path / ".kept.json.lock"))  # which is free again
 
 
 def test_raw_text_is_tokenized_whole_and_counted_in_bytes(trained, tmp_path):
@@ -291,6 +311,10 @@ def test_published_layouts(tmp_path):
     assert q.answer == 0
     with pytest.raises(DataError, match="line 1"):
         parsed("unlabelled.jsonl", piqa[0])
+    for answers, count in (("1\n", 1), ("1\n0\n1\n", 3)):
+        (tmp_path / "valid-labels.lst").write_text(answers)
+        with pytest.raises(DataError, match=rf"valid-labels\.lst: {count} answers to 2 questions"):
+            parsed("valid.jsonl", *piqa)
 
 
 def test_a_run_answers_questions(trained, tmp_path, capsys):

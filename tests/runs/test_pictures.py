@@ -14,7 +14,7 @@ import torch
 
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
-from nanonormuon.errors import RunError
+from nanonormuon.errors import CheckpointError, RunError
 from nanonormuon.lab import results
 from nanonormuon.runs import compare, report, spectra
 from nanonormuon.runtime import health
@@ -468,3 +468,44 @@ def test_the_picture_and_a_run_without_second_moments(trained, tmp_path, capsys)
     shutil.copy(found / "state.json", tmp_path / "plain")
     code, _, err = called(["diagnose", tmp_path / "plain"], capsys)
     assert code == 4 and "expected a run's checkpoint" in err
+
+
+def test_buffers_that_no_run_saves_and_a_matrix_without_a_second_moment(trained, monkeypatch):
+    name, read = "layers.0.mlp.up_proj.weight", spectra.read_tensors
+
+    def diagnose(key, change):
+        def changed(path):
+            buffers = read(path)
+            buffers[f"{name}.{key}"] = change(buffers[f"{name}.{key}"])
+            return {key: value for key, value in buffers.items() if value is not None}
+
+        monkeypatch.setattr(spectra, "read_tensors", changed)
+        return spectra.diagnose(trained)
+
+    for key in ("momentum", "second_moment"):
+        for change in (lambda t: t * float("nan"), lambda t: t.view(-1), lambda t: t[None]):
+            words = f"{key.replace('_', ' ')} of {name} has shape"
+            with pytest.raises(CheckpointError, match=words):
+                diagnose(key, change)
+    with pytest.raises(CheckpointError, match="an update is not finite"):
+        diagnose("second_moment", lambda t: t - 1)
+    rows = spectra.table(diagnose("second_moment", lambda t: None)).splitlines()
+    (row,) = (row.split() for row in rows if row.startswith(name))
+    assert row[3] == row[6] == "-" and "-" not in rows[1].split()
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [('val_tokens = "x"', 0), ('tuning = "x"', 0), ("tuning = [1]", 2), ("seq_len = {a = 1}", 2),
+     ("[[optim]]\nlr = 1", 2), ("[optim]\nname = 1979-05-27", 2)],
+)  # fmt: skip
+def test_a_configuration_that_no_run_wrote_is_compared_or_refused(line, code, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.0}\n')
+        (tmp_path / name / "config.toml").write_text("[data]\n" + (line if name == "b" else ""))
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == code
+    found = capsys.readouterr()
+    assert ("config.toml" in found.err) == bool(code) and ("best_val_loss" in found.out) != bool(
+        code
+    )

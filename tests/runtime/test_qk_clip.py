@@ -7,10 +7,11 @@ import torch
 
 from nanonormuon.cli import app as cli
 from nanonormuon.engine import Engine
-from nanonormuon.model import GPT, GPTConfig, document_mask, rope_tables, rotate
+from nanonormuon.model import GPT, GPTConfig, attend, document_mask
 from nanonormuon.runtime import distributed, qk_clip
 from nanonormuon.storage.run import read_metrics
 
+LATENT = {"attention": "latent", "qk_norm": True, "v_head_dim": 12}
 SHAPE = {"vocab_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32, "qk_norm": False}
 
 
@@ -25,23 +26,17 @@ def loud(**sizes):
 
 def logits(model, tokens):
     """Each layer's logits (layers, H), brute force: the largest over all pairs that are seen."""
-    c, found = model.config, []
-    cos, sin = rope_tables(c, tokens.size(1), tokens.device)
-    seen = torch.ones(tokens.size(1), tokens.size(1)).tril().bool()
+    found, seen = [], torch.ones(tokens.size(1), tokens.size(1)).tril().bool()
     if model.separator is not None:
         seen = document_mask(tokens, model.separator)
+
+    def look(q, k, v, scale, mask):
+        z = q @ k.repeat_interleave(q.size(1) // k.size(1), 1).mT * scale
+        found.append(z.masked_fill(~seen, -math.inf).amax((0, 2, 3)))
+        return attend(q, k, v, scale, mask)
+
     for layer in model.layers:
-
-        def look(attention, inputs):
-            q, k = (
-                rotate(proj(inputs[0]).unflatten(2, (-1, c.head_dim)).transpose(1, 2), cos, sin)
-                for proj in (attention.q_proj, attention.k_proj)
-            )
-            k = k.repeat_interleave(c.n_head // c.n_kv_head, 1)
-            z = (q @ k.mT * attention.scale).masked_fill(~seen, -math.inf)
-            found.append(z.amax((0, 2, 3)).detach())
-
-        layer.self_attn.register_forward_pre_hook(look)
+        layer.self_attn.attend = look
     with torch.no_grad():
         model(tokens)
     return torch.stack(found)
@@ -52,7 +47,10 @@ def engine_of(model, limit):
 
 
 @pytest.mark.parametrize("rows", [512, 5])
-@pytest.mark.parametrize("sizes", [{}, {"n_kv_head": 2, "bias": True}, {"separator": 3}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"n_kv_head": 2, "bias": True}, {"separator": 3}, LATENT, {**LATENT, "q_rank": 12}],
+)
 def test_peaks_are_the_largest_logits_and_heads_above_end_at_the_limit(sizes, rows, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(qk_clip, "ROWS", rows)

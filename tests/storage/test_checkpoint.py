@@ -4,6 +4,7 @@ orders by step number; a missing or additional tensor is refused."""
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 
@@ -243,7 +244,7 @@ def test_every_buffer_is_stored_and_none_may_be_missing(trained):
         key: {n.rpartition(".")[2] for n in buffers if n.rpartition(".")[0] == key} for key in names
     }
     for name in names:
-        hidden = name.startswith("layers") and "norm" not in name
+        hidden = name.startswith("layers") and not re.search("norm|embed", name)
         wanted = {"momentum", "second_moment"} if hidden else {"exp_avg", "exp_avg_sq", "step"}
         assert kinds[name] == wanted, name
     for name in sorted(buffers)[::5]:
@@ -259,10 +260,11 @@ def test_every_buffer_is_stored_and_none_may_be_missing(trained):
 
 def test_weights_of_another_shape_are_refused(trained):
     _, path = trained
-    other = GPT(GPTConfig(vocab_size=320, n_layer=2, n_head=2, n_kv_head=1, n_embd=64))
+    sizes = {"vocab_size": 320, "n_head": 2, "n_kv_head": 1, "value_embed": True}
+    other = GPT(GPTConfig(n_layer=2, n_embd=64, **sizes))
     with pytest.raises(CheckpointError, match="has shape"):
         snapshot.load_weights(other, path)
-    deeper = GPT(GPTConfig(vocab_size=320, n_layer=3, n_head=2, n_kv_head=1, n_embd=32))
+    deeper = GPT(GPTConfig(n_layer=4, n_embd=32, **sizes))
     with pytest.raises(CheckpointError, match=r"tensors missing, first model\.layers\.2"):
         snapshot.load_weights(deeper, path)
     shutil.rmtree(path)

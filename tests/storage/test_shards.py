@@ -278,6 +278,8 @@ def shard_field(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda m: m["tokenizer"].update(vocab_size=10**12), "eot < vocab_size <= 2"),
         (lambda m: m["tokenizer"].update(vocab_size=10**6), "uint16 tokens do not fit the 1000000"),
         (lambda m: m.update(sha256=None), "sha256 None expected"),
+        (lambda m: m.update(sources=[{"name": "a"}]), r"sources\[0\]\.documents: int expected"),
+        (lambda m: m.update(sources=0.5), "sources: list expected"),
     ],
 )
 def test_manifest_is_checked(directory: Path, change: Callable[[Any], Any], says: str) -> None:
@@ -298,7 +300,11 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
 def test_any_change_of_a_sealed_manifest_is_refused(directory: Path) -> None:
     """Of one that `prepare` writes now: whatever else is checked of a value."""
     original = json.loads((directory / "manifest.json").read_text())
-    original |= {"copies": 3, "sources": [{"name": "é", "documents": 3}], "request": {"val": 0.02}}
+    original |= {
+        "copies": 3,
+        "sources": [{"name": "é", "documents": 3, "bytes": 9}],
+        "request": {"val": 0.02},
+    }
     original["sha256"] = shards.digest(original)
     path = directory / "manifest.json"
     path.write_text(json.dumps(original))

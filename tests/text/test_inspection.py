@@ -8,6 +8,7 @@ import pytest
 from nanonormuon.cli import app as cli
 from nanonormuon.storage.shards import HEADER_BYTES
 from nanonormuon.text.prepare import prepare
+from nanonormuon.text.tokenizer import get
 
 
 def called(capsys, *arguments):
@@ -66,6 +67,22 @@ def test_what_is_wrong_is_named(directory, tmp_path, capsys):
     assert code == 3 and f"problem: {path}: sha256 " in out
     code, out = called(capsys, tmp_path / "nothing")
     assert code == 3 and "no such data directory" in out
+
+
+@pytest.mark.parametrize("given", [(), ("--tokenizer", "saved")])
+@pytest.mark.parametrize("others", [False, True], ids=["missing", "another's"])
+def test_a_tokenizer_that_training_would_refuse(
+    others, given, directory, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (directory / "tokenizer.json").rename(tmp_path / "saved")
+    (directory / "tokenizer_config.json").unlink()
+    if others:
+        get("bpe:300", ["".join(map(chr, range(97, 600))) * 9]).save(directory)
+    code, out = called(capsys, directory, *given)
+    assert code == 3 and f"problem: {directory}" in out and "train: " in out
+    assert ("train, long: " in out) == bool(given)
+    assert cli.main(["run", "demo", f"data.path={directory}", "--out", "x"]) == 3
 
 
 @pytest.mark.parametrize("sealed", [True, False])

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import prepare_cutting
 from test_tokenizer import trained
 
 from nanonormuon import errors
@@ -503,29 +504,35 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 @pytest.mark.full
-def test_300_mb_in_little_memory(tmp_path: Path) -> None:
-    root = mixed(tmp_path / "mixed", 300)
-    for workers in (1, 2):
-        arguments = [root, tmp_path / f"{workers}", "bpe:4096", workers, 8 << 20]
+def test_100_mb_take_no_more_memory_than_25(tmp_path: Path) -> None:
+    """75 MB more of text, held once, would be seen. The number of workers changes no byte."""
+
+    def peak(megabytes: int, workers: int) -> float:
+        out = tmp_path / f"{megabytes}-{workers}"
+        arguments = [tmp_path / f"{megabytes}", out, "bpe:4096", workers, 8 << 20]
         command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
-        peak = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-        assert peak < 1e9, f"{peak / 1e6:.0f} MB with {workers} workers"
-    assert content(tmp_path / "1") == content(tmp_path / "2")
+        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout) / 1e6
+
+    for megabytes in (25, 100):
+        mixed(tmp_path / f"{megabytes}", megabytes)
+    found = [peak(25, 1), peak(25, 2), peak(100, 2)]
+    print(found)
+    assert found[2] < min(500, found[1] + 40), found
+    assert content(tmp_path / "25-1") == content(tmp_path / "25-2")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_20_times(tmp_path: Path, workers: int) -> None:
-    """In the tokenizer's training too. The long text is still one that is cut (sources.LARGE)."""
+    """In the tokenizer's training too."""
     # forked from a process that has imported everything and begun nothing: rustbpe's threads, once
     # there, would be missing in a fork
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanonormuon.text.prepare"])
-    root, moments, kills = mixed(tmp_path / "mixed", 17), random.Random(workers), 0
+    context.set_forkserver_preload(["nanonormuon.text.prepare", "support"])
+    root, moments, kills = mixed(tmp_path / "mixed", 3), random.Random(workers), 0
 
     def start(out: Path) -> multiprocessing.Process:
-        settings = {"tokenizer": "bpe:4096", "workers": workers, "shard_bytes": 1 << 19}
-        process = context.Process(target=prepare, args=([root], out), kwargs=settings)
+        process = context.Process(target=prepare_cutting, args=(root, out, workers))
         process.start()
         return process
 
@@ -582,6 +589,34 @@ def test_killed_at_random_moments(
     prepare([root], out, **settings)
     assert content(out) == wanted
     assert kept > 3, "some of them were resumed in the middle"
+
+
+def test_a_read_error_costs_no_finished_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even one in the last reading, of two, of the last file."""
+    (tmp_path / "in").mkdir()
+    for i in range(20):
+        (tmp_path / "in" / f"{i:02}.txt").write_text(f"document {i} " * 99)
+    opened, open_regular = [], sources.open_regular
+
+    def fail(path: Path, buffer: int) -> Any:
+        opened.append(path.name)
+        if opened.count("19.txt") == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return open_regular(path, buffer)
+
+    def attempt() -> None:
+        prepare([tmp_path / "in"], tmp_path / "out", "byte", 0.2, shard_bytes=3000)
+
+    caplog.set_level(logging.INFO)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "open_regular", fail)
+        with pytest.raises(DataError, match=r"19\.txt: cannot be read: Input/output error"):
+            attempt()
+    assert "the same command goes on" in caplog.text
+    attempt()
+    assert caplog.text.count("keeping train_") > 2
 
 
 def test_finished_shards_are_kept_and_damaged_ones_made_anew(

@@ -143,6 +143,15 @@ def test_bad_files_are_skipped_by_name(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "d.png").write_text("png")
     with pytest.raises(DataError, match=r"b\.csv: no field 'text'.*--skip-bad"):
         list(documents([tmp_path]))
+    with pytest.raises(DataError) as error:  # as `evaluate` reads, which has no such option
+        list(documents([tmp_path], advise=False))
+    assert "--skip-bad" not in str(error.value)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "x" * 99}))
+    for advise in (True, False):
+        with pytest.raises(DataError, match="a record of more than") as error:
+            list(documents([tmp_path / "long.jsonl"], max_record=50, advise=advise))
+        assert ("--max-record" in str(error.value)) == advise
+    (tmp_path / "long.jsonl").unlink()
     found = [d.data for d in documents([tmp_path], log_passed=True, skip_bad=True)]
     assert found == [b"one", b"two"]
     for part in ("document 1 on: .*b.csv: no", "document 2 on: .*c.jsonl:2: ", "2 bad", "png"):
