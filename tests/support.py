@@ -29,7 +29,11 @@ TINY = [
     "train.device=cpu",
     "optim.momentum_warmup=4",
 ]
-LATENT = ["model.attention=latent", "model.n_kv_head=0"]  # what TINY lacks of latent attention
+LATENT = [
+    "model.attention=latent",
+    "model.n_kv_head=0",
+    "model.value_embed=false",
+]  # what TINY lacks of latent attention
 
 
 def command(*arguments, cwd=None, env=None, timeout=WAIT):

@@ -348,7 +348,7 @@ def test_quiet_leaves_results_and_warnings(tiny, tmp_path, capsys):
     assert found.out.startswith("done: step 1") and found.err == ""
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for theirs, code in ((True, True), (False, False)):
-        out = describe({**summary, "hugging_face": theirs}, Path("a b"), code)
+        out = describe({**summary, "own_source": not theirs}, Path("a b"), code)
         assert ("trust_remote_code" in out) is not theirs and ("--prompt 'def '" in out) is code
         assert "normuon-train sample 'a b'" in out
     rows = [("step-000000", 0, "before training"), ("step-000001", 1, ""), ("step-000003", 2, "")]
