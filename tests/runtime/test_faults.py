@@ -29,8 +29,8 @@ from nanonormuon.runtime.faults import Stopping
 from nanonormuon.storage import checkpoints as checkpoint
 
 STEPS = 12
-KILLS = int(os.environ.get("FAULT_KILLS", "24"))  # at random moments
-RUNS = int(os.environ.get("FAULT_RUNS", "24"))  # of two ranks, one after the other
+KILLS = int(os.environ.get("FAULT_KILLS", "100"))  # at random moments
+RUNS = int(os.environ.get("FAULT_RUNS", "50"))  # of two ranks, one after the other
 FSDP = "train.parallel=fsdp"
 ASYNC = "train.save_async=on"
 
