@@ -239,9 +239,9 @@ def introduction(
         way = "only normuon-train loads it"
         if huggingface.carried(m):
             file = huggingface.MODELING
-            way = f"it loads with trust_remote_code=True, which runs {file} in the checkpoint"
+            way = f"load it with trust_remote_code=True, which runs {file} in the checkpoint"
         lines.append(
-            f"no architecture of transformers computes this model ({', '.join(odd)}): {way}"
+            f"no transformers architecture can express this model ({', '.join(odd)}): {way}"
         )
     if epochs > 4:
         lines.append(

@@ -121,7 +121,7 @@ KINDS: dict[str, Any] = {  # "section.key" of every setting -> its type
 }
 SHARES = 1_000_000  # the shares of a mixture are whole numbers of millionths
 OPTIMIZERS = ("normuon", "muon", "adamw")
-TRUSTED = ("torch.optim:", "zoo:")  # modules that a file may name, too
+TRUSTED = ("torch.optim", "zoo")  # modules whose classes a file may name, too
 OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings that other optimizers do not have
 OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
            "ns_coefficients", "ns_steps", "cautious")  # fmt: skip
@@ -232,7 +232,10 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
         possible, expected = LIMITS.get(name, AT_LEAST_0)
         if not possible(found):
             raise ConfigError(f"{where} = {found!s:.60}: expected {expected}")
-        elsewhere = name == "optim.name" and ":" in found and not found.startswith(TRUSTED)
+        # "zoo:a.py:C" is a class C of a file
+        elsewhere = (
+            name == "optim.name" and ":" in found and found.rpartition(":")[0] not in TRUSTED
+        )
         if elsewhere and origin[name] != "command line":
             changed[section][key] = FromFile(found)
             changed[section][key].file = origin[name]

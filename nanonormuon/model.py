@@ -165,7 +165,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
-        # a vector per token that its values are offset by, in every second layer and the last (the
+        # a vector per token that is added to its values, in every second layer and the last (the
         # value embeddings of modded-nanogpt): many parameters, no products
         self.value_embed = None
         if config.value_embed and (config.n_layer - index) % 2 == 1:

@@ -28,7 +28,7 @@ def run(
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
     init_from: Annotated[
         Path | None,
-        Option(help="Start from the weights of a run, or of a Qwen3 or Llama directory."),
+        Option(help="Start from the weights of a run or of a Hugging Face directory."),
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only print settings and costs.")] = False,
 ) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nanonormuon.data import validation_batches
 from nanonormuon.model import GPT, IGNORE
+from nanonormuon.optim import HIDDEN, param_groups
 from nanonormuon.storage.shards import CHUNK, Split
 
 SHARES = (50, 75, 90, 97, 100)  # % of the training text; each ends a group of tokens
@@ -56,14 +57,21 @@ def target_losses(
         )
 
 
+def hidden(model: GPT) -> list[nn.Parameter]:
+    """The blocks' matrices, and stacks of them."""
+    return [p for group in param_groups(model) if group["role"] in HIDDEN for p in group["params"]]
+
+
 @contextlib.contextmanager
 def watched(model: GPT) -> Iterator[dict[str, list[float]]]:
-    """Collect, by name, the excess kurtosis of what each linear layer of the blocks is given: over
-    a token's channels (0 for a normal distribution), the mean over the tokens of a batch."""
+    """Collect, by name, the excess kurtosis of the inputs to each of the blocks' matrices, or stack
+    of them: over a token's channels (0 for a normal distribution), the mean over a batch's tokens.
+    """
     found: dict[str, list[float]] = {}
     handles = []
+    matrices = {id(p) for p in hidden(model)}
     for name, module in model.layers.named_modules():
-        if isinstance(module, nn.Linear):
+        if any(id(p) in matrices for p in module.parameters(recurse=False)):
 
             def note(_module: nn.Module, inputs: tuple, name: str = name) -> None:
                 x = inputs[0].detach().double().flatten(0, -2)
@@ -82,8 +90,8 @@ def watched(model: GPT) -> Iterator[dict[str, list[float]]]:
 @contextlib.contextmanager
 def in_four_bits(model: GPT) -> Iterator[None]:
     """Round the blocks' matrices to four bits for a while: to the nearest of 15 levels, whose step
-    is the largest weight of a row over 7. Embedding, head and gains stay as they are."""
-    kept = {p: p.detach().clone() for p in model.layers.parameters() if p.ndim > 1}
+    is the largest weight of a row over 7. Embeddings, head, routers and gains stay as they are."""
+    kept = {p: p.detach().clone() for p in hidden(model)}
     with torch.no_grad():
         for p in kept:
             step = (p.abs().amax(-1, keepdim=True) / LEVELS).clamp_min(torch.finfo(p.dtype).tiny)

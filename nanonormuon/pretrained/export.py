@@ -2,6 +2,7 @@
 logits from it."""
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,11 +20,13 @@ from nanonormuon.parts.config import GPTConfig
 from nanonormuon.pretrained import judge, models
 from nanonormuon.runtime.packages import need
 from nanonormuon.storage import huggingface as hf
-from nanonormuon.storage.files import publish, write_durably
+from nanonormuon.storage.files import publish, read_file, write_durably
 from nanonormuon.storage.run import read_metrics
 from nanonormuon.storage.shards import Data
 from nanonormuon.storage.tensors import serialise
 from nanonormuon.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = 1e-4  # between two float32 implementations, per unit of the largest logit (at least 1)
@@ -43,11 +46,7 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{to}: exists already: choose another --out, or remove it")
     model, tokenizer, found = models.load_run(path, torch.float32, torch.device("cpu"))
-    if (odd := hf.obstacles(model.config)) and not hf.carried(model.config):
-        raise UsageError(
-            f"{found}: no architecture of transformers has experts with {', '.join(odd)}, and the "
-            "source of experts is not exported: only normuon-train loads this model"
-        )
+    check_source(found, model.config)
     transformers = need("transformers", "export")
     state, context = models.state_of(found), models.context_of(found)
     tokens = some_tokens(models.data_of(state, tokenizer, data), context)
@@ -81,7 +80,7 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
         try:
             report = attempt(partial, own)
         except UsageError as error:
-            if own:
+            if own or config.mlp == "experts":
                 raise
             report = attempt(partial, str(error))  # what a small model did not show
         report |= {"to": str(to), "checkpoint": str(found), "dtype": dtype}
@@ -89,6 +88,21 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
         card = model_card(config, report, tokenizer, state, models.run_of(path))
         write_durably(partial / "README.md", card.encode())
     return report
+
+
+def check_source(found: Path, config: GPTConfig) -> None:
+    """Raise UsageError for a model that neither transformers nor its own source can load there.
+    Warn if that source is not what trained the checkpoint `found`."""
+    if (odd := hf.obstacles(config)) and not hf.carried(config):
+        raise UsageError(
+            f"{found}: no transformers architecture can express these experts ({', '.join(odd)}), "
+            "whose source is not exported: only normuon-train loads this model"
+        )
+    if (source := found / hf.MODELING).is_file() and read_file(source) != hf.modeling():
+        log.warning(
+            f"warning: {source} differs from this package's model.py and its parts, which are "
+            "exported; if they compute something else, use the version that trained the model"
+        )
 
 
 def as_json(content: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""How evenly the tokens of a step lie on experts, and the bias rule that evens it out."""
+"""How evenly the tokens of a step are spread over experts, and the bias rule that evens it out."""
 
 import math
 
@@ -20,7 +20,9 @@ class ExpertLoad:
 
     def begin(self) -> None:
         """Forget what was counted: the passes of a step begin, perhaps again."""
-        self.visits = self.entropy = torch.zeros((), device=self.world.device)
+        device = self.world.device
+        self.visits = torch.zeros((), dtype=torch.int64, device=device)
+        self.entropy = torch.zeros((), device=device)
 
     def add(self, count: int) -> None:
         """Count the visits of the last forward pass, one of `count` of this rank."""

@@ -40,11 +40,11 @@ def refuse_absurd(config: Config, world: distributed.World) -> None:
     either by a wide margin. The model's vocabulary must be known."""
     t, ranks = config.train, world.size
     with torch.device("meta"):
-        first = max(1, config.model.n_dense)
-        few, more = (GPT(replace(config.model, n_layer=first + n)) for n in (0, 1))
+        first, two = max(1, config.model.n_dense), 1 + config.model.value_embed
+        few, more = (GPT(replace(config.model, n_layer=first + n)) for n in (0, two))
 
-    def whole(count: Callable[[GPT], float]) -> float:  # every further block adds an equal amount
-        return count(few) + (config.model.n_layer - first) * (count(more) - count(few))
+    def whole(count: Callable[[GPT], float]) -> float:  # further blocks, or pairs, add as much each
+        return count(few) + (config.model.n_layer - first) * (count(more) - count(few)) / two
 
     parameters = whole(lambda model: sum(p.numel() for p in model.parameters()))
     share = distributed.shards(t.parallel)

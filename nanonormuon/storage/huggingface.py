@@ -166,7 +166,7 @@ def obstacles(config: GPTConfig) -> list[str]:
     changed = [n for n, v in asdict(mine).items() if v != getattr(plain, n)]
     wrong = [n for n in changed if not architecture(replace(plain, **{n: getattr(mine, n)}))]
     odd += [f"{n} = {getattr(config, n)}" for n in wrong]
-    return odd or ["model.py, as it is here"]
+    return odd or ["a changed model.py"]
 
 
 def without_field(config: GPTConfig) -> list[str]:

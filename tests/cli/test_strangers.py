@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -44,6 +45,17 @@ def theirs(trained, tmp_path, monkeypatch):
     listing.write_text(json.dumps(manifest))
     yield home
     sys.modules.pop("decoy", None)
+
+
+@pytest.mark.parametrize("name", ["zoo:x.py", "torch.optim:x.py"])
+def test_a_file_cannot_pass_for_a_trusted_module(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("open('executed', 'w')\n")
+    Path("their.toml").write_text(f'[optim]\nname = "{name}:X"\n')
+    settings = load(["their.toml"])[0].optim
+    with pytest.raises(ConfigError, match=r"add optim\.name="):
+        make_optimizers(GPT(GPTConfig(vocab_size=9, n_layer=1, n_head=1, n_embd=8)), settings)
+    assert not os.path.exists("executed")
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_a_change_of_the_model_is_noticed(monkeypatch):
         "Attention.attend": lambda _self, q, k, v, scale, mask: model_of_a_window(q, k, v, scale),
     }.items():
         monkeypatch.setattr(f"nanonormuon.model.{name}", changed)
-        assert found() == ["model.py, as it is here"], name
+        assert found() == ["a changed model.py"], name
         monkeypatch.undo()
     assert found() == []
 

@@ -319,7 +319,7 @@ def mutate_file(dice, path):
     if what == "encoding":
         text = content.decode(errors="replace").encode("utf-16")
         content = dice.choice([b"\xef\xbb\xbf" + content, text, b"\xff" + content, content * 2])
-    elif what == "bytes" or path.suffix in (".log", ".txt"):
+    elif what == "bytes" or path.suffix in (".log", ".txt", ".py"):
         content = mutate_bytes(dice, content)
     elif path.suffix in (".toml", ".jsonl"):
         content = mutate_line(dice, content, path.suffix == ".toml")
