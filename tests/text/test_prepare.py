@@ -507,7 +507,8 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) *
 @pytest.mark.full
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux counts memory there")
 def test_100_mb_take_no_more_memory_than_25(tmp_path: Path) -> None:
-    """75 MB more of text, held once, would be seen. The number of workers changes no byte."""
+    """75 MB more of text, held once, would be seen, beside the shards, which are mapped when they
+    are read back. The number of workers changes no byte."""
 
     def peak(megabytes: int, workers: int) -> float:
         out = tmp_path / f"{megabytes}-{workers}"
@@ -519,7 +520,7 @@ def test_100_mb_take_no_more_memory_than_25(tmp_path: Path) -> None:
         mixed(tmp_path / f"{megabytes}", megabytes)
     found = [peak(25, 1), peak(25, 2), peak(100, 2)]
     print(found)
-    assert found[2] < min(500, found[1] + 40), found
+    assert found[2] < min(500, found[1] + 70), found
     assert content(tmp_path / "25-1") == content(tmp_path / "25-2")
 
 
