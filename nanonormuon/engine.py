@@ -239,10 +239,12 @@ def compiled_step(optimizer: NorMuon, backend: str | Callable) -> Callable[[], N
         rates = [{key: group[key] for key in scheduled} for group in groups]
         for group, numbers in zip(groups, rates):  # a number would be a constant of the graph
             group |= {k: torch.tensor(x, dtype=torch.float64) for k, x in numbers.items()}
-        with torch._dynamo.config.patch(suppress_errors=True):
-            graph(optimizer)
-        for group, numbers in zip(groups, rates):
-            group |= numbers
+        try:
+            with torch._dynamo.config.patch(suppress_errors=True):
+                graph(optimizer)
+        finally:
+            for group, numbers in zip(groups, rates):
+                group |= numbers
 
     return step
 

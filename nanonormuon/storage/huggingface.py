@@ -231,7 +231,10 @@ def modeling() -> bytes:
     if twice := [name for name, n in names.items() if n > 1]:
         raise ConfigError(f"{', '.join(twice)}: two of {', '.join(sorted(begun))} define it")
     texts.append(Path(__file__).with_name("modeling.txt").read_text(encoding="utf-8"))
-    return "\n\n\n".join(text.strip() for text in texts).encode() + b"\n"
+    # operators of its own: those of this package would be gone with a module that replaced them
+    whole = "\n\n\n".join(text.strip() for text in texts)
+    whole = whole.replace('"nanonormuon::', '"nanonormuon_source::')
+    return whole.encode() + b"\n"
 
 
 def to_hf(name: str) -> str:
@@ -269,6 +272,14 @@ def own_config(
         "model_type": "nanonormuon",
         "auto_map": {auto: f"{file}.Nanonormuon{name}" for auto, name in classes.items()},
         **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+        **usage(config, seq_len, eot, dtype),
+        "nanonormuon": asdict(config),
+    }
+
+
+def usage(config: GPTConfig, seq_len: int, eot: int | None, dtype: str) -> dict[str, Any]:
+    """Build the part of config.json that does not depend on the architecture."""
+    return {
         "max_position_embeddings": seq_len,
         "tie_word_embeddings": config.tied,
         "use_cache": True,
@@ -276,7 +287,6 @@ def own_config(
         "eos_token_id": eot,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "nanonormuon": asdict(config),
     }
 
 
@@ -303,13 +313,7 @@ def plain_config(
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,  # read by transformers 4; 5 reads rope_parameters
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": seq_len,
-        "tie_word_embeddings": config.tied,
-        "use_cache": True,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "dtype": dtype,
-        "torch_dtype": dtype,
+        **usage(config, seq_len, eot, dtype),
         **more,
     }
 
