@@ -223,7 +223,8 @@ def modeling() -> bytes:
         names.update(n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef))
         assigned = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
         names.update(t.id for t in assigned if isinstance(t, ast.Name))
-        texts.append("\n".join(lines))
+        # operators of its own: those of this package would go with a module that replaced them
+        texts.append("\n".join(lines).replace('"nanonormuon::', '"nanonormuon_source::'))
         for node in imports:
             add(node.module)
 
@@ -231,10 +232,7 @@ def modeling() -> bytes:
     if twice := [name for name, n in names.items() if n > 1]:
         raise ConfigError(f"{', '.join(twice)}: two of {', '.join(sorted(begun))} define it")
     texts.append(Path(__file__).with_name("modeling.txt").read_text(encoding="utf-8"))
-    # operators of its own: those of this package would be gone with a module that replaced them
-    whole = "\n\n\n".join(text.strip() for text in texts)
-    whole = whole.replace('"nanonormuon::', '"nanonormuon_source::')
-    return whole.encode() + b"\n"
+    return "\n\n\n".join(text.strip() for text in texts).encode() + b"\n"
 
 
 def to_hf(name: str) -> str:
