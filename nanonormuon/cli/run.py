@@ -70,7 +70,7 @@ def run(
 
     summary = train(loaded, out, resume, stopping)
     if first:
-        typer.echo(describe(summary, out, of_code=loaded.data.path == "builtin:python"))
+        typer.echo(describe(summary, out, of_code=loaded.data.path.startswith("builtin:")))
 
 
 def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
