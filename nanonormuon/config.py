@@ -170,7 +170,7 @@ LIMITS: dict[str, Limit] = {  # every other setting: AT_LEAST_0
 def nearest(name: str, valid: Collection[str]) -> str:
     """Return 'did you mean "X"?' for a misspelt name, else the list of valid names."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f'did you mean "{close[0]}"?' if close else f"expected {' or '.join(valid)}"
+    return f'did you mean "{close[0]}"?' if close else f"expected one of {', '.join(valid)}"
 
 
 def divisors(n: int) -> list[int]:
@@ -314,7 +314,7 @@ def without_effect(config: Config, origin: dict[str, str]) -> list[str]:
     """
     name = config.optim.name
     others = {"normuon": (), "muon": OF_NORMUON}.get(name, OF_NORMUON + OF_MUON)
-    if name.startswith("zoo:") or optimizer_file(name):  # a class of a file takes any of them
+    if name.startswith("zoo:") or optimizer_file(name):  # unknown for a class of a file
         others = () if optimizer_file(name) else (*OF_NORMUON, "cautious")
     reasons = {f"optim.{key}": f"{name} does not have this setting" for key in others}
     if not config.train.eval_every:
@@ -323,7 +323,7 @@ def without_effect(config: Config, origin: dict[str, str]) -> list[str]:
 
 
 def check(config: Config, origin: dict[str, str]) -> None:
-    """Raise ConfigError for settings that contradict each other on any device and data."""
+    """Raise ConfigError for settings that are impossible on any device and data."""
 
     def refuse(name: str, expected: str) -> None:
         value = attrgetter(name)(config)
