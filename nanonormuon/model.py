@@ -197,7 +197,7 @@ class Block(nn.Module):
 
 
 def chunk_rows(tokens: int, vocab_size: int, device: str) -> int:
-    """Return the rows of logits per chunk of HeadLoss: at most CHUNK logits, or 512 rows if more."""
+    """Return the rows per chunk of HeadLoss: at most CHUNK logits, or 512 rows if that is more."""
     most = max(512, CHUNK.get(device, 1 << 28) // vocab_size)
     parts = -(-tokens // (1 << most.bit_length() - 1))  # matmuls of 2^k rows are the fastest
     return -(-tokens // parts)  # equal chunks: a remainder would be compiled separately

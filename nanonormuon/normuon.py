@@ -334,7 +334,7 @@ class Layout:
     has whole matrices on every rank, which iterates all of them."""
 
     def to_whole(self, X: Tensor) -> Arriving:
-        """Turn (K, rows here, n) into the whole matrices that this rank iterates, (K here, m, n)."""
+        """Turn (K, rows here, n) into the whole matrices that this rank iterates (K here, m, n)."""
         return lambda: X
 
     def to_parts(self, O: Tensor) -> Arriving:

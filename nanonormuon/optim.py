@@ -310,7 +310,7 @@ class Schedule:
     settings: OptimConfig
 
     def lr(self, step: int) -> float:
-        """Return the factor on every group's initial_lr: it rises, stays at 1, falls to final_lr."""
+        """Return the factor on every initial_lr, which rises, stays at 1 and falls to final_lr."""
         s = self.settings
         up = (step + 1) / s.warmup if step < s.warmup else 1.0
         falling = s.decay * self.steps
