@@ -1,9 +1,9 @@
 """Byte-level BPE, and the interface of every tokenizer.
 
-A regex splits the text, and within each piece the adjacent pair whose union has the lowest id is
-merged until no pair is left. So a vocabulary is a pattern and a table bytes -> id. tiktoken does
-the encoding and rustbpe the training. On disk it is a Hugging Face `tokenizer.json`, which
-transformers, vLLM and llama.cpp read as it is.
+A regex splits the text. Within each piece, the adjacent pair whose union has the lowest id is
+merged until no pair is left, so a vocabulary is a pattern and a table bytes -> id. tiktoken encodes
+and rustbpe trains. On disk it is a Hugging Face `tokenizer.json`, for transformers, vLLM and
+llama.cpp.
 """
 
 import codecs
@@ -30,11 +30,11 @@ EOT = "<|endoftext|>"
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 MAX_ID = (1 << 24) - 1  # tables have a row per id
 
-# The split for trained vocabularies follows GPT-4's: contractions, words with one leading sign,
-# numbers, runs of signs, line ends, spaces. Numbers go by two digits, because a small vocabulary
-# has better uses for a thousand ids than three-digit numbers. The patterns avoid possessive
-# quantifiers and PATTERN avoids (?i:...): tiktoken's regex engine and the one of Hugging Face
-# tokenizers understand `{1,3}+` and the case folding of U+017F differently.
+# PATTERN, for trained vocabularies, follows GPT-4's: contractions, words with one leading symbol,
+# numbers, runs of symbols, line ends, spaces. Numbers are split into pairs of digits: a small
+# vocabulary has better uses for a thousand ids than three-digit numbers. The patterns avoid
+# possessive quantifiers, and PATTERN avoids (?i:...): tiktoken's regex engine and Hugging Face
+# tokenizers' treat `{1,3}+` and the case folding of U+017F differently.
 PATTERN = (
     r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,20 +52,18 @@ O200K = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# JSON cannot hold bytes, so byte-level BPE files write byte b as the character CHARS[b]: itself
-# where it is printable Latin-1, else one from U+0100 on. GPT-2 also numbers its bytes in this
-# order, the printable ones first.
+# JSON cannot hold bytes, so byte-level BPE files write byte b as the character CHARS[b]: printable
+# Latin-1 as itself, others from U+0100 on. GPT-2 also orders its byte ids like this.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_ORDER = _PRINTABLE + [b for b in range(256) if b not in _PRINTABLE]
 CHARS = {b: chr(b) if i < len(_PRINTABLE) else chr(256 + i - 188) for i, b in enumerate(BYTE_ORDER)}
 BYTES = {c: b for b, c in CHARS.items()}
 
 # Long texts are cut where every pattern above has a boundary anyway (after a line that ends in a
-# visible character, before one that starts with neither space nor slash), so that one huge file
-# uses all cores and little memory. There may be none in a run of letters, or of neither letters nor
-# digits. Runs of RUN characters are cut nevertheless, since tiktoken's regex engine overflows its
-# stack on a million blanks. For training, runs of LONGEST are, so that no trained token has more
-# characters: a megabyte of one letter would become a token.
+# visible character, before one that starts with neither space nor slash), so that a huge file uses
+# all cores and little memory. A run of letters, or of neither letters nor digits, may have no such
+# place. It is cut at RUN characters, since tiktoken's regex engine overflows its stack on a million
+# blanks; for training at LONGEST, the maximum length of a trained token.
 PIECE, RUN, LONGEST = 65_536, 65_536, 512
 _CUT = re.compile(r"(?<=\S\n)(?=[^\s/])")
 _RUN = re.compile(r"[^\W\d_]+|[\W_]+")
@@ -75,13 +73,11 @@ Piece = str | bytes | None  # text; bytes that are not UTF-8; the start of a doc
 
 
 def pieces(text: str | bytes) -> Iterator[str | bytes]:
-    """Cut a text so that encoding piece by piece gives the ids of the whole.
-
-    Yields `str` (valid Unicode, about PIECE characters) and, where the text is not UTF-8, `bytes`
-    to be encoded one by one. Only runs of RUN / 2 characters and more are affected.
-    """
+    """Cut a text into pieces whose ids are those of the whole, except for runs of at least RUN / 2
+    characters. Yields `str` (valid Unicode, about PIECE characters) and, for what is not UTF-8,
+    `bytes` to be encoded one by one."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    # "surrogateescape" turns byte b >= 128 that is not UTF-8 into U+DC00 + b and nothing else.
+    # "surrogateescape" only turns bytes b >= 128 that are not UTF-8 into U+DC00 + b
     for i, part in enumerate(_SURROGATES.split(data.decode("utf-8", "surrogateescape"))):
         if i % 2:
             yield part.encode("utf-8", "surrogateescape")
@@ -95,7 +91,7 @@ def pieces(text: str | bytes) -> Iterator[str | bytes]:
 
 
 def cut_runs(text: str, length: int) -> Iterator[str]:
-    """Cut a text so that runs are shorter than `length`. Those of less than half stay whole."""
+    """Cut runs in a text so that they are shorter than `length`, but none below half of it."""
     start, step = 0, length // 2
     for at in range(step, len(text) - step + 1, step):
         if _RUN.fullmatch(text, at, at + step):
@@ -108,57 +104,57 @@ def cut_runs(text: str, length: int) -> Iterator[str]:
 
 
 class LostText(ValueError):
-    """The ids of `whole` stand for `found`, another text from `offset` on."""
+    """The ids of `whole` decode to `found`, which differs from `offset` on."""
 
     def __init__(self, whole: bytes | str, found: bytes | str) -> None:
         differ = (i for i, (a, b) in enumerate(zip(whole, found)) if a != b)
         self.offset = at = next(differ, min(len(whole), len(found)))
         super().__init__(
             f"encoding loses text: expected {whole[at : at + 20]!r}, found {found[at : at + 20]!r};"
-            f" restore {FILE} or take another tokenizer"
+            f" restore {FILE} or use another tokenizer"
         )
 
 
 def gave_up(error: BaseException) -> bool:
-    """Whether a text or file is refused, by `check` or by tiktoken or tokenizers: these raise
-    ValueError, a plain Exception or, being written in Rust, a panic, which is no Exception."""
+    """Whether an error means that `check`, tiktoken or tokenizers refuses a text or file. The
+    latter raise ValueError, a plain Exception or a Rust panic, which is only a BaseException."""
     kinds = LostText, ValueError, Exception
     return type(error) in kinds or type(error).__name__ == "PanicException"
 
 
 class Tokenizer:
-    """What every tokenizer offers. A subclass sets these attributes and adds `encode_texts`; one
-    whose tokens have no bytes of their own overrides what uses `table`."""
+    """The interface of every tokenizer. A subclass sets these attributes and adds `encode_texts`;
+    one whose tokens have no bytes of their own overrides what uses `table`."""
 
     name: str  # for messages
-    path: Path | None = None  # of the file that it comes from, for messages
-    hash: str  # sha256 (hex) of everything that decides the ids; the name is not part of it
-    end = EOT  # the token that stands before every document
-    eot: int  # its id
+    path: Path | None = None  # the file that it was read from, for messages
+    hash: str  # sha256 (hex) of all that determines the ids, without the name
+    end = EOT  # the token before every document
+    eot: int  # the id of `end`
     vocab_size: int  # one more than the largest id
     table: dict[int, bytes]  # the bytes of each id
-    special_ids: set[int]  # ids that are no text
+    special_ids: set[int]  # ids that stand for no text
     content: dict[str, Any]  # of tokenizer.json
-    foreign = False  # whether the file came from elsewhere; a mark in tokenizer_config.json
+    foreign = False  # whether another program made the file; stored in tokenizer_config.json
     pieces = staticmethod(pieces)  # cuts a text for `encode_job`
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
-        """The ids of each text. Releases the GIL, so that other threads run meanwhile."""
+        """Return the ids of each text. Releases the GIL."""
         raise NotImplementedError
 
     def check(self, text: str, ids: np.ndarray) -> None:
-        """Raise LostText unless `ids` stand for all of a text. A token is part of the text, so
-        equal lengths prove it."""
+        """Raise LostText unless `ids` cover the whole text. Each token is a part of the text, so
+        comparing lengths suffices."""
         if self.lengths[ids].sum() != len(whole := text.encode()):
             raise LostText(whole, self.decode_bytes(ids))
 
     def encode_job(
         self, job: Sequence[Piece], names: Sequence[str] = (), offset: int = 0
     ) -> np.ndarray:
-        """Ids (n,) uint32 of pieces of text, one after the other; None stands for `eot`.
+        """Encode pieces of text to ids (n,) uint32; None stands for `eot`.
 
-        Raises TokenizerError with document and offset for text that the ids would not stand for.
-        `names` are the documents of the job, which may begin `offset` bytes into the first one.
+        names: of the documents in the job, which begins `offset` bytes into the first. Raises
+        TokenizerError, naming document and offset, for text that ids cannot represent.
         """
         parts = [np.zeros(0, np.uint32)]
         try:
@@ -173,14 +169,14 @@ class Tokenizer:
         return np.concatenate(parts)
 
     def _encode_piece(self, piece: Piece, found: Iterator[Any]) -> np.ndarray:
-        """Ids of a piece; a text's are the next ones found."""
+        """Return the ids of a piece; those of a text are the next in `found`."""
         if piece is None:
             return np.array([self.eot], np.uint32)
         if isinstance(piece, bytes):
             if not self.byte_ids:
                 raise ValueError(
-                    f"byte 0x{piece[0]:02x} is not UTF-8, and cannot be represented; convert the"
-                    " text or take a byte-level tokenizer"
+                    f"byte 0x{piece[0]:02x} is not UTF-8 and cannot be encoded; convert the text or"
+                    " use a byte-level tokenizer"
                 )
             return np.array([self.byte_ids[b] for b in piece], np.uint32)
         ids = np.asarray(next(found), np.uint32)
@@ -193,44 +189,44 @@ class Tokenizer:
         return {token[0]: i for i, token in self.table.items() if len(token) == 1}
 
     def encode(self, text: str | bytes, name: str = "") -> list[int]:
-        """Ids of a text, which messages call `name`. A lone surrogate in a `str` stands for its
-        three bytes in "surrogatepass" encoding, which are not UTF-8. Bytes that are not UTF-8
-        become single-byte tokens; a vocabulary without these raises TokenizerError."""
+        """Encode a text, which messages call `name`. A lone surrogate stands for its three bytes in
+        "surrogatepass" encoding. Bytes that are not UTF-8 become single-byte tokens, or raise
+        TokenizerError if the vocabulary has none."""
         return self.encode_job(list(self.pieces(text)), [name] if name else ()).tolist()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for. Raises TokenizerError for an id that no token has."""
+        """Decode ids to bytes. Raises TokenizerError for an unknown id."""
         try:
             return b"".join(self.table[int(i)] for i in ids)
         except KeyError as error:
             raise TokenizerError(
-                f"decode: id {error} found, {self.name} has {len(self.table)} ids below"
+                f"decode: found id {error}, {self.name} has {len(self.table)} ids below"
                 f" {self.vocab_size}"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that `ids` stand for, with U+FFFD where their bytes are not UTF-8."""
+        """Decode ids to text, with U+FFFD for bytes that are not UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream(self, before: Sequence[int] = ()) -> "Stream":
-        """A decoder of tokens that come one at a time, after the tokens `before`."""
+        """Make a decoder of single tokens that follow the tokens `before`."""
         return Stream(self)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Bytes of text behind each id (vocab_size,), 0 for a special token."""
+        """Bytes of text of each id (vocab_size,), 0 for special tokens."""
         lengths = np.zeros(self.vocab_size, np.int64)
         for i in self.table.keys() - self.special_ids:
             lengths[i] = len(self.table[i])
         return lengths
 
     def token_lengths(self) -> np.ndarray | None:
-        """`lengths`; None if tokens have none of their own, so that bits per byte of a part of a
-        split are unknown."""
+        """Return `lengths`; None if tokens have none, which leaves bits per byte of a part of a
+        split unknown."""
         return self.lengths
 
     def files(self) -> dict[str, bytes]:
-        """tokenizer.json and tokenizer_config.json, the same bytes every time."""
+        """Return the content of tokenizer.json and tokenizer_config.json."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "nanonormuon_name": self.name,
@@ -261,8 +257,8 @@ class Tokenizer:
 def _place(
     job: Sequence[Piece], number: int, offset: int, names: Sequence[str], before: int
 ) -> str:
-    """Name the document, and the offset in it, of what is `offset` bytes into piece `number` of a
-    job of `Tokenizer.encode_job`. before: bytes of the first document that are in earlier jobs."""
+    """Name the document and offset of what is `offset` bytes into piece `number` of a job of
+    `Tokenizer.encode_job`. before: bytes of the first document that are in earlier jobs."""
     for piece in reversed(job[:number]):
         if piece is None:
             before = 0
@@ -273,19 +269,18 @@ def _place(
 
 
 class Stream:
-    """Decodes tokens one at a time; a character whose bytes are spread over several tokens comes
-    with the last of them."""
+    """Decodes tokens one at a time; a character spread over several tokens comes with the last."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text that this token completes. Raises TokenizerError for an unknown id."""
+        """Return the text that a token completes. Raises TokenizerError for an unknown id."""
         return self.decoder.decode(self.tokenizer.decode_bytes([token]))
 
     def finish(self) -> str:
-        """The text that was held back."""
+        """Return the text that is held back."""
         return self.decoder.decode(b"", final=True)
 
 
@@ -295,9 +290,9 @@ class Stream:
 class BPE(Tokenizer):
     """A byte-level BPE vocabulary.
 
-    `tokens` are in order of id, which is also their merge priority: the 256 single bytes in some
-    order, then the merged tokens. The one special token is <|endoftext|>, which `encode` never
-    produces: in a text it is thirteen ordinary characters.
+    tokens: in order of id, which is also their merge priority: the 256 single bytes in some order,
+    then the merged tokens. The only special token is <|endoftext|>, which `encode` never produces:
+    in a text it is thirteen ordinary characters.
     """
 
     def __init__(self, name: str, pattern: str, tokens: Iterable[bytes], eot: int) -> None:
@@ -360,10 +355,10 @@ class BPE(Tokenizer):
 
 
 def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair that makes each merged token of a table in order of id.
+    """Yield the pair that makes each merged token, in order of id.
 
-    tiktoken merges any pair whose union is a token, Hugging Face only listed pairs. They agree when
-    each token lists the one pair that BPE itself arrives at, using the tokens with smaller ids.
+    tiktoken merges any pair whose union is a token, Hugging Face only listed pairs. They agree if
+    each token lists the pair at which BPE arrives with the tokens of smaller ids.
     """
     for token, rank in islice(ranks.items(), 256, None):
         parts = [token[i : i + 1] for i in range(len(token))]
@@ -379,28 +374,28 @@ def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def read(content: dict[str, Any], name: str) -> BPE:
-    """The vocabulary in the content of a tokenizer.json that `BPE.save` wrote. Raises
-    TokenizerError, LookupError, TypeError, ValueError or AttributeError for any other."""
+    """Read a tokenizer.json that `BPE.save` wrote. Raises TokenizerError, LookupError, TypeError,
+    ValueError or AttributeError for any other content."""
     (eot,) = (t["id"] for t in content["added_tokens"])
     pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     vocab = content["model"]["vocab"]
     texts = sorted(vocab.keys() - {EOT}, key=vocab.get)
     found = BPE(name, str(pattern), (bytes(BYTES[c] for c in t) for t in texts), eot)
     if found.content != content:
-        raise TokenizerError("merges, ids or settings differ from what its vocabulary says")
+        raise TokenizerError("merges, ids or settings do not match its vocabulary")
     single = dict(islice(found.ranks.items(), 256))
-    # ValueError here, rather than with the first text, for a regex that cannot be compiled
+    # raises ValueError for an invalid regex here rather than with the first text
     tiktoken.Encoding(name, pat_str=found.pattern, mergeable_ranks=single, special_tokens={})
     return found
 
 
 def train(vocab_size: int, texts: Iterable[str | bytes]) -> BPE:
-    """Learn vocab_size - 257 merges; the last id is <|endoftext|>. Bytes not UTF-8 are left out.
+    """Learn vocab_size - 257 merges from UTF-8 text; the last id is <|endoftext|>.
 
-    A text too short for so many merges gives a smaller vocabulary, named by its true size. Tokens
-    have at most LONGEST characters.
+    A short text gives a smaller vocabulary, named by its actual size. Tokens have at most LONGEST
+    characters.
     """
-    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every percent
+    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it logs every percent
     trainer = rustbpe.Tokenizer()
     words = (
         word
@@ -409,10 +404,10 @@ def train(vocab_size: int, texts: Iterable[str | bytes]) -> BPE:
         if isinstance(piece, str)
         for word in cut_runs(piece, LONGEST)
     )
-    # Batches of 512 pieces of up to 64 Ki characters: what is held in memory stays small.
+    # holds only 512 pieces of up to 64 Ki characters in memory
     trainer.train_from_iterator(words, vocab_size - 1, buffer_size=512, pattern=PATTERN)
     tokens = [bytes(token) for token, _ in trainer.get_mergeable_ranks()]  # in order of id
     size = len(tokens) + 1
     if size < vocab_size:
-        log.warning("bpe: the text has merges for %d ids only, not %d", size, vocab_size)
+        log.warning("bpe: the text suffices for %d ids only, not %d", size, vocab_size)
     return BPE(f"bpe:{size}", PATTERN, tokens, size - 1)

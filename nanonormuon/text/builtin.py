@@ -1,4 +1,4 @@
-"""The demo's text: Python sources that come with the interpreter, prepared once and cached."""
+"""The demo's text: the interpreter's Python sources, prepared once and cached."""
 
 import logging
 import platform
@@ -26,9 +26,8 @@ TABLE = 70
 
 
 def python_sources(roots: list[Path] | None = None, installed: bool = False) -> Iterator[Document]:
-    """The Python files below directories, each a document; by default those of the running
-    interpreter's standard library, tens of MB of text that every machine has. `installed`: include
-    the packages installed there."""
+    """Yield the Python files below directories, each as a document; by default the standard
+    library of this interpreter, tens of MB. `installed`: include installed packages."""
     outside = {"__pycache__"} | (set() if installed else INSTALLED)
     for index, root in enumerate(roots or [Path(sysconfig.get_paths()["stdlib"])]):
         for path in sorted(root.rglob("*.py"), key=lambda path: path.parts):
@@ -37,17 +36,16 @@ def python_sources(roots: list[Path] | None = None, installed: bool = False) -> 
                 try:
                     content.decode()
                 except UnicodeDecodeError:
-                    continue  # a few of CPython's tests are in other encodings on purpose
+                    continue  # a few of CPython's tests deliberately use other encodings
                 yield Document(name.as_posix(), index, content)
 
 
 def library_sources() -> Iterator[Document]:
-    """The part of the standard library that a person would read to learn Python.
+    """Yield the part of the standard library that a person would read to learn Python.
 
-    Left out are test suites (which repeat their lines, and which some distributions of Python do
-    not install), what a build generates, and tables: files with fewer than TABLE words per 1,000
-    bytes, such as those of character sets. The rest is alike on every machine with a complete
-    installation of one Python version, so the demo's tokens are, too.
+    Leaves out test suites (repetitive, and not installed by some distributions), generated files,
+    and tables: files with fewer than TABLE words per 1,000 bytes, such as character sets. The rest,
+    and so the demo's tokens, is equal on every complete installation of a Python version.
     """
     for document in python_sources():
         words = len(re.findall(rb"[A-Za-z_]{2,}", document.data))
@@ -55,7 +53,7 @@ def library_sources() -> Iterator[Document]:
             yield document
 
 
-# name -> documents, validation's share of them
+# name -> documents, share of validation
 BUILTIN: dict[str, tuple[Callable[[], Iterator[Document]], float]] = {
     "builtin:stdlib": (library_sources, 0.2),
     "builtin:python": (python_sources, 0.02),  # all of it, the demo's text until 0.2
@@ -63,11 +61,10 @@ BUILTIN: dict[str, tuple[Callable[[], Iterator[Document]], float]] = {
 
 
 def builtin_data(name: str, tokenizer: str = "bpe:4096") -> Path:
-    """The data directory of a name in BUILTIN, prepared once into the user's cache.
+    """Return the data directory of a name in BUILTIN, preparing it in the user's cache if needed.
 
-    It is found by a hash of contents and settings, verified in full each time it is used, and made
-    anew if it is damaged. Several processes may call this at once: one prepares, the others wait.
-    Raises ConfigError for another name.
+    Its name contains a hash of contents and settings. Every use verifies it in full and rebuilds it
+    if damaged. Of several processes one prepares, and the others wait. Raises ConfigError.
     """
     if name not in BUILTIN:
         raise ConfigError(f'data.path = "{name}": expected {" or ".join(BUILTIN)}')
@@ -78,7 +75,7 @@ def builtin_data(name: str, tokenizer: str = "bpe:4096") -> Path:
         key.update(sha256(document.data).digest())
     target = cache_directory() / f"{name.partition(':')[2]}-{key.hexdigest()[:12]}"
     names = [f"Python {platform.python_version()} standard library"]
-    # whole, so that validation is that of the published figures under any Python
+    # whole: published figures depend on this split
     make = partial(prepare_documents, lambda: corpus, names, target, tokenizer, val, whole=True)
     with alone(target.parent, wait=True):
         try:

@@ -1,4 +1,4 @@
-"""The corpus that a configuration names: directories of shards, and the tokenizer they share."""
+"""A configuration's corpus: directories of shards and their common tokenizer."""
 
 import hashlib
 import json
@@ -19,29 +19,29 @@ log = logging.getLogger(__name__)
 
 
 def open_corpus(config: Config, world: World) -> tuple[Data, Tokenizer | None]:
-    """The data of a run, mixed where data.mix says so, and their tokenizer, None if unknown."""
+    """Open a run's data, with data.mix, and their tokenizer, None if unknown."""
     path = Path(config.data.path)
     if config.data.path.startswith("builtin:"):
-        from nanonormuon.text.builtin import builtin_data  # not part of every run
+        from nanonormuon.text.builtin import builtin_data  # many runs do not need it
 
         names = config.data.path, config.data.tokenizer
         path = Path(distributed.first_does(lambda: str(builtin_data(*names)), world.device))
     data, tokenizer, problem = open_directory(config, path)
     if tokenizer is None and world.first:
-        log.warning(f"no samples and no bits per byte, data.tokenizer is not usable: {problem}")
+        log.warning(f"no samples and no bits per byte, because data.tokenizer fails: {problem}")
     if share := config.data.tuning:
         data.train, data.val = data.train.cut(round((1 - share) * data.train.tokens))
         if min(data.train.tokens, data.val.tokens) < 2:
             raise DataError(
-                f"data.tuning = {share}: leaves {data.train.tokens} tokens of {path} to learn "
-                f"and {data.val.tokens} to judge by, expected at least 2 of each"
+                f"data.tuning = {share}: leaves {data.train.tokens} tokens of {path} for training "
+                f"and {data.val.tokens} for validation, expected at least 2 each"
             )
     mix(config, data, tokenizer)
     return data, tokenizer
 
 
 def open_directory(config: Config, path: Path) -> tuple[Data, Tokenizer | None, str]:
-    """One data directory; its tokenizer, or why there is none."""
+    """Open a data directory; returns data, tokenizer (if any), and why there is none."""
     if (path / MANIFEST).exists() and config.data.format == "shards":
         data, tokenizer = open_data(path, None, config.data.verify), load_tokenizer(path)
         data.check_tokenizer(tokenizer)
@@ -56,7 +56,7 @@ def open_directory(config: Config, path: Path) -> tuple[Data, Tokenizer | None, 
 
 
 def mix(config: Config, data: Data, tokenizer: Tokenizer | None) -> None:
-    """Add the train splits that data.mix names; their tokenizer must be the data's."""
+    """Add the training splits that data.mix names. Raises DataError for other tokenizers."""
     identity: list[Any] = [data.fingerprint]
     for name, share in mixture(config.data.mix):
         other, its, _ = open_directory(config, Path(name))
@@ -72,18 +72,18 @@ def mix(config: Config, data: Data, tokenizer: Tokenizer | None) -> None:
 
 
 def separator(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | None:
-    """The token that attention does not cross."""
+    """Return the token that attention does not cross, if any."""
     if not config.data.document_mask:
         return None
     if data.manifest:
         return data.manifest["tokenizer"]["eot"]
     if tokenizer is None:
-        raise ConfigError("data.document_mask: data.tokenizer must tell which token ends a text")
+        raise ConfigError("data.document_mask = true: expected a data.tokenizer")
     return tokenizer.eot
 
 
 def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | None:
-    """UTF-8 bytes of the text that validation predicts; None where that cannot be known."""
+    """Count the UTF-8 bytes of the text that validation predicts; None if unknown."""
     limit = config.data.val_tokens
     if data.val.bytes is not None and not limit:
         return data.val.bytes

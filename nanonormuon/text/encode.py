@@ -1,8 +1,7 @@
-"""Documents into shards: encoded by several threads, written in order, each shard read back.
+"""Encodes documents in several threads and writes them in order into shards.
 
-Which documents a shard holds depends on their text alone, and its tokens on the documents and the
-tokenizer. So neither the number of workers nor an interruption can change a byte, and finished
-shards can be kept.
+A shard depends only on the documents and the tokenizer, so neither the number of workers nor an
+interruption changes a byte, and finished shards can be kept.
 """
 
 import hashlib
@@ -31,8 +30,8 @@ JOB_BYTES = 1 << 18  # text that a worker encodes at a time
 
 
 def read_plan(directory: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The plan that an interrupted run left in a directory: what it was asked for, its tokenizer's
-    hash and the finished shards, those with intact files. None if something else was asked for."""
+    """Read an interrupted run's plan: what it was asked for, its tokenizer's hash, and those
+    finished shards that are intact. None if it was asked for something else."""
     try:
         plan = json.loads(read_file(directory / PLAN, 1 << 30))
         shards.check_shape(plan, PLAN_SHAPE, "plan")
@@ -44,7 +43,7 @@ def read_plan(directory: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     for entry in noted:
         path = directory / entry["name"]
         if path.is_file() and shards.sha256(path) == entry["sha256"]:
-            log.info("prepare: keeping %s, finished before", path.name)
+            log.info("prepare: keeping %s, finished by an earlier run", path.name)
             plan["shards"].append(entry)
     return plan
 
@@ -58,10 +57,10 @@ def encode(
     shard_bytes: int,
     workers: int,
 ) -> dict[str, dict[str, Any]]:
-    """Write the shards that are not finished yet; returns the manifest's entry for each split.
+    """Write the unfinished shards; returns each split's entry for the manifest.
 
-    `documents` come in order, each with "train" or "val", and have `total` bytes in all. A shard
-    has `shard_bytes` of text or slightly more. `workers` threads encode; 0: one per core.
+    documents: in order, each with "train" or "val"; `total` bytes in all. shard_bytes: of text per
+    shard, or slightly more. workers: threads; 0: one per core.
     """
     if plan["tokenizer"] != vocabulary.hash:
         plan |= {"tokenizer": vocabulary.hash, "shards": []}
@@ -97,8 +96,8 @@ def encode(
 def _in_shards(
     documents: Iterable[tuple[str, Document]], shard_bytes: int
 ) -> Iterator[tuple[str, str, Document | None]]:
-    """Each document with its split and the name of its shard; None after a shard's last one."""
-    number, filled = Counter(), Counter()  # of the open shard of each split, and its bytes of text
+    """Yield each document with its split and shard; None after a shard's last document."""
+    number, filled = Counter(), Counter()  # per split: index and bytes of text of the open shard
     for split, document in documents:
         name = f"{split}_{number[split]:06d}.bin"
         yield split, name, document
@@ -111,7 +110,7 @@ def _in_shards(
 
 
 class Writer:
-    """Encodes documents into one shard. At most `ahead` jobs wait to be written."""
+    """Encodes documents into one shard, with at most `ahead` jobs in flight."""
 
     def __init__(
         self, path: Path, vocabulary: Tokenizer, pool: ThreadPoolExecutor, ahead: int
@@ -121,13 +120,13 @@ class Writer:
         self.job: list[Piece] = []
         self.job_bytes = 0
         self.names: list[str] = []  # of the documents in the job
-        self.offset = 0  # bytes of the first of them that are in earlier jobs
+        self.offset = 0  # bytes of the first document that are in earlier jobs
         self.waiting: deque[Future] = deque()
         self.file, self.digest, self.tokens = path.open("wb"), hashlib.sha256(), 0
         self.file.write(bytes(shards.HEADER_BYTES))
 
     def add(self, document: Document) -> None:
-        """Append a document. Raises TokenizerError for the oldest one that cannot be encoded."""
+        """Append a document. Raises TokenizerError if an earlier one cannot be encoded."""
         self.job.append(None)
         self.names.append(document.name)
         done = 0
@@ -140,7 +139,7 @@ class Writer:
                 self.names, self.offset = [document.name], done
 
     def _send_job(self, left: int) -> None:
-        """Have the job encoded; write the ids of the oldest ones until `left` wait."""
+        """Submit the job, and write the oldest results until `left` jobs remain."""
         job = self.job, self.names, self.offset
         self.waiting.append(self.pool.submit(self.vocabulary.encode_job, *job))
         self.job, self.job_bytes, self.names, self.offset = [], 0, [], 0
@@ -153,8 +152,8 @@ class Writer:
             self.tokens += len(ids)
 
     def finish(self) -> dict[str, Any]:
-        """Write what waits and then the header, and read the shard back; returns its entry for the
-        manifest. Raises DataError if other bytes come back."""
+        """Write the remaining jobs and the header, and read the shard back; returns its entry for
+        the manifest. Raises DataError if the bytes differ."""
         self._send_job(0)
         with naming(self.path), self.file as file:
             file.seek(0)
@@ -163,8 +162,8 @@ class Writer:
         shard = shards.read_shard(self.path)
         largest = shards.check_ids(shard, self.vocabulary.vocab_size, self.path)
         if hashlib.sha256(shard.data).digest() != self.digest.digest():
-            raise DataError(f"{self.path}: read back other bytes than were written; check the disk")
-        # a long preparation's sign of life, where no bar is shown
+            raise DataError(f"{self.path}: reads differently from what was written; check the disk")
+        # shows the progress of a long preparation without a bar
         log.info("prepare: finished %s, %d tokens", self.path.name, self.tokens)
         return {
             "name": self.path.name, "tokens": self.tokens, "size": self.path.stat().st_size,

@@ -1,4 +1,4 @@
-"""The contents of a data directory, and what is wrong with them."""
+"""Describes a data directory's contents and finds problems in them."""
 
 import hashlib
 import heapq
@@ -20,11 +20,10 @@ LONGEST, WINDOWS, WINDOW = 5, 3, 64  # documents, windows of each split, tokens 
 
 
 def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> dict[str, Any]:
-    """Read a data directory whole and describe it in values that JSON can hold.
+    """Read a whole data directory and describe it as a JSON object.
 
-    `tokenizer` is needed only where the directory has none. "problems" lists what is wrong; a
-    directory that cannot be opened gives nothing else, one whose own tokenizer training would
-    refuse also "refused".
+    tokenizer: needed only if the directory has none. "problems" lists all problems; a directory
+    that cannot be opened has no other keys. "refused" means that training would refuse it.
     """
     problems: list[str] = []
     words: Tokenizer | None = None
@@ -42,13 +41,13 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
             data.check_tokenizer(load(directory))
         except DataError as error:
             problems.append(str(error))
-            result["refused"] = True  # by training, which takes no other tokenizer
+            result["refused"] = True
         if words and words.hash != data.manifest["tokenizer"]["hash"]:
             if tokenizer:
                 problems.append(f"{tokenizer}: not the tokenizer of the shards")
             words = None
     elif words is None:
-        problems.append("no manifest and no tokenizer: give --tokenizer, as in --tokenizer gpt2")
+        problems.append("no manifest and no tokenizer: add, for instance, --tokenizer gpt2")
     eot = data.manifest["tokenizer"]["eot"] if data.manifest else words and words.eot
     result["train"], train_digests = describe(data.train, eot, words)
     result["val"], val_digests = describe(data.val, eot, words)
@@ -61,8 +60,8 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
 def describe(
     split: Split, eot: int | None, words: Tokenizer | None
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Counts, longest documents and first windows of a split; and the first eight bytes of each
-    document's hash, by which documents are compared."""
+    """Return a split's counts, longest documents and first windows; and the first eight bytes of
+    each document's hash."""
     found: dict[str, Any] = {
         "shards": len(split.shards), "tokens": split.tokens, "bytes": split.bytes,
         "largest_id": max(int(shard.max()) for shard in split.shards),
@@ -95,7 +94,7 @@ def describe(
 
 
 def documents(split: Split, eot: int) -> Iterator[np.ndarray]:
-    """The tokens (n,) of each document without its separator. Tokens before a shard's first
+    """Yield each document's tokens (n,) without the separator. Tokens before a shard's first
     separator count as a document."""
     for shard in split.shards:
         chunks = ((at, shard[at : at + CHUNK]) for at in range(0, len(shard), CHUNK))
@@ -103,28 +102,28 @@ def documents(split: Split, eot: int) -> Iterator[np.ndarray]:
             (at + np.flatnonzero(part == eot)).tolist() for at, part in chunks
         )
         for before, end in pairwise(chain([-1], ends, [len(shard)])):
-            if end > 0:  # nothing stands before a shard's first token
+            if end > 0:  # the separator at index 0 ends no document
                 yield shard[before + 1 : end]
 
 
 def find_problems(result: dict[str, Any]) -> list[str]:
-    """Warnings about copies and about too few tokens."""
+    """List duplicate documents and splits with too few tokens."""
     problems = too_few(train=result["train"]["tokens"], val=result["val"]["tokens"])
     for name in ("train", "val"):
         part = result[name]
         if part["copies"] > 0.1 * part["documents"]:
             share = part["copies"] / part["documents"]
-            problems.append(f"{name}: {share:.0%} of the documents are copies of another")
+            problems.append(f"{name}: {share:.0%} of the documents are duplicates")
     if shared := result["val"]["also_in_train"]:
         problems.append(
-            f"val: {shared} of {result['val']['documents']} documents are in train too, so the"
-            " validation loss is too low"
+            f"val: {shared} of {result['val']['documents']} documents are also in train, which"
+            " lowers the validation loss"
         )
     return problems
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The result of `inspect` in lines for people."""
+    """Format the result of `inspect`."""
     lines = [f"{result['path']}"]
     if words := result.get("tokenizer"):
         lines.append(f"tokenizer: {words['name']}, {words['vocab_size']:,} ids")

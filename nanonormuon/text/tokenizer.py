@@ -1,8 +1,4 @@
-"""Where tokenizers come from: a name, training, or a file.
-
-`byte`; the published tiktoken encodings; BPE trained on a text; a saved tokenizer of ours; other
-people's tokenizer.json.
-"""
+"""Makes tokenizers: bytes, published tiktoken encodings, trained BPE, or a tokenizer.json."""
 
 import base64
 import difflib
@@ -24,9 +20,9 @@ from nanonormuon.text.bpe import BYTES, CL100K, CONFIG, EOT, FILE, GPT2, O200K, 
 
 __all__ = ["CONFIG", "EOT", "FILE", "PUBLISHED", "Tokenizer", "get", "load", "trained_size"]
 
-MAX_IDS = 9_999_999  # of a trained vocabulary
-DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)  # of a JSON file
-# bytes: ten million ids take 0.6 GB of JSON; of tokenizer_config.json and the published files
+MAX_IDS = 9_999_999  # in a trained vocabulary
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)  # from a damaged file
+# maximum bytes: of tokenizer.json (ten million ids take 0.6 GB), and of any other file
 LARGEST, LARGEST_OTHER = 1 << 30, 1 << 24
 
 
@@ -40,9 +36,9 @@ class Published:
     eot: int
 
     def build(self, name: str, data: bytes) -> Tokenizer:
-        """The tokenizer from the content of its file."""
+        """Make the tokenizer from its file's content."""
         lines = data.decode().splitlines()
-        if name == "gpt2":  # a list of merges, in the characters of CHARS, after a version line
+        if name == "gpt2":  # a version line, then merges in the characters of CHARS
             tokens = [bytes([b]) for b in bpe.BYTE_ORDER]
             tokens += [bytes(BYTES[c] for c in line if c != " ") for line in lines[1:]]
         else:  # "base64-of-token id" in order of id
@@ -74,12 +70,9 @@ PUBLISHED = {
 
 
 def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokenizer:
-    """The tokenizer that `spec` names.
-
-    `byte`; `gpt2`, `cl100k_base`, `o200k_base` (from tiktoken's cache directory, never from the
-    network); `bpe:N`, trained on `texts` to N ids in all; or the path of a saved one. Raises
-    TokenizerError.
-    """
+    """Make the tokenizer `spec`: `byte`; `gpt2`, `cl100k_base` or `o200k_base` (from tiktoken's
+    cache directory, never from the network); `bpe:N`, with N ids in all, trained on `texts`; or a
+    path. Raises TokenizerError."""
     spec = str(spec)
     if spec == "byte":
         return bpe.BPE("byte", PATTERN, [bytes([b]) for b in range(256)], 256)
@@ -87,7 +80,7 @@ def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokeniz
         return _from_cache(spec)
     if size := trained_size(spec):
         if texts is None:
-            raise TokenizerError(f"tokenizer {spec}: can only be trained, and no text is given")
+            raise TokenizerError(f"tokenizer {spec}: expected a text to train it on")
         return bpe.train(size, texts)
     if Path(spec).exists():
         return load(spec)
@@ -96,29 +89,29 @@ def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokeniz
         size = int(f"0{match[1]}"[:9]) * (1024 if match[2] else 1)
         near = [f"bpe:{size if 257 <= size <= MAX_IDS else 4096}"]
     raise TokenizerError(
-        f"tokenizer {spec!r}: neither byte, {', '.join(PUBLISHED)}, bpe:N nor an existing path"
+        f"tokenizer {spec!r}: expected byte, {', '.join(PUBLISHED)}, bpe:N or an existing path"
         + (f"; did you mean {near[0]}?" if near else "")
     )
 
 
 def trained_size(spec: str | Path) -> int | None:
-    """N if `spec` is bpe:N, else None. Raises TokenizerError for an N that cannot be."""
+    """Return N if `spec` is bpe:N, else None. Raises TokenizerError for an impossible N."""
     if not (match := re.fullmatch("bpe:([0-9]+)", str(spec))):
         return None
     if len(match[1]) > len(str(MAX_IDS)) or not 257 <= int(match[1]) <= MAX_IDS:
         raise TokenizerError(
-            f"tokenizer {spec}: needs at least 257 ids, 256 bytes + {EOT}, and at most {MAX_IDS}"
+            f"tokenizer {spec}: expected 257 (256 bytes and {EOT}) to {MAX_IDS} ids"
         )
     return int(match[1])
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Read a tokenizer: a tokenizer.json or the directory that holds it, or a published vocabulary
-    file (vocab.bpe, *.tiktoken), known by its sha256.
+    """Read a tokenizer.json, the directory that contains it, or a published vocabulary file
+    (vocab.bpe, *.tiktoken), recognised by its sha256.
 
-    A file that `BPE.save` wrote must equal what it would write for the table in it, so a changed
-    letter anywhere is refused; any other goes to the `tokenizers` library. Either must have the
-    hash in tokenizer_config.json, if there is one. Raises TokenizerError, OSError.
+    A file by `BPE.save` must equal what its vocabulary would be saved as; any other file goes to
+    the `tokenizers` library. The hash must match tokenizer_config.json's, if any. Raises
+    TokenizerError, OSError.
     """
     path = Path(path, FILE) if Path(path).is_dir() else Path(path)
     try:
@@ -135,7 +128,7 @@ def load(path: str | Path) -> Tokenizer:
             raise TokenizerError(
                 f"hash {found.hash}, expected {expected} ({CONFIG}); restore the file"
             )
-        # it goes into messages and files
+        # the name appears in messages and files
         found.name = "".join(c if c.isprintable() else "?" for c in found.name)
         found.path = path
         return found
@@ -145,27 +138,27 @@ def load(path: str | Path) -> Tokenizer:
         raise
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from None
-    except DataError as error:  # of read_file, which names the file
+    except DataError as error:  # from read_file; names the file
         raise TokenizerError(str(error)) from None
     except DAMAGE as error:
         problem = f"{type(error).__name__}: {str(error)[:200]}"
-        raise TokenizerError(f"{path}: damaged, or of an unknown kind ({problem})") from None
+        raise TokenizerError(f"{path}: damaged or of an unknown format ({problem})") from None
 
 
 def _read(content: Any, config: Any, path: Path) -> Tokenizer:
-    """The tokenizer in the content of a tokenizer.json and the tokenizer_config.json beside it."""
+    """Make a tokenizer from the content of tokenizer.json and of tokenizer_config.json."""
     if "nanonormuon_foreign" not in config:
-        # without a mark the file may be of either kind
+        # without nanonormuon_name it may be ours or not
         with suppress(*() if "nanonormuon_name" in config else DAMAGE):
             return bpe.read(content, str(config.get("nanonormuon_name", "custom")))
-    from nanonormuon.text import huggingface  # most runs do without it
+    from nanonormuon.text import huggingface  # few runs need it
 
     return huggingface.read(content, config, path)
 
 
 def _from_cache(name: str) -> Tokenizer:
-    """Build a published encoding from tiktoken's cache file, which is read here because tiktoken
-    would delete one with a wrong checksum and download it again."""
+    """Make a published encoding from tiktoken's cache. tiktoken itself would download a file that
+    is missing or has a wrong checksum."""
     published = PUBLISHED[name]
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     path = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
@@ -174,15 +167,15 @@ def _from_cache(name: str) -> Tokenizer:
         data = read_file(path, LARGEST_OTHER)
     except FileNotFoundError:
         raise TokenizerError(
-            f"tokenizer {name}: {path} is not there and nothing is downloaded here; save"
-            f" {published.address} under that name (set TIKTOKEN_CACHE_DIR to use another"
-            " directory), or anywhere, and give its path"
+            f"tokenizer {name}: {path} is missing and is not downloaded automatically; save"
+            f" {published.address} under this name (TIKTOKEN_CACHE_DIR sets the directory), or"
+            " anywhere, and give its path"
         ) from None
     except ValueError as error:
         raise TokenizerError(f"tokenizer {name}: {error}") from None
     if (found := hashlib.sha256(data).hexdigest()) != published.sha256:
         raise TokenizerError(
-            f"tokenizer {name}: {path} is damaged, sha256 {published.sha256} expected, {found}"
-            f" found; save {published.address} there anew"
+            f"tokenizer {name}: {path} is damaged: expected sha256 {published.sha256}, found"
+            f" {found}; save {published.address} there again"
         )
     return published.build(name, data)
