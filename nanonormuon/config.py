@@ -88,7 +88,7 @@ class TrainConfig:
     save_async: Literal["auto", "on", "off"] = "auto"  # write in a thread meanwhile; auto: GPUs
     sample_every: int = 0  # steps; 0: only before and after the run
     sample_tokens: int = 128  # per sample; 0: no samples
-    sample_prompt: str = ""  # "": samples begin a new document
+    sample_prompt: str = ""  # "def |class ": a sample for each; "": samples begin a new document
     track: Literal["", "tensorboard", "wandb"] = ""  # also send the rows of metrics.jsonl there
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute; weights and state stay float32

@@ -11,6 +11,11 @@ from nanonormuon.model import GPT, Cache
 from nanonormuon.text.tokenizer import Tokenizer
 
 
+def prompts(setting: str) -> list[str]:
+    """The prompts in train.sample_prompt, which | separates; || is a | in a prompt."""
+    return [part.replace("\0", "|") for part in setting.replace("||", "\0").split("|")]
+
+
 def cache_bytes(model: GPT) -> int:
     """Bytes that generation keeps of each token of a sequence."""
     numbers = sum(heads * width for b in model.layers for heads, width in b.self_attn.cached)
@@ -19,15 +24,9 @@ def cache_bytes(model: GPT) -> int:
 
 @torch.no_grad()
 def generate(
-    model: GPT,
-    prompt: Tensor,
-    max_tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    context: int = 1 << 30,
-) -> Iterator[Tensor]:
+    model: GPT, prompt: Tensor, max_tokens: int, temperature: float = 0.8, top_k: int = 0,
+    top_p: float = 0.95, seed: int = 0, context: int = 1 << 30,
+) -> Iterator[Tensor]:  # fmt: skip
     """Continue prompt (B, T) int64, T >= 1: yield max_tokens times the next tokens (B,) on the CPU.
 
     temperature 0 takes the likeliest token. top_k > 0 keeps only that many of the likeliest tokens,
@@ -134,13 +133,9 @@ def write(
 
 
 def stream(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_tokens: int,
-    stops: Sequence[str] = (),
+    model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, stops: Sequence[str] = (),
     **settings: Any,
-) -> Iterator[str]:
+) -> Iterator[str]:  # fmt: skip
     """Yield the continuation of `prompt` in printable pieces, up to the end of the document, a stop
     string or max_tokens. settings: those of `generate`."""
     for (piece,) in write(model, [Text(tokenizer, stops)], prompt, max_tokens, **settings):

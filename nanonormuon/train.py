@@ -30,7 +30,7 @@ from nanonormuon.runtime.health import BadStep, Guard, Spikes, Verdict, WeightSt
 from nanonormuon.runtime.memory import MicroBatch
 from nanonormuon.storage import checkpoints, huggingface
 from nanonormuon.storage.run import RunDirectory, Validations, aligned, announce, environment
-from nanonormuon.text.corpus import bytes_of_validation, open_corpus
+from nanonormuon.text.corpus import bytes_of_validation, compressors, open_corpus
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Trainer:
         described = environment(self.world.device, self.world.size, config.optim.name)
         rows, sampled = distributed.first_does(lambda: self.open_logs(described), self.world.device)
         self.validations.take_up(rows)
-        self.sampled = set(sampled)  # steps
+        self.sampled = set(map(tuple, sampled))  # (step, prompt)
         self.row = {"step": self.step, "tokens": self.tokens}  # the latest of metrics.jsonl
         if rows and rows[-1]["step"] == self.step:
             self.row = rows[-1]
@@ -170,9 +170,8 @@ class Trainer:
         self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
         self.guard.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
 
-    def open_logs(self, described: dict[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
-        """On rank 0: make sure of the disk's room, open the logs. Returns the rows there are, and
-        the steps of the samples."""
+    def open_logs(self, described: dict[str, Any]) -> tuple[list[dict], list[tuple[int, str]]]:
+        """On rank 0, check the room on the disk and open the logs, as RunDirectory.open does."""
         settings = self.config.train
         size = checkpoint.size_of(self.engine.model, self.engine.optimizers)
         every, last = settings.save_every or self.last_step, self.last_step
@@ -250,7 +249,7 @@ class Trainer:
         if self.exhausted and speak:
             best, stale = self.validations.best(), self.validations.stale
             log.info(f"no lower val_loss than step {best}'s in {stale} evaluations: done")
-        self.show_sample("after training")
+        self.show_samples("after training", logging.DEBUG)  # the command line shows both ends
         return self.summarise()
 
     def catch_up(self) -> None:
@@ -261,12 +260,12 @@ class Trainer:
                 self.validate()  # what training begins with
                 if self.world.first:
                     log.info("before training  val_loss {val_loss:.4f}".format(**self.row))
-            return self.show_sample("before training")
+            return self.show_samples("before training", logging.DEBUG)
         due = self.due(self.step)
         if due.evaluate and self.step not in self.validations:
             self.validate()
         if due.sample:
-            self.show_sample(f"after step {self.step}")
+            self.show_samples(f"after step {self.step}")
 
     def follow_up(self, due: Due, loss: Tensor, verdict: Verdict) -> None:
         """Do what follows a step: write the row, save, evaluate, stop if asked to, sample.
@@ -291,7 +290,7 @@ class Trainer:
             saved = f"after step {self.step}, which is saved"
             raise Interrupted(stop, f"{saved}; go on with: {self.again}")
         if due.sample and self.step < self.last_step:
-            self.show_sample(f"after step {self.step}")
+            self.show_samples(f"after step {self.step}")
         self.tick = time.perf_counter()
 
     def measure(self, loss: Tensor, grad_norm: float) -> dict[str, Any]:
@@ -343,23 +342,24 @@ class Trainer:
         """The signal that any rank has received, on all of them."""
         return int(distributed.largest([self.watch.stopping.number], self.world.device)[0])
 
-    def show_sample(self, when: str) -> None:
-        settings, tokenizer = self.config.train, self.tokenizer
-        if tokenizer is None or not settings.sample_tokens or self.step in self.sampled:
+    def show_samples(self, when: str, level: int = logging.INFO) -> None:
+        """Continue each prompt; every rank takes part, since sharded layers run in step."""
+        settings, model = self.config.train, self.engine.model
+        if self.tokenizer is None or not settings.sample_tokens:
             return
         from nanonormuon import sample  # not part of every run
 
-        prompt = settings.sample_prompt  # every rank takes part: sharded layers run in step
-        context, model = self.config.data.seq_len, self.engine.model
-        with self.watch.section("sample"):
-            text = "".join(
-                sample.stream(model, tokenizer, prompt, settings.sample_tokens, context=context)
-            )
-        if self.world.first:
-            lines = (prompt + text).splitlines()
-            log.info("sample %s:\n%s", when, "\n".join(f"  | {line}" for line in lines))
-            self.run.add_sample({"step": self.step, "prompt": prompt, "text": text})
-        self.sampled.add(self.step)
+        for prompt in sample.prompts(settings.sample_prompt):
+            if (self.step, prompt) in self.sampled:
+                continue
+            self.sampled.add((self.step, prompt))
+            size = {"max_tokens": settings.sample_tokens, "context": self.config.data.seq_len}
+            with self.watch.section("sample"):
+                text = "".join(sample.stream(model, self.tokenizer, prompt, **size))
+            if self.world.first:
+                self.run.add_sample({"step": self.step, "prompt": prompt, "text": text})
+                lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())
+                log.log(level, "sample %s:\n%s", when, lines)
 
     # ---------------------------------------------------------------------------------------------
     # How far the run is
@@ -430,6 +430,7 @@ class Trainer:
     def summarise(self) -> dict[str, Any]:
         """Write summary.json: where the run stands, after its last step or stop_at."""
         best, kept = self.validations.best(), self.validations.best(self.kept)
+        limit = self.config.data.val_tokens
         summary = {
             "steps": self.step,
             "tokens": self.tokens,
@@ -439,6 +440,7 @@ class Trainer:
             "train_seconds": round(self.seconds, 3),
             "compile_seconds": round(self.compile_seconds, 3),
             "total_seconds": round(self.total_seconds, 3),
+            **(compressors(self.data, self.tokenizer, limit) if self.world.first else {}),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
             "peak_memory": distributed.peak_memory(self.world.device),
             "checkpoint": f"checkpoints/step-{self.step:06d}",

@@ -9,30 +9,50 @@ import os
 import re
 import sys
 import traceback
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer import Option
 
 from nanonormuon import __version__, errors
 from nanonormuon.cli import lab, models, run, runs, text
+from nanonormuon.cli.options import setting_names
 from nanonormuon.storage.run import to_console
 
-COMMANDS = (
-    run.run, run.recipes, run.show, text.prepare, text.inspect, models.sample, models.evaluate,
-    models.export, runs.compare, runs.report, runs.diagnose, lab.race, lab.trials, run.doctor,
-)  # fmt: skip
+GROUPS = {
+    "Train": (run.run, run.recipes, run.show),
+    "Prepare data": (text.prepare, text.inspect),
+    "Use a model": (models.sample, models.evaluate, models.export),
+    "Look at runs": (runs.compare, runs.report, runs.diagnose),
+    "Compare optimizers": (lab.race, lab.trials),
+    "Check the machine": (run.doctor,),
+}
+
+
+class Groups(typer.core.TyperGroup):
+    """Lists the commands by group in plain text too, as rich does at a terminal."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        for group, members in GROUPS.items():
+            names = [command.__name__ for command in members]
+            with formatter.section(group):
+                formatter.write_dl([(n, self.commands[n].get_short_help_str(limit)) for n in names])
+
+
+plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
 app = typer.Typer(
     name="normuon-train",
+    cls=Groups,
     help="Train small language models with NorMuon (arXiv 2510.05491).\n\n"
     "Start with `normuon-train run`: a two-minute demo on any machine, without a network.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode=None if plain else "rich",
 )
-for command in COMMANDS:
-    app.command()(command)
+for group, members in GROUPS.items():
+    for command in members:
+        app.command(rich_help_panel=group)(command)
 
 
 def print_version(wanted: bool) -> None:
@@ -88,11 +108,9 @@ def hint(error: Exception, arguments: list[str]) -> str:
         re.search(rf"{re.escape(option)}[ =]([^\s-]\S*)", " ".join(arguments)) if option else None
     )
     if not value or command not in ("run", "show", "race", "trials"):
-        return ""  # without torch, which the list of settings needs
-    from nanonormuon.config import KINDS
-
+        return ""
     key = option.lstrip("-").replace("-", "_")
-    names = [name for name in KINDS if name.partition(".")[2] == key]
+    names = [name for name in setting_names() if name.partition(".")[2] == key]
     return "".join(f"settings have no dashes: did you mean {n}={value[1]}?\n" for n in names)
 
 

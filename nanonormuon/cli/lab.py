@@ -10,7 +10,9 @@ from typer import Argument, Option
 
 from nanonormuon.cli import options
 
-Recipe = Annotated[list[str], Argument(metavar=options.SETTINGS, help="Settings of all runs.")]
+Recipe = Annotated[list[str], Argument(
+    metavar=options.SETTINGS, help="Settings of all runs.", autocompletion=options.completions,
+)]  # fmt: skip
 Out = Annotated[Path, Option(help="Directory of the experiment; an interrupted one continues.")]
 AT_ONCE = "Runs at a time; 0: one per GPU, one on a CPU. Each has OMP_NUM_THREADS threads if set."
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]

@@ -4,6 +4,8 @@ import inspect
 import logging
 import os
 import re
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +16,17 @@ from typer import Argument, Option
 from nanonormuon import errors
 from nanonormuon.cli import options
 from nanonormuon.runtime import faults
-from nanonormuon.storage.files import in_shell
+from nanonormuon.storage.files import in_shell, in_units
 
 log = logging.getLogger("nanonormuon")
+LIMITS = (  # of the demo
+    "note: a model of this size, after minutes, has learned the look of its text: words, "
+    "indentation, brackets that close. It has no idea what a program does; larger recipes know more."
+)
 HELP = "Recipes, TOML files and single settings, merged from left to right."
-Settings = Annotated[list[str] | None, Argument(metavar=f"[{options.SETTINGS}]...", help=HELP)]
+Settings = Annotated[list[str] | None, Argument(
+    metavar=f"[{options.SETTINGS}]...", help=HELP, autocompletion=options.completions,
+)]  # fmt: skip
 
 
 def run(
@@ -70,7 +78,9 @@ def run(
 
     summary = train(loaded, out, resume, stopping)
     if first:
-        typer.echo(describe(summary, out, of_code=loaded.data.path == "builtin:python"))
+        typer.echo(describe(summary, out, loaded.train.sample_prompt))
+        if loaded.data.path == "builtin:python":
+            typer.echo(LIMITS)
 
 
 def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
@@ -101,15 +111,23 @@ def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
     return resumed
 
 
-def describe(summary: dict, out: Path, of_code: bool) -> str:
-    """The result of a run, where its checkpoints are, and the next command."""
+def describe(summary: dict, out: Path, prompts: str) -> str:
+    """The result of a run, what it has to show, where its checkpoints are, the next commands."""
+    from nanonormuon.runs.terminal import Look, story
+    from nanonormuon.sample import prompts as split
+
     result = f"step {summary['steps']:,}, {summary['tokens']:,} tokens"
     if summary.get("val_loss") is not None:
         result += f": val_loss {summary['val_loss']:.4f}"
     if summary.get("val_bpb") is not None:
         result += f", {summary['val_bpb']:.4f} bits per byte"
     times = "{train_seconds:.0f} s of training, {total_seconds:.0f} s in all".format(**summary)
-    lines = [f"done: {result}; {times}", f"checkpoint: {out / summary['checkpoint']}"]
+    lines = [f"done: {result}; {times}"]
+    if summary.get("val_bpb") is not None and (size := summary.get("compressed_bytes")):
+        others = "gzip -9 needs {gzip_bpb:.3f} and xz {xz_bpb:.3f}".format(**summary)
+        learned = f"{summary['val_bpb']:.3f} bits per byte of text it never saw"
+        lines.append(f"learned: {learned}; {others} ({in_units(size)} of validation text)")
+    lines += [*story(out, Look.of(sys.stdout)), f"checkpoint: {out / summary['checkpoint']}"]
     if summary["hugging_face"] or summary["own_source"]:
         trusting = ", with trust_remote_code=True" if summary["own_source"] else ""
         lines[-1] += f"  (in Hugging Face's format{trusting}; normuon-train export verifies it)"
@@ -120,8 +138,9 @@ def describe(summary: dict, out: Path, of_code: bool) -> str:
         lines.append(f"best: {out / best}{loss}")
     if step == 0:
         lines.append("no val_loss since was below that before training: try a lower optim.lr")
-    prompt = " --prompt 'def '" if of_code else ""
-    return "\n".join([*lines, f"next: normuon-train sample {in_shell(out)}{prompt}"])
+    prompt = f" --prompt {shlex.quote(first)}" if (first := split(prompts)[0]) else ""
+    lines.append(f"next: normuon-train sample {in_shell(out)}{prompt}")
+    return "\n".join([*lines, f"next: normuon-train report {in_shell(out)}"])
 
 
 def recipes(

@@ -10,7 +10,10 @@ from nanonormuon.cli import options
 
 
 def compare(
-    paths: Annotated[list[Path], Argument(metavar="RUN...", help="Run directories.")],
+    paths: Annotated[
+        list[Path] | None,
+        Argument(metavar="[RUN]...", help="Run directories; by default all in runs/."),
+    ] = None,
     target: Annotated[float | None, Option(help="Show when val_loss first got this low.")] = None,
     plot: options.Plot = None,
     as_json: options.AsJson = False,
@@ -23,7 +26,7 @@ def compare(
     """
     from nanonormuon.runs import compare as comparing
 
-    runs = comparing.read_all(paths)
+    runs = comparing.read_all(paths or options.runs("metrics.jsonl"))
     if plot is not None:
         comparing.plot(runs, plot, target)
     text = comparing.table(runs, target) + (f"\ncurves: {plot}" if plot else "")
@@ -31,7 +34,10 @@ def compare(
 
 
 def report(
-    path: Annotated[Path, Argument(metavar="RUN", help="Run directory.")],
+    paths: Annotated[
+        list[Path] | None,
+        Argument(metavar="[RUN]...", help="Run directories; by default the newest in runs/."),
+    ] = None,
     out: Annotated[Path, Option(help="Page to write.")] = Path("report.html"),
     older: options.Older = None,
 ) -> None:
@@ -46,7 +52,7 @@ def report(
     from nanonormuon.runs.report import write
 
     out = older or out
-    write(path, out)
+    write(paths or [options.newest("metrics.jsonl")], out)
     typer.echo(f"{out}: open it in a browser")
 
 

@@ -42,15 +42,9 @@ def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
 
 
 def show(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_tokens: int,
-    num: int = 1,
-    stops: Sequence[str] = (),
-    as_json: bool = False,
-    **settings: Any,
-) -> None:
+    model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, num: int = 1,
+    stops: Sequence[str] = (), as_json: bool = False, **settings: Any,
+) -> None:  # fmt: skip
     """Print `num` continuations of a prompt and log the speed. A single one appears piece by piece;
     several, or lines of JSON, appear when all are complete. settings: as of sample.generate."""
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A run as one self-contained HTML page: curves to hover over, samples, configuration."""
+"""Runs as one self-contained HTML page: curves to hover over, samples, configuration."""
 
 import hashlib
 import html
@@ -11,15 +11,16 @@ from typing import Any
 
 from nanonormuon.errors import UsageError
 from nanonormuon.pretrained.judge import RESULTS, kept
-from nanonormuon.runs.compare import RunRecord, read, row_of, spell
+from nanonormuon.runs.compare import RunRecord, read_all, row_of, spell
 from nanonormuon.runs.pictures import short
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import read_file, replace_file
 from nanonormuon.storage.run import read_samples
 
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 760, 274, 72, 34, 44, 10
-# by curve: its colour and its dashes, between which another that lies under it shows
-STYLES = (("#1f6feb", ""), ("#d1242f", "7 3"), ("#1a7f37", "2 3"), ("#9a6700", "9 3 2 3"))
+COLOURS = 6  # in report.html, as .c0 to .c5
+# between dashes another curve that lies under this one shows
+DASHES = {"": "", " (dashed)": "7 3", " (dotted)": "2 3", " (mixed)": "9 3 2 3"}
 WHICH = ("min", "mean", "max")
 CHARTS = (
     ("Loss", ("loss", "val_loss")),
@@ -27,67 +28,96 @@ CHARTS = (
     ("Learning rate", ("lr",)),
     ("Gradient norm", ("grad_norm",)),
     ("Neurons' weights (root mean square)", tuple(f"neuron_rms_{w}" for w in WHICH)),
-    ("Last update's norm over the weights'", ("update_ratio",)),
-    ("Experts' load over its mean", ("expert_load_min", "expert_load_max")),
-    ("Router's entropy over that of even shares", ("router_entropy",)),
+    ("Size of an update relative to the weights", ("update_ratio",)),
+    ("Experts' load relative to its mean", ("expert_load_min", "expert_load_max")),
+    ("Router's entropy relative to that of even shares", ("router_entropy",)),
     ("Tokens per second", ("tokens_per_second",)),
 )
 
 
-def write(run: Path, out: Path) -> None:
-    """Write the page of a run directory, or replace the one of the same directory. Raises RunError,
-    CheckpointError, UsageError, OSError."""
-    record = read(run)
+def write(paths: Sequence[Path], out: Path) -> None:
+    """Write the page of one run directory or several, or replace the page of the same ones. Raises
+    RunError, CheckpointError, UsageError, OSError."""
+    runs = read_all(paths)
     if out.is_dir():
         raise UsageError(f"--out {out}: a directory, expected a page's name, as {out}/run.html")
-    origin = hashlib.sha256(str(run.resolve()).encode()).hexdigest()
+    origin = hashlib.sha256("\n".join(str(p.resolve()) for p in paths).encode()).hexdigest()
     mark = f'content="{origin}"'.encode()
+    names = ", ".join(map(str, paths))
     if out.exists() and not (out.is_file() and mark in out.read_bytes()[:1000]):
-        raise UsageError(f"--out {out}: exists and is not a page of {run}: choose another name")
-    body = [key_values({k: spell(k, v) for k, v in row_of(record, None).items()})]
+        raise UsageError(f"--out {out}: exists and is not a page of {names}: choose another name")
+    body = [overview(runs)]
     for title, keys in CHARTS:
-        body += chart(record, title, keys)
-    body += samples(run / "samples.jsonl")
-    for name in (RESULTS, "summary.json", "environment.json"):
-        if (run / name).exists():
-            tables = kept(run / name) if name == RESULTS else [read_json(run / name)]
-            body += [f"<h2>{name.split('.')[0].capitalize()}</h2>", *map(key_values, tables)]
-    config = read_file(run / "config.toml").decode()
-    body += ["<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>"]
-    rows = json.dumps(record.rows).replace("<", "\\u003c")
-    title = html.escape(f"{record.name}: nanonormuon")
+        body += chart(runs, title, keys)
+    for run in runs:
+        name = html.escape(run.name)
+        body += [f"<details open><summary>{name}</summary>"] if len(runs) > 1 else []
+        body += [*details(run.path), *(["</details>"] if len(runs) > 1 else [])]
+    curves = [{"name": run.name, "rows": run.rows} for run in runs]
+    rows = json.dumps(curves).replace("<", "\\u003c")
+    title = html.escape(f"{', '.join(run.name for run in runs)}: nanonormuon")
     out.parent.mkdir(parents=True, exist_ok=True)
     page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     page = page.substitute(origin=origin, title=title, body="\n".join(body), rows=rows)
     replace_file(out, page.encode(errors="xmlcharrefreplace"))
 
 
-def key_values(content: dict[str, Any]) -> str:
-    known = {html.escape(str(k)): html.escape(str(v)) for k, v in content.items() if v is not None}
-    cells = (f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in known.items())
-    return f"<table>{''.join(cells)}</table>"
+def overview(runs: Sequence[RunRecord]) -> str:
+    """The runs' results, a column each, and the settings in which they differ."""
+    columns = [{k: spell(k, v) for k, v in row_of(run, None).items()} for run in runs]
+    settings = [{f"{s}.{k}": v for s, t in r.config.items() for k, v in t.items()} for r in runs]
+    for key in dict.fromkeys(key for table in settings for key in table):
+        if len({str(table.get(key, "-")) for table in settings}) > 1:
+            for column, table in zip(columns, settings):
+                column.setdefault(key.removeprefix("optim."), table.get(key, "-"))
+    return key_values(*columns)
+
+
+def details(run: Path) -> list[str]:
+    """Samples, results, environment and configuration of a run."""
+    parts = samples(run / "samples.jsonl")
+    for name in (RESULTS, "summary.json", "environment.json"):
+        if (run / name).exists():
+            tables = kept(run / name) if name == RESULTS else [read_json(run / name)]
+            parts += [f"<h2>{name.split('.')[0].capitalize()}</h2>", *map(key_values, tables)]
+    config = read_file(run / "config.toml").decode()
+    return [*parts, "<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>"]
+
+
+def key_values(*columns: dict[str, Any]) -> str:
+    """A table of equal keys, without those that have no value in the first column."""
+    rows = []
+    for key in (key for key, value in columns[0].items() if value is not None):
+        cells = "".join(f"<td>{html.escape(str(column.get(key)))}</td>" for column in columns)
+        rows.append(f"<tr><th>{html.escape(str(key))}</th>{cells}</tr>")
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
 def samples(file: Path) -> list[str]:
-    """The samples by step; the last one of a step that was repeated after an interruption."""
-    parts = []
-    for row in read_samples(file):
-        text = html.escape(row.get("prompt", "") + row.get("text", ""))
-        parts.append(f"<p>step {row['step']:,}</p><pre>{text}</pre>")
-    return ["<h2>Samples</h2>", *parts] if parts else []
+    """The samples, prompt by prompt in the order of their steps; the last one of a step that was
+    repeated after an interruption."""
+    rows, parts = read_samples(file), []
+    prompts = list(dict.fromkeys(row.get("prompt", "") for row in rows))
+    for row in sorted(rows, key=lambda row: prompts.index(row.get("prompt", ""))):
+        prompt, text = (html.escape(row.get(key, "")) for key in ("prompt", "text"))
+        bold = f"<b>{prompt}</b>" if prompt else ""
+        parts.append(f"<div><p>step {row['step']:,}</p><pre>{bold}{text}</pre></div>")
+    return ["<h2>Samples</h2>", '<div class="samples">', *parts, "</div>"] if parts else []
 
 
-def chart(run: RunRecord, title: str, keys: Sequence[str]) -> list[str]:
+def chart(runs: Sequence[RunRecord], title: str, keys: Sequence[str]) -> list[str]:
     """Draw the curves that have two points or more over steps, as an inline SVG with a line that
     follows the pointer; nothing if there are none."""
-    curves = {key: curve for key in keys if len((curve := run.curve(key))[0]) > 1}
+    found = ((i, key, run.curve(key)) for i, run in enumerate(runs) for key in keys)
+    curves = [(i, key, curve) for i, key, curve in found if len(curve[0]) > 1]
     if not curves:
         return []
-    ys = [y for _, y in curves.values() for y in y]
+    ys = [y for *_, curve in curves for y in curve[1]]
     bottom, top = min(ys), max(ys)
     if top - bottom < 1e-12 * max(1.0, abs(top)):
         bottom, top = bottom - 0.5 * (abs(bottom) or 1), top + 0.5 * (abs(top) or 1)
-    first, last = run.rows[0]["step"], run.rows[-1]["step"]  # equal in all charts
+    # equal in all charts
+    first, last = min(r.rows[0]["step"] for r in runs), max(r.rows[-1]["step"] for r in runs)
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def x_at(x: float) -> float:
@@ -104,15 +134,20 @@ def chart(run: RunRecord, title: str, keys: Sequence[str]) -> list[str]:
     for y in ticks(bottom, top):
         grid = f'class="grid" x1="{LEFT}" x2="{right}" y1="{y_at(y):.1f}" y2="{y_at(y):.1f}"'
         parts += [f"<line {grid}/>", label(LEFT - 6, y_at(y) + 4, short(y))]
-    for (x, y), (colour, dashes) in zip(curves.values(), STYLES):
-        points = " ".join(f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(x, y))
-        style = f'stroke="{colour}" stroke-dasharray="{dashes}"'
-        parts.append(f'<polyline class="curve" {style} points="{points}"/>')
-    names = [f'<span style="color:{c}">{key}</span>' for key, (c, _) in zip(curves, STYLES)]
+    shown, names = list(dict.fromkeys(key for _, key, _ in curves)), []
+    for i, key, curve in curves:
+        kind = shown.index(key)
+        style, dashes = list(DASHES.items())[kind]
+        colour = f"c{(kind if len(runs) == 1 else i) % COLOURS}"
+        points = " ".join(f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(*curve))
+        dashed = f'stroke-dasharray="{dashes}"'
+        parts.append(f'<polyline class="curve {colour}" {dashed} points="{points}"/>')
+        name = key if len(runs) == 1 else f"{html.escape(runs[i].name)} {key}{style}"
+        names.append(f'<span class="{colour}">{name}</span>')
     return [
         f"<h2>{title}</h2>",
         f'<div class="legend">{" ".join(names)}</div>' if len(names) > 1 else "",
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" data-keys="{" ".join(curves)}"',
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" data-keys="{" ".join(shown)}"',
         f'data-range="{first} {last} {LEFT} {right}">{"".join(parts)}',
         f'<line class="cursor" y1="{TOP}" y2="{floor}"/></svg><div class="readout"></div>',
     ]

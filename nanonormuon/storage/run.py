@@ -120,11 +120,11 @@ class RunDirectory:
 
     def open(
         self, config_toml: str, environment: dict[str, Any], step: int
-    ) -> tuple[list[dict[str, Any]], list[int]]:
+    ) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
         """Write what describes the run, and open its logs to continue after `step`.
 
-        Returns the rows of metrics.jsonl up to `step`, and the steps that samples.jsonl has up to
-        there; what is later will be repeated, and is removed from the files.
+        Returns the rows of metrics.jsonl up to `step`, and step and prompt of the samples up to
+        there; later ones will be repeated, and are removed from the files.
         """
         self.write("config.toml", config_toml)
         self.write("environment.json", json.dumps(environment, indent=1) + "\n")
@@ -136,15 +136,15 @@ class RunDirectory:
         log.addHandler(handler)
         log.setLevel(logging.DEBUG)  # for train.log; the console's handler has its own level
         rows = self.rewrite("metrics.jsonl", read_metrics, step)
-        sampled = [row["step"] for row in self.rewrite("samples.jsonl", read_samples, step)]
+        samples = self.rewrite("samples.jsonl", read_samples, step)
         file = self.path / "metrics.jsonl"
         self.metrics = self.resources.enter_context(file.open("a", encoding="utf-8"))
-        return rows, sampled
+        return rows, [(row["step"], row.get("prompt", "")) for row in samples]
 
     def rewrite(
         self, name: str, read: Callable[[Path], list[dict[str, Any]]], step: int
     ) -> list[dict[str, Any]]:
-        """Leave the rows up to `step` in a .jsonl file of the run, one per step; returns them."""
+        """Leave the rows up to `step` in a .jsonl file of the run; returns them."""
         file = self.path / name
         kept = [row for row in read(file) if row["step"] <= step]
         if file.exists():
@@ -273,12 +273,12 @@ def read_samples(file: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, Any]]:
-    """Read a .jsonl file of steps, one row per step: a later line of a step adds to an earlier one.
+    """Read a .jsonl file of steps, one row per step and prompt: a later line adds to an earlier one.
 
     Other lines, and values for which `fits` is false, are left out with one warning that names
     them: a crash may have cut the last line short. A missing file has no rows.
     """
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
     amiss = []
     for number, row in read_jsonl(file, cut=True) if file.is_file() else ():
         step = row.get("step") if isinstance(row, dict) else None
@@ -287,11 +287,12 @@ def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, An
             continue
         amiss += [f"line {number}: {key[:40]!r}" for key in row if not fits(key, row[key])]
         kept = {key: value for key, value in row.items() if fits(key, value)}
-        rows[step] = rows.get(step, {}) | kept
+        which = step, kept.get("prompt", "")
+        rows[which] = rows.get(which, {}) | kept
     if amiss:
         more = f" and {len(amiss) - 3} more" if len(amiss) > 3 else ""
         log.warning(f"{file}: damaged and left out: {', '.join(amiss[:3])}{more}")
-    return [rows[step] for step in sorted(rows)]
+    return [rows[which] for which in sorted(rows, key=lambda which: which[0])]
 
 
 def known_runs(path: Path | None = None) -> str:

@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nanonormuon.config import Config, mixture
 from nanonormuon.errors import ConfigError, DataError, TokenizerError
 from nanonormuon.runtime import distributed
@@ -16,6 +18,7 @@ from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer
 
 log = logging.getLogger(__name__)
+COMPRESSED = 8 << 20
 
 
 def open_corpus(config: Config, world: World) -> tuple[Data, Tokenizer | None]:
@@ -92,3 +95,24 @@ def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None)
     if tokenizer is None:
         return None
     return data.val.count_bytes(tokenizer.token_lengths(), limit)
+
+
+def compressors(data: Data, tokenizer: Tokenizer | None, max_tokens: int) -> dict[str, float]:
+    """What `gzip -9` and `xz` make of the text that validation predicts, in bits per byte, and its
+    bytes: the whole text, or about 8 MB from its beginning, for which xz takes some seconds. {}
+    without a tokenizer."""
+    if tokenizer is None:
+        return {}
+    import gzip
+    import lzma
+
+    special, text, left = [*tokenizer.special_ids], bytearray(), max_tokens or data.val.tokens
+    for shard in data.val.shards:
+        for start in range(1, len(shard), 1 << 16):
+            if left > 0 and len(text) < COMPRESSED:
+                ids = shard[start : start + min(left, 1 << 16)]
+                text += tokenizer.decode_bytes(ids[~np.isin(ids, special)].tolist())
+                left -= len(ids)
+    found = {"gzip_bpb": gzip.compress(text, 9), "xz_bpb": lzma.compress(text)}
+    bits = {name: round(8 * len(z) / max(1, len(text)), 4) for name, z in found.items()}
+    return bits | {"compressed_bytes": len(text)}
