@@ -349,13 +349,14 @@ class Trainer:
             return
         from nanonormuon import sample  # not part of every run
 
-        for prompt in sample.prompts(settings.sample_prompt):
+        size = {"max_tokens": settings.sample_tokens, "context": self.config.data.seq_len}
+        for seed, prompt in enumerate(sample.prompts(settings.sample_prompt)):
             if (self.step, prompt) in self.sampled:
                 continue
             self.sampled.add((self.step, prompt))
-            size = {"max_tokens": settings.sample_tokens, "context": self.config.data.seq_len}
             with self.watch.section("sample"):
-                text = "".join(sample.stream(model, self.tokenizer, prompt, **size))
+                pieces = sample.stream(model, self.tokenizer, prompt, seed=seed, **size)
+                text = "".join(pieces)
             if self.world.first:
                 self.run.add_sample({"step": self.step, "prompt": prompt, "text": text})
                 lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())

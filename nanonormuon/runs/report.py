@@ -88,21 +88,24 @@ def key_values(*columns: dict[str, Any]) -> str:
     """A table of equal keys, without those that have no value in the first column."""
     rows = []
     for key in (key for key, value in columns[0].items() if value is not None):
-        cells = "".join(f"<td>{html.escape(str(column.get(key)))}</td>" for column in columns)
+        values = (spell(key, v) if isinstance(v := c.get(key), float) else v for c in columns)
+        cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in values)
         rows.append(f"<tr><th>{html.escape(str(key))}</th>{cells}</tr>")
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
 def samples(file: Path) -> list[str]:
-    """The samples, prompt by prompt in the order of their steps; the last one of a step that was
-    repeated after an interruption."""
-    rows, parts = read_samples(file), []
-    prompts = list(dict.fromkeys(row.get("prompt", "") for row in rows))
-    for row in sorted(rows, key=lambda row: prompts.index(row.get("prompt", ""))):
-        prompt, text = (html.escape(row.get(key, "")) for key in ("prompt", "text"))
-        bold = f"<b>{prompt}</b>" if prompt else ""
-        parts.append(f"<div><p>step {row['step']:,}</p><pre>{bold}{text}</pre></div>")
-    return ["<h2>Samples</h2>", '<div class="samples">', *parts, "</div>"] if parts else []
+    """The samples of each prompt side by side, in the order of their steps; of a step that was
+    repeated after an interruption, the later one."""
+    rows = read_samples(file)
+    parts = ["<h2>Samples</h2>"] if rows else []
+    for prompt in dict.fromkeys(row.get("prompt", "") for row in rows):
+        parts.append('<div class="samples">')
+        for row in (row for row in rows if row.get("prompt", "") == prompt):
+            text = f"<b>{html.escape(prompt)}</b>{html.escape(row.get('text', ''))}"
+            parts.append(f"<div><p>step {row['step']:,}</p><pre>{text}</pre></div>")
+        parts.append("</div>")
+    return parts
 
 
 def chart(runs: Sequence[RunRecord], title: str, keys: Sequence[str]) -> list[str]:
@@ -142,7 +145,8 @@ def chart(runs: Sequence[RunRecord], title: str, keys: Sequence[str]) -> list[st
         points = " ".join(f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(*curve))
         dashed = f'stroke-dasharray="{dashes}"'
         parts.append(f'<polyline class="curve {colour}" {dashed} points="{points}"/>')
-        name = key if len(runs) == 1 else f"{html.escape(runs[i].name)} {key}{style}"
+        run = html.escape(runs[i].name) if len(runs) > 1 else ""
+        name = f"{run} {key}{style}" if run and len(shown) > 1 else run or key
         names.append(f'<span class="{colour}">{name}</span>')
     return [
         f"<h2>{title}</h2>",

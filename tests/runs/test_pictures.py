@@ -299,7 +299,7 @@ def test_a_single_value_makes_no_curve(trained, tmp_path):
     for row in rows[:-1]:
         row.pop("val_loss", None), row.pop("val_bpb", None)
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report.write(run, tmp_path / "r.html")
+    report.write([run], tmp_path / "r.html")
     page = Elements((tmp_path / "r.html").read_text())
     charts = [a["data-keys"] for tag, a in page.found if tag == "svg"]
     assert charts[:2] == ["loss", "lr"] and "Bits per byte" not in page.text["h2"]
@@ -313,7 +313,7 @@ def test_the_page_holds_everything_and_refers_to_nothing(page):
     assert not any({"src", "href"} & attributes.keys() for _, attributes in elements.found)
     rows = read_metrics(run / "metrics.jsonl")
     data = next(t for t in elements.text["script"] if t.lstrip().startswith("["))
-    assert json.loads(data) == rows
+    assert json.loads(data) == [{"name": "run", "rows": rows}]
     charts = {a["data-keys"]: a for tag, a in elements.found if tag == "svg"}
     assert list(charts) == [
         "loss val_loss", "val_bpb", "lr", "grad_norm",
@@ -328,7 +328,7 @@ def test_the_page_holds_everything_and_refers_to_nothing(page):
     losses = [r["loss"] for r in rows]
     order = sorted(range(12), key=lambda i: losses[i])
     assert sorted(range(12), key=lambda i: -heights[i]) == order
-    assert "</script><b>&amp;" in "".join(elements.text["pre"])
+    assert "</script><b>" in elements.text["b"] and "&amp;\u2028" in elements.text["pre"]
     assert {"step 0", "step 60", "step 61"} <= {*elements.text["p"]}
     assert "a\u2028b\u0085c" in "".join(elements.text["pre"])
     assert any("steps = 60" in t for t in elements.text["pre"])
@@ -350,7 +350,7 @@ def test_a_page_replaces_its_own_run_s_page_only(page, trained, tmp_path, capsys
 def test_no_label_of_a_chart_lies_on_another_or_outside(scale, tmp_path):
     rows = [{"step": i * scale, "loss": i / scale, "val_loss": i / scale} for i in range(1, 61)]
     run = compare.RunRecord(tmp_path, "a", {}, rows)
-    text = "".join(report.chart(run, "Loss", ("loss", "val_loss")))
+    text = "".join(report.chart([run], "Loss", ("loss", "val_loss")))
     boxes = []
     for x, y, anchor, label in re.findall(
         r'<text x="(.*?)" y="(.*?)" text-anchor="(.*?)">(.*?)<', text
@@ -371,7 +371,7 @@ def test_ticks_are_round_and_inside():
     assert report.ticks(2.3, 2.9) == pytest.approx([2.4, 2.6, 2.8])
     assert report.ticks(3, 3) == [3]
     with pytest.raises(RunError):
-        report.write(report.Path("/nonexistent"), report.Path("x.html"))
+        report.write([report.Path("/nonexistent")], report.Path("x.html"))
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
