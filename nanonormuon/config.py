@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanonormuon.errors import ConfigError
-from nanonormuon.normuon import coefficients
 from nanonormuon.parts.config import GPTConfig
 from nanonormuon.storage.files import optimizer_file, read_file
 
@@ -329,6 +328,10 @@ def check(config: Config, origin: dict[str, str]) -> None:
     def refuse(name: str, expected: str) -> None:
         value = attrgetter(name)(config)
         raise ConfigError(f"{origin.get(name, 'default')}: {name} = {value}: expected {expected}")
+
+    from nanonormuon.normuon import (
+        coefficients,
+    )  # and torch, which a list of settings need not load
 
     o, t, T = config.optim, config.train, config.data.seq_len
     if t.canonical and t.micro_batch == "auto":

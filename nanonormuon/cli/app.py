@@ -16,7 +16,6 @@ from typer import Option
 
 from nanonormuon import __version__, errors
 from nanonormuon.cli import lab, models, run, runs, text
-from nanonormuon.cli.options import setting_names
 from nanonormuon.storage.run import to_console
 
 GROUPS = {
@@ -109,8 +108,10 @@ def hint(error: Exception, arguments: list[str]) -> str:
     )
     if not value or command not in ("run", "show", "race", "trials"):
         return ""
+    from nanonormuon.config import KINDS
+
     key = option.lstrip("-").replace("-", "_")
-    names = [name for name in setting_names() if name.partition(".")[2] == key]
+    names = [name for name in KINDS if name.partition(".")[2] == key]
     return "".join(f"settings have no dashes: did you mean {n}={value[1]}?\n" for n in names)
 
 

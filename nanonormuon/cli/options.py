@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,6 @@ from typer import Argument, Option
 from nanonormuon.errors import RunError
 
 log = logging.getLogger("nanonormuon")
-PACKAGE = Path(__file__).parents[1]
 
 
 def named(value: str) -> Path:
@@ -22,22 +20,11 @@ def named(value: str) -> Path:
     return Path(value)
 
 
-def setting_names() -> list[str]:
-    """SECTION.KEY of every setting, read from the source: importing it would load torch."""
-    source = "".join((PACKAGE / name).read_text() for name in ("parts/config.py", "config.py"))
-    names, section = [], ""
-    for line in source.splitlines():
-        if found := re.match(r"class (\w*)Config\b|\w", line):
-            section = {"GPT": "model", None: ""}.get(found[1], (found[1] or "").lower())
-        elif section and (found := re.match(r"    (\w+): ", line)):
-            names.append(f"{section}.{found[1]}")
-    return names
-
-
 def completions(incomplete: str) -> list[str]:
     """Recipes, then settings, that begin as what has been typed."""
-    recipes = sorted(path.stem for path in (PACKAGE / "recipes").glob("*.toml"))
-    names = [*recipes, *(f"{name}=" for name in setting_names())]
+    from nanonormuon.config import KINDS, recipes
+
+    names = [*recipes(), *(f"{name}=" for name in KINDS)]
     return [name for name in names if name.startswith(incomplete)]
 
 

@@ -154,12 +154,9 @@ def verify(
 
 
 def model_card(
-    config: GPTConfig,
-    report: dict[str, Any],
-    tokenizer: Tokenizer,
-    state: dict[str, Any] | None,
+    config: GPTConfig, report: dict[str, Any], tokenizer: Tokenizer, state: dict[str, Any] | None,
     run: Path | None,
-) -> str:
+) -> str:  # fmt: skip
     """The README.md of a model directory: what the model is, its results, how it was trained."""
     name, millions = run.resolve().name if run else "model", report["parameters"] / 1e6
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")

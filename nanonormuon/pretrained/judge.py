@@ -32,17 +32,10 @@ RESULTS = "evaluations.json"
 
 
 def evaluate(
-    path: Path,
-    data: Sequence[Path] = (),
-    texts: Sequence[Path] = (),
-    questions: Sequence[Path] = (),
-    window: int = 0,
-    stride: int = 0,
-    max_tokens: int = 0,
-    device: str = "auto",
-    text_field: str = "text",
-    detail: bool = False,
-) -> list[dict[str, Any]]:
+    path: Path, data: Sequence[Path] = (), texts: Sequence[Path] = (),
+    questions: Sequence[Path] = (), window: int = 0, stride: int = 0, max_tokens: int = 0,
+    device: str = "auto", text_field: str = "text", detail: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Measure a model on each set: the validation splits of prepared directories; the documents of
     files and directories, as sources.documents reads them; files of multiple-choice questions.
     Without any set, on the validation split of the run's own data (even if the run validated on a
@@ -94,15 +87,9 @@ def evaluate(
 
 
 def on_split(
-    model: GPT,
-    tokenizer: Tokenizer,
-    world: distributed.World,
-    window: int,
-    stride: int,
-    limit: int,
-    split: Split,
-    train: Split | None = None,
-) -> dict[str, Any]:
+    model: GPT, tokenizer: Tokenizer, world: distributed.World, window: int, stride: int,
+    limit: int, split: Split, train: Split | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Loss, perplexity and bits per byte on the first `limit` targets of a split (0: all), and with
     the training split the breakdown of the loss."""
     ids = model.config.vocab_size

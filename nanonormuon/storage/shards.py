@@ -273,11 +273,9 @@ class Data:
 
 
 def open_data(
-    path: str | Path,
-    vocab_size: int | None = None,
-    verify: str = "auto",
+    path: str | Path, vocab_size: int | None = None, verify: str = "auto",
     headerless: bool = False,
-) -> Data:
+) -> Data:  # fmt: skip
     """Open a data directory.
 
     With a manifest, the shards must be the listed ones with the listed sizes, and the vocabulary no

@@ -63,15 +63,10 @@ class NotText(DataError):
 
 
 def documents(
-    sources: list[Source],
-    skip: Path | None = None,
-    text_field: str = "text",
-    separator: bytes = b"",
-    log_passed: bool = False,
-    skip_bad: bool = False,
-    max_record: int = formats.RECORD_LIMIT,
-    advise: bool = True,
-) -> Iterator[Document]:
+    sources: list[Source], skip: Path | None = None, text_field: str = "text",
+    separator: bytes = b"", log_passed: bool = False, skip_bad: bool = False,
+    max_record: int = formats.RECORD_LIMIT, advise: bool = True,
+) -> Iterator[Document]:  # fmt: skip
     """The documents of all sources, in order; blank ones are left out.
 
     A source is a file, a directory (walked in name order, without the directory `skip`), a pattern
