@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nanonormuon import build, checkpoint, evaluate, optim
 from nanonormuon.config import Config, flat, to_toml
@@ -29,6 +28,7 @@ from nanonormuon.runtime.faults import Stopping, Watch
 from nanonormuon.runtime.health import BadStep, Guard, Spikes, Verdict, WeightStats
 from nanonormuon.runtime.memory import MicroBatch
 from nanonormuon.storage import checkpoints, huggingface
+from nanonormuon.storage.files import progress
 from nanonormuon.storage.run import RunDirectory, Validations, aligned, announce, environment
 from nanonormuon.text.corpus import bytes_of_validation, compressors, open_corpus
 
@@ -230,10 +230,8 @@ class Trainer:
         speak = self.world.first
         self.catch_up()
         # log lines take the bar's place where standard error is not a terminal
-        self.bar = tqdm(
-            total=self.last_step, initial=self.step, unit="step",
-            disable=None if speak else True,
-        )  # fmt: skip
+        more = {"initial": self.step, "unit_scale": False, "disable": None if speak else True}
+        self.bar = progress("training", self.last_step, "step", **more)
         self.logged, self.tick = (self.step, self.seconds), time.perf_counter()
         self.watch.stopping.finish_steps()
         while self.step < self.last_step and not self.exhausted:

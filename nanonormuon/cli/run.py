@@ -19,9 +19,9 @@ from nanonormuon.runtime import faults
 from nanonormuon.storage.files import in_shell, in_units
 
 log = logging.getLogger("nanonormuon")
-LIMITS = (  # of the demo
-    "note: a model of this size, after minutes, has learned the look of its text: words, "
-    "indentation, brackets that close. It has no idea what a program does; larger recipes know more."
+LIMITS = (
+    "what to expect: after minutes, a model of this size knows how its text looks (words, "
+    "indentation, closing brackets), not what a program does; that takes larger models and data"
 )
 HELP = "Recipes, TOML files and single settings, merged from left to right."
 Settings = Annotated[list[str] | None, Argument(

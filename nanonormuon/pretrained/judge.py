@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nanonormuon.data import validation_targets
 from nanonormuon.errors import CheckpointError, DataError, UsageError
@@ -21,7 +20,7 @@ from nanonormuon.model import GPT, IGNORE
 from nanonormuon.pretrained import breakdown, models, multiple_choice
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints
-from nanonormuon.storage.files import check_plain, locked, replace_file
+from nanonormuon.storage.files import check_plain, locked, progress, replace_file
 from nanonormuon.storage.shards import Split
 from nanonormuon.text.sources import documents
 from nanonormuon.text.tokenizer import Tokenizer
@@ -99,7 +98,7 @@ def on_split(
         text_bytes = split.count_bytes(tokenizer.token_lengths(), limit)
     expected = validation_targets(split, limit)
     batch = max(1, min(64, 8192 // window, expected // stride))
-    with tqdm(total=expected, unit="token", unit_scale=True, leave=False, disable=None) as bar:
+    with progress("evaluating", expected, "token") as bar:
 
         def forward(tokens: Tensor, targets: Tensor, reduction: str) -> Tensor:
             bar.update(int((targets != IGNORE).sum()))
@@ -110,15 +109,10 @@ def on_split(
     if train is not None:
         detail["breakdown"] = breakdown.measure(model, split, train, window, stride, limit)
     return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": bits_per_byte(loss, targets, text_bytes),
-        "tokens": targets,
-        "bytes": text_bytes,
-        "window": window,
-        "stride": stride,
-        **detail,
-    }
+        "loss": loss, "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": bits_per_byte(loss, targets, text_bytes), "tokens": targets,
+        "bytes": text_bytes, "window": window, "stride": stride, **detail,
+    }  # fmt: skip
 
 
 def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Split:

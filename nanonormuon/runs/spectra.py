@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nanonormuon import optim
 from nanonormuon.errors import CheckpointError, UsageError
 from nanonormuon.normuon import coefficients, neuron_factors, newton_schulz
 from nanonormuon.pretrained import models
 from nanonormuon.runs.pictures import picture
+from nanonormuon.storage.files import progress
 from nanonormuon.storage.run import aligned
 from nanonormuon.storage.tensors import read_tensors
 
@@ -67,7 +67,7 @@ def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     settings, matrices = state["config"]["optim"], [*zip(group["names"], group["params"])]
     triples = coefficients(settings["ns_coefficients"], settings["ns_steps"])
     profiles = {}
-    for name, p in tqdm(matrices, unit="matrix", leave=False, disable=None):
+    for name, p in progress("diagnosing", None, "matrix", iterable=matrices):
         M = buffers.get(f"{name}.momentum", buffers.get(f"{name}.exp_avg"))
         if M is None:
             raise CheckpointError(f"{found}: no momentum of {name} in optimizer.safetensors")

@@ -273,7 +273,7 @@ def read_samples(file: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, Any]]:
-    """Read a .jsonl file of steps, one row per step and prompt: a later line adds to an earlier one.
+    """Read a .jsonl file of steps, a row per step and prompt: a later line adds to an earlier one.
 
     Other lines, and values for which `fits` is false, are left out with one warning that names
     them: a crash may have cut the last line short. A missing file has no rows.

@@ -232,17 +232,12 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json, the same bytes every time."""
         config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "nanonormuon_name": self.name,
+            "tokenizer_class": "PreTrainedTokenizerFast", "nanonormuon_name": self.name,
             "nanonormuon_hash": self.hash,
-            **({"nanonormuon_foreign": True} if self.foreign else {}),
-            "bos_token": self.end,
-            "eos_token": self.end,
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,
-        }
+            **({"nanonormuon_foreign": True} if self.foreign else {}), "bos_token": self.end,
+            "eos_token": self.end, "add_bos_token": False, "add_eos_token": False,
+            "clean_up_tokenization_spaces": False, "split_special_tokens": True,
+        }  # fmt: skip
         return {
             name: json.dumps(content, ensure_ascii=False, indent=1).encode()
             for name, content in ((FILE, self.content), (CONFIG, config))

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nanonormuon.errors import DataError
+from nanonormuon.storage.files import progress
 from nanonormuon.storage.shards import CHUNK, Split, open_data, too_few
 from nanonormuon.text.tokenizer import FILE, Tokenizer, get, load
 
@@ -70,7 +70,7 @@ def describe(
     digests, longest = array("Q"), []
 
     def read() -> Iterator[np.ndarray]:
-        with tqdm(desc="inspecting", total=split.tokens, unit_scale=True, disable=None) as bar:
+        with progress("inspecting", split.tokens, "token") as bar:
             for tokens in documents(split, eot):
                 digests.frombytes(hashlib.sha256(tokens.tobytes()).digest()[:8])
                 bar.update(len(tokens) + 1)

@@ -29,12 +29,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nanonormuon import __version__
 from nanonormuon.errors import DataError, TokenizerError
 from nanonormuon.storage import shards
-from nanonormuon.storage.files import locked, replace_file, sync_directory
+from nanonormuon.storage.files import locked, progress, replace_file, sync_directory
 from nanonormuon.storage.shards import MANIFEST, PARTIAL
 from nanonormuon.text import formats
 from nanonormuon.text.bpe import CONFIG, FILE, Tokenizer, pieces
@@ -161,7 +160,7 @@ class Survey:
         ]
         longest: dict[int, tuple[int, int, str]] = {}  # of each source: bytes, number, name
         hashes = [sha256() for _ in names]  # over the documents' sha256 (binary, in order)
-        with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+        with progress("reading", None, "B") as bar:
             for document in documents:
                 digest, size = sha256(document.data).digest(), len(document.data)
                 number, index = int.from_bytes(digest[:8], "big"), document.source
