@@ -41,7 +41,7 @@ class NonFinite(ValueError):
 
     def __init__(self, message: str, follows: bool = False):
         super().__init__(message)
-        self.follows = follows  # another rank is to blame and reports the details
+        self.follows = follows  # the fault is another rank's, which reports the details
 
 
 class Diverged(RuntimeError):
@@ -111,7 +111,7 @@ def describe(error: BaseException) -> str:
         )
     elif lost_peer(error):
         which = getattr(error, "lost", "another rank")
-        text = f"{which} failed or is gone, see its message ({text})"
+        text = f"{which} failed or is gone: see its own message ({text})"
     return f"{error.place}: {text}" if hasattr(error, "place") else text
 
 

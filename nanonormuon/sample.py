@@ -17,7 +17,7 @@ def prompts(setting: str) -> list[str]:
 
 
 def cache_bytes(model: GPT) -> int:
-    """Bytes that generation keeps of each token of a sequence."""
+    """Bytes of cache per token of a sequence."""
     numbers = sum(heads * width for b in model.layers for heads, width in b.self_attn.cached)
     return numbers * model.compute_dtype.itemsize
 

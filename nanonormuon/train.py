@@ -79,7 +79,7 @@ def train(
 
 
 class Due(NamedTuple):
-    """What a step is followed by."""
+    """What follows a step."""
 
     row: bool  # in metrics.jsonl
     save: bool
@@ -133,7 +133,7 @@ class Trainer:
         self.seconds = self.earlier_seconds = 0.0  # of training; of earlier processes in all
 
     def begin(self) -> None:
-        """Take up where an interrupted run left off, open the logs, compile."""
+        """Load the checkpoint to resume from, if any; open the logs; compile."""
         config, engine, run = self.config, self.engine, self.run
         if self.found:
             build.load_checkpoint(*self.found, config, self.data, self.tokenizer, engine)
@@ -226,7 +226,7 @@ class Trainer:
     # The loop
 
     def loop(self) -> dict[str, Any]:
-        """Take the steps, and do what each is followed by; returns what summary.json says."""
+        """Take every step and do what follows it; returns the content of summary.json."""
         speak = self.world.first
         self.catch_up()
         # log lines take the bar's place where standard error is not a terminal
@@ -251,8 +251,8 @@ class Trainer:
         return self.summarise()
 
     def catch_up(self) -> None:
-        """Do what comes before the first step; on resume, what an earlier process left undone that
-        ended between this step's checkpoint and the evaluation or sample after it."""
+        """Do what precedes the first step. On resume, evaluate and sample if an earlier process was
+        cut off between this step's checkpoint and these."""
         if self.step == 0:
             if self.config.train.init_from and 0 not in self.validations:
                 self.validate()  # what training begins with
@@ -300,18 +300,14 @@ class Trainer:
         self.logged = (self.step, self.seconds)
         spikes = self.guard.spikes
         return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
-            "loss": mean_loss,
-            "lr": self.config.optim.lr * self.schedule.lr(self.step - 1),
-            "grad_norm": grad_norm,
-            **self.weight_stats.row(),
+            "step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3),
+            "loss": mean_loss, "lr": self.config.optim.lr * self.schedule.lr(self.step - 1),
+            "grad_norm": grad_norm, **self.weight_stats.row(),
             **(self.engine.expert_load.row() if self.engine.expert_load else {}),
             "tokens_per_second": round(rate, 1),
             **({"skipped": spikes.skipped} if spikes.factor else {}),
             **(self.engine.qk_clip.row() if self.engine.qk_clip else {}),
-        }
+        }  # fmt: skip
 
     def validate(self) -> None:
         """Measure the loss on the whole validation split, equal on every rank, and add it to the
@@ -369,12 +365,12 @@ class Trainer:
 
     @property
     def total_seconds(self) -> float:
-        """Of this process and those before it."""
+        """Seconds of this process and earlier ones of the run."""
         return self.earlier_seconds + time.perf_counter() - self.began
 
     @property
     def exhausted(self) -> bool:
-        """Whether train.patience is at its end."""
+        """Whether train.patience has run out."""
         return 0 < self.config.train.patience <= self.validations.stale
 
     @property
@@ -415,25 +411,18 @@ class Trainer:
         spikes = asdict(self.guard.spikes)
         spikes.pop("factor")
         state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "total_seconds": self.total_seconds,
-            "ranks": self.world.size,
-            "micro_batch": self.memory.size,
-            "spikes": spikes,
-            "data": self.data.fingerprint,
-        }
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
+            "total_seconds": self.total_seconds, "ranks": self.world.size,
+            "micro_batch": self.memory.size, "spikes": spikes, "data": self.data.fingerprint,
+        }  # fmt: skip
         return checkpoint.describe(self.config, state, self.tokenizer)
 
     def summarise(self) -> dict[str, Any]:
-        """Write summary.json: where the run stands, after its last step or stop_at."""
+        """Write summary.json at the last step or stop_at; returns its content."""
         best, kept = self.validations.best(), self.validations.best(self.kept)
         limit = self.config.data.val_tokens
         summary = {
-            "steps": self.step,
-            "tokens": self.tokens,
-            **self.validations.get(self.step, {}),
+            "steps": self.step, "tokens": self.tokens, **self.validations.get(self.step, {}),
             "best_step": best,
             "best_val_loss": None if best is None else self.validations[best]["val_loss"],
             "train_seconds": round(self.seconds, 3),
@@ -446,7 +435,7 @@ class Trainer:
             "best_checkpoint": None if kept is None else f"checkpoints/step-{kept:06d}",
             "hugging_face": not huggingface.obstacles(self.config.model),
             "own_source": huggingface.carried(self.config.model),
-        }
+        }  # fmt: skip
         self.run.tidy(self.step)
         self.run.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary

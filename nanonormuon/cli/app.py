@@ -1,8 +1,5 @@
-"""The application: the list of commands, their common options, exit codes.
-
-Commands import torch, and modules that need it, inside their functions, so that a help text or a
-misspelt option takes a tenth of a second.
-"""
+"""The application: commands by group, common options, exit codes. Commands import torch inside
+their functions, so that a help text or a misspelt option is answered at once."""
 
 import logging
 import os
@@ -44,7 +41,7 @@ app = typer.Typer(
     name="normuon-train",
     cls=Groups,
     help="Train small language models with NorMuon (arXiv 2510.05491).\n\n"
-    "Start with `normuon-train run`: a two-minute demo on any machine, without a network.",
+    "Start here: `normuon-train run` is a demo of a few minutes; it needs no GPU and no network.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None if plain else "rich",
@@ -63,8 +60,10 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
-    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
-    quiet: Annotated[bool, Option("--quiet", help="Log only warnings and errors.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False,
+    quiet: Annotated[
+        bool, Option("--quiet", help="Print results, warnings and errors only.")
+    ] = False,
     version: Annotated[
         bool, Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -99,8 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def hint(error: Exception, arguments: list[str]) -> str:
-    """A line that suggests settings in place of an unknown option with a value, as optim.lr=0.1 for
-    --lr 0.1; "" if no setting has its name."""
+    """Suggest optim.lr=0.1 to whoever typed --lr 0.1; "" if no setting has the option's name."""
     option = getattr(error, "option_name", "")
     command = error.ctx.info_name if getattr(error, "ctx", None) else ""
     value = (
@@ -116,11 +114,10 @@ def hint(error: Exception, arguments: list[str]) -> str:
 
 
 def entry(arguments: list[str] | None = None) -> NoReturn:
-    """Run `main`, then end the process; the entry point for the shell and torchrun.
+    """Run `main` and end the process; the entry point for the shell and torchrun.
 
-    Once torch is loaded, the process ends without Python's cleanup, after all output is written.
-    Cleanup takes 0.4 s; with several ranks it can wait for lost ones, and gloo's threads can abort
-    it.
+    Once torch is loaded, skip Python's cleanup: it takes 0.4 s, can wait for lost ranks, and gloo's
+    threads can abort it.
     """
     # None if they were closed from the start
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
@@ -133,7 +130,7 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
 
 
 def flush(code: int) -> int:
-    """Write out buffered output; returns `code`, or the failure's if it was 0."""
+    """Write buffered output; returns `code`, or the code of a failed write if `code` is 0."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -13,16 +13,16 @@ from nanonormuon.cli import options
 Recipe = Annotated[list[str], Argument(
     metavar=options.SETTINGS, help="Settings of all runs.", autocompletion=options.completions,
 )]  # fmt: skip
-Out = Annotated[Path, Option(help="Directory of the experiment; an interrupted one continues.")]
-AT_ONCE = "Runs at a time; 0: one per GPU, one on a CPU. Each has OMP_NUM_THREADS threads if set."
+Out = Annotated[Path, Option(help="Experiment directory; repeat the command to continue it.")]
+AT_ONCE = "Runs at a time; 0: one per GPU, or one on a CPU (OMP_NUM_THREADS threads each, if set)."
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]
 Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
 Strings = list[str] | None
 OPTIMIZERS = "normuon,muon,adamw,zoo:NAME,FILE.py:Class,module:Class, each with +SETTING=VALUE."
 RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
-GROW = "Lengthen a grid, by 4 rates at most, while its best rate is its first or last."
-BASELINE = "Optimizer to measure the others against; else the best of all but the first."
-BREAKDOWN = "Also what `evaluate --breakdown` shows of the final models."
+GROW = "Add up to 4 rates to a grid while its best rate is the lowest or highest tried."
+BASELINE = "Optimizer to compare with; default: the best of all but the first."
+BREAKDOWN = "Add what `evaluate --breakdown` measures on the final models."
 AXIS = "Values of another setting to try: SECTION.KEY=A,B,C; repeatable."
 
 

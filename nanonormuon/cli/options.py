@@ -43,7 +43,7 @@ def newest(having: str = "checkpoints") -> Path:
 
 
 SETTINGS = "RECIPE|FILE.toml|SECTION.KEY=VALUE"
-RUN = {"metavar": "[RUN]", "show_default": False, "parser": named}
+RUN = {"metavar": "RUN", "show_default": False, "parser": named}
 MODEL = "Run, checkpoint or model directory; by default the newest run in runs/."
 Run = Annotated[Path, Argument(default_factory=newest, help=MODEL, **RUN)]
 Device = Annotated[str, Option(help="auto, cpu, cuda or mps.")]

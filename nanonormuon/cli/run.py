@@ -1,4 +1,4 @@
-"""Train a model; before that, inspect recipes, settings and the machine."""
+"""Train a model; look at recipes, settings and the machine."""
 
 import inspect
 import logging
@@ -23,9 +23,9 @@ LIMITS = (
     "what to expect: after minutes, a model of this size knows how its text looks (words, "
     "indentation, closing brackets), not what a program does; that takes larger models and data"
 )
-HELP = "Recipes, TOML files and single settings, merged from left to right."
+HELP = "Recipes, TOML files and settings; later ones override earlier ones."
 Settings = Annotated[list[str] | None, Argument(
-    metavar=f"[{options.SETTINGS}]...", help=HELP, autocompletion=options.completions,
+    metavar=f"{options.SETTINGS}...", help=HELP, autocompletion=options.completions,
 )]  # fmt: skip
 
 
@@ -35,12 +35,15 @@ def run(
     out: Annotated[Path | None, Option(help="Run directory; else runs/RECIPE-DATE-TIME.")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
     init_from: Annotated[
-        Path | None,
-        Option(help="Start from the weights of a run or of a Hugging Face directory."),
+        Path | None, Option(help="Run or Hugging Face model to start from.")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only print settings and costs.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print settings and cost, then stop.")
+    ] = False,
 ) -> None:
-    """Train a model. The default recipe is demo, with --init-from finetune.
+    """Train a model.
+
+    The default recipe is demo, or finetune with --init-from. Settings have no dashes: optim.lr=0.1.
 
     \b
     normuon-train run
@@ -112,7 +115,7 @@ def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
 
 
 def describe(summary: dict, out: Path, prompts: str) -> str:
-    """The result of a run, what it has to show, where its checkpoints are, the next commands."""
+    """The end of a run in words: result, curve and samples, checkpoints, what to do next."""
     from nanonormuon.runs.terminal import Look, story
     from nanonormuon.sample import prompts as split
 
@@ -137,16 +140,16 @@ def describe(summary: dict, out: Path, prompts: str) -> str:
         loss = f": val_loss {summary['best_val_loss']:.4f}" if saved else " of those that are kept"
         lines.append(f"best: {out / best}{loss}")
     if step == 0:
-        lines.append("no val_loss since was below that before training: try a lower optim.lr")
+        lines.append("val_loss never fell below its value before training: try a lower optim.lr")
     prompt = f" --prompt {shlex.quote(first)}" if (first := split(prompts)[0]) else ""
     lines.append(f"next: normuon-train sample {in_shell(out)}{prompt}")
     return "\n".join([*lines, f"next: normuon-train report {in_shell(out)}"])
 
 
 def recipes(
-    name: Annotated[str, Argument(metavar="[NAME]", help="Recipe to print; else a list.")] = "",
+    name: Annotated[str, Argument(metavar="NAME", help="Recipe to print; else a list.")] = "",
 ) -> None:
-    """List the recipes in the package, or print one.
+    """List the recipes, or print one.
 
     \b
     normuon-train recipes track3-normuon
@@ -167,7 +170,7 @@ def recipes(
 
 
 def show(settings: Settings = None) -> None:
-    """Print each setting, where its value comes from, what it means.
+    """Print every setting with its value, origin and meaning.
 
     \b
     normuon-train show demo optim.lr=0.01
@@ -184,16 +187,16 @@ def show(settings: Settings = None) -> None:
 
 
 def comments(table: type) -> dict[str, str]:
-    """The comment behind each setting in the source of its dataclass."""
+    """Each setting's comment in the source of its dataclass."""
     found = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(table), re.MULTILINE)
     return dict(found)
 
 
 def doctor(as_json: options.AsJson = False) -> None:
-    """Check this machine and name what to fix.
+    """Check this machine and say what to fix.
 
-    Reports versions, devices and what a run would choose, and tests that two processes can talk.
-    Exits with 1 if something would keep a run from working.
+    Shows versions, devices and the choices a run would make here, and lets two processes exchange
+    data. Exits with 1 if runs cannot work.
 
     \b
     normuon-train doctor

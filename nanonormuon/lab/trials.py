@@ -66,8 +66,8 @@ def describe(found: dict[str, Any]) -> str:
     """The verdict in one line."""
     sd = "" if found["sd"] is None else f" ± {found['sd']:.4f}"
     test = "" if found["p_value"] is None else f"; p = {found['p_value']:.2g} (one-sided t-test)"
-    word = "valid" if found["valid"] else "not valid"
+    word = "target reached" if found["valid"] else "target missed"
     return (
         f"val_loss {found['mean']:.4f}{sd} (n = {found['n']}), target {found['target']:g}: "
-        f"(target - mean) sqrt(n) = {found['margin']:.4f}, {word} from 0.004 on{test}"
+        f"(target - mean) sqrt(n) = {found['margin']:.4f}, {word} (0.004 or more needed){test}"
     )

@@ -143,14 +143,12 @@ def verify(
     if other(text)["input_ids"] != tokenizer.encode(text):
         raise UsageError("transformers' tokenizer gives other ids")
     return {
-        "architecture": type(loaded).__name__,
-        "own_source": own,
+        "architecture": type(loaded).__name__, "own_source": own,
         "parameters": sum(p.numel() for p in exported.parameters()),
-        "tokens_compared": tokens.numel(),
-        "largest_logit": largest,
+        "tokens_compared": tokens.numel(), "largest_logit": largest,
         "largest_difference": difference,
         "largest_difference_to_run": float((theirs - original).abs().max()),
-    }
+    }  # fmt: skip
 
 
 def model_card(

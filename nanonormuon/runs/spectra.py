@@ -107,7 +107,7 @@ def as_numbers(profiles: dict[str, dict[str, Profile]]) -> list[dict[str, Any]]:
 
 
 def table(profiles: dict[str, dict[str, Profile]]) -> str:
-    """A line per matrix: how even its spectrum and its rows are, in each kind of update."""
+    """A line per matrix: stable rank and spread of row norms, for each kind of update."""
     kinds = list(dict.fromkeys(kind for found in profiles.values() for kind in found))
     lines = [["matrix", *(f"stable rank {k}" for k in kinds), *(f"row spread {k}" for k in kinds)]]
     for row in as_numbers(profiles):

@@ -17,6 +17,7 @@ from nanonormuon.storage.run import read_metrics, read_samples
 WIDEST, NARROW = 100, 72  # columns at most; with fewer than NARROW texts are not side by side
 HEIGHT, LONGEST = 7, 10  # lines of the curve; of a sample at most
 BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # dots by row and column
+Points = Sequence[tuple[int, float]]  # steps and values
 ASCII = dict(zip(map(ord, "│┤└─┼●"), "||+-+o")) | dict.fromkeys(range(0x2801, 0x2900), "*")
 
 
@@ -35,7 +36,8 @@ class Look:
         terminal = stream.isatty()
         colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         unicode = (stream.encoding or "").lower().startswith("utf")
-        return cls(terminal, colours, unicode, min(WIDEST, shutil.get_terminal_size().columns - 1))
+        width = max(20, min(WIDEST, shutil.get_terminal_size().columns - 1))
+        return cls(terminal, colours, unicode, width)
 
     def paint(self, text: str, code: int) -> str:
         """Text in a colour or weight (1 bold, 2 faint, 33 yellow, 36 cyan), where there are any;
@@ -47,15 +49,11 @@ class Look:
 def story(run: Path, look: Look) -> list[str]:
     """The curve of a run, only at a terminal, and its first and last samples."""
     rows, samples = read_metrics(run / "metrics.jsonl"), read_samples(run / "samples.jsonl")
-    loss, val_loss = (
-        [(r["step"], r[key]) for r in rows if math.isfinite(r.get(key, math.nan))]
-        for key in ("loss", "val_loss")
-    )
     steps = sorted({row["step"] for row in samples})
     titles = {s: f"after step {s:,}" if s else "before training" for s in (*steps[:1], *steps[-1:])}
     if look.terminal:
-        drawn = curve(loss, val_loss, look) if len(loss) > 1 else []
-        return [*drawn, *(beside(samples, titles, look) if samples else ())]
+        curves = (points(rows, key) for key in ("loss", "val_loss"))
+        return [*curve(*curves, look), *beside(samples, titles, look)]
     lines = []
     for row in samples:
         if title := titles.get(row["step"]):
@@ -64,10 +62,14 @@ def story(run: Path, look: Look) -> list[str]:
     return lines
 
 
-def curve(
-    loss: Sequence[tuple[int, float]], val_loss: Sequence[tuple[int, float]], look: Look
-) -> list[str]:
-    """Draw (step, loss) as a line of braille dots, and validations as larger dots upon it."""
+def points(rows: Sequence[dict[str, Any]], key: str) -> Points:
+    return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+
+
+def curve(loss: Points, val_loss: Points, look: Look) -> list[str]:
+    """Draw the loss as a line of braille dots, and validations as larger dots upon it."""
+    if len(loss) < 2:
+        return []
     values = [y for _, y in (*loss, *val_loss)]
     low, high, first, last = min(values), max(values), loss[0][0], loss[-1][0]
     labels = [f"{high - (high - low) * i / (HEIGHT - 1):.3g}" for i in range(HEIGHT)]
@@ -92,19 +94,20 @@ def curve(
     lines = []
     for i, line in enumerate(cells):
         axis = f"{'' if i % 3 else labels[i]:>{margin}} {'│' if i % 3 else '┤'}"
-        points = ("".join(map(chr, line)).rstrip("\u2800").replace("\u2800", " ")).split("●")
-        points = look.paint("●", 33).join(look.paint(part, 36) for part in points)
-        lines.append(look.paint(axis, 2) + points)
-    legend = f"step {first:,} to {last:,}: loss, and val_loss at each "
+        parts = "".join(map(chr, line)).rstrip("\u2800").replace("\u2800", " ").split("●")
+        drawn = look.paint("●", 33).join(look.paint(part, 36) for part in parts)
+        lines.append(look.paint(axis, 2) + drawn)
     lines.append(look.paint(f"{'':{margin}} └{'─' * width}", 2))
-    return [*lines, f"{'':{margin}}  {legend}{look.paint('●', 33)}", ""]
+    legend = f"{'':{margin}}  step {first:,} to {last:,}: loss, and val_loss at each "
+    return ["", *lines, legend + look.paint("●", 33), ""]
 
 
 def beside(samples: Sequence[dict[str, Any]], titles: dict[int, str], look: Look) -> list[str]:
     """The samples of two steps, prompt by prompt, side by side; if the terminal is narrow, one
     above the other."""
-    of = {s: {r.get("prompt", ""): r.get("text", "") for r in samples if r["step"] == s}
-          for s in titles}  # fmt: skip
+    of: dict[int, dict[str, str]] = {step: {} for step in titles}
+    for row in samples:
+        of.get(row["step"], {})[row.get("prompt", "")] = row.get("text", "")
     wide = look.width >= NARROW and len(titles) > 1
     width = (look.width - 3) // 2 if wide else look.width
     lines = []

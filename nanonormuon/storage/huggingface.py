@@ -255,13 +255,11 @@ def own_config(
     file = MODELING.removesuffix(".py")
     classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
     return {
-        "architectures": ["NanonormuonForCausalLM"],
-        "model_type": "nanonormuon",
+        "architectures": ["NanonormuonForCausalLM"], "model_type": "nanonormuon",
         "auto_map": {auto: f"{file}.Nanonormuon{name}" for auto, name in classes.items()},
         **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
-        **usage(config, seq_len, eot, dtype),
-        "nanonormuon": asdict(config),
-    }
+        **usage(config, seq_len, eot, dtype), "nanonormuon": asdict(config),
+    }  # fmt: skip
 
 
 def usage(config: GPTConfig, seq_len: int, eot: int | None, dtype: str) -> dict[str, Any]:

@@ -317,11 +317,9 @@ class BPE(Tokenizer):
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
         return tiktoken.Encoding(
-            self.name,
-            pat_str=self.pattern,
-            mergeable_ranks=self.ranks,
+            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks,
             special_tokens={EOT: self.eot},
-        )
+        )  # fmt: skip
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
         return (self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)

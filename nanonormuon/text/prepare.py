@@ -109,17 +109,13 @@ def prepare_documents(
             if isinstance(error, DataError) and not plan["shards"]:
                 shutil.rmtree(partial, ignore_errors=True)  # finished ones may be wanted yet
             if partial.is_dir():
-                log.warning("prepare: stopped; the same command goes on from %s", partial)
+                log.warning("prepare: stopped; repeat the command to continue from %s", partial)
             raise
         manifest = {
-            "format": shards.FORMAT,
-            "tool": f"nanonormuon {__version__}",
+            "format": shards.FORMAT, "tool": f"nanonormuon {__version__}",
             "tokenizer": {k: getattr(vocabulary, k) for k in ("name", "hash", "vocab_size", "eot")},
-            "method": survey.method,
-            "copies": survey.copies,
-            **splits,
-            **asked,
-        }
+            "method": survey.method, "copies": survey.copies, **splits, **asked,
+        }  # fmt: skip
         manifest["sha256"] = shards.digest(manifest)
         _publish(partial, out, manifest)
     _warn(manifest)
