@@ -25,7 +25,7 @@ from nanonormuon.storage.files import optimizer_file, read_file
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = "builtin:python"  # a directory of shards; builtin: this interpreter's own sources
+    path: str = "builtin:stdlib"  # a directory of shards; builtin: this interpreter's library
     format: Literal["shards", "nanogpt"] = "shards"  # nanogpt: its train.bin, which has no header
     tokenizer: str = "bpe:4096"  # for builtin data; a prepared directory brings its own
     mix: str = ""  # "DIR=0.2, DIR=0.1": shares of the sequences that come from other directories

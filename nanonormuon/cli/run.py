@@ -82,7 +82,7 @@ def run(
     summary = train(loaded, out, resume, stopping)
     if first:
         typer.echo(describe(summary, out, loaded.train.sample_prompt))
-        if loaded.data.path == "builtin:python":
+        if loaded.data.path.startswith("builtin:"):
             typer.echo(LIMITS)
 
 

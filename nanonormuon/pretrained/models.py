@@ -17,7 +17,7 @@ from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.run import known_runs
 from nanonormuon.storage.shards import Data, open_data
 from nanonormuon.storage.tensors import TensorFile, check_names, check_shape, entries, placed_like
-from nanonormuon.text.builtin import builtin_python
+from nanonormuon.text.builtin import builtin_data
 from nanonormuon.text.huggingface import vocabulary
 from nanonormuon.text.tokenizer import FILE as TOKENIZER_FILE
 from nanonormuon.text.tokenizer import Tokenizer
@@ -207,7 +207,7 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
             )
         path, headerless = Path(settings["path"]), settings.get("format") == "nanogpt"
         if settings["path"].startswith("builtin:"):
-            path = builtin_python(settings["tokenizer"])
+            path = builtin_data(settings["path"], settings["tokenizer"])
         elif not path.is_dir():
             raise DataError(f"{path}: the run's data are no longer there: give --data")
     data = open_data(path, tokenizer.vocab_size, headerless=headerless)

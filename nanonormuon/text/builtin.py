@@ -1,15 +1,16 @@
-"""The demo's text: the Python sources that come with an interpreter, prepared once and cached."""
+"""The demo's text: Python sources that come with the interpreter, prepared once and cached."""
 
 import logging
 import platform
+import re
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-from nanonormuon.errors import DataError
+from nanonormuon.errors import ConfigError, DataError
 from nanonormuon.storage import shards
 from nanonormuon.storage.files import cache_directory
 from nanonormuon.text.bpe import PATTERN
@@ -18,6 +19,10 @@ from nanonormuon.text.sources import Document
 
 log = logging.getLogger(__name__)
 INSTALLED = {"site-packages", "dist-packages"}
+LEFT_OUT = re.compile(
+    r"(^|/)(tests?|idle_test|encodings|pydoc_data|config-[^/]*)/|(^|/)(_?test_|_sysconfigdata)[^/]*$"
+)
+TABLE = 70
 
 
 def python_sources(roots: list[Path] | None = None, installed: bool = False) -> Iterator[Document]:
@@ -36,17 +41,42 @@ def python_sources(roots: list[Path] | None = None, installed: bool = False) -> 
                 yield Document(name.as_posix(), index, content)
 
 
-def builtin_python(tokenizer: str = "bpe:4096", val: float = 0.02) -> Path:
-    """The demo's data directory: `python_sources`, prepared once into the user's cache.
+def library_sources() -> Iterator[Document]:
+    """The part of the standard library that a person would read to learn Python.
+
+    Left out are test suites (which repeat their lines, and which some distributions of Python do
+    not install), what a build generates, and tables: files with fewer than TABLE words per 1,000
+    bytes, such as those of character sets. The rest is alike on every machine with a complete
+    installation of one Python version, so the demo's tokens are, too.
+    """
+    for document in python_sources():
+        words = len(re.findall(rb"[A-Za-z_]{2,}", document.data))
+        if not LEFT_OUT.search(document.name) and 1000 * words >= TABLE * len(document.data):
+            yield document
+
+
+# name -> documents, validation's share of them
+BUILTIN: dict[str, tuple[Callable[[], Iterator[Document]], float]] = {
+    "builtin:stdlib": (library_sources, 0.2),
+    "builtin:python": (python_sources, 0.02),  # all of it, the demo's text until 0.2
+}
+
+
+def builtin_data(name: str, tokenizer: str = "bpe:4096") -> Path:
+    """The data directory of a name in BUILTIN, prepared once into the user's cache.
 
     It is found by a hash of contents and settings, verified in full each time it is used, and made
     anew if it is damaged. Several processes may call this at once: one prepares, the others wait.
+    Raises ConfigError for another name.
     """
-    corpus = list(python_sources())
+    if name not in BUILTIN:
+        raise ConfigError(f'data.path = "{name}": expected {" or ".join(BUILTIN)}')
+    read, val = BUILTIN[name]
+    corpus = list(read())
     key = sha256(f"{shards.FORMAT} {tokenizer} {PATTERN} {val}".encode())
     for document in corpus:
         key.update(sha256(document.data).digest())
-    target = cache_directory() / f"python-{key.hexdigest()[:12]}"
+    target = cache_directory() / f"{name.partition(':')[2]}-{key.hexdigest()[:12]}"
     names = [f"Python {platform.python_version()} standard library"]
     # whole, so that validation is that of the published figures under any Python
     make = partial(prepare_documents, lambda: corpus, names, target, tokenizer, val, whole=True)

@@ -25,12 +25,10 @@ def open_corpus(config: Config, world: World) -> tuple[Data, Tokenizer | None]:
     """The data of a run, mixed where data.mix says so, and their tokenizer, None if unknown."""
     path = Path(config.data.path)
     if config.data.path.startswith("builtin:"):
-        if config.data.path != "builtin:python":
-            raise ConfigError(f'data.path = "{config.data.path}": did you mean "builtin:python"?')
-        from nanonormuon.text.builtin import builtin_python  # not part of every run
+        from nanonormuon.text.builtin import builtin_data  # not part of every run
 
-        name = config.data.tokenizer
-        path = Path(distributed.first_does(lambda: str(builtin_python(name)), world.device))
+        names = config.data.path, config.data.tokenizer
+        path = Path(distributed.first_does(lambda: str(builtin_data(*names)), world.device))
     data, tokenizer, problem = open_directory(config, path)
     if tokenizer is None and world.first:
         log.warning(f"no samples and no bits per byte, data.tokenizer is not usable: {problem}")

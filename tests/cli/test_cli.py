@@ -45,7 +45,11 @@ def called(arguments, capsys):
             2,
             "the nearest are 7168 or 8960",
         ),
-        (["run", "data.path=builtin:pyhton", "--out", "OUT"], 2, 'did you mean "builtin:python"'),
+        (
+            ["run", "data.path=builtin:pyhton", "--out", "OUT"],
+            2,
+            "expected builtin:stdlib or builtin:python",
+        ),
         (
             ["run", "data.path=nowhere", "--out", "OUT"],
             3,

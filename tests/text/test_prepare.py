@@ -222,9 +222,9 @@ def test_hashes_alone_split_the_demo_and_small_documents(monkeypatch: pytest.Mon
     small = module.Survey(records([1000] * 900), ["x"], 0.02)
     assert not survey.cut and not survey.moved and not small.cut and not small.moved
     asked: list[Any] = []
-    monkeypatch.setattr(builtin, "python_sources", lambda: iter(documents[:9]))
+    monkeypatch.setitem(builtin.BUILTIN, "builtin:stdlib", (lambda: iter(documents[:9]), 0.2))
     monkeypatch.setattr(builtin, "prepare_documents", lambda *_, **options: asked.append(options))
-    builtin.builtin_python("byte")
+    builtin.builtin_data("builtin:stdlib", "byte")
     assert asked == [{"whole": True}]
 
 
@@ -746,36 +746,54 @@ def test_python_sources() -> None:
     assert next(d for d in found if d.name == "os.py").data == Path(os.__file__).read_bytes()
 
 
+def test_library_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tests, no tables, nothing that a build generates; the rest of the library as it is."""
+    names = {d.name for d in builtin.library_sources()}
+    assert {"os.py", "json/decoder.py", "unittest/case.py"} < names
+    assert not any("test_" in name or "/tests/" in name for name in names)
+    assert not any(
+        name.startswith(("encodings/", "_sysconfigdata", "pydoc_data")) for name in names
+    )
+    table = Document("codes.py", 0, b"TABLE = {" + b"0x1f: 2310, " * 99 + b"}")
+    code = [Document(name, 0, b"def double(x):\n    return 2 * x\n") for name in (
+        "a.py", "b/latest.py", "b/test_a.py", "c/tests/d.py", "config-3.11/e.py")]  # fmt: skip
+    monkeypatch.setattr(builtin, "python_sources", lambda: iter([table, *code]))
+    assert [d.name for d in builtin.library_sources()] == ["a.py", "b/latest.py"]
+
+
 @pytest.fixture
 def few_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The demo's corpus cut to its first MB, and a cache directory of our own."""
     found = []
-    for document in builtin.python_sources():
+    for document in builtin.library_sources():
         found.append(document)
         if sum(len(d.data) for d in found) > 1e6:
             break
-    monkeypatch.setattr(builtin, "python_sources", lambda: iter(found))
+    monkeypatch.setitem(builtin.BUILTIN, "builtin:stdlib", (lambda: iter(found), 0.2))
     monkeypatch.setenv("NANONORMUON_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def test_builtin_python(few_sources: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = builtin.builtin_python("bpe:500")
-    assert path.parent == few_sources and path.name.startswith("python-")
+    path = builtin.builtin_data("builtin:stdlib", "bpe:500")
+    assert path.parent == few_sources and path.name.startswith("stdlib-")
     before = content(path)
-    assert builtin.builtin_python("bpe:500") == path and content(path) == before
-    assert builtin.builtin_python("byte") != path
+    assert builtin.builtin_data("builtin:stdlib", "bpe:500") == path and content(path) == before
+    assert builtin.builtin_data("builtin:stdlib", "byte") != path
     raw = bytearray(before["train_000000.bin"])
     raw[5000] ^= 1
     (path / "train_000000.bin").write_bytes(raw)
-    assert builtin.builtin_python("bpe:500") == path and content(path) == before
+    assert builtin.builtin_data("builtin:stdlib", "bpe:500") == path and content(path) == before
     assert "rebuilding the demo's data" in caplog.text
     assert len(list(few_sources.iterdir())) == 2, "no scratch directory is left"
 
 
 def test_builtin_python_by_two_processes_at_once(few_sources: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=builtin.builtin_python, args=("byte",)) for _ in range(3)]
+    processes = [
+        context.Process(target=builtin.builtin_data, args=("builtin:stdlib", "byte"))
+        for _ in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -790,7 +808,7 @@ def test_no_network(few_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("opened a socket")
 
     monkeypatch.setattr(socket, "socket", refuse)
-    assert shards.open_data(builtin.builtin_python("bpe:400")).vocab_size == 400
+    assert shards.open_data(builtin.builtin_data("builtin:stdlib", "bpe:400")).vocab_size == 400
 
 
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
