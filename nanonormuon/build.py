@@ -108,8 +108,7 @@ class Maker:
     def micro_batch(self, per_rank: int, state: dict[str, Any] | None) -> int:
         """Sequences per device at a time: equal on every rank, and a divisor of per_rank.
 
-        state: of the checkpoint to resume from. Called before `engine`, since a probe on a GPU
-        needs the memory.
+        state: of the checkpoint to resume from. Called before `engine`: a GPU's probe needs memory.
         """
         train, world = self.config.train, self.world
         if train.micro_batch != "auto":

@@ -293,8 +293,7 @@ def parse_number(text: str) -> int | float | None:
 
 
 def mixture(mix: str) -> list[tuple[str, int]]:
-    """Parse data.mix, "DIR=0.2, DIR=0.1": directories and their shares in millionths. Raises
-    ConfigError."""
+    """Parse data.mix, "DIR=0.2, DIR=0.1": directories, shares in millionths. Raises ConfigError."""
     found = []
     for item in filter(None, map(str.strip, mix.split(","))):
         name, _, text = (part.strip() for part in item.rpartition("="))

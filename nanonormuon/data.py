@@ -218,8 +218,7 @@ def _gather(split: Split, windows: np.ndarray, seq_len: int) -> tuple[torch.Tens
 
 
 def validation_targets(split: Split, max_tokens: int = 0) -> int:
-    """Number of tokens that `validation_batches` predicts: all but the first of each shard, or
-    max_tokens of them."""
+    """Tokens that `validation_batches` predicts: max_tokens, or all but the first of each shard."""
     total = split.tokens - len(split.shards)
     return min(total, max_tokens) if max_tokens else total
 

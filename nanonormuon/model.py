@@ -197,8 +197,7 @@ class Block(nn.Module):
 
 
 def chunk_rows(tokens: int, vocab_size: int, device: str) -> int:
-    """Rows of logits that HeadLoss has at a time on a type of device: CHUNK logits or 512 rows at
-    most, whichever is more."""
+    """Rows of logits that HeadLoss computes at a time: CHUNK logits, but at least 512 rows."""
     most = max(512, CHUNK.get(device, 1 << 28) // vocab_size)
     parts = -(-tokens // (1 << most.bit_length() - 1))  # products of 2^k rows are the fastest
     return -(-tokens // parts)  # equal parts: a rest would be slow and compiled on its own
@@ -264,8 +263,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """The model. `compute_dtype` is what activations and products use; weights stay float32, but
-    for embed_dtype."""
+    """The model. Activations and products use `compute_dtype`, weights float32 (see embed_dtype)."""
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -412,8 +410,7 @@ class Cache:
         return (torch.arange(self.shown(), device=self.device) <= self.length)[None, None, None]
 
     def extend(self, attention: nn.Module, *new: Tensor) -> list[Tensor]:
-        """Append tensors (B, heads, T, width), as attention.cached lists them; returns those to
-        attend to."""
+        """Append tensors (B, heads, T, width) as in attention.cached; returns all to attend to."""
         end = self.length + (T := new[0].size(2))
         if end > self.size:
             raise ValueError(f"cache of {self.size} tokens: {end} do not fit")

@@ -74,8 +74,7 @@ class Text:
 
     A character whose bytes are spread over tokens is returned when it is complete, and the possible
     beginning of a stop string is held back until it is ruled out. `ended`: after the end of the
-    document, an id without a token (a row that pads the vocabulary), or a stop string, which is
-    left out.
+    document, an id without a token (padding of the vocabulary), or a stop string (left out).
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):

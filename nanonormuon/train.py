@@ -41,8 +41,7 @@ def train(
     """Train as configured, leaving everything in `out`; returns what summary.json says.
 
     Raises ConfigError, DataError, CheckpointError, RunError, NonFinite, OutOfMemory or OSError with
-    one line that says what to do, and Interrupted after a signal. stopping: signal handlers that
-    are installed already.
+    one line that says what to do, and Interrupted after a signal. stopping: handlers in place.
     """
     optim.check_trusted(config.optim.name)
     limit = config.train.time_limit

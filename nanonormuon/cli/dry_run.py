@@ -152,8 +152,7 @@ def report(config: Config) -> list[str]:
 
 
 def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str:
-    """Time models of one and two blocks (pairs of blocks with value_embed), whose difference is the
-    time of each further one."""
+    """Time models of one and two blocks (pairs with value_embed); each further one adds as much."""
     per_block = found.flops_per_token / config.model.n_layer  # an upper bound: all outside counts
     too_long = here().type == "cpu" and per_block * micro * config.data.seq_len > LONGEST_TRIAL
     if too_long or found.memory > memory.memory_of(here()):

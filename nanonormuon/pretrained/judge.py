@@ -116,8 +116,7 @@ def on_split(
 
 
 def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Split:
-    """The documents of a file or directory, one after the other, as a split of one shard. Raises
-    DataError."""
+    """The documents of a file or directory, in order, as a split of one shard. Raises DataError."""
     parts, size = [], 0
     for document in documents([file], text_field=text_field, advise=False):
         parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data, document.name)]))

@@ -52,8 +52,7 @@ class Profile:
 def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     """Profile each hidden matrix of a run's newest checkpoint: "momentum" (of AdamW, the first
     moment), "muon" and, if the run kept second moments, "normuon"; of a model directory's matrices
-    the "weights". A stack of experts is profiled matrix by matrix, as NAME.0 and so on. Raises
-    CheckpointError."""
+    the "weights". A stack of experts is profiled as NAME.0 and so on. Raises CheckpointError."""
     found = models.find_checkpoint(path)
     state = models.state_of(found)
     model = models.load_model(found, torch.float32, torch.device("cpu"))

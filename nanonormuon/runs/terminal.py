@@ -103,8 +103,7 @@ def curve(loss: Points, val_loss: Points, look: Look) -> list[str]:
 
 
 def beside(samples: Sequence[dict[str, Any]], titles: dict[int, str], look: Look) -> list[str]:
-    """The samples of two steps, prompt by prompt, side by side; if the terminal is narrow, one
-    above the other."""
+    """The samples of two steps, prompt by prompt: side by side, or stacked if `look` is narrow."""
     of: dict[int, dict[str, str]] = {step: {} for step in titles}
     for row in samples:
         of.get(row["step"], {})[row.get("prompt", "")] = row.get("text", "")

@@ -173,8 +173,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def first_does(work: Callable[[], Any], device: torch.device) -> Any:
-    """Run `work` on rank 0 only; every rank returns its result, anything JSON can say, or raises if
-    the work failed."""
+    """Run `work` on rank 0; every rank returns its result, any JSON value, or raises."""
     failure, answer = None, {}
     if not int(os.environ.get("RANK", "0")):
         try:

@@ -28,8 +28,7 @@ class Stopping:
     """Handlers for SIGINT and SIGTERM.
 
     Before finish_steps is called, the first signal raises Interrupted at once. Afterwards it only
-    sets `number`, so that the current step is finished and saved. A second signal ends the process
-    immediately.
+    sets `number`, so that the current step is finished and saved. A second one ends the process.
     """
 
     def __init__(self) -> None:

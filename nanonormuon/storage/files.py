@@ -93,8 +93,7 @@ def open_regular(path: str | Path, buffer: int = -1) -> BufferedReader:
 
 
 def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
-    """Read a whole file as `open_regular` opens it. Raises DataError if it has more than `limit`
-    bytes. Raises OSError."""
+    """Read a whole file, as `open_regular`. Raises OSError, DataError beyond `limit` bytes."""
     with open_regular(path) as file:
         if (found := os.fstat(file.fileno()).st_size) > limit:
             raise DataError(f"{path}: expected at most {limit:,} bytes, found {found:,}")
@@ -119,8 +118,7 @@ def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
     """Yield line number (from 1) and value of each line of JSON. Only "\\n" ends a line, since a
     string may contain U+2028 and the like. Raises what read_file raises.
 
-    cut: yield None for an invalid line, such as the one a crash leaves. Otherwise raises ValueError
-    naming file and line.
+    cut: yield None for an invalid line, as a crash leaves it; else raise ValueError naming it.
     """
     for number, line in enumerate(read_file(path, 1 << 30).split(b"\n"), 1):
         try:
@@ -159,8 +157,7 @@ def lock(path: Path, wait: bool = False) -> int | None:
 
     Returns the descriptor that holds the lock until it is closed, at the latest when the process
     ends, however it ends; None on Windows, which has no flock, and for a directory on a file system
-    that cannot lock one (NFS). Raises BlockingIOError if another process holds the lock, unless
-    `wait`.
+    that cannot lock one (NFS). Without `wait`, raises BlockingIOError if another process holds it.
     """
     try:
         import fcntl

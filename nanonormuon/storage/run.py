@@ -154,8 +154,7 @@ class RunDirectory:
     def record(self, row: dict[str, Any], more: dict[str, Any] | None = None) -> None:
         """Append one step's metrics, on the rank that opened the logs.
 
-        more: measured after the row was recorded. The new line repeats the row, so that each line
-        makes sense by itself.
+        more: measured later. Its line repeats the row, so that each line makes sense by itself.
         """
         if self.metrics is not None:
             self.metrics.write(json.dumps(row | (more or {})) + "\n")
@@ -207,8 +206,7 @@ class RunDirectory:
 
 
 def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
-    """Show a logged step as a line; on a terminal in the progress bar, with lines only for steps
-    that evaluate."""
+    """Show a logged step as a line; at a terminal in the bar, with lines for evaluations alone."""
     line = (
         f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
         f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"

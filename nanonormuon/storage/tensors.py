@@ -80,8 +80,7 @@ def flatten_tree(tree: Any, prefix: str) -> dict[str, Tensor]:
 def unflatten_tree(read: Callable[[str], Tensor], prefix: str) -> Any:
     """Rebuild the tree given to flatten_tree; `read` returns a tensor by name.
 
-    Raises KeyError, TypeError or ValueError if flatten_tree did not produce the tensors, or could
-    not save the tree.
+    Raises KeyError, TypeError or ValueError for tensors that flatten_tree did not produce.
     """
 
     def value(tree: Any) -> Any:

@@ -147,8 +147,8 @@ class Tokenizer:
         raise NotImplementedError
 
     def check(self, text: str, ids: np.ndarray) -> None:
-        """Raise LostText unless `ids` stand for all of a text. A token is part of the text, so
-        equal lengths prove it."""
+        """Raise LostText unless `ids` stand for a whole text: tokens are parts of it, so lengths
+        prove it."""
         if self.lengths[ids].sum() != len(whole := text.encode()):
             raise LostText(whole, self.decode_bytes(ids))
 
@@ -225,8 +225,7 @@ class Tokenizer:
         return lengths
 
     def token_lengths(self) -> np.ndarray | None:
-        """`lengths`; None if tokens have none of their own, so that bits per byte of a part of a
-        split are unknown."""
+        """`lengths`; None if tokens have none of their own (a part's bits per byte are unknown)."""
         return self.lengths
 
     def files(self) -> dict[str, bytes]:

@@ -23,8 +23,7 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
     """Read a data directory whole and describe it in values that JSON can hold.
 
     `tokenizer` is needed only where the directory has none. "problems" lists what is wrong; a
-    directory that cannot be opened gives nothing else, one whose own tokenizer training would
-    refuse also "refused".
+    directory that cannot be opened gives only that; "refused": why training refuses a tokenizer.
     """
     problems: list[str] = []
     words: Tokenizer | None = None

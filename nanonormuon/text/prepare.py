@@ -291,8 +291,7 @@ def _sample(texts: Iterable[bytes], total: int) -> Iterator[str | bytes]:
 
 @contextlib.contextmanager
 def alone(directory: Path, wait: bool = False) -> Iterator[None]:
-    """Make a directory and be the only process that prepares in it. Unless `wait`, DataError if
-    another one does."""
+    """Make a directory and prepare in it alone. Without `wait`, DataError if another one does."""
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -306,8 +305,7 @@ def alone(directory: Path, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _spool(out: Path) -> Iterator[IO[bytes]]:
-    """Standard input as a file that can be read again. It has no name, so it is gone when the
-    process ends."""
+    """Standard input as a nameless file that can be read again, and is gone with the process."""
     here = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     with tempfile.TemporaryFile(dir=here) as file:  # beside the output there is room for it
         log.info("prepare: reading standard input; a copy is kept in %s meanwhile", here)

@@ -77,8 +77,7 @@ def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokeniz
     """The tokenizer that `spec` names.
 
     `byte`; `gpt2`, `cl100k_base`, `o200k_base` (from tiktoken's cache directory, never from the
-    network); `bpe:N`, trained on `texts` to N ids in all; or the path of a saved one. Raises
-    TokenizerError.
+    network); `bpe:N`, trained on `texts` to N ids; or a saved one's path. Raises TokenizerError.
     """
     spec = str(spec)
     if spec == "byte":
