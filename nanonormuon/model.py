@@ -263,7 +263,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """The model. Activations and products use `compute_dtype`, weights float32 (see embed_dtype)."""
+    """The model. Activations and products use `compute_dtype`; weights float32 (embed_dtype)."""
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
