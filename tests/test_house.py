@@ -162,6 +162,30 @@ def test_an_installation_contains_every_file(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_wheel_works_without_the_repository(tmp_path):
+    """Commands, recipes, license and entry point, from the unpacked wheel alone."""
+    pytest.importorskip("setuptools", "77")
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    shutil.copytree(PACKAGE, source / "nanonormuon", ignore=shutil.ignore_patterns("*.pyc"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = (source / "dist").iterdir()
+    shutil.unpack_archive(wheel, installed, "zip")
+    about = next(installed.glob("*.dist-info"))
+    assert "normuon-train = nanonormuon.cli.app:entry" in (about / "entry_points.txt").read_text()
+    assert "License-Expression: MIT" in (about / "METADATA").read_text()
+    assert (about / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    for arguments in (["recipes"], ["show", "demo"], ["--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "nanonormuon", *arguments], cwd=tmp_path, text=True,
+            env={"PYTHONPATH": str(installed)}, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0 and "demo" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
 def test_a_source_distribution_is_a_checkout(tmp_path):
     """Tests, their golden numbers and all that they run are in it."""
     pytest.importorskip("setuptools")
