@@ -383,8 +383,7 @@ def differences(old: Config, new: Config) -> list[str]:
 def to_toml(
     config: Config | dict[str, dict[str, Any]], origin: dict[str, str] | None = None
 ) -> str:
-    """Write a configuration, or its dictionary from a state.json, as TOML; with `origin`, each line
-    shows where its value comes from."""
+    """A configuration, or a state.json's dictionary, as TOML; with `origin`, a comment each."""
     sections = []
     for section, table in (asdict(config) if isinstance(config, Config) else config).items():
         lines = [f"[{section}]\n"]

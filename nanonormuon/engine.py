@@ -351,8 +351,7 @@ class Bitwise(Engine):
 
 
 def unshared(optimizer: Optimizer) -> Optimizer:
-    """Have every rank make the whole update: in a stack of fewer matrices a product could round
-    differently."""
+    """Make the whole update on every rank: products of smaller stacks could round differently."""
     if isinstance(optimizer, NorMuon) or hasattr(optimizer, "buckets"):  # the zoo's have them too
         for bucket in optimizer.buckets:
             bucket.layout = OneProcess()

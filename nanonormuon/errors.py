@@ -125,8 +125,7 @@ def out_of_memory(error: BaseException) -> bool:
     kinds = (MemoryError, OutOfMemory, getattr(sys.modules.get("torch"), "OutOfMemoryError", ()))
     if isinstance(error, kinds):
         return True
-    # torch's allocators, also as a compiler quotes them, and the driver; cuBLAS, cuDNN and other
-    # libraries; NCCL
+    # torch's allocators, also as compilers quote them; the driver; cuBLAS, cuDNN and others; NCCL
     words = "can't allocate memory|not enough memory|(MPS backend|CUDA error:|CUDA) out of memory"
     words += "|_STATUS_ALLOC_FAILED|Cuda failure.*'out of memory'|Failed to CUDA (c|m)alloc"
     plain = isinstance(error, RuntimeError) and not explained(error)

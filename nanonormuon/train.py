@@ -419,7 +419,6 @@ class Trainer:
     def summarise(self) -> dict[str, Any]:
         """Write summary.json at the last step or stop_at; returns its content."""
         best, kept = self.validations.best(), self.validations.best(self.kept)
-        limit = self.config.data.val_tokens
         summary = {
             "steps": self.step, "tokens": self.tokens, **self.validations.get(self.step, {}),
             "best_step": best,
@@ -427,7 +426,7 @@ class Trainer:
             "train_seconds": round(self.seconds, 3),
             "compile_seconds": round(self.compile_seconds, 3),
             "total_seconds": round(self.total_seconds, 3),
-            **(compressors(self.data, self.tokenizer, limit) if self.world.first else {}),
+            **(compressors(self.config, self.data, self.tokenizer) if self.world.first else {}),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
             "peak_memory": distributed.peak_memory(self.world.device),
             "checkpoint": f"checkpoints/step-{self.step:06d}",

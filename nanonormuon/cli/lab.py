@@ -18,7 +18,9 @@ AT_ONCE = "Runs at a time; 0: one per GPU, or one on a CPU (OMP_NUM_THREADS thre
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]
 Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
 Strings = list[str] | None
-OPTIMIZERS = "normuon,muon,adamw,zoo:NAME,FILE.py:Class,module:Class, each with +SETTING=VALUE."
+OPTIMIZERS = (
+    "normuon, muon, adamw, zoo:NAME, FILE.py:Class, module:Class; each may have +SETTING=VALUE."
+)
 RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
 GROW = "Add up to 4 rates to a grid while its best rate is the lowest or highest tried."
 BASELINE = "Optimizer to compare with; default: the best of all but the first."

@@ -142,8 +142,7 @@ def started(device: str) -> Any:
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device in there and not there[device]():
         raise typer.BadParameter(
-            f"--device {device}: torch finds none here (see normuon-train doctor); expected auto "
-            "or cpu"
+            f"--device {device}: torch finds none (see normuon-train doctor); expected auto or cpu"
         )
     try:
         return distributed.start(device)

@@ -17,6 +17,7 @@ from nanonormuon.storage.run import read_metrics, read_samples
 WIDEST, NARROW = 100, 72  # columns at most; with fewer than NARROW texts are not side by side
 HEIGHT, LONGEST = 7, 10  # lines of the curve; of a sample at most
 BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # dots by row and column
+LOSSES = "loss", "val_loss"
 Points = Sequence[tuple[int, float]]  # steps and values
 ASCII = dict(zip(map(ord, "│┤└─┼●"), "||+-+o")) | dict.fromkeys(range(0x2801, 0x2900), "*")
 
@@ -52,7 +53,8 @@ def story(run: Path, look: Look) -> list[str]:
     steps = sorted({row["step"] for row in samples})
     titles = {s: f"after step {s:,}" if s else "before training" for s in (*steps[:1], *steps[-1:])}
     if look.terminal:
-        curves = (points(rows, key) for key in ("loss", "val_loss"))
+        known = ([r for r in rows if math.isfinite(r.get(k, math.nan))] for k in LOSSES)
+        curves = ([(r["step"], r[k]) for r in found] for k, found in zip(LOSSES, known))
         return [*curve(*curves, look), *beside(samples, titles, look)]
     lines = []
     for row in samples:
@@ -60,10 +62,6 @@ def story(run: Path, look: Look) -> list[str]:
             text = (row.get("prompt", "") + row.get("text", "")).splitlines()
             lines += [f"sample {title}:", *(f"  | {line}" for line in text)]
     return lines
-
-
-def points(rows: Sequence[dict[str, Any]], key: str) -> Points:
-    return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
 
 
 def curve(loss: Points, val_loss: Points, look: Look) -> list[str]:

@@ -55,8 +55,7 @@ def explain(
         what = f"the {report['amiss']} of step {step}"
         advice = (
             f"repeat only this step with: {again} train.stop_at={step + 1}; get past it with "
-            "train.skip_spikes, or start again with a lower optim.lr and lower auxiliary rates, or "
-            "with optim.grad_clip"
+            "train.skip_spikes, or start again with lower rates (optim.*lr) or optim.grad_clip"
         )
     where = f"first in {bad[0]} of {len(bad)} tensors" if bad else "in no gradient"
     first = per_rank * report["rank"]

@@ -190,8 +190,7 @@ def first_does(work: Callable[[], Any], device: torch.device) -> Any:
 
 
 def from_first(value: Any, device: torch.device) -> Any:
-    """Return rank 0's value (anything JSON can say) on every rank. torch's own way would unpickle,
-    and so run, whatever a socket brings."""
+    """Return rank 0's JSON value on every rank. torch's own way would unpickle, so run it."""
     if not grouped():
         return value
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)

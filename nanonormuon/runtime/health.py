@@ -55,8 +55,7 @@ class Guard:
     def check(self, loss: Tensor, engine: Any) -> Verdict:
         """Judge this rank's loss (0-d) and the gradients and state of an engine.Engine.
 
-        Raises BadStep on every rank if any rank has a non-finite value, unless the update is
-        skipped as a spike.
+        Raises BadStep on every rank if any has a non-finite value, unless it skips a spike.
         """
         grad_norm = norm(p.grad for p in engine.model.parameters())
         verdict = judge(loss, grad_norm, engine.state(), self.stopping.number, engine.world)
@@ -163,8 +162,7 @@ class Spikes:
 
 
 class WeightStats:
-    """What a row of metrics reports on the hidden matrices: the size of the weights and of the last
-    update.
+    """What a row of metrics says of the hidden matrices: sizes of weights and last update.
 
     Sums over ranks count shards once and replicas several times, but only ratios of sums are used,
     so the numbers are equal on every layout.

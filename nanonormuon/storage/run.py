@@ -337,8 +337,7 @@ def git_commit(checkout: Path) -> str | None:
 
 
 def source_files(optimizer: str = "") -> dict[str, Path]:
-    """The package's Python files, recipes and templates, by path relative to the package; and the
-    file of an optimizer "FILE.py:Class"."""
+    """The package's files by path within it, and the file of an optimizer "FILE.py:Class"."""
     files = [file for file in sorted(PACKAGE.rglob("*.*")) if file.suffix in SOURCES]
     own = optimizer_file(optimizer)
     return {f.relative_to(PACKAGE).as_posix(): f for f in files} | ({str(own): own} if own else {})

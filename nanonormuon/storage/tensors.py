@@ -25,8 +25,7 @@ def whole(t: Tensor) -> Tensor:
 
 
 def copied(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Copy whole tensors to the host, to page-locked memory from a GPU, whose copies do not wait
-    for each other.
+    """Copy whole tensors to the host; from a GPU to page-locked memory, without waiting.
 
     If any tensor is sharded, every rank must call this; keep=False gathers but copies nothing.
     """

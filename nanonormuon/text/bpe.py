@@ -204,8 +204,7 @@ class Tokenizer:
             return b"".join(self.table[int(i)] for i in ids)
         except KeyError as error:
             raise TokenizerError(
-                f"decode: id {error} found, {self.name} has {len(self.table)} ids below"
-                f" {self.vocab_size}"
+                f"decode: id {error}: {self.name} has {len(self.table)} ids below {self.vocab_size}"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:

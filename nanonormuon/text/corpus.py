@@ -95,7 +95,7 @@ def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None)
     return data.val.count_bytes(tokenizer.token_lengths(), limit)
 
 
-def compressors(data: Data, tokenizer: Tokenizer | None, max_tokens: int) -> dict[str, float]:
+def compressors(config: Config, data: Data, tokenizer: Tokenizer | None) -> dict[str, float]:
     """Bits per byte that `gzip -9` and `xz` need for the validation text, or for the beginning of a
     long one, and its bytes; {} without a tokenizer."""
     if tokenizer is None:
@@ -103,7 +103,7 @@ def compressors(data: Data, tokenizer: Tokenizer | None, max_tokens: int) -> dic
     import gzip  # once, after a run
     import lzma
 
-    first, _ = data.val.cut(min(max_tokens or data.val.tokens, COMPRESSED))
+    first, _ = data.val.cut(min(config.data.val_tokens or COMPRESSED, COMPRESSED))
     ids = np.concatenate(first.shards)
     text = tokenizer.decode_bytes(ids[~np.isin(ids, [*tokenizer.special_ids])].tolist())
     found = {"gzip_bpb": gzip.compress(text, 9), "xz_bpb": lzma.compress(text)}

@@ -94,8 +94,7 @@ def describe(
 
 
 def documents(split: Split, eot: int) -> Iterator[np.ndarray]:
-    """The tokens (n,) of each document without its separator. Tokens before a shard's first
-    separator count as a document."""
+    """The tokens (n,) of each document without separator; those before the first count too."""
     for shard in split.shards:
         chunks = ((at, shard[at : at + CHUNK]) for at in range(0, len(shard), CHUNK))
         ends = chain.from_iterable(

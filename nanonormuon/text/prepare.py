@@ -175,8 +175,7 @@ class Survey:
         for source, digests in zip(self.sources, hashes):
             source["sha256"] = digests.hexdigest()
         self.bytes = sum(source["bytes"] for source in self.sources)
-        # the numbers of documents whose tail is validation, and of those on the other side than
-        # their hash says
+        # numbers of documents whose tail is validation, and of those that their hash misplaces
         self.cut: set[int] = set()
         self.moved: set[int] = set()
         if not whole and len(self.numbers) > 1:

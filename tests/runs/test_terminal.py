@@ -1,5 +1,5 @@
-"""What a run shows at its end: a curve that falls as the loss does, samples side by side; plain text
-if there is no terminal."""
+"""What a run shows at its end: a curve that falls as the loss does, samples side by side; plain
+text if there is no terminal."""
 
 import gzip
 import io
@@ -13,6 +13,7 @@ import pytest
 from nanonormuon.cli import app as cli
 from nanonormuon.cli.options import completions
 from nanonormuon.config import KINDS, recipes
+from nanonormuon.config import load as load_config
 from nanonormuon.errors import RunError
 from nanonormuon.runs import terminal
 from nanonormuon.runs.terminal import Look
@@ -114,19 +115,20 @@ def test_several_prompts(setting, found):
 
 
 def test_what_gzip_and_xz_need(bpe_data, monkeypatch):
-    data, tokenizer = open_data(bpe_data, None), load(bpe_data)
+    data, tokenizer, whole = open_data(bpe_data, None), load(bpe_data), load_config([])[0]
     ids = np.concatenate(data.val.shards)
     text = tokenizer.decode_bytes(ids[ids != tokenizer.eot].tolist())
     assert len(text) == data.val.bytes
-    assert corpus.compressors(data, tokenizer, 0) == {
+    assert corpus.compressors(whole, data, tokenizer) == {
         "gzip_bpb": round(8 * len(gzip.compress(text, 9)) / len(text), 4),
         "xz_bpb": round(8 * len(lzma.compress(text)) / len(text), 4),
         "compressed_bytes": len(text),
     }
-    assert corpus.compressors(data, None, 0) == {}
-    few = corpus.compressors(data, tokenizer, 100)["compressed_bytes"]
+    assert corpus.compressors(whole, data, None) == {}
+    part = load_config(["data.val_tokens=100"])[0]
+    few = corpus.compressors(part, data, tokenizer)["compressed_bytes"]
     monkeypatch.setattr(corpus, "COMPRESSED", 100)
-    assert corpus.compressors(data, tokenizer, 0)["compressed_bytes"] == few < len(text) / 2
+    assert corpus.compressors(whole, data, tokenizer)["compressed_bytes"] == few < len(text) / 2
 
 
 def test_the_newest_run_by_default(trained, tmp_path, capsys, monkeypatch):
