@@ -229,7 +229,7 @@ class Trainer:
         speak = self.world.first
         self.catch_up()
         # log lines take the bar's place where standard error is not a terminal
-        more = {"initial": self.step, "unit_scale": False, "disable": None if speak else True}
+        more = {"initial": self.step, "disable": None if speak else True}
         self.bar = progress("training", self.last_step, "step", **more)
         self.logged, self.tick = (self.step, self.seconds), time.perf_counter()
         self.watch.stopping.finish_steps()

@@ -187,8 +187,8 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 def progress(doing: str, total: float | None, unit: str, **more: Any) -> tqdm:
     """A bar on standard error, with the time left; nothing where that is no terminal."""
-    usual = {"desc": doing, "total": total, "unit": unit, "unit_scale": True, "disable": None}
-    return tqdm(**usual | more, leave=False, dynamic_ncols=True)
+    scale, off = unit in ("B", "token"), {"disable": None} | more
+    return tqdm(desc=doing, total=total, unit=unit, unit_scale=scale, leave=False, **off)
 
 
 def in_units(size: float) -> str:
