@@ -1,9 +1,9 @@
-"""Write the part of dev/RESULTS.md that comes from races, its plots, and the README's table.
+"""Write the part of docs/results.md that comes from races, its plots, and the README's table.
 
     python scripts/evidence.py runs/race-shakespeare runs/width-*   # adds these races
     python scripts/evidence.py                                      # from the races kept
 
-The results.json of a race is kept as dev/results/NAME.json. All tables and plots are made from
+The results.json of a race is kept as docs/results/NAME.json. All tables and plots are made from
 those files; the texts go between the marks `<!-- races -->` and `<!-- /races -->`.
 """
 
@@ -18,7 +18,7 @@ from nanonormuon.lab import results
 from nanonormuon.runs.pictures import picture
 
 ROOT = Path(__file__).parents[1]
-KEPT, RESULTS, README = ROOT / "dev" / "results", ROOT / "dev" / "RESULTS.md", ROOT / "README.md"
+KEPT, RESULTS, README = ROOT / "docs" / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
 FAMILIES = {"width": "model width", "batch": "tokens per step"}  # races named FAMILY-NUMBER
 
 

@@ -1,6 +1,6 @@
-"""What a training step should take on H100 GPUs, on paper: dev/GPU.md, from the program's counts.
+"""What a training step should take on H100 GPUs, on paper: docs/gpu.md, from the program's counts.
 
-    python scripts/gpu_table.py > dev/GPU.md
+    python scripts/gpu_table.py > docs/gpu.md
 
 Parameters, FLOPs and memory are cli/dry_run.py's. One micro-batch and one NorMuon step run on meta
 tensors, which have shapes alone, while products, bytes and kernels are counted.
@@ -31,7 +31,7 @@ MEMORY = f"{TRAFFIC:.0%} of {HBM / 1e12:.2f} TB/s"
 LINKS = f"{TRAFFIC:.0%} of {NVLINK / 1e9:.0f} GB/s each way"
 NOTES = f"""# A training step on H100 GPUs, on paper
 
-Made by `python scripts/gpu_table.py > dev/GPU.md` from the program's own counts; nothing here is
+Made by `python scripts/gpu_table.py > docs/gpu.md` from the program's own counts; nothing here is
 measured. Per rank and step, in ms. Assumed: products at {PEAKS}, memory at
 {MEMORY}, links at {LINKS}, a compiler that leaves {FUSED:.0%} of the bytes
 that eager operations other than products move. "sent" overlaps nothing, though most of it can. MFU

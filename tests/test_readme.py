@@ -1,5 +1,5 @@
 """The README is true: its Python runs, its commands parse, its links lead somewhere, and the steps
-for one's own text work in the order given. Every command of dev/GUARANTEES.md selects tests."""
+for one's own text work in the order given. Every command of docs/guarantees.md selects tests."""
 
 import re
 import shlex
@@ -79,7 +79,7 @@ def test_links_and_files_exist():
         assert any((place / name).is_file() for place in places), name
 
 
-GUARANTEES = (ROOT / "dev" / "GUARANTEES.md").read_text(encoding="utf-8")
+GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
 COLLECT = """
 import shlex, sys, pytest
 
