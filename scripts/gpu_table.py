@@ -31,9 +31,9 @@ MEMORY = f"{TRAFFIC:.0%} of {HBM / 1e12:.2f} TB/s"
 LINKS = f"{TRAFFIC:.0%} of {NVLINK / 1e9:.0f} GB/s each way"
 NOTES = f"""# A training step on H100 GPUs, on paper
 
-For anyone who plans a run on GPUs or measures one. This page answers how long a step should take, what fills
-it, and how much memory it holds. Nothing here is measured: `python scripts/gpu_table.py > docs/gpu.md` computes
-it from the program's own counts.
+For anyone who plans a run on GPUs or measures one. This page answers how long a step should take,
+what fills it, and how much memory it holds. Nothing here is measured:
+`python scripts/gpu_table.py > docs/gpu.md` computes it from the program's own counts.
 
 Times are in ms, per rank and step. Assumed are
 
@@ -42,11 +42,13 @@ Times are in ms, per rank and step. Assumed are
 * links at {LINKS},
 * a compiler that leaves {FUSED:.0%} of the bytes that eager operations other than products move.
 
-"sent" overlaps nothing, though most of it can. MFU is the model's FLOPs over peak and expected time, without and
-with "sent". The micro-batch is the largest below {ROOM / 1e9:.0f} GB by `--dry-run`'s estimate. Kernels are eager
-operations that are no views. Collectives are per step, without the one that checks it.
+"sent" overlaps nothing, though most of it can. MFU is the model's FLOPs over peak and expected
+time, without and with "sent". The micro-batch is the largest below {ROOM / 1e9:.0f} GB by the
+estimate of `--dry-run`. Kernels are eager operations that are no views. Collectives are per step,
+without the one that checks it.
 
-To measure: `scripts/gpu_check.sh OUT` writes `OUT/table.txt`, whose figures belong in the last column.
+To measure: `scripts/gpu_check.sh OUT` writes `OUT/table.txt`, whose figures belong in the last
+column.
 """
 
 
