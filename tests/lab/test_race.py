@@ -405,7 +405,7 @@ def script(name):
 
 @pytest.mark.slow
 def test_kept_results_become_tables_and_are_verified(smaller, tmp_path, here, monkeypatch, capsys):
-    """The way from a race to RESULTS.md and README.md, and back to a run that is compared."""
+    """The way from a race to docs/results.md, and back to a run that is compared."""
     arguments = smaller
     field = race.entries(arguments, "normuon,adamw", ["1x", "adamw=0.003"])
     race.Race(arguments, field, 2, tmp_path / "race-shakespeare").run(Runner())
@@ -415,17 +415,16 @@ def test_kept_results_become_tables_and_are_verified(smaller, tmp_path, here, mo
             arguments, race.entries(arguments, "normuon"), 0, tmp_path / f"width-{width}"
         ).run(fast)
     evidence, verify = script("evidence"), script("verify_results")
-    for name in ("KEPT", "RESULTS", "README"):
+    for name in ("KEPT", "RESULTS"):
         monkeypatch.setattr(evidence, name, tmp_path / "docs" / name)
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
-    for name in ("RESULTS", "README"):
-        (tmp_path / "docs" / name).write_text("before\n<!-- races -->\nold\n<!-- /races -->\nafter")
+    (tmp_path / "docs/RESULTS").write_text("before\n<!-- races -->\nold\n<!-- /races -->\nafter")
     evidence.main([str(tmp_path / n) for n in ("race-shakespeare", "width-32", "width-64")])
     written = (tmp_path / "docs/RESULTS").read_text()
     assert written.startswith("before") and written.endswith("after") and "old" not in written
     assert "| normuon | 64 |" in written and "**0.0000**" in written
-    assert "| adamw (baseline) |" in (tmp_path / "docs/README").read_text()
+    assert "| adamw (baseline) |" in written
     kept = (tmp_path / "docs/KEPT/race-shakespeare.json").read_text()
     assert str(tmp_path) not in json.loads(kept)["arguments"] and "data.path" not in kept
     data = next(a for a in arguments if a.startswith("data.path"))
