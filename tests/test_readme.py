@@ -34,9 +34,11 @@ PROGRAMS = ("normuon-train", "torchrun", "python", "pip", "pytest")
 def commands(text):
     """What is to be typed: (mark of its block, words) of each line in blocks of no language."""
     for mark, language, block in FENCED.findall(text):
-        for line in block.splitlines() if not language else ():
-            if line.startswith(PROGRAMS) or line.split(" ")[0].endswith(".sh"):
-                yield mark, shlex.split(line, comments=True)
+        if not language and mark != "demo output":
+            for line in block.splitlines():
+                program = line.partition(" ")[0]
+                if program in PROGRAMS or program.endswith(".sh"):
+                    yield mark, shlex.split(line, comments=True)
 
 
 COMMANDS = {name: found for name, text in PAGES.items() if (found := [*commands(text)])}
