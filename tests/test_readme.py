@@ -145,6 +145,7 @@ def test_links_anchors_and_files_exist(name):
             assert anchor in map(slug, re.findall(r"^#+ (.+)$", page, re.M)), target
     if name in ("docs/log.md", "CHANGELOG.md"):
         return  # what was, not what is
+    assert not [line for line in prose.splitlines() if line.count("`") % 2]  # no line ends in code
     for file in re.findall(r"`((?:nanonormuon|tests|scripts|docs)/[\w./-]+\.\w+)`", prose):
         assert (ROOT / file).is_file(), file
     known = {path.name for path in ROOT.glob("**/*.py")}
