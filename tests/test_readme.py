@@ -153,6 +153,18 @@ def test_links_anchors_and_files_exist(name):
     assert not set(re.findall(r"`(\w+\.py)`", prose)) - known
 
 
+def test_pages_that_code_names_exist():
+    named = {
+        page
+        for folder in ("nanonormuon", "scripts", "tests", "data")
+        for file in (ROOT / folder).rglob("*.*")
+        if file.suffix in (".py", ".toml", ".sh")
+        for page in re.findall(r"\b\w+/[\w-]+\.md\b", file.read_text(encoding="utf-8"))
+    }
+    missing = {page for page in named if page.startswith(("docs/", "dev/"))} - PAGES.keys()
+    assert len(named) > 5 and not missing
+
+
 def test_settings_that_pages_name_exist():
     keys = set(config.flat(config.load([])[0]))
     known = typer.main.get_command(cli.app).commands
