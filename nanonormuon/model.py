@@ -103,7 +103,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=G != H
         )
-    # plain products take half the time of torch's kernel here (dev/LOG.md); the query heads that
+    # plain products take half the time of torch's kernel here (docs/log.md); the query heads that
     # share a key head are rows of one product
     q, k, v = q.reshape(B * G, -1, D), k.reshape(B * G, T, D), v.reshape(B * G, T, -1)
     future = q.new_full((T, T), -torch.inf).triu(1).repeat(H // G, 1)
