@@ -121,7 +121,8 @@ def test_transformers_gives_the_same_logits_and_tokens(settings, kind, tmp_path,
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_trained_checkpoint_loads_with_its_tokenizer(own, tiny, tmp_path):
-    train(load([*tiny, "train.steps=3", f"model.value_embed={own}"])[0], tmp_path / "run")
+    tables = [f"model.value_embed={own}", f"model.bigram_embed={96 * own}"]
+    train(load([*tiny, "train.steps=3", *tables])[0], tmp_path / "run")
     model, ours, path = models.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
     assert (path / hf.MODELING).exists() == own
     other = transformers.AutoModelForCausalLM.from_pretrained(
