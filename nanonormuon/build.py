@@ -29,7 +29,7 @@ from nanonormuon.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 # FLOP of a run from which on compiling pays: some twenty minutes on two CPU cores, where it takes
-# 20 to 40 s and saves 3 to 25 % of a step (dev/LOG.md), and some minutes on a large GPU
+# 20 to 40 s and saves 3 to 25 % of a step (docs/log.md), and some minutes on a large GPU
 COMPILE_FROM = {"cpu": 4e14, "cuda": 3e16}
 
 

@@ -55,7 +55,7 @@ class OptimConfig:
     ns_steps: int = 5
     cautious: bool = False  # decay only the weights that the update moves towards zero
     embed_lr: float = 0.3  # AdamW's rates for all other parameters
-    value_lr: float = 0.1  # for model.value_embed
+    value_lr: float = 0.1  # for model.value_embed and model.bigram_embed
     head_lr: float = 0.003
     vector_lr: float = 0.01
     adam_beta1: float = 0.8

@@ -72,7 +72,7 @@ class Interrupted(BaseException):
         self.code = 128 + number
 
 
-# README, "Exit codes", explains them; 0 is success, 1 a fault of this program
+# docs/runs.md, "Exit codes", explains them; 0 is success, 1 a fault of this program
 EXIT_CODES: dict[type[BaseException], int] = {
     UsageError: 2,
     DataError: 3,

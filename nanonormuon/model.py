@@ -103,7 +103,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=G != H
         )
-    # plain products take half the time of torch's kernel here (dev/LOG.md); the query heads that
+    # plain products take half the time of torch's kernel here (docs/log.md); the query heads that
     # share a key head are rows of one product
     q, k, v = q.reshape(B * G, -1, D), k.reshape(B * G, T, D), v.reshape(B * G, T, -1)
     future = q.new_full((T, T), -torch.inf).triu(1).repeat(H // G, 1)
@@ -273,6 +273,11 @@ class GPT(nn.Module):
         eps = config.norm_eps
         rest = REST[config.embed_dtype]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd, dtype=rest)
+        self.bigram_embed = None
+        if config.bigram_embed:
+            from nanonormuon.parts.bigram import BigramEmbedding
+
+            self.bigram_embed = BigramEmbedding(config.bigram_embed, config.n_embd)
         self.embed_norm = RMSNorm(config.n_embd, eps) if config.embed_norm else None
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.routed: list = []  # what the routers did in the last pass: parts.experts.Routed
@@ -284,9 +289,9 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> "GPT":
         """Fill the parameters from a generator of their own, so that no other randomness matters.
 
-        Output projections, value embeddings and an untied head start at zero: at the first step
-        every block is the identity and the loss is log(vocab_size) (modded-nanogpt). The other
-        matrices are N(0, sqrt(0.33 / fan_in)).
+        Output projections, value and bigram embeddings and an untied head start at zero: at the
+        first step every block is the identity and the loss is log(vocab_size) (modded-nanogpt). The
+        other matrices are N(0, sqrt(0.33 / fan_in)).
         """
         random = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -297,7 +302,7 @@ class GPT(nn.Module):
                 elif name == "embed_tokens.weight":
                     value.normal_(std=self.config.embed_std, generator=random)
                 elif p.ndim > 1 and not name.removesuffix(".weight").endswith(
-                    ("o_proj", "down_proj", "value_embed", "lm_head")
+                    ("o_proj", "down_proj", "value_embed", "bigram_embed", "lm_head")
                 ):
                     value.normal_(std=(0.33 / p.size(-1)) ** 0.5, generator=random)
                 p.copy_(value)
@@ -316,6 +321,8 @@ class GPT(nn.Module):
         elif cache is not None and tokens.size(1) == 1:
             mask = cache.mask()
         x = self.embed_tokens(tokens).to(self.compute_dtype)
+        if self.bigram_embed is not None:
+            x = x + self.bigram_embed(tokens, cache, self.separator).to(x.dtype)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         self.routed = []
@@ -325,7 +332,7 @@ class GPT(nn.Module):
                 x, routed = x
                 self.routed.append(routed)
         if cache is not None:
-            cache.length = length
+            cache.length, cache.last = length, tokens[:, -1:]
         return self.norm(x)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -392,6 +399,7 @@ class Cache:
         dtype, device = model.compute_dtype, model.embed_tokens.weight.device
         self.length, self.size, self.device = 0, size, device
         self.block = 1 if device.type == "cpu" else 256
+        self.last = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # of the tokens
 
         def room(heads: int, width: int) -> Tensor:  # zeros: a mask could not hide NaN
             return torch.zeros(batch, heads, size, width, dtype=dtype, device=device)

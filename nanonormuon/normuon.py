@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 # torch 2.13 renamed it
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# AMX tiles multiply faster than memory feeds them: fewer products do not pay (dev/LOG.md)
+# AMX tiles multiply faster than memory feeds them: fewer products do not pay (docs/log.md)
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 Arriving = Callable[[], Tensor]  # waits for matrices that are on their way
 CHOICES = {

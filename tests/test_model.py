@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, HeadLoss, RMSNorm, attend
+from nanonormuon.optim import param_groups
 from nanonormuon.sample import cache_bytes
 
 SMALL = {"vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
@@ -27,7 +28,7 @@ TRACK3 = {
 LATENT = {"attention": "latent", "n_kv_head": 0}
 ODD = {**LATENT, "q_rank": 20, "v_head_dim": 10, "rope_head_dim": 6, "rope_interleave": False}
 VARIANTS = [{}, {"tied": True}, {"n_kv_head": 4, "head_dim": 12}, TRACK3, {"value_embed": True},
-            LATENT, ODD]  # fmt: skip
+            {"bigram_embed": 251}, LATENT, ODD]  # fmt: skip
 
 
 class Watch(TorchDispatchMode):
@@ -253,11 +254,11 @@ def test_initial_loss_is_that_of_a_uniform_guess_and_weights_depend_on_the_seed_
     assert all(same) and not any(other)
 
 
-@pytest.mark.parametrize("value_embed", [False, True])
-def test_flops_per_token_by_hand(value_embed):
+@pytest.mark.parametrize("tables", [{}, {"value_embed": True, "bigram_embed": 99}])
+def test_flops_per_token_by_hand(tables):
     sizes = {"vocab_size": 100, "n_layer": 1, "n_head": 2, "n_embd": 16, "n_hidden": 64}
     around = 3 * 16 * 64 + 16 * 100
-    full = GPT(GPTConfig(**sizes, value_embed=value_embed))
+    full = GPT(GPTConfig(**sizes, **tables))
     assert full.flops_per_token(32) == 6 * (4 * 16 * 16 + around) + 6 * 16 * 32
     widths = {"kv_rank": 20, "head_dim": 12, "rope_head_dim": 4, "v_head_dim": 10}
     latent = 16 * 2 * 16 + 16 * (20 + 4) + 20 * 2 * (12 + 10) + 2 * 10 * 16
@@ -302,3 +303,17 @@ def test_the_cache_holds_as_many_bytes_per_token_as_it_says(settings):
 def test_impossible_models_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**{**SMALL, **settings})
+
+
+def test_a_bigrams_row_is_that_of_a_token_and_the_one_before_it():
+    model = filled({"bigram_embed": 251})
+    table = model.bigram_embed.weight.detach()
+    tokens = torch.tensor([[7, 3, 7, 3]])
+    found = model.bigram_embed(tokens, None, None)[0]
+    pairs = [(0, 7), (7, 3), (3, 7), (7, 3)]
+    rows = [(36_313 * b ^ 27_191 * a) % 251 for a, b in pairs]
+    assert len(set(rows)) == 3 and torch.equal(found, table[rows])
+    assert torch.equal(model.bigram_embed(tokens, None, 3)[0, 3], table[36_313 * 3 % 251])
+    assert [
+        g["role"] for g in param_groups(model) if model.bigram_embed.weight in set(g["params"])
+    ] == ["value"]

@@ -74,7 +74,7 @@ def common(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code (README, "Exit codes")."""
+    """Run a command and return its exit code (docs/runs.md, "Exit codes")."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     arguments = sorted(arguments, key=lambda a: a not in ("--debug", "--quiet"))  # valid anywhere
