@@ -217,10 +217,11 @@ def describe(
     state = {**state, "config": asdict(config), "tokenizer": tokenizer and tokenizer.hash}
     hf = config_json(config.model, config.data.seq_len, tokenizer and tokenizer.eot)
     return {
-        "config.json": as_json(hf), "state.json": as_json(state),
+        "config.json": as_json(hf),
+        "state.json": as_json(state),
         **({MODELING: modeling()} if "auto_map" in hf else {}),
         **(tokenizer.files() if tokenizer else {}),
-    }  # fmt: skip
+    }
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:

@@ -50,9 +50,14 @@ class Batches:
     """
 
     def __init__(
-        self, split: Split, seq_len: int, sequences: int, seed: int = 0, order: str = "shuffled",
+        self,
+        split: Split,
+        seq_len: int,
+        sequences: int,
+        seed: int = 0,
+        order: str = "shuffled",
         mix: Sequence[tuple[Split, int]] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.seq_len, self.sequences, self.seed, self.order = seq_len, sequences, seed, order
         parts = [*mix, (split, SHARES - sum(share for _, share in mix))]
         shares = [share for _, share in parts]
@@ -224,9 +229,14 @@ def validation_targets(split: Split, max_tokens: int = 0) -> int:
 
 
 def validation_batches(
-    split: Split, seq_len: int, batch: int, rank: int = 0, world: int = 1, max_tokens: int = 0,
+    split: Split,
+    seq_len: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    max_tokens: int = 0,
     stride: int = 0,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's share of the validation split: (batch, seq_len) int64 tokens and targets.
 
     Over all ranks, each target of the split (or of its first `max_tokens`) occurs exactly once. The

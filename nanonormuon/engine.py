@@ -41,10 +41,16 @@ class Engine:
     dealt = False  # whether micro-batches are dealt out to the ranks in turn, see data.Loader
 
     def __init__(
-        self, model: GPT, make: Make, world: World, parallel: str = "ddp",
-        dtype: torch.dtype | None = torch.float32, reshard: bool = True, grad_clip: float = 0.0,
+        self,
+        model: GPT,
+        make: Make,
+        world: World,
+        parallel: str = "ddp",
+        dtype: torch.dtype | None = torch.float32,
+        reshard: bool = True,
+        grad_clip: float = 0.0,
         qk_clip: float = 0.0,
-    ):  # fmt: skip
+    ):
         self.model, self.world, self.grad_clip = model, world, grad_clip
         self.replica: nn.Module = model
         self.sharded = parallel in ("fsdp", "hsdp") and distributed.grouped()

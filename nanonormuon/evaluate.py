@@ -13,9 +13,14 @@ from nanonormuon.storage.shards import Split
 
 @torch.no_grad()
 def validation_loss(
-    forward: Callable[..., torch.Tensor], split: Split, seq_len: int, batch: int,
-    world: distributed.World, max_tokens: int = 0, stride: int = 0,
-) -> tuple[float, int]:  # fmt: skip
+    forward: Callable[..., torch.Tensor],
+    split: Split,
+    seq_len: int,
+    batch: int,
+    world: distributed.World,
+    max_tokens: int = 0,
+    stride: int = 0,
+) -> tuple[float, int]:
     """Mean cross entropy in nats per target, and the number of targets.
 
     forward(tokens, targets, reduction="sum") -> scalar, as GPT. max_tokens: targets at most (0: all

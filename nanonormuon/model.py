@@ -348,9 +348,12 @@ class GPT(nn.Module):
         return cap * z * (z.square() + cap * cap).rsqrt() if cap else z
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "mean",
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
         cache: "Cache | None" = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Logits (B, T, vocab_size), or with targets (B, T) their cross entropy in nats.
 
         reduction: "mean" or "sum" over the targets that are not IGNORE. cache: `tokens` continue

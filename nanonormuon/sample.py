@@ -24,9 +24,15 @@ def cache_bytes(model: GPT) -> int:
 
 @torch.no_grad()
 def generate(
-    model: GPT, prompt: Tensor, max_tokens: int, temperature: float = 0.8, top_k: int = 0,
-    top_p: float = 0.95, seed: int = 0, context: int = 1 << 30,
-) -> Iterator[Tensor]:  # fmt: skip
+    model: GPT,
+    prompt: Tensor,
+    max_tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int = 0,
+    context: int = 1 << 30,
+) -> Iterator[Tensor]:
     """Continue prompt (B, T) int64, T >= 1: yield max_tokens times the next tokens (B,) on the CPU.
 
     temperature 0 takes the likeliest token. top_k > 0 keeps only that many of the likeliest tokens,
@@ -132,9 +138,13 @@ def write(
 
 
 def stream(
-    model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, stops: Sequence[str] = (),
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_tokens: int,
+    stops: Sequence[str] = (),
     **settings: Any,
-) -> Iterator[str]:  # fmt: skip
+) -> Iterator[str]:
     """Yield the continuation of `prompt` in printable pieces, up to the end of the document, a stop
     string or max_tokens. settings: those of `generate`."""
     for (piece,) in write(model, [Text(tokenizer, stops)], prompt, max_tokens, **settings):

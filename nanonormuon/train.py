@@ -299,14 +299,18 @@ class Trainer:
         self.logged = (self.step, self.seconds)
         spikes = self.guard.spikes
         return {
-            "step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3),
-            "loss": mean_loss, "lr": self.config.optim.lr * self.schedule.lr(self.step - 1),
-            "grad_norm": grad_norm, **self.weight_stats.row(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "loss": mean_loss,
+            "lr": self.config.optim.lr * self.schedule.lr(self.step - 1),
+            "grad_norm": grad_norm,
+            **self.weight_stats.row(),
             **(self.engine.expert_load.row() if self.engine.expert_load else {}),
             "tokens_per_second": round(rate, 1),
             **({"skipped": spikes.skipped} if spikes.factor else {}),
             **(self.engine.qk_clip.row() if self.engine.qk_clip else {}),
-        }  # fmt: skip
+        }
 
     def validate(self) -> None:
         """Measure the loss on the whole validation split, equal on every rank, and add it to the
@@ -410,17 +414,24 @@ class Trainer:
         spikes = asdict(self.guard.spikes)
         spikes.pop("factor")
         state = {
-            "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-            "total_seconds": self.total_seconds, "ranks": self.world.size,
-            "micro_batch": self.memory.size, "spikes": spikes, "data": self.data.fingerprint,
-        }  # fmt: skip
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "total_seconds": self.total_seconds,
+            "ranks": self.world.size,
+            "micro_batch": self.memory.size,
+            "spikes": spikes,
+            "data": self.data.fingerprint,
+        }
         return checkpoint.describe(self.config, state, self.tokenizer)
 
     def summarise(self) -> dict[str, Any]:
         """Write summary.json at the last step or stop_at; returns its content."""
         best, kept = self.validations.best(), self.validations.best(self.kept)
         summary = {
-            "steps": self.step, "tokens": self.tokens, **self.validations.get(self.step, {}),
+            "steps": self.step,
+            "tokens": self.tokens,
+            **self.validations.get(self.step, {}),
             "best_step": best,
             "best_val_loss": None if best is None else self.validations[best]["val_loss"],
             "train_seconds": round(self.seconds, 3),
@@ -433,7 +444,7 @@ class Trainer:
             "best_checkpoint": None if kept is None else f"checkpoints/step-{kept:06d}",
             "hugging_face": not huggingface.obstacles(self.config.model),
             "own_source": huggingface.carried(self.config.model),
-        }  # fmt: skip
+        }
         self.run.tidy(self.step)
         self.run.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary

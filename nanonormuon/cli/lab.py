@@ -10,9 +10,14 @@ from typer import Argument, Option
 
 from nanonormuon.cli import options
 
-Recipe = Annotated[list[str], Argument(
-    metavar=options.SETTINGS, help="Settings of all runs.", autocompletion=options.completions,
-)]  # fmt: skip
+Recipe = Annotated[
+    list[str],
+    Argument(
+        metavar=options.SETTINGS,
+        help="Settings of all runs.",
+        autocompletion=options.completions,
+    ),
+]
 Out = Annotated[Path, Option(help="Experiment directory; repeat the command to continue it.")]
 AT_ONCE = "Runs at a time; 0: one per GPU, or one on a CPU (OMP_NUM_THREADS threads each, if set)."
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]

@@ -24,9 +24,14 @@ LIMITS = (
     "indentation, closing brackets), not what a program does; that takes larger models and data"
 )
 HELP = "Recipes, TOML files and settings; later ones override earlier ones."
-Settings = Annotated[list[str] | None, Argument(
-    metavar=f"{options.SETTINGS}...", help=HELP, autocompletion=options.completions,
-)]  # fmt: skip
+Settings = Annotated[
+    list[str] | None,
+    Argument(
+        metavar=f"{options.SETTINGS}...",
+        help=HELP,
+        autocompletion=options.completions,
+    ),
+]
 
 
 def run(

@@ -42,9 +42,15 @@ def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
 
 
 def show(
-    model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, num: int = 1,
-    stops: Sequence[str] = (), as_json: bool = False, **settings: Any,
-) -> None:  # fmt: skip
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_tokens: int,
+    num: int = 1,
+    stops: Sequence[str] = (),
+    as_json: bool = False,
+    **settings: Any,
+) -> None:
     """Print `num` continuations of a prompt and log the speed: one as it is generated, several (or
     JSON) once all are complete. settings: those of sample.generate."""
     start = time.perf_counter()

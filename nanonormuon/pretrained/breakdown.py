@@ -125,10 +125,12 @@ def measure(
     ]  # fmt: skip
     loss, in_all = nats.sum() / number.sum(), int(number.sum())
     return {
-        "by_frequency": table, "excess_kurtosis": float(np.mean([*means.values()])),
+        "by_frequency": table,
+        "excess_kurtosis": float(np.mean([*means.values()])),
         "largest_kurtosis": {"layer": f"layers.{where}", "value": means[where]},
-        "loss_4bit": rounded / in_all, "cost_4bit": rounded / in_all - float(loss),
-    }  # fmt: skip
+        "loss_4bit": rounded / in_all,
+        "cost_4bit": rounded / in_all - float(loss),
+    }
 
 
 def describe(found: dict[str, Any]) -> list[str]:

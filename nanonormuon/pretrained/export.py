@@ -142,18 +142,23 @@ def verify(
     if other(text)["input_ids"] != tokenizer.encode(text):
         raise UsageError("transformers' tokenizer gives other ids")
     return {
-        "architecture": type(loaded).__name__, "own_source": own,
+        "architecture": type(loaded).__name__,
+        "own_source": own,
         "parameters": sum(p.numel() for p in exported.parameters()),
-        "tokens_compared": tokens.numel(), "largest_logit": largest,
+        "tokens_compared": tokens.numel(),
+        "largest_logit": largest,
         "largest_difference": difference,
         "largest_difference_to_run": float((theirs - original).abs().max()),
-    }  # fmt: skip
+    }
 
 
 def model_card(
-    config: GPTConfig, report: dict[str, Any], tokenizer: Tokenizer, state: dict[str, Any] | None,
+    config: GPTConfig,
+    report: dict[str, Any],
+    tokenizer: Tokenizer,
+    state: dict[str, Any] | None,
     run: Path | None,
-) -> str:  # fmt: skip
+) -> str:
     """The README.md of a model directory: what the model is, its results, how it was trained."""
     name, millions = run.resolve().name if run else "model", report["parameters"] / 1e6
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")

@@ -31,10 +31,17 @@ RESULTS = "evaluations.json"
 
 
 def evaluate(
-    path: Path, data: Sequence[Path] = (), texts: Sequence[Path] = (),
-    questions: Sequence[Path] = (), window: int = 0, stride: int = 0, max_tokens: int = 0,
-    device: str = "auto", text_field: str = "text", detail: bool = False,
-) -> list[dict[str, Any]]:  # fmt: skip
+    path: Path,
+    data: Sequence[Path] = (),
+    texts: Sequence[Path] = (),
+    questions: Sequence[Path] = (),
+    window: int = 0,
+    stride: int = 0,
+    max_tokens: int = 0,
+    device: str = "auto",
+    text_field: str = "text",
+    detail: bool = False,
+) -> list[dict[str, Any]]:
     """Measure a model on each set: the validation splits of prepared directories; the documents of
     files and directories, as sources.documents reads them; files of multiple-choice questions.
     Without any set, on the validation split of the run's own data (even if the run validated on a
@@ -86,9 +93,15 @@ def evaluate(
 
 
 def on_split(
-    model: GPT, tokenizer: Tokenizer, world: distributed.World, window: int, stride: int,
-    limit: int, split: Split, train: Split | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    model: GPT,
+    tokenizer: Tokenizer,
+    world: distributed.World,
+    window: int,
+    stride: int,
+    limit: int,
+    split: Split,
+    train: Split | None = None,
+) -> dict[str, Any]:
     """Loss, perplexity and bits per byte on the first `limit` targets of a split (0: all), and with
     the training split the breakdown of the loss."""
     ids = model.config.vocab_size
@@ -109,10 +122,15 @@ def on_split(
     if train is not None:
         detail["breakdown"] = breakdown.measure(model, split, train, window, stride, limit)
     return {
-        "loss": loss, "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": bits_per_byte(loss, targets, text_bytes), "tokens": targets,
-        "bytes": text_bytes, "window": window, "stride": stride, **detail,
-    }  # fmt: skip
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": bits_per_byte(loss, targets, text_bytes),
+        "tokens": targets,
+        "bytes": text_bytes,
+        "window": window,
+        "stride": stride,
+        **detail,
+    }
 
 
 def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Split:

@@ -94,13 +94,17 @@ def row_of(run: RunRecord, target: float | None) -> dict[str, Any]:
     last, optim = run.rows[-1], run.config.get("optim", {})
     losses, bits = run.curve("val_loss")[1], run.curve("val_bpb")[1]
     row = {
-        "run": run.name, "optimizer": optim.get("name"), "lr": optim.get("lr"),
-        "steps": last["step"], "tokens": last.get("tokens"),
+        "run": run.name,
+        "optimizer": optim.get("name"),
+        "lr": optim.get("lr"),
+        "steps": last["step"],
+        "tokens": last.get("tokens"),
         "seconds": max(r.get("seconds", 0.0) for r in run.rows),
         "loss": next((r["loss"] for r in reversed(run.rows) if "loss" in r), None),
-        "val_loss": losses[-1] if losses else None, "best_val_loss": min(losses, default=None),
+        "val_loss": losses[-1] if losses else None,
+        "best_val_loss": min(losses, default=None),
         "val_bpb": bits[-1] if bits else None,
-    }  # fmt: skip
+    }
     if target is not None:
         hit = next((r for r in run.rows if r.get("val_loss", target + 1) <= target), {})
         row |= {f"target_{k}": hit.get(k) for k in ("step", "tokens", "seconds")}

@@ -110,9 +110,12 @@ def beside(samples: Sequence[dict[str, Any]], titles: dict[int, str], look: Look
     lines = []
     for prompt in dict.fromkeys(prompt for texts in of.values() for prompt in texts):
         blocks = [
-            [look.paint(f"── {titles[step]} ".ljust(width, "─"), 2),
-             *wrapped(prompt, texts.get(prompt, ""), width, look)] for step, texts in of.items()
-        ]  # fmt: skip
+            [
+                look.paint(f"── {titles[step]} ".ljust(width, "─"), 2),
+                *wrapped(prompt, texts.get(prompt, ""), width, look),
+            ]
+            for step, texts in of.items()
+        ]
         rows = zip_longest(*blocks, fillvalue=" " * width) if wide else zip(chain(*blocks))
         lines += [f" {look.paint('│', 2)} ".join(row).rstrip() for row in rows]
     return [*lines, ""]

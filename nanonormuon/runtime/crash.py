@@ -11,9 +11,13 @@ from nanonormuon.runtime.health import Verdict, norm, not_finite
 
 
 def examine(
-    verdict: Verdict, loss: Tensor, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer], world: distributed.World,
-) -> dict[str, Any]:  # fmt: skip
+    verdict: Verdict,
+    loss: Tensor,
+    weights: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    world: distributed.World,
+) -> dict[str, Any]:
     """Report on a refused step while its gradients still exist; every rank must call this.
 
     weights, buffers: from checkpoint.named_state. The report's groups are norms by optimizer role.

@@ -208,9 +208,11 @@ class WeightStats:
         sums = distributed.total(torch.stack([norms.sum(), count, *moved]))
         total, n, update, weights = sums.tolist()
         return {
-            "neuron_rms_min": -low, "neuron_rms_mean": total / n, "neuron_rms_max": high,
+            "neuron_rms_min": -low,
+            "neuron_rms_mean": total / n,
+            "neuron_rms_max": high,
             "update_ratio": math.sqrt(update / weights) if weights else 0.0,
-        }  # fmt: skip
+        }
 
 
 def squares(tensors: Sequence[Tensor]) -> Tensor:

@@ -61,9 +61,12 @@ def wandb(run: Path, settings: dict[str, Any]) -> Generator:
     """Log to Weights & Biases: online if WANDB_API_KEY is set, else to files for `wandb sync`."""
     online = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     session = need("wandb", "train.track = wandb").init(
-        project=os.environ.get("WANDB_PROJECT", "nanonormuon"), name=run.name, dir=str(run),
-        config=settings, mode=os.environ.get("WANDB_MODE", online),
-    )  # fmt: skip
+        project=os.environ.get("WANDB_PROJECT", "nanonormuon"),
+        name=run.name,
+        dir=str(run),
+        config=settings,
+        mode=os.environ.get("WANDB_MODE", online),
+    )
     try:
         while True:
             numbers, step = yield

@@ -27,14 +27,21 @@ from nanonormuon.parts.config import EXPERTS as OF_SPARSE
 from nanonormuon.parts.config import GPTConfig
 
 ARCHITECTURES = {
-    "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-    "dots1": "Dots1ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
-}  # fmt: skip
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "dots1": "Dots1ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
 SIZES = {  # our name -> theirs
-    "vocab_size": "vocab_size", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
-    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads", "head_dim": "head_dim",
-}  # fmt: skip
+    "vocab_size": "vocab_size",
+    "n_embd": "hidden_size",
+    "n_hidden": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+}
 LATENT = {  # likewise, of DeepSeek-V3 alone
     "head_dim": "qk_nope_head_dim",
     "rope_head_dim": "qk_rope_head_dim",
@@ -43,14 +50,18 @@ LATENT = {  # likewise, of DeepSeek-V3 alone
     "q_rank": "q_lora_rank",  # null: 0
 }
 OF_EXPERTS = {  # of all kinds
-    "n_expert_used": "num_experts_per_tok", "expert_hidden": "moe_intermediate_size",
+    "n_expert_used": "num_experts_per_tok",
+    "expert_hidden": "moe_intermediate_size",
     "router_norm": "norm_topk_prob",
-}  # fmt: skip
+}
 OF_DEEPSEEK = OF_EXPERTS | {
-    "n_expert": "n_routed_experts", "n_expert_shared": "n_shared_experts",
-    "n_dense": "first_k_dense_replace", "router_scale": "routed_scaling_factor",
-    "n_expert_group": "n_group", "n_group_used": "topk_group",
-}  # fmt: skip
+    "n_expert": "n_routed_experts",
+    "n_expert_shared": "n_shared_experts",
+    "n_dense": "first_k_dense_replace",
+    "router_scale": "routed_scaling_factor",
+    "n_expert_group": "n_group",
+    "n_group_used": "topk_group",
+}
 EXPERTS = {
     "qwen3_moe": OF_EXPERTS | {"n_expert": "num_experts", "balance_loss": "router_aux_loss_coef"},
     "dots1": OF_DEEPSEEK,
@@ -255,19 +266,26 @@ def own_config(
     file = MODELING.removesuffix(".py")
     classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
     return {
-        "architectures": ["NanonormuonForCausalLM"], "model_type": "nanonormuon",
+        "architectures": ["NanonormuonForCausalLM"],
+        "model_type": "nanonormuon",
         "auto_map": {auto: f"{file}.Nanonormuon{name}" for auto, name in classes.items()},
         **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
-        **usage(config, seq_len, eot, dtype), "nanonormuon": asdict(config),
-    }  # fmt: skip
+        **usage(config, seq_len, eot, dtype),
+        "nanonormuon": asdict(config),
+    }
 
 
 def usage(config: GPTConfig, seq_len: int, eot: int | None, dtype: str) -> dict[str, Any]:
     """Build the part of config.json that does not depend on the architecture."""
     return {
-        "max_position_embeddings": seq_len, "tie_word_embeddings": config.tied, "use_cache": True,
-        "bos_token_id": eot, "eos_token_id": eot, "dtype": dtype, "torch_dtype": dtype,
-    }  # fmt: skip
+        "max_position_embeddings": seq_len,
+        "tie_word_embeddings": config.tied,
+        "use_cache": True,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
 
 
 def plain_config(

@@ -316,14 +316,18 @@ def environment(device: "torch.device", ranks: int, optimizer: str = "") -> dict
         processor = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "git_commit": git_commit(PACKAGE.parent), "source_sha256": source_hash(optimizer),
-        **optimizer_hash(optimizer), "nanonormuon": __version__,
+        "git_commit": git_commit(PACKAGE.parent),
+        "source_sha256": source_hash(optimizer),
+        **optimizer_hash(optimizer),
+        "nanonormuon": __version__,
         "python": platform.python_version(),
         **{package: import_module(package).__version__ for package in packages},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "device": f"{device} {name or processor}", "processor": processor,
-        "cpu_threads": torch.get_num_threads(), "ranks": ranks,
-    }  # fmt: skip
+        "device": f"{device} {name or processor}",
+        "processor": processor,
+        "cpu_threads": torch.get_num_threads(),
+        "ranks": ranks,
+    }
 
 
 def git_commit(checkout: Path) -> str | None:

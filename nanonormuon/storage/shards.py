@@ -28,9 +28,11 @@ SHARD_SHAPE = {"name": str, "tokens": int, "size": int, "sha256": str, "max_toke
 _SPLIT = {"documents": int, "tokens": int, "bytes": int, "shards": [SHARD_SHAPE]}
 SOURCE_SHAPE = {"name": str, "documents": int, "bytes": int}  # older manifests have no sources
 MANIFEST_SHAPE = {
-    "format": int, "tokenizer": {"name": str, "hash": str, "vocab_size": int, "eot": int},
-    "train": _SPLIT, "val": _SPLIT,
-}  # fmt: skip
+    "format": int,
+    "tokenizer": {"name": str, "hash": str, "vocab_size": int, "eot": int},
+    "train": _SPLIT,
+    "val": _SPLIT,
+}
 MANIFEST_LIMIT = 64 << 20  # bytes; a manifest of 100,000 shards has 20 MB
 FULL_CHECK_LIMIT = 256 << 20  # bytes; hashing this much takes about 0.3 s, so it is always done
 FEW = 10_000  # tokens: fewer are too few to learn or judge by
@@ -271,9 +273,11 @@ class Data:
 
 
 def open_data(
-    path: str | Path, vocab_size: int | None = None, verify: str = "auto",
+    path: str | Path,
+    vocab_size: int | None = None,
+    verify: str = "auto",
     headerless: bool = False,
-) -> Data:  # fmt: skip
+) -> Data:
     """Open a data directory.
 
     With a manifest, the shards must be the listed ones with the listed sizes, and the vocabulary no

@@ -230,12 +230,17 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json, the same bytes every time."""
         config = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "nanonormuon_name": self.name,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "nanonormuon_name": self.name,
             "nanonormuon_hash": self.hash,
-            **({"nanonormuon_foreign": True} if self.foreign else {}), "bos_token": self.end,
-            "eos_token": self.end, "add_bos_token": False, "add_eos_token": False,
-            "clean_up_tokenization_spaces": False, "split_special_tokens": True,
-        }  # fmt: skip
+            **({"nanonormuon_foreign": True} if self.foreign else {}),
+            "bos_token": self.end,
+            "eos_token": self.end,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,
+        }
         return {
             name: json.dumps(content, ensure_ascii=False, indent=1).encode()
             for name, content in ((FILE, self.content), (CONFIG, config))
@@ -315,9 +320,11 @@ class BPE(Tokenizer):
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
         return tiktoken.Encoding(
-            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks,
+            self.name,
+            pat_str=self.pattern,
+            mergeable_ranks=self.ranks,
             special_tokens={EOT: self.eot},
-        )  # fmt: skip
+        )
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
         return (self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)

@@ -48,9 +48,14 @@ def read_plan(directory: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def encode(
-    documents: Iterable[tuple[str, Document]], total: int, vocabulary: Tokenizer, directory: Path,
-    plan: dict[str, Any], shard_bytes: int, workers: int,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    documents: Iterable[tuple[str, Document]],
+    total: int,
+    vocabulary: Tokenizer,
+    directory: Path,
+    plan: dict[str, Any],
+    shard_bytes: int,
+    workers: int,
+) -> dict[str, dict[str, Any]]:
     """Write the shards that are not finished yet; returns the manifest's entry for each split.
 
     `documents` come in order, each with "train" or "val", and have `total` bytes in all. A shard

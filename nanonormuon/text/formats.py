@@ -237,6 +237,9 @@ def _thrift(file: Any) -> dict[int, int]:
 
 
 READ: dict[str, Callable[[Any, str, str, int], Iterator[bytes]]] = {
-    "lines": _json_lines, "array": _json_array, "csv": _csv, "tsv": partial(_csv, delimiter="\t"),
+    "lines": _json_lines,
+    "array": _json_array,
+    "csv": _csv,
+    "tsv": partial(_csv, delimiter="\t"),
     "parquet": _parquet,
-}  # fmt: skip
+}

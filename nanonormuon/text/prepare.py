@@ -52,10 +52,18 @@ SAMPLE_BYTES = 64 << 20  # what BPE is trained on at most, spread evenly over th
 
 
 def prepare(
-    texts: list[str | Path], out: str | Path, tokenizer: str | Path = "bpe:4096",
-    val: float = 0.02, *, text_field: str = "text", separator: str = "", workers: int = 0,
-    shard_bytes: int = SHARD_BYTES, skip_bad: bool = False, max_record: int = formats.RECORD_LIMIT,
-) -> dict[str, Any]:  # fmt: skip
+    texts: list[str | Path],
+    out: str | Path,
+    tokenizer: str | Path = "bpe:4096",
+    val: float = 0.02,
+    *,
+    text_field: str = "text",
+    separator: str = "",
+    workers: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    skip_bad: bool = False,
+    max_record: int = formats.RECORD_LIMIT,
+) -> dict[str, Any]:
     """Tokenise the documents of `texts` (see sources.documents; "-" is standard input, of which a
     nameless copy is kept on the disk meanwhile) into the data directory `out`.
 
@@ -81,9 +89,15 @@ def prepare(
 
 
 def prepare_documents(
-    read: Callable[[], Iterable[Document]], names: list[str], out: Path, spec: str | Path,
-    val: float, workers: int = 0, shard_bytes: int = SHARD_BYTES, whole: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    read: Callable[[], Iterable[Document]],
+    names: list[str],
+    out: Path,
+    spec: str | Path,
+    val: float,
+    workers: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    whole: bool = False,
+) -> dict[str, Any]:
     """`prepare` for any documents that can be read repeatedly: each `read()` begins anew. `whole`:
     hashes alone decide on the split (see Survey)."""
     if not 0 < val < 1:
@@ -112,10 +126,14 @@ def prepare_documents(
                 log.warning("prepare: stopped; repeat the command to continue from %s", partial)
             raise
         manifest = {
-            "format": shards.FORMAT, "tool": f"nanonormuon {__version__}",
+            "format": shards.FORMAT,
+            "tool": f"nanonormuon {__version__}",
             "tokenizer": {k: getattr(vocabulary, k) for k in ("name", "hash", "vocab_size", "eot")},
-            "method": survey.method, "copies": survey.copies, **splits, **asked,
-        }  # fmt: skip
+            "method": survey.method,
+            "copies": survey.copies,
+            **splits,
+            **asked,
+        }
         manifest["sha256"] = shards.digest(manifest)
         _publish(partial, out, manifest)
     _warn(manifest)
@@ -262,9 +280,12 @@ class Survey:
 
 
 def _trained(
-    spec: str, survey: Survey, read: Callable[[], Iterable[Document]], partial: Path,
+    spec: str,
+    survey: Survey,
+    read: Callable[[], Iterable[Document]],
+    partial: Path,
     plan: dict[str, Any],
-) -> Tokenizer:  # fmt: skip
+) -> Tokenizer:
     """The tokenizer trained on this text, or the one that an interrupted run saved."""
     with contextlib.suppress(TokenizerError):
         if (there := load(partial)).hash == plan["tokenizer"]:

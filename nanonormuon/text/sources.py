@@ -63,10 +63,15 @@ class NotText(DataError):
 
 
 def documents(
-    sources: list[Source], skip: Path | None = None, text_field: str = "text",
-    separator: bytes = b"", log_passed: bool = False, skip_bad: bool = False,
-    max_record: int = formats.RECORD_LIMIT, advise: bool = True,
-) -> Iterator[Document]:  # fmt: skip
+    sources: list[Source],
+    skip: Path | None = None,
+    text_field: str = "text",
+    separator: bytes = b"",
+    log_passed: bool = False,
+    skip_bad: bool = False,
+    max_record: int = formats.RECORD_LIMIT,
+    advise: bool = True,
+) -> Iterator[Document]:
     """The documents of all sources, in order; blank ones are left out.
 
     A source is a file, a directory (walked in name order, without the directory `skip`), a pattern
