@@ -12,14 +12,14 @@ Against NorMuon: one number per matrix instead of one per neuron, but the last g
 so the state is twice as large, and there is a second Newton-Schulz iteration per step. No second
 moment.
 
-Checked against what can be read of the paper (abstract, reviews, summaries; Algorithm 1's text could
-not be): momentum as above; the noise is estimated in the dual norm, from the gradient of the step
-before (option 1, here) or of a second batch (option 2); noisier layers get smaller rates, relative
-to the others of their norm (all hidden matrices are one group); the overhead is one more
-Newton-Schulz iteration, 4 % of a step at 1.1B. Written from memory and not checked: a, and the
-square root of its share of the largest; alpha and beta2 (1 and 0.9 here); the start (here the
-gradient before the first is 0). The paper's steps follow Scion, without Nesterov's look ahead
-(here optim.nesterov). Its groups of embedding and head, in other norms, have AdamW here.
+Checked against what can be read of the paper (abstract, reviews, summaries; not Algorithm 1 itself):
+momentum as above; the noise is estimated in the dual norm, from the gradient of the step before
+(option 1, here) or of a second batch (option 2); noisier layers get smaller rates, relative to the
+others of their norm (all hidden matrices are one group); the overhead is 4 % of a step at 1.1B.
+Written from memory and not checked: a, and the square root of its share of the largest; alpha and
+beta2 (1 and 0.9 here); the start (here the gradient before the first is 0). The paper's steps
+follow Scion, without Nesterov's look ahead (here optim.nesterov). Its groups of embedding and head,
+in other norms, have AdamW here.
 """
 
 import torch
