@@ -12,7 +12,7 @@ Against NorMuon: one number per matrix instead of one per neuron, but the last g
 so the state is twice as large, and there is a second Newton-Schulz iteration per step. No second
 moment.
 
-Checked against what can be read of the paper (abstract, reviews, summaries; not Algorithm 1 itself):
+Checked against what can be read of the paper (abstract, reviews, summaries; not Algorithm 1):
 momentum as above; the noise is estimated in the dual norm, from the gradient of the step before
 (option 1, here) or of a second batch (option 2); noisier layers get smaller rates, relative to the
 others of their norm (all hidden matrices are one group); the overhead is 4 % of a step at 1.1B.
