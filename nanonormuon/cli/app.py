@@ -20,7 +20,8 @@ from nanonormuon.storage.run import to_console
 
 COMMANDS = (
     run.run, run.recipes, run.show, text.prepare, text.inspect, models.sample, models.evaluate,
-    models.export, runs.compare, runs.report, runs.diagnose, lab.race, lab.trials, run.doctor,
+    models.export, runs.compare, runs.report, runs.diagnose, lab.race, lab.trials,
+    lab.speedrun, run.doctor,
 )  # fmt: skip
 app = typer.Typer(
     name="normuon-train",
@@ -87,7 +88,7 @@ def hint(error: Exception, arguments: list[str]) -> str:
     value = (
         re.search(rf"{re.escape(option)}[ =]([^\s-]\S*)", " ".join(arguments)) if option else None
     )
-    if not value or command not in ("run", "show", "race", "trials"):
+    if not value or command not in ("run", "show", "race", "trials", "speedrun"):
         return ""  # without torch, which the list of settings needs
     from nanonormuon.config import KINDS
 

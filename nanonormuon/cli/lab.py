@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; re
 GROW = "Lengthen a grid, by 4 rates at most, while its best rate is its first or last."
 BASELINE = "Optimizer to measure the others against; else the best of all but the first."
 BREAKDOWN = "Also what `evaluate --breakdown` shows of the final models."
+CHOSEN = "A record and changes to it; all: every record."
 AXIS = "Values of another setting to try: SECTION.KEY=A,B,C; repeatable."
 
 
@@ -84,3 +86,45 @@ def trials(
 
     found = trials.run(recipe, n, target, out, processes.Runner(parallel, ranks))
     typer.echo(f"{trials.describe(found)}\n{json.dumps(found)}")
+
+
+def speedrun(
+    track: Annotated[str, Argument(metavar="[TRACK|FILE.toml]", help="Else a list.")] = "",
+    chosen: Annotated[
+        Strings, Argument(metavar="[RECORD|SECTION.KEY=VALUE]...", help=CHOSEN)
+    ] = None,
+    n: Annotated[int, Option("--n", min=1, help="Runs, with seeds 0 to N - 1.")] = 10,
+    out: Annotated[Path, Option(help="TRACK/RECORD/ below it is continued.")] = Path(
+        "runs/speedrun"
+    ),
+    parallel: Parallel = 1,
+    as_json: options.AsJson = False,
+) -> None:
+    """Reach a fixed loss with a fixed model and text in the fewest steps or the least time.
+
+    Lists the tracks, a track's records, or runs one (docs/speedrun.md has the rules). A record is
+    valid with 10 runs whose mean is below the target with p < 0.001. Settings after its name make
+    an attempt of your own. "all" runs every record in turn, and prints one line each.
+
+    \b
+    normuon-train speedrun shakespeare normuon data.path=DIR
+    normuon-train speedrun shakespeare normuon train.steps=200 optim.lr=0.03 data.path=DIR
+    normuon-train speedrun shakespeare all data.path=DIR --n 3 --out runs/times
+    """
+    from nanonormuon.lab import processes, speedrun
+
+    if not chosen:
+        names = [track] if track else speedrun.tracks()
+        loaded = {name: speedrun.load(name) for name in names}
+        parts = [f"{name}: {t.title}\n\n{speedrun.table(t)}" for name, t in loaded.items()]
+        options.show({name: vars(t) for name, t in loaded.items()}, "\n\n".join(parts), as_json)
+        return
+    found, results = speedrun.load(track), {}
+    for record in found.records if chosen[0] == "all" else chosen[:1]:
+        parts = [record, *chosen[1:]]
+        name = " ".join(part for part in parts if not part.startswith("data.path"))
+        place = out / Path(track).stem / re.sub(r"[^\w.=+-]", "-", name)[:150]
+        results[name] = speedrun.run(found, parts, n, place, processes.Runner(parallel))
+    valid = sum(result["valid"] for result in results.values())
+    text = f"{speedrun.table(found, results)}\n\n{valid} of {len(results)} valid ({speedrun.RULE})"
+    options.show(results, text, as_json)

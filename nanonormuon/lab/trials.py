@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    arguments: Sequence[str], n: int, target: float, out: Path, runner: Runner
+    arguments: Sequence[str],
+    n: int,
+    target: float,
+    out: Path,
+    runner: Runner,
+    metric: str = "val_loss",
 ) -> dict[str, Any]:
-    """Carry out runs with the seeds 0 to n - 1; returns significance.verdict of their last losses.
+    """Run the seeds 0 to n - 1; returns significance.verdict of their last losses, or last val_bpb.
 
     OUT/trial-000/ is a run directory, OUT/trial-000.txt its self-contained log, OUT/trials.json the
     verdict. A larger n adds to the runs of a smaller one. Raises what Runner.run raises.
@@ -35,7 +41,7 @@ def run(
     results = runner.run(jobs)
     for job in jobs:
         replace_file(job.path.with_suffix(".txt"), self_contained(job).encode())
-    losses = [result["val_loss"] for result in results]
+    losses = [result.get(metric) or math.inf for result in results]
     environment = read_json(jobs[0].path / "environment.json")
     found = verdict(losses, target) | {
         "losses": losses,
