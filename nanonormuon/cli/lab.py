@@ -1,4 +1,4 @@
-"""Experiments of many runs: races between optimizers, trials against a target."""
+"""Experiments of many runs: races of optimizers, trials and speedruns against a target."""
 
 import json
 import math
@@ -12,16 +12,16 @@ from typer import Argument, Option
 from nanonormuon.cli import options
 
 Recipe = Annotated[list[str], Argument(metavar=options.SETTINGS, help="Settings of all runs.")]
-Out = Annotated[Path, Option(help="Directory of the experiment; an interrupted one continues.")]
+Out = Annotated[Path, Option(help="Directory of the experiment; an existing one is continued.")]
 AT_ONCE = "Runs at a time; 0: one per GPU, one on a CPU. Each has OMP_NUM_THREADS threads if set."
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]
 Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
 Strings = list[str] | None
 OPTIMIZERS = "normuon,muon,adamw,zoo:NAME,FILE.py:Class,module:Class, each with +SETTING=VALUE."
 RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
-GROW = "Lengthen a grid, by 4 rates at most, while its best rate is its first or last."
-BASELINE = "Optimizer to measure the others against; else the best of all but the first."
-BREAKDOWN = "Also what `evaluate --breakdown` shows of the final models."
+GROW = "Extend a grid by up to 4 rates while its best rate is the lowest or highest."
+BASELINE = "Optimizer to compare the others with; default: the best of all but the first."
+BREAKDOWN = "Add what `evaluate --breakdown` shows of the final models."
 CHOSEN = "A record and changes to it; all: every record."
 AXIS = "Values of another setting to try: SECTION.KEY=A,B,C; repeatable."
 

@@ -1,4 +1,4 @@
-"""Speedruns: what a record may change, the text it must have, the verdict, the tables of records."""
+"""Speedruns: what a record may change, the text it needs, the verdict, the tables of records."""
 
 import json
 import re
