@@ -5,8 +5,8 @@
 Prints a table and, last, one JSON line. Utilisation is the model's FLOPs (6 per weight and token,
 and attention's products) over the rate of a large product measured in the same run. Memory is
 compared with what the process held before, weights, gradients, optimizer and what autograd keeps
-(cli/dry_run.py). --two: also two processes with half of the threads each, which need data.path to
-exist already.
+(cli/dry_run.py). With optim.qk_clip=100 model.qk_norm=false also the share of QK-clip. --two: also
+two processes with half of the threads each, which need data.path to exist already.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 
 from nanonormuon.cli import dry_run as estimate
 from nanonormuon.config import load
-from nanonormuon.runtime import distributed
+from nanonormuon.runtime import distributed, qk_clip
 from nanonormuon.runtime.faults import Stopping, Watch
 from nanonormuon.storage.run import RunDirectory
 from nanonormuon.train import Trainer
@@ -100,6 +100,9 @@ def measure(arguments: list[str], steps: int) -> dict:
         engine.forward = clock.timed("forward", engine.forward)
         for optimizer in engine.optimizers:
             optimizer.step = clock.timed(type(optimizer).__name__, optimizer.step)
+        if engine.qk_clip:  # reads the logits in the forward pass, scales after the update
+            qk_clip.note = clock.timed("QK-clip, reading", qk_clip.note)
+            engine.qk_clip.apply = clock.timed("QK-clip, scaling", engine.qk_clip.apply)
         original = torch.Tensor.backward
         torch.Tensor.backward = clock.timed("backward", original)
         for _ in range(steps):
@@ -109,7 +112,9 @@ def measure(arguments: list[str], steps: int) -> dict:
     shards = distributed.shards(trainer.config.train.parallel)
     needed = estimate.estimate(trainer.config, trainer.memory.size, world.size, shards)
     parts = {name: 1e3 * s / steps for name, s in clock.seconds.items()}
-    parts["rest"] = 2 * parts["step"] - sum(parts.values())
+    reading = parts.get("QK-clip, reading", 0.0)  # within the forward pass
+    parts["rest"] = 2 * parts["step"] - (sum(parts.values()) - reading)
+    clipping = reading + parts.get("QK-clip, scaling", 0.0)
     flops = engine.model.flops_per_token(config.data.seq_len) * tokens / seconds
     peak = distributed.peak_memory(world.device) or 0
     return {
@@ -125,6 +130,7 @@ def measure(arguments: list[str], steps: int) -> dict:
         "and needed after": needed.memory / 1e9,
         "peak / (before + needed)": peak / (before + needed.memory),
         "percent outside passes and update": 100 * (parts["batch"] + parts["rest"]) / parts["step"],
+        **({"percent for QK-clip": 100 * clipping / parts["step"]} if clipping else {}),
         **{f"ms {name}": value for name, value in parts.items() if name != "step"},
     }
 
