@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from nanonormuon.text.corpus import open_directory
 
 LEAST, LEVEL = 10, 0.001  # a record has at least so many runs, and a lower p-value
 RULE = f"at least {LEAST} runs, mean below the target with p < {LEVEL:g}"
-METRICS = ("val_loss", "val_bpb")  # nats per token, bits per byte
+Metric = Literal["val_loss", "val_bpb"]  # nats per token, bits per byte
 NANOGPT_STEPS = 2000  # of nanoGPT's CPU recipe, whose time is the unit of the records' times
 
 
@@ -39,7 +39,7 @@ class Track:
     target: float  # of the metric's mean over runs
     settings: list[str]  # shared by all runs: a recipe, SECTION.KEY=VALUE
     free: list[str]  # patterns of the settings that a record may change
-    metric: str = "val_loss"  # of METRICS
+    metric: Metric = "val_loss"
     data: str = ""  # fingerprint of the prepared text; "": any
     prepare: str = ""  # how to prepare it
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -57,9 +57,8 @@ def load(name: str) -> Track:
         raise ConfigError(f'no track "{name}": {config.nearest(name, tracks())}, or a FILE.toml')
     try:
         track = Track(**config.read_toml(str(tracks().get(name, name))))
-        if track.metric not in METRICS:
-            hint = config.nearest(track.metric, METRICS)
-            raise ConfigError(f'{name}: metric = "{track.metric}": {hint}')
+        config.coerce(track.target, float, f"{name}: target")
+        config.coerce(track.metric, Metric, f"{name}: metric")
         for record in track.records:
             resolve(arguments(track, [record]))
     except (TypeError, KeyError, AttributeError) as error:
@@ -93,14 +92,13 @@ def run(track: Track, chosen: Sequence[str], n: int, out: Path, runner: Runner) 
     path, expected = Path(settings.data.path), track.data
     if expected and (data := open_directory(settings, path)[0].fingerprint) != expected:
         raise DataError(f"{path}: fingerprint {expected} expected, {data} found: {track.prepare}")
-    before = nanogpt_step() if runner.parallel == 1 else None
+    before = nanogpt_step()
     found = trials.run(given, n, track.target, out, runner, track.metric)
-    unit = before and NANOGPT_STEPS * (before + nanogpt_step()) / 2
-    seconds = [s for s in found.pop("seconds") if s]
+    unit, seconds = NANOGPT_STEPS * (before + nanogpt_step()) / 2, found.pop("seconds")
     found |= {
         "valid": n >= LEAST and found["p_value"] is not None and found["p_value"] < LEVEL,
         "tokens": found["steps"] * settings.train.batch_tokens,
-        "time": statistics.fmean(seconds) / unit if unit and len(seconds) == n else None,
+        "time": statistics.fmean(seconds) / unit if runner.parallel == 1 and all(seconds) else None,
         "arguments": [a for a in found["arguments"] if not a.startswith("data.path")],
     }
     replace_file(out / "record.json", (json.dumps(found, indent=1) + "\n").encode())

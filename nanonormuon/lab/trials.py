@@ -18,13 +18,9 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    arguments: Sequence[str],
-    n: int,
-    target: float,
-    out: Path,
-    runner: Runner,
+    arguments: Sequence[str], n: int, target: float, out: Path, runner: Runner,
     metric: str = "val_loss",
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Run the seeds 0 to n - 1; returns significance.verdict of their last losses, or last val_bpb.
 
     OUT/trial-000/ is a run directory, OUT/trial-000.txt its self-contained log, OUT/trials.json the
