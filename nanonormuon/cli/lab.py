@@ -100,7 +100,7 @@ def speedrun(
     parallel: Parallel = 1,
     as_json: options.AsJson = False,
 ) -> None:
-    """Reach a fixed loss with a fixed model and text in the fewest steps or the least time.
+    """Run a speedrun: a fixed loss in few steps or little time.
 
     Lists the tracks, a track's records, or runs one (docs/speedrun.md has the rules). A record is
     valid with 10 runs whose mean is below the target with p < 0.001. Settings after its name make
