@@ -78,6 +78,8 @@ def test_few_runs_and_losses_near_the_target_are_no_record(track, quick, monkeyp
     assert losses(1.0, 1.0001)["valid"] and losses(1.0, 1.0001)["time"] is None
     assert not losses(1.0, 1.9)["valid"]  # p = 0.2
     assert not losses(2.1, 2.1001)["valid"] and not losses(1.0)["valid"]
+    monkeypatch.setattr(speedrun, "LEAST", 3)
+    assert not losses(1.0, 1.0001)["valid"] and losses(1.0, 1.0001, 1.0)["valid"]
 
 
 @pytest.mark.parametrize(
