@@ -16,6 +16,7 @@ Out = Annotated[Path, Option(help="Directory of the experiment; an existing one 
 AT_ONCE = "Runs at a time; 0: one per GPU, one on a CPU. Each has OMP_NUM_THREADS threads if set."
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]
 Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
+Count = Annotated[int, Option("--n", min=1, help="Runs, with seeds 0 to N - 1.")]
 Strings = list[str] | None
 OPTIMIZERS = "normuon,muon,adamw,zoo:NAME,FILE.py:Class,module:Class, each with +SETTING=VALUE."
 RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
@@ -67,7 +68,7 @@ def trials(
     recipe: Recipe,
     target: Annotated[float, Option(help="Mean validation loss to reach.")],
     out: Out,
-    n: Annotated[int, Option("--n", min=1, help="Runs, with seeds 0 to N - 1.")] = 10,
+    n: Count = 10,
     parallel: Parallel = 0,
     ranks: Ranks = 1,
 ) -> None:
@@ -90,13 +91,9 @@ def trials(
 
 def speedrun(
     track: Annotated[str, Argument(metavar="[TRACK|FILE.toml]", help="Else a list.")] = "",
-    chosen: Annotated[
-        Strings, Argument(metavar="[RECORD|SECTION.KEY=VALUE]...", help=CHOSEN)
-    ] = None,
-    n: Annotated[int, Option("--n", min=1, help="Runs, with seeds 0 to N - 1.")] = 10,
-    out: Annotated[Path, Option(help="TRACK/RECORD/ below it is continued.")] = Path(
-        "runs/speedrun"
-    ),
+    chosen: Annotated[Strings, Argument(metavar="[RECORD|KEY=VALUE]...", help=CHOSEN)] = None,
+    n: Count = 10,
+    out: Out = Path("runs/speedrun"),
     parallel: Parallel = 1,
     as_json: options.AsJson = False,
 ) -> None:
@@ -104,7 +101,7 @@ def speedrun(
 
     Lists the tracks, a track's records, or runs one (docs/speedrun.md has the rules). A record is
     valid with 10 runs whose mean is below the target with p < 0.001. Settings after its name make
-    an attempt of your own. "all" runs every record in turn, and prints one line each.
+    an attempt of your own. "all" runs every record in turn. OUT/TRACK/RECORD/ has logs and verdict.
 
     \b
     normuon-train speedrun shakespeare normuon data.path=DIR
