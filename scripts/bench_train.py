@@ -5,8 +5,8 @@
 Prints a table and, last, one JSON line. Utilisation is the model's FLOPs (6 per weight and token,
 and attention's products) over the rate of a large product measured in the same run. Memory is
 compared with what the process held before, weights, gradients, optimizer and what autograd keeps
-(cli/dry_run.py). With optim.qk_clip=100 model.qk_norm=false also the share of QK-clip. --two: also
-two processes with half of the threads each, which need data.path to exist already.
+(cli/dry_run.py). --two: also two processes with half of the threads each, which need data.path to
+exist already.
 """
 
 import argparse
@@ -112,7 +112,8 @@ def measure(arguments: list[str], steps: int) -> dict:
     shards = distributed.shards(trainer.config.train.parallel)
     needed = estimate.estimate(trainer.config, trainer.memory.size, world.size, shards)
     parts = {name: 1e3 * s / steps for name, s in clock.seconds.items()}
-    reading = parts.get("QK-clip, reading", 0.0)  # within the forward pass
+    # with optim.qk_clip=100 model.qk_norm=false; within the forward pass
+    reading = parts.get("QK-clip, reading", 0.0)
     parts["rest"] = 2 * parts["step"] - (sum(parts.values()) - reading)
     clipping = reading + parts.get("QK-clip, scaling", 0.0)
     flops = engine.model.flops_per_token(config.data.seq_len) * tokens / seconds
