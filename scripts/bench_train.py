@@ -26,7 +26,7 @@ from peers import nanogpt_step
 
 from nanonormuon.cli import dry_run as estimate
 from nanonormuon.config import load
-from nanonormuon.runtime import distributed
+from nanonormuon.runtime import distributed, qk_clip
 from nanonormuon.runtime.faults import Stopping, Watch
 from nanonormuon.storage.run import RunDirectory
 from nanonormuon.train import Trainer
@@ -110,6 +110,9 @@ def measure(arguments: list[str], steps: int, checkout: str = "") -> dict:
         engine.forward = clock.timed("forward", engine.forward)
         for optimizer in engine.optimizers:
             optimizer.step = clock.timed(type(optimizer).__name__, optimizer.step)
+        if engine.qk_clip:  # reads the logits in the forward pass, scales after the update
+            qk_clip.note = clock.timed("QK-clip, reading", qk_clip.note)
+            engine.qk_clip.apply = clock.timed("QK-clip, scaling", engine.qk_clip.apply)
         original = torch.Tensor.backward
         torch.Tensor.backward = clock.timed("backward", original)
         for _ in range(steps):
@@ -119,7 +122,10 @@ def measure(arguments: list[str], steps: int, checkout: str = "") -> dict:
     shards = distributed.shards(trainer.config.train.parallel)
     needed = estimate.estimate(trainer.config, trainer.memory.size, world.size, shards)
     parts = {name: 1e3 * s / steps for name, s in clock.seconds.items()}
-    parts["rest"] = 2 * parts["step"] - sum(parts.values())
+    # with optim.qk_clip=100 model.qk_norm=false; within the forward pass
+    reading = parts.get("QK-clip, reading", 0.0)
+    parts["rest"] = 2 * parts["step"] - (sum(parts.values()) - reading)
+    clipping = reading + parts.get("QK-clip, scaling", 0.0)
     flops = engine.model.flops_per_token(config.data.seq_len) * tokens / seconds
     peak = distributed.peak_memory(world.device) or 0
     return {
@@ -137,6 +143,7 @@ def measure(arguments: list[str], steps: int, checkout: str = "") -> dict:
         **({"ms per step of nanoGPT": 1e3 * statistics.median(theirs)} if peer else {}),
         **({"ours / nanoGPT's": seconds / statistics.median(theirs)} if peer else {}),
         "percent outside passes and update": 100 * (parts["batch"] + parts["rest"]) / parts["step"],
+        **({"percent for QK-clip": 100 * clipping / parts["step"]} if clipping else {}),
         **{f"ms {name}": value for name, value in parts.items() if name != "step"},
     }
 

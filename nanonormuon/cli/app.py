@@ -20,7 +20,7 @@ GROUPS = {
     "Prepare data": (text.prepare, text.inspect),
     "Use a model": (models.sample, models.evaluate, models.export),
     "Look at runs": (runs.compare, runs.report, runs.diagnose),
-    "Compare optimizers": (lab.race, lab.trials),
+    "Compare optimizers": (lab.race, lab.trials, lab.speedrun),
     "Check the machine": (run.doctor,),
 }
 
@@ -104,7 +104,7 @@ def hint(error: Exception, arguments: list[str]) -> str:
     value = (
         re.search(rf"{re.escape(option)}[ =]([^\s-]\S*)", " ".join(arguments)) if option else None
     )
-    if not value or command not in ("run", "show", "race", "trials"):
+    if not value or command not in ("run", "show", "race", "trials", "speedrun"):
         return ""
     from nanonormuon.config import KINDS
 

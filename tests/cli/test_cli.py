@@ -283,7 +283,7 @@ def test_help_names_every_command_and_gives_examples(capsys):
     text = capsys.readouterr().out
     assert not re.search(r"\w\.\.\.$", text, re.M)  # no summary is cut off
     for name in ("run", "prepare", "sample", "evaluate", "export", "compare", "report", "diagnose",
-                 "doctor", "recipes", "show", "inspect", "race", "trials"):  # fmt: skip
+                 "doctor", "recipes", "show", "inspect", "race", "trials", "speedrun"):  # fmt: skip
         assert re.search(rf"^  {name} ", text, re.M)
         assert cli.main([name, "--help"]) == 0
         assert name == "recipes" or f"normuon-train {name}" in capsys.readouterr().out
