@@ -232,7 +232,12 @@ def test_functions_stay_short():
 
 def test_a_step_opens_few_files(tiny, tmp_path):
     """What a reader opens to follow a step of one process that no row is due after."""
-    quiet = ["train.log_every=100", "train.eval_every=0", "train.save_every=0"]
+    quiet = [
+        "train.log_every=100",
+        "train.eval_every=0",
+        "train.save_every=0",
+        "model.bigram_embed=0",
+    ]
     config = load([*tiny, *quiet])[0]
     seen = set()
 

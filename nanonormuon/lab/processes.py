@@ -30,7 +30,7 @@ from nanonormuon.optim import make_optimizers
 from nanonormuon.pretrained import models
 from nanonormuon.runs import compare
 from nanonormuon.storage.checkpoints import read_json
-from nanonormuon.storage.files import check_plain, locked, open_regular, replace_file
+from nanonormuon.storage.files import check_plain, locked, open_regular, read_file, replace_file
 from nanonormuon.storage.run import optimizer_hash
 
 log = logging.getLogger(__name__)
@@ -287,7 +287,11 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
         out.mkdir(parents=True, exist_ok=True)
         replace_file(file, (json.dumps(content, indent=1) + "\n").encode())
         return
-    found = read_json(file)
+    text = read_file(file)
+    try:
+        found = {**json.loads(text)}
+    except (ValueError, TypeError):
+        raise RunError(f"{file}: {text[:99]!r}, expected a plan; choose another --out") from None
     begun = found.pop("settings", {})  # missing in plans of older versions
     if found != {key: content[key] for key in ("arguments", "steps")}:
         raise RunError(

@@ -396,6 +396,26 @@ def test_a_race_from_its_first_run_to_its_table(smaller, tmp_path, here):
         race.Race([*smaller, "optim.decay=1"], field, 2, tmp_path / "r").run(Runner())
 
 
+def test_a_race_goes_on_only_with_the_settings_that_it_began_with(tmp_path, monkeypatch):
+    """Another version of the package may have changed the recipe that the arguments name."""
+    plan = tmp_path / "r" / "race.json"
+    processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+    processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+    content = json.loads(plan.read_text())
+    assert content["settings"]["train.batch_tokens"] == 4096
+    content["settings"]["train.batch_tokens"] = 8192
+    plan.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"train\.batch_tokens = 8192.* 4096"):
+        processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+    del content["settings"]  # a plan of an older version
+    plan.write_text(json.dumps(content))
+    processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+    for broken in ("[]", "{", "null"):
+        plan.write_text(broken)
+        with pytest.raises(RunError, match=r"race\.json"):
+            processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+
+
 def script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
