@@ -160,7 +160,7 @@ def raise_if(failure: BaseException | None) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load model.safetensors into a model of any layout. Raises CheckpointError for other tensors."""
+    """Load model.safetensors into a model of any layout. Raises CheckpointError."""
     file = TensorFile(path / "model.safetensors")
     parameters = named_for_hf(weights_of(model))
     file.expect({name: p.shape for name, p in parameters.items()})

@@ -49,11 +49,8 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def flatten_tree(tree: Any, prefix: str) -> dict[str, Tensor]:
-    """Turn a tree of dicts, lists and tuples, such as a state_dict, into named tensors: its tensors,
-    numbered, and PREFIXtree, the rest as JSON.
-
-    If a leaf could only be pickled, PREFIXtree holds only the leaf's type.
-    """
+    """Turn a tree of dicts, lists and tuples, such as a state_dict, into named tensors: its own,
+    numbered, and PREFIXtree, the rest as JSON (only the type of a leaf that needs pickling)."""
     tensors: dict[str, Tensor] = {}
 
     def flat(value: Any) -> Any:
