@@ -1,7 +1,7 @@
-"""Saving and loading a run: model and optimizers as named tensors, and what describes the run.
+"""Saves and loads a run: model and optimizers as named tensors, and the run's description.
 
-Tensors are saved whole, so a run can resume on any number of ranks and in any layout. How the
-directory gets to disk, complete or not at all, is in storage/checkpoints.py.
+Tensors are saved unsharded, so a run can resume on any number of ranks and in any layout.
+storage/checkpoints.py writes the directory atomically.
 """
 
 import json
@@ -39,7 +39,7 @@ from nanonormuon.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
-OTHER = "foreign."  # prefix for the state of optimizers from other packages
+OTHER = "foreign."  # prefix of the state of optimizers from other packages
 
 
 def named_parameters(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
@@ -51,21 +51,19 @@ def named_parameters(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
 def named_state(
     model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Everything that training changes: weights by parameter, buffers by parameter.buffer."""
+    """Return all that training changes: weights by parameter, buffers by parameter.buffer."""
     buffers: dict[str, Tensor] = {}
     for optimizer in optimizers:
         if not by_parameter(type(optimizer)):
             buffers |= flatten_tree(optimizer.state_dict(), OTHER)
             continue
         for name, p in named_parameters(optimizer):
-            buffers |= {
-                f"{name}.{key}": buffer for key, buffer in sorted(optimizer.state[p].items())
-            }
+            buffers |= {f"{name}.{key}": t for key, t in sorted(optimizer.state[p].items())}
     return weights_of(model), buffers
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that a checkpoint keeps of a model: parameters, and the biases of routers."""
+    """Return a model's tensors that a checkpoint saves: parameters and routers' biases."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
@@ -74,15 +72,15 @@ def named_for_hf(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def buffer_shapes(optimizer: Optimizer, p: Tensor) -> dict[str, tuple[int, ...]]:
-    """Shapes of a parameter's buffers, including those that AdamW creates at its first step. For
-    other packages' optimizers an estimate: AdamW's."""
+    """Return the shapes of a parameter's buffers, including those that AdamW creates at its first
+    step. For optimizers of other packages, AdamW's serve as an estimate."""
     if by_parameter(type(optimizer)) and (state := optimizer.state[p]):
         return {key: tuple(value.shape) for key, value in state.items()}
     return {key: () if key == "step" else tuple(p.shape) for key in ADAMW_STATE}
 
 
 def size_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
-    """Bytes of a checkpoint's tensors, which are whole even where this rank holds only shards."""
+    """Return the bytes of a checkpoint's tensors, unsharded."""
     buffers = sum(
         math.prod(shape) * getattr(optimizer.state.get(p, {}).get(key), "itemsize", 4)
         for optimizer in optimizers
@@ -97,8 +95,8 @@ def size_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
 
 
 class Saver:
-    """Publishes checkpoints, one at a time. Rank 0 writes them: while all ranks wait, or, if
-    `background`, in a thread, from copies in the host's memory, while the ranks go on."""
+    """Publishes checkpoints, one at a time. Rank 0 writes while all ranks wait, or, if
+    `background`, in a thread from copies in host memory while training continues."""
 
     def __init__(
         self, folder: Path, world: distributed.World, stopping: Stopping, background: bool
@@ -112,10 +110,10 @@ class Saver:
         self, step: int, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor],
         description: Callable[[], Mapping[str, bytes]], retain: Callable[[], None],
     ) -> None:  # fmt: skip
-        """Publish tensors of any layout and the files that `description` returns, then `retain`.
+        """Publish tensors of any layout and the files of `description`, then call `retain`.
 
-        Called on all ranks, after `settle`; they gather the tensors one by one. All of them raise
-        if the writing fails: here, or at the next `settle` if it happens in the background.
+        All ranks must call this, after `settle`, and gather the tensors one by one. All raise if
+        writing fails: here, or in the next `settle` if it happens in the background.
         """
         first, failure = self.world.first, None
         tensors = {"model": named_for_hf(weights), "optimizer": buffers}
@@ -133,24 +131,24 @@ class Saver:
             except Exception as error:
                 failure = error
         if not self.background:
-            for pieces in streams.values():  # gathering must finish on all ranks, failure or not
+            for pieces in streams.values():  # all ranks finish gathering, even after a failure
                 for _ in pieces:
                     pass
         distributed.first_does(lambda: raise_if(failure), self.world.device)
 
     def publish(self, step: int, files: Mapping[str, Any], retain: Callable[[], None]) -> None:
-        """Write a checkpoint's directory, then delete what need not be kept."""
+        """Write a checkpoint, then delete old ones."""
         checkpoints.write(self.folder, step, files)
         retain()
 
     def end_if_failed(self, saved: Future[None]) -> None:
-        """Have all ranks stop after their step as if by a signal, and so come to `settle`."""
+        """Stop all ranks after their step, as a signal does, so that they reach `settle`."""
         if error := saved.exception():
             log.error(f"a checkpoint was not saved: {error}")
             self.stopping.number = self.stopping.number or signal.SIGTERM
 
     def settle(self) -> None:
-        """Wait until the last checkpoint is published. Raises on every rank if that failed."""
+        """Wait until the last checkpoint is published. Raises on every rank if it failed."""
         if self.background:
             pending, self.pending = self.pending, None
             distributed.first_does(lambda: pending and pending.result(), self.world.device)
@@ -162,7 +160,7 @@ def raise_if(failure: BaseException | None) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load model.safetensors, whose names and shapes must match, into a model of any layout."""
+    """Load model.safetensors into a model of any layout. Raises CheckpointError."""
     file = TensorFile(path / "model.safetensors")
     parameters = named_for_hf(weights_of(model))
     file.expect({name: p.shape for name, p in parameters.items()})
@@ -172,10 +170,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_optimizers(optimizers: Sequence[Optimizer], path: Path) -> None:
-    """Load optimizer.safetensors into optimizers of any layout.
-
-    Raises CheckpointError before changing anything if a tensor is missing, unexpected or misshapen.
-    """
+    """Load optimizer.safetensors into optimizers of any layout. Raises CheckpointError, before
+    changing anything, if a tensor is missing, unexpected or of another shape."""
     file = TensorFile(path / "optimizer.safetensors")
     expected = {name: e[1] for name, e in file.entries.items() if name.startswith(OTHER)}
     for optimizer in (o for o in optimizers if by_parameter(type(o))):
@@ -202,7 +198,7 @@ def load_optimizers(optimizers: Sequence[Optimizer], path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# The description of the run beside its tensors
+# The run's description
 
 STATE = {"step": int, "seconds": float, "total_seconds": float, "ranks": int, "micro_batch": int,
          "config": dict, "data": str}  # fmt: skip
@@ -211,9 +207,9 @@ STATE = {"step": int, "seconds": float, "total_seconds": float, "ranks": int, "m
 def describe(
     config: Config, state: Mapping[str, Any], tokenizer: Tokenizer | None
 ) -> dict[str, bytes]:
-    """The files beside a checkpoint's tensors, by name: Hugging Face's config.json, the model's
-    source if that calls for it, state.json (progress, and everything that must not change on
-    resume) and the tokenizer."""
+    """Make the files beside a checkpoint's tensors: Hugging Face's config.json and the model's
+    source where it needs one, state.json (progress, and all that must not change on resume) and the
+    tokenizer's files."""
     state = {**state, "config": asdict(config), "tokenizer": tokenizer and tokenizer.hash}
     hf = config_json(config.model, config.data.seq_len, tokenizer and tokenizer.eot)
     return {
@@ -229,10 +225,8 @@ def as_json(content: Mapping[str, Any]) -> bytes:
 
 
 def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]] | None:
-    """Find the checkpoint to resume from and its state, verified by rank 0.
-
-    Returns None if there are no checkpoints; raises CheckpointError if none of them is usable.
-    """
+    """Find the checkpoint to resume from and its state, verified by rank 0; None if there are no
+    checkpoints. Raises CheckpointError if none is usable."""
 
     def look() -> list[Any] | None:
         if not checkpoints.all_steps(folder):
@@ -246,7 +240,7 @@ def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]
 
 
 def check_state(file: Path, state: dict[str, Any]) -> None:
-    """Raise CheckpointError for a state.json that no run wrote, even if its hash is right."""
+    """Raise CheckpointError for a state.json that no run can have written."""
     for key, kind in STATE.items():
         value, number = state.get(key), kind in (int, float)
         fits = type(value) in (kind, int if number else kind)
@@ -262,4 +256,4 @@ def check_state(file: Path, state: dict[str, Any]) -> None:
         if type(train["steps"]) is not int or not isinstance(state["tokenizer"], str | None):
             raise ValueError("expected a number of steps and the tokenizer's hash")
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a run's: {error}") from None
+        raise CheckpointError(f"{file}: not written by a run: {error}") from None

@@ -1,8 +1,8 @@
 """Every setting on one screen, and a strict loader.
 
-A run's configuration is the defaults below, then recipes and TOML files from left to right, then
+Later sources override earlier ones: the defaults below, recipes and TOML files from left to right,
 `section.key=value` from the command line. An unknown name, a wrong type or an impossible value
-raises ConfigError with the nearest valid name, before any device or data file is touched.
+raises ConfigError before any device or data file is touched.
 """
 
 import difflib
@@ -25,79 +25,79 @@ from nanonormuon.storage.files import optimizer_file, read_file
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = "builtin:stdlib"  # a directory of shards; builtin: this interpreter's library
-    format: Literal["shards", "nanogpt"] = "shards"  # nanogpt: its train.bin, which has no header
-    tokenizer: str = "bpe:4096"  # for builtin data; a prepared directory brings its own
-    mix: str = ""  # "DIR=0.2, DIR=0.1": shares of the sequences that come from other directories
-    document_mask: bool = False  # attention does not cross <|endoftext|>
-    seq_len: int = 256  # tokens per window
-    order: Literal["shuffled", "sequential"] = "shuffled"  # sequential: modded-nanogpt's order
-    verify: Literal["auto", "full"] = "auto"  # hash shards at the start: up to 256 MB, or all
-    val_tokens: int = 0  # evaluate on the first val_tokens targets; 0: all
-    tuning: float = 0.0  # use this share of the training tokens, at their end, for validation
+    path: str = "builtin:stdlib"  # directory of shards, or builtin:stdlib (Python's own library)
+    format: Literal["shards", "nanogpt"] = "shards"  # nanogpt: its headerless train.bin and val.bin
+    tokenizer: str = "bpe:4096"  # for builtin data and shards without a manifest
+    mix: str = ""  # other directories and their shares of the sequences: "DIR=0.2, DIR=0.1"
+    document_mask: bool = False  # restrict attention to the current document
+    seq_len: int = 256  # context length in tokens
+    order: Literal["shuffled", "sequential"] = "shuffled"  # sequential: as modded-nanogpt reads
+    verify: Literal["auto", "full"] = "auto"  # auto: above 256 MB, check each shard on first use
+    val_tokens: int = 0  # evaluate on the first val_tokens targets; 0: on all
+    tuning: float = 0.0  # validate on this share of the training data, its end, instead; 0: off
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     name: str = "normuon"  # normuon | muon | adamw | zoo:NAME | FILE.py:Class | module:Class
-    options: str = ""  # other arguments of a zoo:NAME or Class: "betas=(0.9, 0.95), rho=1"
-    lr: float = 0.02  # for the hidden matrices
-    weight_decay: float = 0.1  # for the hidden matrices
-    momentum: float = 0.95  # for the hidden matrices
-    momentum_start: float = 0.85  # rises linearly to momentum ...
-    momentum_warmup: int = 300  # ... in this many steps
-    nesterov: bool = True
-    beta2: float = 0.95  # of NorMuon's second moment, one number per neuron
-    beta2_on: str = "*"  # matrices with a second moment, by name: "*.mlp.*"; the others get Muon
-    neuron_axis: Literal["rows", "longest"] = "rows"  # longest: columns where they outnumber rows
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"  # second: lr as for AdamW
+    options: str = ""  # more arguments of a zoo:NAME or Class, such as "betas=(0.9, 0.95), rho=1"
+    lr: float = 0.02  # learning rate of the hidden matrices
+    weight_decay: float = 0.1  # of the hidden matrices
+    momentum: float = 0.95  # of the hidden matrices
+    momentum_start: float = 0.85  # momentum at the start, rising linearly to optim.momentum
+    momentum_warmup: int = 300  # steps over which momentum rises
+    nesterov: bool = True  # Nesterov momentum
+    beta2: float = 0.95  # decay rate of NorMuon's second moment (one value per neuron)
+    beta2_on: str = "*"  # matrices that get NorMuon, such as "*.mlp.*"; the others get plain Muon
+    neuron_axis: Literal["rows", "longest"] = "rows"  # longest: columns if there are more of them
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"  # match_*: use AdamW's lr
     ns_coefficients: str = "muon"  # Newton-Schulz: muon | polar_express | "a, b, c"
-    ns_steps: int = 5
-    cautious: bool = False  # decay only the weights that the update moves towards zero
-    embed_lr: float = 0.3  # AdamW's rates for all other parameters
-    value_lr: float = 0.1  # for model.value_embed and model.bigram_embed
-    head_lr: float = 0.003
-    vector_lr: float = 0.01
+    ns_steps: int = 5  # Newton-Schulz iterations
+    cautious: bool = False  # decay only weights that the update moves towards zero
+    embed_lr: float = 0.3  # AdamW's learning rate for the embedding
+    value_lr: float = 0.1  # AdamW's learning rate for model.value_embed and model.bigram_embed
+    head_lr: float = 0.003  # AdamW's learning rate for the output head
+    vector_lr: float = 0.01  # AdamW's learning rate for gains, biases and routers
     adam_beta1: float = 0.8
     adam_beta2: float = 0.95
     adam_eps: float = 1e-10
     adam_weight_decay: float = 0.0
-    warmup: int = 0  # steps of linear warm-up, for every rate
-    decay: float = 0.7  # share of the run, at its end, in which every rate falls linearly ...
-    final_lr: float = 0.0  # ... to this share of its peak
-    grad_clip: float = 0.0  # largest norm of the raw gradient; 0: no clipping
-    qk_clip: float = 0.0  # largest attention logit (MuonClip's rule; usual: 100); 0: no limit
+    warmup: int = 0  # steps of linear learning rate warm-up
+    decay: float = 0.7  # final fraction of the run, over which learning rates fall linearly
+    final_lr: float = 0.0  # learning rates at the end, as a fraction of their peaks
+    grad_clip: float = 0.0  # maximum gradient norm; 0: no clipping
+    qk_clip: float = 0.0  # maximum attention logit (MuonClip; usually 100); 0: no limit
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    init_from: str = ""  # model directory to start from; "": a new model, as in [model]
+    init_from: str = ""  # run or model directory to start from; "": a new model
     steps: int = 1000  # optimizer steps
-    stop_at: int = 0  # save and stop at this step of the schedule; --resume continues. 0: never
-    batch_tokens: int = 8192  # per optimizer step, over all ranks and micro-batches
-    micro_batch: int | Literal["auto"] = "auto"  # sequences per device at a time
+    stop_at: int = 0  # save and stop early, after this step; --resume continues. 0: never
+    batch_tokens: int = 8192  # tokens per optimizer step, over all ranks and micro-batches
+    micro_batch: int | Literal["auto"] = "auto"  # sequences per device and forward pass
     seed: int = 0
-    log_every: int = 10
-    eval_every: int = 250  # steps; the last step is always evaluated. 0: only the last
+    log_every: int = 10  # steps between rows of metrics
+    eval_every: int = 250  # steps between evaluations; 0: evaluate only the last step
     patience: int = 0  # stop after this many evaluations without a lower val_loss; 0: never
-    save_every: int = 250  # steps; the last step is always saved. 0: only the last
+    save_every: int = 250  # steps between checkpoints; 0: save only the last step
     keep_last: int = 2  # newest checkpoints to keep; 0: all
-    keep_every: int = 0  # also keep every checkpoint at a multiple of this step; 0: none
+    keep_every: int = 0  # also keep checkpoints at multiples of this step; 0: none
     keep_best: bool = True  # also keep the checkpoint with the lowest validation loss
-    save_async: Literal["auto", "on", "off"] = "auto"  # write in a thread meanwhile; auto: GPUs
-    sample_every: int = 0  # steps; 0: only before and after the run
-    sample_tokens: int = 128  # per sample; 0: no samples
-    sample_prompt: str = ""  # "def |class ": a sample for each; "": samples begin a new document
+    save_async: Literal["auto", "on", "off"] = "auto"  # save in the background; auto: on GPUs
+    sample_every: int = 0  # steps between samples; 0: only before and after the run
+    sample_tokens: int = 128  # tokens per sample; 0: no samples
+    sample_prompt: str = ""  # texts for samples to continue, "def |class "; "": a new document
     track: Literal["", "tensorboard", "wandb"] = ""  # also send the rows of metrics.jsonl there
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute; weights and state stay float32
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # for computing; weights stay float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: in long runs
-    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory
-    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # auto: ddp; hsdp: fsdp in each node
-    skip_spikes: float = 0.0  # skip updates with this many times the usual gradient; 0: none
-    time_limit: float = 900.0  # seconds for a step or a save, 4 times that for longer work; 0: none
-    canonical: bool = False  # the same bits on any number of ranks; slow
-    reshard: bool = True  # fsdp, hsdp: shard weights too between uses; false: only gradients
+    activation_checkpointing: bool = False  # save memory: recompute blocks in the backward pass
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"  # auto: ddp; hsdp: fsdp within nodes
+    skip_spikes: float = 0.0  # skip gradients whose norm is this many times the average; 0: none
+    time_limit: float = 900.0  # seconds for a step or save; evaluations take 4 times that; 0: none
+    canonical: bool = False  # bitwise equal results on any number of ranks; slow
+    reshard: bool = True  # fsdp, hsdp: free gathered weights between forward and backward pass
 
     @property
     def last_step(self) -> int:
@@ -118,13 +118,13 @@ KINDS: dict[str, Any] = {  # "section.key" of every setting -> its type
     for section, table in SECTIONS.items()
     for key, kind in typing.get_type_hints(table).items()
 }
-SHARES = 1_000_000  # the shares of a mixture are whole numbers of millionths
+SHARES = 1_000_000  # data.mix is resolved to millionths
 OPTIMIZERS = ("normuon", "muon", "adamw")
-TRUSTED = ("torch.optim", "zoo")  # modules whose classes a file may name, too
-OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings that other optimizers do not have
+TRUSTED = ("torch.optim", "zoo")  # modules whose classes even a file may name
+OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings of NorMuon alone
 OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
            "ns_coefficients", "ns_steps", "cautious")  # fmt: skip
-# What may change on resume; anything else would make another run. Data are compared by content.
+# What may change on resume. Data are compared by content.
 MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
     "steps", "stop_at", "micro_batch", "log_every", "eval_every", "patience", "save_every",
     "save_async", "keep_last", "keep_every", "keep_best", "skip_spikes", "time_limit",
@@ -146,11 +146,11 @@ AT_LEAST_0: Limit = (
 AT_LEAST_1: Limit = (lambda value: 1 <= value < 1 << 63, "at least 1, and below 2^63")
 BELOW_1: Limit = (lambda value: 0 <= value < 1, "0 <= value < 1")
 WIDTH = within(0, 1 << 20)
-LIMITS: dict[str, Limit] = {  # all others: AT_LEAST_0
+LIMITS: dict[str, Limit] = {  # every other setting: AT_LEAST_0
     **dict.fromkeys(("train.steps", "train.log_every"), AT_LEAST_1),
     **dict.fromkeys(("optim.momentum", "optim.momentum_start", "optim.beta2"), BELOW_1),
     **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2"), BELOW_1),
-    # beyond any model, and small enough to be counted without overflow or hours of waiting
+    # larger than any model, but small enough to count parameters quickly and without overflow
     **{f"model.{key}": WIDTH for key in ("n_head", "n_kv_head", "n_embd", "head_dim")},
     **{f"model.{key}": WIDTH for key in ("q_rank", "kv_rank", "rope_head_dim", "v_head_dim")},
     "model.vocab_size": within(0, 1 << 32),  # ids in shards have 32 bits
@@ -173,39 +173,39 @@ def nearest(name: str, valid: Collection[str]) -> str:
 
 
 def divisors(n: int) -> list[int]:
-    """All divisors of n >= 1, rising."""
+    """Return the divisors of n >= 1 in increasing order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> file of every recipe in the package."""
+    """Return every recipe's name and file."""
     folder = Path(__file__).parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
 
 
 class FromFile(str):
-    """A module:Class named in a file, not on the command line. Files come from anywhere, and
-    importing a module runs its code, so optim.py refuses these."""
+    """A module:Class that a file names. optim.py refuses these: importing a module runs its code,
+    and files come from anywhere."""
 
     file: str
 
 
 def our_optimizers() -> list[str]:
-    """The optimizers of the package; each "zoo:NAME" is a file."""
+    """List the package's optimizers, including "zoo:NAME" for each file of the zoo."""
     zoo = {path.stem for path in (Path(__file__).parent / "lab" / "zoo").glob("*.py")}
     return [*OPTIMIZERS, *sorted(f"zoo:{x}" for x in zoo - {"__init__", "base", "buckets"})]
 
 
 def is_setting(argument: str) -> bool:
-    """Whether an argument is key=value, not a recipe or a file (whose path may contain = too)."""
+    """Whether an argument is key=value rather than a recipe or file, whose path may contain =."""
     return re.match(r"\s*[\w.]+\s*=", argument) is not None
 
 
 def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
-    """Recipes, TOML files, key=value arguments -> the configuration, and each set key's origin.
+    """Build the configuration from recipes, TOML files and key=value arguments.
 
-    Raises ConfigError naming the argument or file, what was found and what is valid there.
+    Also returns the origin of each key that is set. Raises ConfigError.
     """
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -231,7 +231,7 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
         possible, expected = LIMITS.get(name, AT_LEAST_0)
         if not possible(found):
             raise ConfigError(f"{where} = {found!s:.60}: expected {expected}")
-        # "zoo:a.py:C" is a class C of a file
+        # "zoo:a.py:C" names a class of a file
         elsewhere = (
             name == "optim.name" and ":" in found and found.rpartition(":")[0] not in TRUSTED
         )
@@ -247,24 +247,24 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
 
 
 def read_toml(source: str) -> dict[str, Any]:
-    """The content of a recipe or TOML file. Raises ConfigError."""
+    """Parse a recipe or TOML file. Raises ConfigError."""
     try:
         return tomllib.loads(read_file(recipes().get(source) or source, 1 << 20).decode())
     except FileNotFoundError:
         hint = f'no file "{source}"' if source.endswith(".toml") else nearest(source, recipes())
         raise ConfigError(f'unknown recipe "{source}": {hint}') from None
-    except (OSError, ValueError, RecursionError) as error:  # also: a number of 5,000 digits
-        hint = "" if source.endswith(".toml") else "; data are named by data.path=DIR"
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also 5,000 digits
+        hint = "" if source.endswith(".toml") else "; name a data directory with data.path=DIR"
         raise ConfigError(f"{source}: not a readable TOML file: {error}{hint}") from None
 
 
 def coerce(value: Any, kind: Any, where: str) -> Any:
-    """Convert a TOML value or a command line's text to the annotated type, without rounding. Raises
+    """Convert a TOML value or text from the command line to a type, without rounding. Raises
     ConfigError, whose message begins with `where`."""
     if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
         raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG), no \\0")
     choices = typing.get_args(kind)
-    if choices and typing.get_origin(kind) is not Literal:  # a number, or one of a few words
+    if choices and typing.get_origin(kind) is not Literal:  # a number or a keyword
         number, words = choices
         return value if value in typing.get_args(words) else coerce(value, number, where)
     if choices and value not in choices:
@@ -282,10 +282,10 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
 
 
 def parse_number(text: str) -> int | float | None:
-    """Parse "524_288", "0.5M" or "1e-3"; None if the text is no number."""
+    """Parse "524_288", "0.5M" or "1e-3"; None if it is not a number."""
     scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
     try:
-        number = Decimal(text if scale == 1 else text[:-1]) * scale  # in decimals 1.005M is whole
+        number = Decimal(text if scale == 1 else text[:-1]) * scale  # keeps 1.005M whole
     except InvalidOperation:
         return None
     whole = number.is_finite() and number == number.to_integral_value()
@@ -293,7 +293,7 @@ def parse_number(text: str) -> int | float | None:
 
 
 def mixture(mix: str) -> list[tuple[str, int]]:
-    """Parse data.mix, "DIR=0.2, DIR=0.1": directories, shares in millionths. Raises ConfigError."""
+    """Parse data.mix, "DIR=0.2, DIR=0.1", with shares in millionths. Raises ConfigError."""
     found = []
     for item in filter(None, map(str.strip, mix.split(","))):
         name, _, text = (part.strip() for part in item.rpartition("="))
@@ -302,27 +302,27 @@ def mixture(mix: str) -> list[tuple[str, int]]:
             raise ConfigError(f'data.mix: "{item}": expected DIRECTORY=SHARE, 0 < share < 1')
         found.append((name, parts))
     if sum(parts for _, parts in found) >= SHARES:
-        raise ConfigError(f'data.mix = "{mix}": expected shares of less than 1 in all')
+        raise ConfigError(f'data.mix = "{mix}": expected shares that add up to less than 1')
     return found
 
 
 def without_effect(config: Config, origin: dict[str, str]) -> list[str]:
-    """List the settings of the command line that this run ignores, and why.
+    """List the settings from the command line that this run ignores, and why.
 
-    A recipe's settings do not count: the optimizer that they are for may have been replaced.
+    Those from a recipe are not listed: they may be for an optimizer that has been replaced.
     """
     name = config.optim.name
     others = {"normuon": (), "muon": OF_NORMUON}.get(name, OF_NORMUON + OF_MUON)
-    if name.startswith("zoo:") or optimizer_file(name):  # what a class has, its file says
+    if name.startswith("zoo:") or optimizer_file(name):  # unknown for a class of a file
         others = () if optimizer_file(name) else (*OF_NORMUON, "cautious")
-    reasons = {f"optim.{key}": f"{name} has no such setting here" for key in others}
+    reasons = {f"optim.{key}": f"{name} does not have this setting" for key in others}
     if not config.train.eval_every:
-        reasons["train.patience"] = "with train.eval_every = 0 only the end is evaluated"
+        reasons["train.patience"] = "train.eval_every = 0 evaluates only the last step"
     return [f"{k}: {reason}" for k, reason in reasons.items() if origin.get(k) == "command line"]
 
 
 def check(config: Config, origin: dict[str, str]) -> None:
-    """Raise ConfigError for values that no run can have, whatever its device and data."""
+    """Raise ConfigError for settings that are impossible on any device and data."""
 
     def refuse(name: str, expected: str) -> None:
         value = attrgetter(name)(config)
@@ -334,25 +334,25 @@ def check(config: Config, origin: dict[str, str]) -> None:
 
     o, t, T = config.optim, config.train, config.data.seq_len
     if t.canonical and t.micro_batch == "auto":
-        refuse("train.micro_batch", "a number, since train.canonical adds up micro-batches in turn")
+        refuse("train.micro_batch", "a number with train.canonical, whose sums depend on it")
     module = o.name not in our_optimizers() and not optimizer_file(o.name)
     if module and ":" in o.name and t.parallel in ("fsdp", "hsdp"):
         refuse("train.parallel", f"ddp: {o.name} needs whole matrices on every rank")
     if mixture(config.data.mix) and config.data.order != "shuffled":
-        raise ConfigError("data.mix: expected with data.order = shuffled only")
+        raise ConfigError("data.mix needs data.order = shuffled")
     if module and (":" not in o.name or o.name.startswith("zoo:")):
         hint = nearest(o.name, our_optimizers())
         refuse("optim.name", f"{', '.join(OPTIMIZERS)}, FILE.py:Class or module:Class; {hint}")
     if o.options and o.name in OPTIMIZERS:
-        refuse("optim.options", f"none: {o.name} has settings of its own here")
+        refuse("optim.options", f"none: set the arguments of {o.name} by optim.KEY=VALUE")
     if rest := t.batch_tokens % T:
         near = " or ".join(str(n) for n in (t.batch_tokens - rest, t.batch_tokens - rest + T) if n)
         refuse("train.batch_tokens", f"a multiple of data.seq_len = {T}; the nearest are {near}")
     given = [f"{name} ({where})" for name, where in origin.items() if name.startswith("model.")]
     if t.init_from and given and not config.model.vocab_size:
         raise ConfigError(
-            f"train.init_from = {t.init_from}: that directory has the model: leave out "
-            f"{', '.join(given)}; the recipe finetune has no [model]"
+            f"train.init_from = {t.init_from}: the model comes from this directory: leave out "
+            f"{', '.join(given)}, or use the recipe finetune, which has no [model]"
         )
     try:
         if not all(map(math.isfinite, coefficients(o.ns_coefficients, 1)[0])):
@@ -362,20 +362,20 @@ def check(config: Config, origin: dict[str, str]) -> None:
 
 
 def from_dict(content: dict[str, dict[str, Any]]) -> Config:
-    """Read dataclasses.asdict(config), as a checkpoint's state.json has it."""
+    """Invert dataclasses.asdict(config), for the configuration in a checkpoint's state.json."""
     try:
         return Config(**{section: SECTIONS[section](**table) for section, table in content.items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"the saved configuration is of another version: {error}") from None
+        raise ConfigError(f"the saved configuration is from another version: {error}") from None
 
 
 def flat(config: Config, without: Collection[str] = ()) -> dict[str, Any]:
-    """The value of every setting, by "section.key"."""
+    """Map "section.key" to value for every setting."""
     return {name: attrgetter(name)(config) for name in KINDS if name not in without}
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """List the changes that would make a resumed run another run, one line each."""
+    """List the changes that a resumed run may not make, one line each."""
     before = flat(old, MAY_CHANGE)
     return [f"{k}: {before[k]} -> {b}" for k, b in flat(new, MAY_CHANGE).items() if before[k] != b]
 
@@ -383,7 +383,8 @@ def differences(old: Config, new: Config) -> list[str]:
 def to_toml(
     config: Config | dict[str, dict[str, Any]], origin: dict[str, str] | None = None
 ) -> str:
-    """A configuration, or a state.json's dictionary, as TOML; with `origin`, a comment each."""
+    """Format a configuration (or its dictionary) as TOML; with `origin`, each line shows where its
+    value comes from."""
     sections = []
     for section, table in (asdict(config) if isinstance(config, Config) else config).items():
         lines = [f"[{section}]\n"]

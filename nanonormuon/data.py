@@ -1,7 +1,7 @@
 """Every batch as a pure function of (seed, step).
 
-The order of the data is arithmetic. Nothing about it is stored, so nothing can be lost or differ
-after a resume, and it does not depend on the number of ranks or micro-batches.
+The order of the data is computed, not stored, so it cannot change on resume, and it does not depend
+on the number of ranks or micro-batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,12 @@ from nanonormuon.storage.shards import Split, check_ids
 
 @dataclass(frozen=True)
 class Source:
-    """One directory's part in the training stream: `share` of every `of` sequences, spread evenly,
-    where `of` counts the sequences that the sources before it leave over."""
+    """One directory in the training stream. It gives `share` of every `of` sequences that the
+    sources before it leave over, evenly spread."""
 
     name: str
-    starts: np.ndarray  # number of the first window of each shard; last, the number of all windows
-    first_shard: int  # position of its first shard in the list of all sources' shards
+    starts: np.ndarray  # index of each shard's first window, then the number of windows
+    first_shard: int  # index of its first shard among the shards of all sources
     share: int
     of: int
 
@@ -36,16 +36,15 @@ class Source:
 
 
 class Batches:
-    """The training stream: which `seq_len` + 1 tokens sequence j of step s consists of.
+    """The training stream: which `seq_len` + 1 tokens form sequence j of step s.
 
-    sequences: of one optimizer step, over all ranks and micro-batches. A rank's micro-batch is
-        `batch(step, start, stop)`, a slice of this one global list.
-    order: "shuffled": window w of a shard is tokens[w*T : w*T + T + 1], windows are numbered over
-        all shards, and each epoch visits all of them once, in an order that depends on `seed` and
-        the number of the epoch. "sequential": every batch is the next sequences*T tokens of a
-        shard, as modded-nanogpt's benchmark reads; a shard ends when position + batch + 1 reaches
-        its length.
-    mix: further splits with their shares in millionths of the sequences; `split` has the rest. Each
+    sequences: per optimizer step, over all ranks and micro-batches. A rank's micro-batch is a
+        slice of this global batch, `batch(step, start, stop)`.
+    order: "shuffled": window w of a shard is tokens[w*T : w*T + T + 1]; each epoch visits the
+        windows of all shards once, in an order that depends on `seed` and the epoch. "sequential":
+        every batch is the next sequences*T tokens of a shard, as in modded-nanogpt's benchmark; a
+        shard ends when position + batch + 1 reaches its length.
+    mix: further splits with their shares of the sequences in millionths; `split` has the rest. Each
         source has its own epochs.
     """
 
@@ -72,7 +71,7 @@ class Batches:
             first_shard, left = first_shard + len(part.shards), left - share
 
     def _number(self, split: Split) -> np.ndarray:
-        """The first window of each shard, and the number of all."""
+        """Return the index of each shard's first window, then the number of windows."""
         batch_tokens, lengths = self.seq_len * self.sequences, [len(s) for s in split.shards]
         if self.order == "shuffled":
             counts, need = [(n - 1) // self.seq_len for n in lengths], self.seq_len + 1
@@ -82,14 +81,14 @@ class Batches:
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         if not starts[-1]:
             raise DataError(
-                f"{split.paths[0].parent}: order={self.order} with seq_len {self.seq_len} needs"
-                f" a shard of {need} tokens, the longest has {max(lengths)}; add text or lower"
-                " seq_len"
+                f"{split.paths[0].parent}: data.order={self.order}, data.seq_len={self.seq_len}:"
+                f" expected a shard of at least {need} tokens, the longest has {max(lengths)}; add"
+                " text or lower data.seq_len"
             )
         return starts
 
     def taken(self, step: int) -> list[int]:
-        """Sequences of each source consumed before `step`."""
+        """Count the sequences of each source consumed before `step`."""
         left, found = step * self.sequences, []
         for source in self.sources:
             found.append(left * source.share // source.of)
@@ -97,11 +96,11 @@ class Batches:
         return found
 
     def epochs(self, step: int) -> list[float]:
-        """Epochs of each source consumed before `step`."""
+        """Count the epochs of each source consumed before `step`."""
         return [n / s.windows for n, s in zip(self.taken(step), self.sources)]
 
     def begun(self, step: int) -> list[tuple[str, int]]:
-        """Sources that begin another epoch within `step`, and the epoch's number, from 1."""
+        """List the sources that begin another epoch in `step`, with its number, from 1."""
         found = []
         for s, n, m in zip(self.sources, self.taken(step), self.taken(step + 1)):
             before, after = ((count - 1) // s.windows for count in (n, m))
@@ -110,12 +109,12 @@ class Batches:
         return found
 
     def windows(self, step: int) -> np.ndarray:
-        """(sequences, 2) int64: shard index and offset of each sequence of a step."""
+        """Locate the sequences of a step: shard index and offset, (sequences, 2) int64."""
         found = np.empty((self.sequences, 2), np.int64)
         rows = np.arange(self.sequences, dtype=np.int64)
         k = step * self.sequences + rows
         for i, source in enumerate(self.sources):
-            before = k * source.share // source.of  # its own sequences so far
+            before = k * source.share // source.of  # the source's sequences so far
             here = (k + 1) * source.share // source.of > before
             epoch, window = np.divmod(before[here], source.windows)
             if self.order == "shuffled":
@@ -128,16 +127,16 @@ class Batches:
         return found
 
     def batch(self, step: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and targets, each (stop - start, seq_len) int64, of sequences start..stop-1."""
+        """Read tokens and targets, each (stop - start, seq_len) int64, of a step's sequences."""
         return _gather(self.split, self.windows(step)[start:stop], self.seq_len)
 
 
 class Loader:
-    """This rank's micro-batches; while one is in use, a thread reads the next.
+    """Reads this rank's micro-batches, prefetching the next one in a thread.
 
-    per_rank: sequences per rank and step. A rank has a contiguous part of each batch; with `dealt`,
-    micro-batches are dealt out to the ranks in turn. The thread holds no state: a wrong guess of
-    the next request costs no more than a fresh read. Its errors are raised where its batch is used.
+    per_rank: sequences per rank and step. Each rank reads a contiguous part of the batch, or, if
+    `dealt`, every size-th micro-batch. A wrong guess of the next request only costs a fresh read.
+    Errors of the thread are raised when its batch is requested.
     """
 
     def __init__(self, batches: Batches, per_rank: int, world: World, dealt: bool = False) -> None:
@@ -146,7 +145,7 @@ class Loader:
         self._next: tuple[tuple[int, int, int], Future] | None = None
 
     def micro_batches(self, step: int, n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens and targets of a step's micro-batches, each (n, seq_len) int64 on the device."""
+        """Yield tokens and targets of a step's micro-batches, each (n, seq_len) on the device."""
         rank, ranks, size = self.world.rank, self.world.size, self.per_rank
         if self.dealt:
             begins = range(rank * n, size * ranks, ranks * n)
@@ -159,7 +158,7 @@ class Loader:
             try:
                 found = guess[1].result() if guess and guess[0] == now else self._read(*now)
             except Exception as error:
-                error.section = "data"  # type: ignore[attr-defined]  # for the message's place
+                error.section = "data"  # type: ignore[attr-defined]  # for the error message
                 raise
             self._next = then, self._pool.submit(self._read, *then)
             tokens, targets = (t.to(self.world.device, non_blocking=True) for t in found)
@@ -167,17 +166,17 @@ class Loader:
 
     def _read(self, step: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, targets = self.batches.batch(step, start, stop)
-        if self.world.device.type == "cuda":  # page-locked memory is copied without the CPU waiting
+        if self.world.device.type == "cuda":  # pinned memory is copied asynchronously
             return tokens.pin_memory(), targets.pin_memory()
         return tokens, targets
 
 
 def permute(x: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarray:
-    """Image of x (in range(n)) under the permutation that (seed, epoch) selects.
+    """Apply the permutation of range(n) that (seed, epoch) selects to x.
 
-    A Feistel network of eight rounds permutes the smallest range(4**h) that holds range(n); numbers
-    that fall outside range(n) go through it again, at most three more times on average. A shuffle
-    of any size needs no memory, and uint64 arithmetic gives equal results on every machine.
+    A Feistel network of eight rounds permutes the smallest range(4**h) that contains range(n);
+    results outside range(n) go through it again, at most three more times on average. This shuffles
+    any number of windows without memory, and equally on every machine.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -194,7 +193,7 @@ def permute(x: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The splitmix64 generator's output for state x: every input bit changes half of the output."""
+    """Hash x with splitmix64: every input bit changes half of the output bits."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -202,7 +201,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _gather(split: Split, windows: np.ndarray, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read windows (rows, 2). Past a shard's end, and for shard -1, token 0 and target -1."""
+    """Read windows (rows, 2), with token 0 and target -1 past a shard's end and for shard -1."""
     tokens = np.zeros((len(windows), seq_len), np.int64)
     targets = np.full_like(tokens, -1)
     for shard in set(windows[:, 0].tolist()) - {-1}:
@@ -223,7 +222,8 @@ def _gather(split: Split, windows: np.ndarray, seq_len: int) -> tuple[torch.Tens
 
 
 def validation_targets(split: Split, max_tokens: int = 0) -> int:
-    """Tokens that `validation_batches` predicts: max_tokens, or all but the first of each shard."""
+    """Count the targets of `validation_batches`: all tokens but each shard's first, at most
+    max_tokens (0: no limit)."""
     total = split.tokens - len(split.shards)
     return min(total, max_tokens) if max_tokens else total
 
@@ -237,18 +237,18 @@ def validation_batches(
     max_tokens: int = 0,
     stride: int = 0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's share of the validation split: (batch, seq_len) int64 tokens and targets.
+    """Yield this rank's share of the validation split: (batch, seq_len) int64 tokens and targets.
 
     Over all ranks, each target of the split (or of its first `max_tokens`) occurs exactly once. The
-    windows of a shard begin `stride` tokens apart (0: seq_len). Where they overlap, a target counts
-    in the first of them only, so that past a shard's first window at least seq_len - stride tokens
-    precede it. Everything else has target -1, which the loss ignores: repeated targets, padding,
-    and whole rows that give every rank equally many batches of one shape.
+    windows of a shard begin `stride` tokens apart (0: seq_len). Where they overlap, only the first
+    window counts a target, so after a shard's first window every target has at least seq_len -
+    stride tokens before it. All else has target -1, which the loss ignores: repeated targets,
+    padding, and rows that give every rank equally many batches of one shape.
     """
     left, stride = validation_targets(split, max_tokens), stride or seq_len
     if left < 1:
         raise DataError(f"{split.paths[0].parent}: the validation split has no token to predict")
-    rows = []  # shard, offset, and the positions between which targets count
+    rows = []  # shard, offset, first and end position of the targets that count
     for index, shard in enumerate(split.shards):
         targets = min(len(shard) - 1, left)
         left -= targets

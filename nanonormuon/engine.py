@@ -1,7 +1,7 @@
-"""How a backward pass and an update happen: on one process, under DDP, under FSDP2, or bitwise.
+"""Backward passes and updates on one process, under DDP, under FSDP2, or bitwise reproducible.
 
-The only file that knows. An engine owns the model, its optimizers and their gradients; the loop
-calls `accumulate`, `clip`, `update` and `zero_grad`, whatever the layout.
+An engine owns the model, its optimizers and gradients. The loop calls `accumulate`, `clip`,
+`update` and `zero_grad` and does not know the layout.
 """
 
 import inspect
@@ -32,13 +32,13 @@ Make = Callable[[nn.Module], list[Optimizer]]
 class Engine:
     """A model in training.
 
-    model: on its device. make: from a model to its optimizers. parallel: "ddp", or "fsdp" or "hsdp"
-    for FSDP2, which turns the model's parameters into DTensors in place. dtype: what FSDP2 computes
-    in. reshard: under FSDP2, free a block's whole weights after its forward pass. grad_clip:
-    largest norm of the raw gradient; 0: no clipping. qk_clip: see runtime/qk_clip.py.
+    model: on its device. make: makes a model's optimizers. parallel: "ddp", or "fsdp" or "hsdp" for
+    FSDP2, which turns the model's parameters into DTensors in place. dtype: FSDP2's compute dtype.
+    reshard: under FSDP2, free a block's gathered weights after its forward pass. grad_clip: maximum
+    gradient norm; 0: no clipping. qk_clip: see runtime/qk_clip.py.
     """
 
-    dealt = False  # whether micro-batches are dealt out to the ranks in turn, see data.Loader
+    dealt = False  # see data.Loader
 
     def __init__(
         self,
@@ -55,16 +55,16 @@ class Engine:
         self.replica: nn.Module = model
         self.sharded = parallel in ("fsdp", "hsdp") and distributed.grouped()
         self.mesh = grid(world, parallel) if self.sharded else None
-        # whether nobody could hear of a rank that runs out of memory in a forward pass
+        # whether a rank that runs out of memory in a forward pass cannot notify the others
         self.lockstep = world.size == 1 or self.sharded or self.dealt
         self.qk_clip = None
         if qk_clip:
-            from nanonormuon.runtime.qk_clip import QkClip  # few runs have it
+            from nanonormuon.runtime.qk_clip import QkClip  # few runs need it
 
             self.qk_clip = QkClip(model, qk_clip, world.device)
         self.expert_load = None
         if model.config.mlp == "experts":
-            from nanonormuon.runtime.expert_load import ExpertLoad  # nor have they these
+            from nanonormuon.runtime.expert_load import ExpertLoad  # few runs need it
 
             self.expert_load = ExpertLoad(model, world)
         self.distribute(dtype, reshard)
@@ -73,22 +73,22 @@ class Engine:
         self.compiled: dict[Optimizer, Callable[[], None]] = {}  # steps
 
     def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
-        """Make the model one of several replicas or shards; alone it stays as it is."""
+        """Shard or replicate the model if there are other ranks."""
         if self.sharded:
             shard(self.model, self.mesh, dtype, reshard)
         elif distributed.grouped():
             self.replica = DistributedDataParallel(
                 self.model, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-            self.replica.require_backward_grad_sync = False  # its forward pass prepares nothing
+            self.replica.require_backward_grad_sync = False  # see sync
 
     @property
     def evaluate(self) -> Callable[..., Tensor]:
-        """The forward pass without gradients: compiled if training is, and without DDP's hooks."""
+        """The forward pass without DDP's hooks, compiled if training is."""
         return self.model if self.forward is self.replica else self.forward
 
     def state(self) -> list[Tensor]:
-        """What this rank holds of all that an update changes: weights, optimizer buffers."""
+        """Return this rank's weights and optimizer buffers."""
         states = (s for optimizer in self.optimizers for s in optimizer.state.values())
         buffers = (t for state in states for t in state.values())
         return [*self.model.parameters(), *(t for t in buffers if isinstance(t, Tensor))]
@@ -96,8 +96,8 @@ class Engine:
     def accumulate(self, micro_batches: Iterator[tuple[Tensor, Tensor]], count: int) -> Tensor:
         """Add up the gradients of `count` micro-batches; returns this rank's mean loss (0-d).
 
-        Replicas meet in the last backward pass alone. Until then a rank that runs out of memory can
-        tell the others, who would otherwise wait for it there (memory.together).
+        Replicas communicate only in the last backward pass. Before it, a rank that runs out of
+        memory can notify the others (memory.together), which would otherwise wait for it there.
         """
         mean = torch.zeros((), device=self.world.device)
         if self.qk_clip:
@@ -133,10 +133,10 @@ class Engine:
         part.backward()
 
     def sync(self, on: bool) -> None:
-        """Decide whether the next backward pass averages gradients over ranks.
+        """Choose whether the next backward pass averages gradients over ranks.
 
-        Called after the forward pass: until then ranks can still agree not to make the backward
-        pass, which DDP, once prepared, would not forget.
+        Called after the forward pass, because ranks may still agree to leave out the backward pass,
+        and DDP cannot undo its preparation.
         """
         if self.sharded:
             self.model.set_requires_gradient_sync(on)  # type: ignore[attr-defined]
@@ -144,14 +144,14 @@ class Engine:
             self.replica.reducer.prepare_for_backward([])  # as its own forward pass does
 
     def clip(self, norm: float) -> None:
-        """Scale the gradients, whose norm is given, down to grad_clip."""
+        """Scale gradients of the given norm down to grad_clip."""
         if self.grad_clip:
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             scale = self.grad_clip / torch.tensor(norm, device=self.world.device)
             torch._foreach_mul_(grads, scale.clamp(max=1.0))
 
     def update(self) -> None:
-        """Make the optimizers' step, then what QK-clip and the load of experts ask for."""
+        """Step the optimizers, then apply QK-clip and move the routers' biases."""
         self.step()
         if self.qk_clip:
             self.qk_clip.apply()
@@ -159,7 +159,7 @@ class Engine:
             self.expert_load.apply()
 
     def step(self) -> None:
-        """Make the optimizers' step."""
+        """Step the optimizers."""
         for optimizer in self.optimizers:
             with blaming(optimizer):
                 self.compiled.get(optimizer, optimizer.step)()
@@ -169,25 +169,25 @@ class Engine:
         self.model.zero_grad(set_to_none=True)
 
     def compile(self, trial: Callable[[], tuple[Tensor, Tensor]]) -> tuple[float, str]:
-        """Compile the forward and backward pass, if they then work on a trial batch on all ranks;
-        with them, on a GPU that has no others, NorMuon's step.
+        """Compile the forward and backward pass if a trial batch then works on all ranks, and, on a
+        single GPU, NorMuon's step.
 
-        Returns the seconds that it took, and why it failed ("": it did not). No gradient is left of
-        the trial. Raises what `accumulate` raises for want of memory.
+        Returns the seconds taken, and why it failed ("" if it did not). Leaves no gradients. Raises
+        as `accumulate` does when out of memory.
         """
         start, failures = time.perf_counter(), []
 
         def passes() -> None:
-            try:  # under FSDP2 torch itself runs what it cannot even trace uncompiled
+            try:  # under FSDP2 torch runs uncompiled what it cannot trace
                 with torch._dynamo.config.patch(suppress_errors=self.sharded):
                     fast(*trial()).backward()
             except Exception as error:
-                if self.sharded or out_of_memory(error):  # FSDP2 is in the middle of a pass
+                if self.sharded or out_of_memory(error):  # FSDP2 cannot leave a pass midway
                     raise
                 failures.append(error)
 
         fast = torch.compile(self.replica, backend=tolerant(failures), dynamic=False)
-        # FSDP2 would keep an unreduced gradient where zero_grad does not reach it
+        # zero_grad would not reach a gradient that FSDP2 has not reduced
         self.sync(self.sharded)
         together(passes, alone=self.lockstep)
         self.zero_grad()
@@ -203,7 +203,7 @@ class Engine:
 
 @contextmanager
 def blaming(optimizer: Optimizer) -> Iterator[None]:
-    """Name an optimizer of another package whose step fails, by a ConfigError."""
+    """Raise ConfigError naming the optimizer if another package's step fails."""
     try:
         yield
     except Exception as error:  # whatever a user's class may raise
@@ -214,30 +214,31 @@ def blaming(optimizer: Optimizer) -> Iterator[None]:
 
 
 def tolerant(failures: list[Exception]) -> Callable[..., Callable]:
-    """A backend of torch.compile that runs a graph as it is if inductor fails, and notes why."""
+    """Make a backend of torch.compile that runs a graph uncompiled if inductor fails, and appends
+    the error to `failures`."""
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
         try:
             return torch._dynamo.lookup_backend("inductor")(graph, inputs)
-        except Exception as error:  # whatever a compiler may raise; the graph itself is tested
+        except Exception as error:  # a compiler may raise anything
             if out_of_memory(error):
                 raise
             failures.append(error)
-            return graph.forward  # a rank that left the pass would leave the others waiting
+            return graph.forward  # other ranks would wait if this one left the pass
 
     return backend
 
 
 def compiled_step(optimizer: NorMuon, backend: str | Callable) -> Callable[[], None]:
-    """NorMuon's step as one graph: some 60 launches of a GPU in place of 134."""
-    # without the profiler's hook, which a graph cannot contain
+    """Compile NorMuon's step to one graph: some 60 kernel launches instead of 134."""
+    # unwrapped: a graph cannot contain the profiler's hook
     graph = torch.compile(inspect.unwrap(NorMuon.step), backend=backend, dynamic=False)
     groups, scheduled = optimizer.param_groups, ("lr", "momentum")
 
     @torch.no_grad()
     def step() -> None:
         rates = [{key: group[key] for key in scheduled} for group in groups]
-        for group, numbers in zip(groups, rates):  # a number would be a constant of the graph
+        for group, numbers in zip(groups, rates):  # a graph would keep a number as a constant
             group |= {k: torch.tensor(x, dtype=torch.float64) for k, x in numbers.items()}
         try:
             with torch._dynamo.config.patch(suppress_errors=True):
@@ -250,21 +251,20 @@ def compiled_step(optimizer: NorMuon, backend: str | Callable) -> Callable[[], N
 
 
 def grid(world: World, parallel: str) -> DeviceMesh:
-    """All ranks in a row, or for "hsdp" nodes x ranks of a node: replicas of shards."""
+    """Arrange all ranks as one dimension, or for "hsdp" as nodes x ranks of a node."""
     n = distributed.shards(parallel)
     shape = (world.size,) if parallel == "fsdp" else (world.size // n, n)
     names = ("replicate", "shard")[-len(shape) :]
-    # without a mesh FSDP2 would take the machine's GPUs, whatever the device asked for
+    # without a mesh FSDP2 would use the machine's GPUs even if device = cpu
     return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 
 def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype | None, reshard: bool) -> None:
-    """Shard a model in place with FSDP2, block by block (`model.layers`), as `grid` says.
+    """Shard a model in place with FSDP2, block by block (`model.layers`), over a mesh from `grid`.
 
-    Computes in `dtype` and reduces gradients in float32, or does both as the model itself does
-    (None). An embedding that rests in another dtype is a block of its own: what FSDP2 shards
-    together has one dtype. So is a router, which computes in float32. The model casts activations
-    itself, but for rotary tables.
+    dtype: of computation, with gradients reduced in float32; None: both as in the model, which
+    casts activations itself. FSDP2 shards only tensors of one dtype together, so an embedding in
+    another dtype is a block of its own, and so is a router, which computes in float32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -279,34 +279,32 @@ def shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype | None, reshard: bool
 
 
 class Bitwise(Engine):
-    """train.canonical: equal weights, bit by bit, on any number of ranks that divides the batch.
+    """train.canonical: bitwise equal weights on any number of ranks that divides the batch.
 
-    Rounding depends on the order of sums, so every sum has one order: micro-batches of a fixed size
-    are dealt out to the ranks in turn and added up by their number in the batch, wherever they were
-    computed; then every rank makes the whole update. What FSDP2 shards stays sharded between steps:
-    for the update each rank gathers weights and optimizer state, steps, and keeps its rows. Whole
-    gradients are sent for every micro-batch, whole states for every update: this mode is for
-    comparisons, not for speed.
+    Rounding depends on the order of sums, so micro-batches of a fixed size are dealt out to the
+    ranks in turn and added up by their index in the batch; then every rank makes the whole update.
+    Under FSDP2, each rank gathers weights and optimizer state for the update and keeps its rows.
+    Every micro-batch sends whole gradients and every update whole states, so this mode is slow.
     """
 
     dealt = True
 
     def __init__(self, model: GPT, make: Make, world: World, parallel: str = "ddp", **more: Any):
-        torch.set_num_threads(1)  # how a product is cut among threads decides its rounding too
-        # so does, on a GPU, the order of atomic additions (in attention's backward pass, say), and
-        # which kernel a compiler finds to be fastest
+        torch.set_num_threads(1)  # splitting a matmul among threads changes its rounding
+        # on a GPU, so do the order of atomic additions (as in attention's backward pass) and the
+        # kernels that a compiler selects by timing
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.make: Make = lambda model: [unshared(optimizer) for optimizer in make(model)]
         super().__init__(model, self.make, world, parallel, **more)
-        self.parameters = list(model.parameters())  # as they rest between steps
+        self.parameters = list(model.parameters())  # as sharded between steps
         self.sums: list[Tensor] = []
 
     def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
-        # in no other dtype: FSDP2's mixed precision casts where the model does not
+        # dtype None: FSDP2's mixed precision would cast where the model does not
         if self.sharded:
             shard(self.model, self.mesh, None, reshard)
-            for module in self.shards():  # whole parameters stay, with this rank's whole gradients
+            for module in self.shards():  # keep gathered parameters and their local gradients
                 module.set_reshard_after_backward(False, recurse=False)
 
     def shards(self) -> list[Any]:
@@ -318,7 +316,7 @@ class Bitwise(Engine):
     def backward(self, part: Tensor) -> None:
         (part / self.world.size).backward()
         if self.world.size == 1:
-            return  # autograd adds in this very order
+            return  # autograd adds in this order
         for i, p in enumerate(self.model.parameters()):
             pieces = [torch.empty_like(p) for _ in range(self.world.size)]
             dist.all_gather(pieces, p.grad)
@@ -357,15 +355,15 @@ class Bitwise(Engine):
 
 
 def unshared(optimizer: Optimizer) -> Optimizer:
-    """Make the whole update on every rank: products of smaller stacks could round differently."""
-    if isinstance(optimizer, NorMuon) or hasattr(optimizer, "buckets"):  # the zoo's have them too
+    """Make every rank iterate all matrices: a smaller stack could be rounded differently."""
+    if isinstance(optimizer, NorMuon) or hasattr(optimizer, "buckets"):  # also in the zoo
         for bucket in optimizer.buckets:
             bucket.layout = OneProcess()
     return optimizer
 
 
 def pass_on(source: Optimizer, target: Optimizer) -> None:
-    """Copy rates and buffers to an optimizer of another layout; every rank takes part."""
+    """Copy settings and state to an optimizer of another layout; every rank must call this."""
     content = source.state_dict()
     params: Sequence[Tensor] = [p for group in target.param_groups for p in group["params"]]
     for i, state in content["state"].items():

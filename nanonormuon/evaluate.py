@@ -21,12 +21,12 @@ def validation_loss(
     max_tokens: int = 0,
     stride: int = 0,
 ) -> tuple[float, int]:
-    """Mean cross entropy in nats per target, and the number of targets.
+    """Return the mean cross entropy in nats per target, and the number of targets.
 
-    forward(tokens, targets, reduction="sum") -> scalar, as GPT. max_tokens: targets at most (0: all
-    of the split). Windows of seq_len tokens begin `stride` tokens apart (0: seq_len); each predicts
-    the targets that are new in it. A smaller stride gives targets more context and costs seq_len /
-    stride times as much; without overlap a target has half a window before it on average.
+    forward(tokens, targets, reduction="sum") returns a scalar, as GPT. max_tokens: 0 for the whole
+    split. Windows of seq_len tokens begin `stride` tokens apart (0: seq_len), and each predicts
+    only its new targets. A smaller stride gives targets more context, on average half a window
+    without overlap, at seq_len / stride times the cost.
     """
     losses, targets_seen = [], 0
     for tokens, targets in validation_batches(
@@ -36,7 +36,7 @@ def validation_loss(
         tokens, targets = tokens.to(world.device), targets.to(world.device)
         losses.append(forward(tokens, targets, reduction="sum"))
     split.settle()
-    # float32 is exact enough for a batch's sum; sums over batches and ranks are in float64
+    # float32 suffices for the sum of a batch; batches and ranks are summed in float64
     nats = float(torch.stack(losses).cpu().double().sum()) if losses else 0.0
     sums = torch.tensor([nats, float(targets_seen)], dtype=torch.float64)
     if world.size > 1:
@@ -45,6 +45,6 @@ def validation_loss(
 
 
 def bits_per_byte(loss: float, targets: int, text_bytes: int | None) -> float | None:
-    """Nats per token -> bits per byte of the text, comparable across tokenizers; None where the
-    number of bytes is unknown. Predicting a separator costs bits but adds no byte."""
+    """Convert nats per token to bits per byte of text, which compares across tokenizers; None if
+    the number of bytes is unknown. Predicting a separator costs bits but adds no byte."""
     return loss * targets / (math.log(2) * text_bytes) if text_bytes else None

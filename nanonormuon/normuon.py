@@ -3,16 +3,16 @@
 One step, for one matrix W of m rows (output neurons) and n columns, with gradient G:
 
     M <- momentum M + (1 - momentum) G
-    X  = momentum M + (1 - momentum) G       Nesterov's look ahead; without it X = M
+    X  = momentum M + (1 - momentum) G       Nesterov momentum; without it X = M
     O  = newton_schulz(X)                    all singular values pushed towards 1: Muon's update
-    v <- beta2 v + (1 - beta2) mean(O^2)     one number per neuron, the mean over its weights
+    v <- beta2 v + (1 - beta2) mean(O^2)     one value per neuron, the mean over its weights
     U  = O / sqrt(v)                         every neuron moves at the same rate ...
     W <- (1 - lr weight_decay) W - lr s U    ... and s restores the norm that O had
 
-Only newton_schulz needs whole matrices. M, v and W keep to their rows, and s takes two sums of
-squares per matrix. So one step serves every layout. A layout answers two questions: how do whole
-matrices come together (`to_whole`, `to_parts`), and how is a number summed over the ranks that
-share a matrix (`total`). K is a number of matrices of one shape, stacked.
+Only newton_schulz needs whole matrices: M, v and W are updated row by row, and s needs two sums of
+squares per matrix. So the step is independent of the layout, which gathers and returns whole
+matrices (`to_whole`, `to_parts`) and sums over the ranks that share a matrix (`total`). K counts
+the stacked matrices of one shape.
 """
 
 import math
@@ -27,17 +27,17 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 # torch 2.13 renamed it
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# AMX tiles multiply faster than memory feeds them: fewer products do not pay (docs/log.md)
+# AMX is bound by memory, so fewer multiplications do not pay (docs/log.md)
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-Arriving = Callable[[], Tensor]  # waits for matrices that are on their way
+Arriving = Callable[[], Tensor]  # waits for a transfer and returns the matrices
 CHOICES = {
     "neuron_axis": ("rows", "longest", "columns"),
     "adjust_lr_fn": ("original", "match_rms_adamw"),
 }
 
 MUON = ((3.4445, -4.7750, 2.0315),) * 5  # Keller Jordan's
-# arXiv 2505.16932: each triple is the best for what the one before it leaves. The paper divides X
-# by 1.02 times its norm; the first triple here includes that factor.
+# arXiv 2505.16932: each triple is optimal after the one before. The paper divides X by 1.02 times
+# its norm; the first triple includes this factor.
 POLAR_EXPRESS = (
     (8.156554524902461 / 1.02, -22.48329292557795 / 1.02**3, 15.878769915207462 / 1.02**5),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -49,10 +49,10 @@ COEFFICIENTS = {"muon": MUON, "polar_express": POLAR_EXPRESS}
 
 
 def coefficients(setting: str | Sequence, steps: int) -> tuple[tuple[float, ...], ...]:
-    """One triple (a, b, c) per Newton-Schulz iteration; the last one given is repeated.
+    """Return a triple (a, b, c) per Newton-Schulz iteration, repeating the last one given.
 
     setting: a key of COEFFICIENTS, the text "a, b, c", a triple, or a sequence of triples. Raises
-    ValueError for anything else.
+    ValueError.
     """
     if isinstance(setting, str):
         given = COEFFICIENTS.get(setting) or [setting.split(",")]
@@ -71,11 +71,11 @@ def coefficients(setting: str | Sequence, steps: int) -> tuple[tuple[float, ...]
 
 
 def newton_schulz(X: Tensor, triples: Sequence[Sequence[float]] = MUON) -> Tensor:
-    """(K, m, n) -> (K, m, n): U V^T of each matrix's singular value decomposition, approximately.
+    """Approximate U V^T of the singular value decomposition of each matrix (K, m, n).
 
     One iteration per triple: X <- a X + (b A + c A^2) X with A = X X^T. Oblong matrices take two
-    iterations at a time, mostly on the small A; with three, bfloat16's rounding of A would grow.
-    Runs in X's dtype. A matrix of zeros stays zero.
+    iterations at a time, mostly on the small A; for three, bfloat16 is too coarse. Runs in X's
+    dtype. A matrix of zeros stays zero.
     """
     # torch sums in float32 anyway; dtype=torch.float32 would copy X on a CPU
     X = X / (torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True) + 1e-7)
@@ -89,7 +89,7 @@ def newton_schulz(X: Tensor, triples: Sequence[Sequence[float]] = MUON) -> Tenso
             X = torch.baddbmm(X, P, X, beta=a)
             continue
         A = symmetric(P, A, A, a)
-        A = symmetric(P, A, A, a)  # X X^T of the next X, which is not formed
+        A = symmetric(P, A, A, a)  # X X^T of the next X, without computing that X
         P.diagonal(dim1=-2, dim2=-1).add_(a)
         a, b, c = left.pop(0)
         X = symmetric(symmetric(A, A, A, b, c), P, P, a) @ X
@@ -97,11 +97,11 @@ def newton_schulz(X: Tensor, triples: Sequence[Sequence[float]] = MUON) -> Tenso
 
 
 def symmetric(X: Tensor, Y: Tensor, C: Tensor | None = None, b: float = 0, c: float = 1) -> Tensor:
-    """b C + c X Y^T (K, m, m), for stacks whose product X Y^T is known to be symmetric."""
+    """Compute b C + c X Y^T (K, m, m), where X Y^T is known to be symmetric."""
     m, fast = X.size(-2), X.device.type != "cpu" or (AMX and X.dtype == torch.bfloat16)
     if fast or m < 512:
         return X @ Y.mT if C is None else torch.baddbmm(C, X, Y.mT, beta=b, alpha=c)
-    # four bands of rows, each from the diagonal on; the rest is mirrored: 5/8 of the work
+    # four bands of rows, each from the diagonal on, mirrored below it: 5/8 of the work
     out = X.new_empty(len(X), m, m)
     for x, y, o, ground in zip(X, Y, out, C if b else out):
         for i, j in pairwise(m * band // 4 for band in range(5)):
@@ -119,12 +119,11 @@ def neuron_factors(
     total: Callable,
     transposed: bool = False,
 ) -> Tensor:
-    """Move the second moment v and return the factors in s U = factors * O.
+    """Update the second moment v in place and return the factors in s U = factors * O.
 
-    O (K, rows here, n). v (K, rows here, 1) with a number per row, or (K, 1, n) with a number per
-    column, is updated in place; the factors have its shape. shape = (m, n) of the whole matrices;
-    `total` sums over the ranks that share them. U is never formed: its norm follows from the
-    neurons' own. v = None is Muon: one factor (K, 1, 1) per matrix.
+    O: (K, rows here, n). v and the factors: (K, rows here, 1) for one value per row, or (K, 1, n)
+    for one per column; v = None is Muon, with one factor (K, 1, 1) per matrix. shape: (m, n) of the
+    whole matrices. total: sums over the ranks that share them.
     """
     m, n = shape
     aspect = max(1, n / m if transposed else m / n)  # neurons over inputs
@@ -134,13 +133,13 @@ def neuron_factors(
         return O.new_full((len(O), 1, 1), math.sqrt(ratio), dtype=dtype)
     by_row = v.size(-1) == 1
     norms = torch.linalg.vector_norm(O, dim=-1 if by_row else -2, keepdim=True, dtype=v.dtype)
-    squares = norms**2 if by_row else total(norms**2)  # a column's weights lie on several ranks
+    squares = norms**2 if by_row else total(norms**2)  # a column is spread over ranks
     v.lerp_(squares / (n if by_row else m), 1 - beta2)
     inverse = (v.sqrt() + 1e-10).reciprocal()
     sums = torch.stack([squares, squares * inverse**2]).sum((-2, -1), keepdim=True)
     if by_row:
-        sums = total(sums)  # the whole matrix's norms, exact on any number of ranks
-    O_norm, U_norm = sums.sqrt().clamp_min(1e-10)  # no gradient, no update; 1e-30 would overflow
+        sums = total(sums)
+    O_norm, U_norm = sums.sqrt().clamp_min(1e-10)  # for a zero gradient; 1e-30 would overflow
     if adjust_lr_fn == "original":
         return inverse * (O_norm / U_norm * math.sqrt(aspect))
     return inverse * (0.2 * math.sqrt(m * n) / U_norm)
@@ -152,17 +151,17 @@ def neuron_factors(
 
 @dataclass(eq=False)
 class Bucket:
-    """Equal matrices of one parameter group, whose step has three stages."""
+    """Matrices of one shape in a parameter group, updated together in three stages."""
 
     params: list[Tensor]
     group: int  # index into the optimizer's param_groups
     layout: "Layout"  # may be replaced between steps
     M: Tensor  # momentum (K, rows here, n)
     v: Tensor | None  # second moment, as neuron_factors takes it
-    arriving: Arriving | None = None  # what the next stage waits for
+    arriving: Arriving | None = None  # input of the next stage
 
     def send(self, group: dict, dtype: torch.dtype) -> None:
-        """Move the momentum, and send Newton-Schulz's input to the ranks that iterate it."""
+        """Update the momentum, and send Newton-Schulz's input to the ranks that iterate it."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         X = stack([local(G) for G in grads]).to(self.M.dtype)
         self.M.lerp_(X, 1 - group["momentum"])
@@ -174,7 +173,7 @@ class Bucket:
         self.arriving = self.layout.to_parts(newton_schulz(self.arriving(), triples))
 
     def apply(self, group: dict) -> None:
-        """Move the second moment and the weights."""
+        """Update the second moment and the weights."""
         O, self.arriving = self.arriving(), None
         lr, shape, total = group["lr"], self.params[0].shape[-2:], self.layout.total
         scale, columns = group["adjust_lr_fn"], group["neuron_axis"] == "columns"
@@ -182,36 +181,37 @@ class Bucket:
         W, decay = [local(p) for p in self.params], 1 - lr * group["weight_decay"]
         if group["cautious"]:
             decay = unstack(torch.where(stack(W).mul_(O) > 0, decay, 1), W)
-        U = torch.empty_like(self.M, dtype=factors.dtype)  # of W's dtype and strides, which O may
-        torch.mul(O, factors * lr, out=U)  # not have: so a GPU updates all matrices at once
+        # W's dtype and strides, which O may lack, let a GPU update all matrices at once
+        U = torch.empty_like(self.M, dtype=factors.dtype)
+        torch.mul(O, factors * lr, out=U)
         torch._foreach_mul_(W, decay)
         torch._foreach_sub_(W, unstack(U, W))
 
 
 class NorMuon(torch.optim.Optimizer):
-    """For hidden weight matrices; embeddings, heads, norms and biases belong to AdamW.
+    """Optimizes hidden weight matrices; embeddings, heads, norms and biases belong to AdamW.
 
     params: matrices, or 3-D stacks of matrices (experts, or a view of a fused QKV); plain tensors
-        or FSDP2's DTensors. Plain tensors in a process group of several ranks are taken as
-        replicated, with gradients already averaged, as DDP leaves them.
+        or FSDP2's DTensors. In a process group, plain tensors count as replicas whose gradients are
+        already averaged, as by DDP.
     lr, weight_decay: W <- (1 - lr weight_decay) W - lr update.
-    momentum, nesterov, beta2: see the top of this file; beta2 = None is Muon: no second moment.
+    momentum, nesterov, beta2: see the top of this file; beta2 = None: Muon, no second moment.
     neuron_axis: "rows" (the paper); "longest": rows where m >= n, else columns (modded-nanogpt);
-        "columns": the update of the transpose, for weights stored (inputs, outputs).
+        "columns": for weights stored (inputs, outputs), updates the transpose.
     adjust_lr_fn: "original" scales the update by sqrt(max(1, m / n)) (Keller Jordan, lr about
-        0.02); "match_rms_adamw" gives it the root mean square 0.2, so that AdamW's lr carries over
-        (the paper). Both names, and Muon's scales, are torch.optim.Muon's.
+        0.02); "match_rms_adamw" scales its root mean square to 0.2, so that AdamW's lr fits (the
+        paper). Both names, and Muon's scales, are torch.optim.Muon's.
     ns_coefficients, ns_steps: see `coefficients`. ns_dtype: of Newton-Schulz and its transfers.
     cautious: decay only weights that the update moves towards zero (arXiv 2510.12402).
 
     lr, weight_decay, momentum and beta2 may be 0-d tensors on the parameters' device, so that a
-    schedule does not recompile a compiled step. A missing gradient counts as zero on every layout,
-    since only communication could tell whether another rank has one; to freeze a matrix, leave it
-    out. State exists from construction on, shaped and sharded like its parameter: `momentum` in the
-    parameter's dtype (keep parameters in float32: an average in bfloat16 loses small gradients) and
-    `second_moment`, one number per neuron, in float32 at least.
+    schedule does not recompile a compiled step. A missing gradient counts as zero, since knowing
+    whether another rank has one would take communication; to freeze a matrix, leave it out. State
+    exists from construction on, shaped and sharded like its parameter: `momentum` in the
+    parameter's dtype (use float32: a bfloat16 average loses small gradients) and `second_moment`,
+    one value per neuron, in at least float32.
 
-    Raises ValueError for settings, parameters and placements it cannot update exactly.
+    Raises ValueError for settings, parameters or placements that it cannot handle exactly.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class NorMuon(torch.optim.Optimizer):
             self._add_bucket(group, params)
 
     def _add_bucket(self, group: dict, params: list[Tensor]) -> None:
-        """Make the state of equal matrices: stacks for the step, and views of them in `state`."""
+        """Create the state of equal matrices: stacks, with views of them in `self.state`."""
         W, (m, n) = [local(p) for p in params], params[0].shape[-2:]
         M, v = torch.zeros_like(stack(W)), None
         buffers = [("momentum", M, (m, n))]
@@ -274,7 +274,7 @@ class NorMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Update every parameter; while a bucket's matrices travel, those before it compute."""
+        """Update every parameter, overlapping a bucket's transfers with other buckets' work."""
         loss = torch.enable_grad()(closure)() if closure else None
         groups, todo = self.param_groups, self.buckets
         for sending, computing, finishing in zip_longest(todo, [None, *todo], [None, None, *todo]):
@@ -294,20 +294,20 @@ class NorMuon(torch.optim.Optimizer):
             if missing := kept[p].keys() - saved.get(i, {}).keys():
                 raise ValueError(f"state_dict: no {missing} of parameter {i}, shape {[*p.shape]}")
         super().load_state_dict(state_dict | {"state": {}})
-        self.state = kept  # its buffers are views of the stacks, and keep their dtype
+        self.state = kept  # its buffers stay views of the stacks, in their own dtype
         for i, p in zip(ids, params):
             for key, buffer in kept[p].items():
                 buffer.copy_(saved[i][key])
 
 
 def local(p: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
+    """Return the part of a tensor that this rank holds."""
     return p.to_local() if isinstance(p, DTensor) else p
 
 
 def wrap_local(part: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `local`: the tensor of the given whole shape, placed as the parameter p is, of
-    which this rank holds `part`. A number per column is replicated on the ranks that share it."""
+    """Invert `local`: make a tensor of the given whole shape from this rank's `part`, placed like
+    the parameter p. Values per column are replicated on the ranks that share them."""
     if not isinstance(p, DTensor):
         return part
     places = [Replicate() if shape[-2] == 1 and a.is_shard(p.ndim - 2) else a for a in p.placements]
@@ -316,29 +316,29 @@ def wrap_local(part: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def stack(parts: list[Tensor]) -> Tensor:
-    """(K, m, n) of equal matrices, or of equal stacks of them."""
+    """Stack equal matrices, or equal stacks of them, to (K, m, n)."""
     return torch.stack(parts).flatten(0, -3)
 
 
 def unstack(stacked: Tensor, like: list[Tensor]) -> Sequence[Tensor]:
-    """The inverse: views of a stack, one per tensor in `like`, each with as many dimensions."""
+    """Invert `stack`: return views of a stack, one for each tensor in `like`."""
     return stacked.unflatten(0, (len(like), *like[0].shape[:-2])).unbind()
 
 
 # ------------------------------------------------------------------------------------------------
-# The layouts: how whole matrices come together, and how a number is summed over their ranks
+# The layouts: how to gather whole matrices, and how to sum over the ranks that share them
 
 
 class Layout:
-    """How K equal matrices lie on the ranks, all of which make the same calls in the same order.
-    Unless overridden: every rank has whole matrices and iterates all of them."""
+    """How K equal matrices are distributed. All ranks make these calls in one order. The base class
+    has whole matrices on every rank, which iterates all of them."""
 
     def to_whole(self, X: Tensor) -> Arriving:
-        """(K, rows here, n) -> whole matrices (K here, m, n): those that this rank iterates."""
+        """Turn (K, rows here, n) into the whole matrices that this rank iterates (K here, m, n)."""
         return lambda: X
 
     def to_parts(self, O: Tensor) -> Arriving:
-        """Iterated matrices (K here, m, n) -> (K, rows here, n)."""
+        """Turn iterated matrices (K here, m, n) back into (K, rows here, n)."""
         return lambda: O
 
     def total(self, x: Tensor) -> Tensor:
@@ -347,15 +347,15 @@ class Layout:
 
 
 class OneProcess(Layout):
-    """Whole matrices, all of which this process iterates."""
+    """Whole matrices, all of them iterated by this process."""
 
 
 class Replicated(Layout):
-    """Every rank holds all K matrices (DDP) and iterates a share; an all-gather joins them."""
+    """Every rank holds all K matrices (DDP) and iterates its share, followed by an all-gather."""
 
     def __init__(self, K: int, group: dist.ProcessGroup | None):
         self.K, self.group, ranks = K, group, dist.get_world_size(group)
-        self.share = -(-K // ranks)  # the last ranks may have less, or nothing
+        self.share = -(-K // ranks)  # the last ranks may have fewer or none
         self.padded, self.start = self.share * ranks, self.share * dist.get_rank(group)
 
     def to_whole(self, X: Tensor) -> Arriving:
@@ -374,12 +374,12 @@ class Replicated(Layout):
 
 
 class RowSharded(Layout):
-    """Every rank holds some rows of each of the K matrices (FSDP2), perhaps none: an all-to-all
-    gives each rank whole matrices, and another returns their rows."""
+    """Every rank holds some rows, perhaps none, of each of the K matrices (FSDP2): an all-to-all
+    gives each rank whole matrices, and another one returns the rows."""
 
     def __init__(self, K: int, m: int, group: dist.ProcessGroup):
         self.group, self.rank, ranks = group, dist.get_rank(group), dist.get_world_size(group)
-        self.rows = chunk_sizes(m, ranks)  # of each matrix, per rank: torch's own rule for shards
+        self.rows = chunk_sizes(m, ranks)  # of each matrix, per rank, as FSDP2 shards
         self.owned = chunk_sizes(K, ranks)  # matrices iterated per rank
 
     def to_whole(self, X: Tensor) -> Arriving:
@@ -391,7 +391,7 @@ class RowSharded(Layout):
         return self.exchange(O.split(self.rows, dim=1), shapes, dim=0)
 
     def exchange(self, parts: Sequence[Tensor], shapes: list, dim: int) -> Arriving:
-        """Send parts[r] to rank r and receive shapes[r] from it, to be joined along `dim`."""
+        """Send parts[r] to rank r, receive shapes[r] from it, and join these along `dim`."""
         sent = torch.cat([part.flatten() for part in parts])
         lengths, sizes = [part.numel() for part in parts], [math.prod(shape) for shape in shapes]
         received = sent.new_empty(sum(sizes))
@@ -410,26 +410,26 @@ class RowSharded(Layout):
 
 
 def chunk_sizes(total: int, parts: int) -> list[int]:
-    """Sizes of torch.chunk's pieces, with zeros for the pieces that it leaves out."""
+    """Return the sizes of torch.chunk's pieces, with zeros for missing ones."""
     size = -(-total // parts)
     return [max(0, min(size, total - size * i)) for i in range(parts)]
 
 
 def layout_of(p: Tensor, K: int) -> Layout:
-    """The layout of K matrices placed as the parameter p is."""
+    """Return the layout of K matrices placed like the parameter p."""
     if not isinstance(p, DTensor):
         several = dist.is_initialized() and dist.get_world_size() > 1
         return Replicated(K, None) if several else OneProcess()
     mesh, places = p.device_mesh, p.placements
     shards = [(i, a) for i, a in enumerate(places) if not a.is_replicate() and mesh.size(i) > 1]
-    if not shards:  # replicated over several dimensions: every rank does all of the work
+    if not shards:  # replicated over several mesh dimensions: every rank does all the work
         return Replicated(K, mesh.get_group()) if mesh.ndim == 1 < mesh.size() else OneProcess()
     i, a = shards[0]
     whole_matrices = p.ndim == 3 and a.is_shard(0)
     if len(shards) > 1 or type(a) is not Shard or not (whole_matrices or a.dim == p.ndim - 2):
         raise ValueError(
             f"NorMuon cannot update a parameter of shape {tuple(p.shape)} placed as {places}: "
-            "expected replicas, or shards along the rows on one dimension of the mesh (as FSDP2's)"
+            "expected replicas, or row-wise shards over one dimension of the mesh (as FSDP2's)"
         )
-    # a stack sharded between its matrices needs no exchange
+    # a stack sharded into whole matrices needs no exchange
     return OneProcess() if whole_matrices else RowSharded(K, p.size(-2), mesh.get_group(i))

@@ -3,15 +3,14 @@
 role        parameters                                          optimizer
 matrix      weights of hidden linear layers, stacks of them     NorMuon, Muon, AdamW or a Class
 columns     such weights stored (inputs, outputs)               as matrix, with neurons as columns
-embedding   weights of nn.Embedding, also when the head is tied AdamW
-value       those of them that a module's parameter_roles call  AdamW
-            so: value embeddings
-head        the linear layer that ends in the vocabulary        AdamW
+embedding   weights of nn.Embedding, including a tied head's    AdamW
+value       value embeddings (see parameter_roles)              AdamW
+head        the linear layer whose outputs are the vocabulary   AdamW
 vector      gains, biases, matrices of one row or one column,   AdamW
             routers of experts
 
-The low-rank projections of latent attention are matrices: NorMuon makes an update's shorter side
-orthonormal, so the rank that a projection has is used in full. The gains of its norms are vectors.
+The low-rank projections of latent attention are matrices too: NorMuon makes an update's shorter
+side orthonormal, so it uses a projection's full rank.
 """
 
 import ast
@@ -41,23 +40,23 @@ from nanonormuon.storage.files import optimizer_file, read_file
 
 ROLES = ("matrix", "columns", "embedding", "value", "head", "vector")
 HIDDEN = ROLES[:2]
-# NorMuon's arguments that are settings of the same name
+# arguments of NorMuon that OptimConfig has
 OWN = ("momentum", "nesterov", "neuron_axis", "adjust_lr_fn", "ns_coefficients", "ns_steps",
        "cautious")  # fmt: skip
 SHARED = ("momentum", "nesterov", "adjust_lr_fn", "ns_coefficients", "ns_steps")  # with the zoo
 
 
 def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[dict]:
-    """Sort a module's trainable parameters by role: one dict {role, names, params} per role in use;
-    that of "columns" also has NorMuon's neuron_axis.
+    """Group a module's trainable parameters by role: one dict {role, names, params} per role in
+    use, with NorMuon's neuron_axis for "columns".
 
-    Works on any module. An embedding is known by its type. The head is what get_output_embeddings()
-    returns (our model and transformers' have it), else the only linear layer with as many outputs
-    as an embedding has rows, unless the two are tied. transformers' Conv1D (GPT-2's) stores its
-    weight (inputs, outputs). A module may state the roles of parameters of its own, raw ones too,
-    as parameter_roles = {name: role}. roles = {name pattern: role} overrides all these rules.
+    Works on any module. The head is what get_output_embeddings() returns (our model and
+    transformers' have it), else the only linear layer with as many outputs as an embedding has
+    rows, unless tied. transformers' Conv1D (GPT-2's) has "columns". A module may state the roles of
+    its parameters as parameter_roles = {name: role}. roles = {name pattern: role} overrides all
+    other rules.
 
-    Raises ValueError naming all parameters without a rule, and for a pattern that matches none.
+    Raises ValueError for parameters without a role and for patterns that match nothing.
     """
     roles = roles or {}
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -67,7 +66,7 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     transposed = {id(m.weight) for m in model.modules() if is_conv1d(m)}
     stated = stated_roles(model)
     heads = find_heads(model, tables)
-    unknown: dict[str, str] = {}  # a pattern for parameters without a rule -> their first shape
+    unknown: dict[str, str] = {}  # pattern of parameters without a role -> shape of the first
     found: dict[str, dict] = {role: {"role": role, "names": [], "params": []} for role in ROLES}
     unused = set(roles)
     for name, p in model.named_parameters():  # a tied weight comes once
@@ -95,10 +94,10 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     if unknown:
         raise ValueError(
             f"{', '.join(f'{name} {shape}' for name, shape in unknown.items())}: in no nn.Linear, "
-            f"Conv1D or nn.Embedding. Say what each is, as roles={dict.fromkeys(unknown, 'matrix')}"
-            ': "matrix" if its rows are output neurons, "columns" if it is stored (inputs, '
-            'outputs), "embedding" or "vector" to leave it to AdamW (roles: an argument of '
-            "param_groups; for normuon-train change its default, nanonormuon/optim.py)"
+            f"Conv1D or nn.Embedding. Give their roles, roles={dict.fromkeys(unknown, 'matrix')}: "
+            '"matrix" if rows are output neurons, "columns" if stored (inputs, outputs), '
+            '"embedding" or "vector" for AdamW (roles: an argument of param_groups; for '
+            "normuon-train change its default in nanonormuon/optim.py)"
         )
     if unused:
         raise ValueError(f"roles: {', '.join(sorted(unused))} match no parameter of the model")
@@ -108,20 +107,20 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
 
 
 def stated_roles(model: nn.Module) -> dict[int, str]:
-    """Roles by parameter's id, as modules state them in parameter_roles = {name: role}."""
+    """Return the roles that modules state in parameter_roles, by parameter id."""
     modules = ((m, getattr(m, "parameter_roles", {})) for m in model.modules())
     return {id(m.get_parameter(name)): role for m, found in modules for name, role in found.items()}
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer whose weight is (inputs, outputs)."""
+    """Whether a module is transformers' Conv1D, a linear layer with a weight (inputs, outputs)."""
     weight = getattr(module, "weight", None)
     known = type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2
     return known and getattr(module, "nf", None) == weight.size(1)
 
 
 def find_heads(model: nn.Module, tables: Mapping[int, int]) -> set[int]:
-    """The id of the head's weight, if there is one. tables: ids of embeddings, and their rows."""
+    """Return the id of the head's weight, if any. tables: rows of each embedding by its id."""
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
         return set() if head is None else {id(head.weight)}
@@ -130,8 +129,8 @@ def find_heads(model: nn.Module, tables: Mapping[int, int]) -> set[int]:
     untied = {name: id(m.weight) for name, m in wide.items() if id(m.weight) not in tables}
     if len(untied) > 1:
         raise ValueError(
-            f"which is the head? {', '.join(untied)} all have as many outputs as an embedding has "
-            'rows: give the model get_output_embeddings(), or say roles={"NAME.weight": ...}'
+            f"expected one head, found {', '.join(untied)}, with as many outputs as an embedding "
+            'has rows: define get_output_embeddings(), or pass roles={"NAME.weight": ...}'
         )
     return set(untied.values())
 
@@ -139,10 +138,10 @@ def find_heads(model: nn.Module, tables: Mapping[int, int]) -> set[int]:
 def make_optimizers(
     model: nn.Module, settings: OptimConfig, ns_dtype: torch.dtype = torch.bfloat16
 ) -> list[Optimizer]:
-    """Optimizers that together hold every trainable parameter exactly once.
+    """Make the optimizers, which together hold every trainable parameter exactly once.
 
-    Each group carries `role`, `names` and `initial_lr` beside its optimizer's own settings. Raises
-    ConfigError for settings that an optimizer does not have or that do not fit the model.
+    Each group has `role`, `names` and `initial_lr` beside its optimizer's settings. Raises
+    ConfigError for settings that do not fit the optimizer or the model.
     """
     try:
         optimizers = assign(param_groups(model), settings, ns_dtype)
@@ -154,7 +153,7 @@ def make_optimizers(
 
 
 def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype) -> list[Optimizer]:
-    """Optimizers for the groups of param_groups. Raises ValueError."""
+    """Make the optimizers for the result of param_groups. Raises ValueError."""
     s = settings
     lrs = {"embedding": s.embed_lr, "value": s.value_lr, "head": s.head_lr, "vector": s.vector_lr}
     matrices, others = [], []
@@ -179,8 +178,8 @@ def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype)
 
 
 def split_group(group: dict, pattern: str) -> list[dict]:
-    """Split a group of matrices into those whose names match the pattern and the others, which have
-    no second moment. Raises ValueError if none matches."""
+    """Split a group of matrices by a name pattern; those that do not match get no second moment.
+    Raises ValueError if none matches."""
     parts: dict[bool, dict] = {}
     for name, p in zip(group["names"], group["params"]):
         matches = fnmatchcase(name, pattern)
@@ -195,22 +194,22 @@ def split_group(group: dict, pattern: str) -> list[dict]:
 
 
 def check_trusted(name: str) -> None:
-    """Raise ConfigError for another package's optimizer that is named in a file alone."""
+    """Raise ConfigError for another package's optimizer that only a file names."""
     if isinstance(name, FromFile):
         raise ConfigError(
-            f"{name.file}: optim.name = {name}: that module's code would run, so the command "
-            f"itself must name it: if you trust it, add {shlex.quote(f'optim.name={name}')}"
+            f"{name.file}: optim.name = {name} would run that module's code: if you trust it, add "
+            f"{shlex.quote(f'optim.name={name}')} to the command"
         )
 
 
 def by_parameter(cls: type[Optimizer]) -> bool:
-    """Whether each buffer is a tensor of one parameter, placed like it: saved by the parameter's
-    name and resharded. Other optimizers' state is saved as one tree; they need whole matrices."""
+    """Whether each buffer belongs to one parameter and is placed like it, so that it can be saved
+    by name and resharded. Other optimizers are saved as one tree and need whole matrices."""
     return issubclass(cls, NorMuon | AdamW) or getattr(cls, "state_by_parameter", False)
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The class that "module:Class", "FILE.py:Class" or "zoo:NAME" names. Raises ValueError."""
+    """Import the class of "module:Class", "FILE.py:Class" or "zoo:NAME". Raises ValueError."""
     check_trusted(name)
     module, _, attribute = name.rpartition(":")
     try:
@@ -221,27 +220,27 @@ def optimizer_class(name: str) -> type[Optimizer]:
         file = optimizer_file(name)
         cls = getattr(run_file(file) if file else importlib.import_module(module), attribute)
         if not issubclass(cls, Optimizer):
-            raise TypeError(f"{attribute} is no torch.optim.Optimizer")
+            raise TypeError(f"{attribute} is not a torch.optim.Optimizer")
         return cls
     except (Exception, SystemExit) as error:  # the module may raise anything
         expected = f"expected module:Class of an optimizer ({type(error).__name__}: {error})"
         if isinstance(error, ModuleNotFoundError):
-            expected += "; for a file of your own: PYTHONPATH=ITS_DIRECTORY normuon-train ..."
+            expected += "; for your own file, use optim.name=FILE.py:Class"
         raise ValueError(f'name = "{name}": {expected}') from None
 
 
 def default_lr(name: str) -> float | None:
-    """The rate that an optimizer of the zoo's kind has if none is given; None for others. The one
-    of OptimConfig says that it moves weights as far as NorMuon does at the same rate."""
+    """Return the default learning rate of an optimizer of the zoo's kind, None for others.
+    OptimConfig's as a default means that it moves weights as far as NorMuon at equal rates."""
     cls = optimizer_class(name) if ":" in name else AdamW
     own = inspect.signature(cls).parameters if hasattr(cls, "state_by_parameter") else {}
     return own["lr"].default if "lr" in own and isinstance(own["lr"].default, float) else None
 
 
 def run_file(file: Path) -> ModuleType:
-    """Make a module of a file, once for each content that the file has had."""
+    """Run a file as a module, once for each version of its content."""
     content = read_file(file)
-    name = f"{file.stem}-{hashlib.sha256(content).hexdigest()}"  # which no import can mean
+    name = f"{file.stem}-{hashlib.sha256(content).hexdigest()}"  # cannot be imported by name
     if name not in sys.modules:
         module = sys.modules[name] = ModuleType(name)
         module.__file__ = str(file)
@@ -254,11 +253,8 @@ def run_file(file: Path) -> ModuleType:
 
 
 def external_optimizer(s: OptimConfig, groups: list[dict], ns_dtype: torch.dtype) -> Optimizer:
-    """Make the optimizer that s.name names by its class; one of the zoo's kind has our settings.
-
-    Raises ValueError for what is no optimizer, for arguments that it does not have, and if it
-    cannot take the layout of its parameters.
-    """
+    """Make an optimizer from the class that s.name names; one of the zoo's kind shares NorMuon's
+    settings. Raises ValueError if it does not fit its arguments or the parameters' layout."""
     name, options, cls = s.name, s.options, optimizer_class(s.name)
     try:
         call = ast.parse(f"f({options})", mode="eval").body
@@ -271,7 +267,7 @@ def external_optimizer(s: OptimConfig, groups: list[dict], ns_dtype: torch.dtype
     if unknown := arguments.keys() - known.keys():
         raise ValueError(f"options: {name} has no {min(unknown)}; it has {', '.join(known)}")
     for group in groups:
-        group["use_muon"] = True  # some packages' Muons ask for it; to all others it is a name
+        group["use_muon"] = True  # some packages' Muons require it; others ignore it
         if getattr(cls, "state_by_parameter", False):  # the zoo's base, or its copy
             group |= {key: getattr(s, key) for key in SHARED} | {"ns_dtype": ns_dtype}
         elif any(isinstance(p, DTensor) for p in group["params"]):
@@ -288,9 +284,9 @@ def external_optimizer(s: OptimConfig, groups: list[dict], ns_dtype: torch.dtype
 
 
 def group_rows(optimizers: Sequence[Optimizer], fold: bool = False) -> list[tuple[str, ...]]:
-    """A table of parameters, the row of headings first: shape, role, optimizer, lr, weight decay.
+    """Tabulate the parameters, with a header row: shape, role, optimizer, lr, weight decay.
 
-    fold: one row for the parameters of all layers that share a name, and their number as "n".
+    fold: merge the rows of all layers, with their number in the column "n".
     """
     counts: Counter[tuple[str, ...]] = Counter()
     for optimizer in optimizers:
@@ -308,13 +304,13 @@ def group_rows(optimizers: Sequence[Optimizer], fold: bool = False) -> list[tupl
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates and momentum as pure functions of the step (0 .. steps - 1)."""
+    """Learning rates and momentum as pure functions of the step (0 to steps - 1)."""
 
     steps: int
     settings: OptimConfig
 
     def lr(self, step: int) -> float:
-        """The factor on every group's initial_lr: it rises, is constant, and falls to final_lr."""
+        """Return the factor on every initial_lr, which rises, stays at 1 and falls to final_lr."""
         s = self.settings
         up = (step + 1) / s.warmup if step < s.warmup else 1.0
         falling = s.decay * self.steps
@@ -322,13 +318,13 @@ class Schedule:
         return min(up, s.final_lr + (1 - s.final_lr) * down)
 
     def momentum_at(self, step: int) -> float:
-        """NorMuon's momentum, which rises from momentum_start within momentum_warmup steps."""
+        """Return the momentum, which rises from momentum_start over momentum_warmup steps."""
         s = self.settings
         part = min(1.0, step / s.momentum_warmup) if s.momentum_warmup else 1.0
         return s.momentum_start + part * (s.momentum - s.momentum_start)
 
     def set(self, optimizers: Sequence[Optimizer], step: int) -> None:
-        """Write the step's values into every group of every optimizer."""
+        """Set the step's values in every group of every optimizer."""
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.lr(step)

@@ -1,12 +1,12 @@
-"""A mixture of experts in an MLP's place: many SwiGLUs, of which each token visits a few.
+"""A mixture of experts instead of an MLP: each token visits a few of many SwiGLUs.
 
-A router sends a token to the experts with the highest scores, and their outputs are added up with
-the scores as weights: a softmax of the router's logits (Qwen3-MoE) or sigmoids (DeepSeek-V3, arXiv
-2412.19437). No token is dropped, whatever the load. Two rules keep the load even. The bias rule
-(arXiv 2408.15664) adds a bias to the scores where experts are chosen, not where outputs are
-weighted, and moves it after every step, against the load in the whole batch: counts of tokens, so
-it depends neither on ranks nor on micro-batches. The auxiliary loss is Switch's (arXiv 2101.03961),
-but averaged over sequences (DeepSeek-V3): over a micro-batch, its size would matter.
+A router sends each token to the experts with the highest scores and weights their outputs by the
+scores: a softmax of its logits (Qwen3-MoE) or sigmoids (DeepSeek-V3, arXiv 2412.19437). No token is
+dropped. Two rules balance the load. The bias rule (arXiv 2408.15664) adds a bias to the scores when
+choosing experts, not when weighting outputs, and after every step moves it against the load, whose
+token counts over the whole batch are independent of ranks and micro-batches. The auxiliary loss is
+Switch's (arXiv 2101.03961), averaged over sequences (DeepSeek-V3): per micro-batch, it would depend
+on the micro-batch's size.
 
 Shapes: B sequences, T tokens, C = n_embd, E experts of which k are used, V = B T k visits.
 """
@@ -24,16 +24,16 @@ from nanonormuon.parts.config import GPTConfig
 
 
 class Routed(NamedTuple):
-    """What a router did with the tokens of one pass."""
+    """A router's statistics of one forward pass."""
 
     load: Tensor  # (E,) int64: tokens sent to each expert
-    entropy: Tensor  # of a token's scores as shares, in nats, on average
-    balance: Tensor  # the auxiliary loss: 1 if all experts have equal shares
+    entropy: Tensor  # mean entropy of a token's normalised scores, in nats
+    balance: Tensor  # auxiliary loss; 1 for an even load
 
 
 @torch.library.custom_op("nanonormuon::grouped_mm", mutates_args=())
 def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """torch's grouped product, which runs in any dtype but can be traced in bfloat16 alone."""
+    """torch's grouped matmul, which runs in any dtype but can be traced only in bfloat16."""
     return F.grouped_mm(a, b, offs=ends)
 
 
@@ -44,12 +44,12 @@ def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 class Grouped(torch.autograd.Function):
-    """Each expert's product with its own rows. Its backward pass makes up for kernels that leave
-    the gradient of an expert without rows uninitialised (pytorch issue 172439)."""
+    """Multiplies each expert's matrix by its rows. Zeroes the gradient of an expert without rows,
+    which some kernels leave uninitialised (pytorch issue 172439)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
-        """x (V, n), W (E, m, n), ends (E,) int32 -> (V, m): x[ends[i - 1] : ends[i]] @ W[i].T"""
+        """Map x (V, n), W (E, m, n), ends (E,) to (V, m): x[ends[i - 1] : ends[i]] @ W[i].T."""
         ctx.save_for_backward(x, W, ends)
         return grouped_mm(x, W.mT, ends)
 
@@ -63,11 +63,11 @@ class Grouped(torch.autograd.Function):
 
 
 class Router(nn.Module):
-    """Chooses k experts for each token; in float32, since a rounded score is another choice."""
+    """Chooses k experts for each token, in float32, as rounding scores would change the choice."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        # not NorMuon's: rows are used unequally often, and the scale of logits is to be learnt
+        # not for NorMuon: rows are used unequally, and the logits' scale must be learnt
         self.parameter_roles = {"weight": "vector"}
         self.config = config
         self.weight = nn.Parameter(torch.zeros(config.n_expert, config.n_embd))
@@ -76,7 +76,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)  # DeepSeek-V3's name
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routed]:
-        """x (B, T, C) -> the chosen experts and their weights (float32), each (B, T, k)."""
+        """Map x (B, T, C) to the chosen experts and their float32 weights, each (B, T, k)."""
         c, logits = self.config, F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if c.router == "sigmoid" else logits.softmax(-1)
         chosen = self.ranked(scores.detach()).topk(c.n_expert_used).indices
@@ -85,8 +85,8 @@ class Router(nn.Module):
         return chosen, weights / total * c.router_scale, self.report(scores, chosen)
 
     def ranked(self, scores: Tensor) -> Tensor:
-        """What the choice goes by (B, T, E): scores with bias; -inf outside of the best groups,
-        those with the largest sums of two."""
+        """Add the bias to scores (B, T, E), with -inf outside the groups chosen: those in which the
+        two best experts have the largest sum."""
         c, bias = self.config, self.e_score_correction_bias
         ranked = scores + (0 if bias is None else bias)
         if c.n_expert_group == 1:
@@ -107,15 +107,15 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:
-        """Move the bias against the load (E,) of a step, tokens of the whole batch by expert."""
+        """Move the bias against a step's load (E,), the batch's tokens per expert."""
         if self.config.balance_rate:
-            excess = load * len(load) - load.sum()  # in whole numbers
+            excess = load * len(load) - load.sum()  # an exact integer
             self.e_score_correction_bias -= self.config.balance_rate * excess.sign()
 
 
 class Experts(nn.Module):
-    """In model.MLP's place. Returns what the router did too: a forward pass that is recomputed
-    (train.activation_checkpointing) then counts once."""
+    """Replaces model.MLP. Returns Routed as a result, so that a recomputed forward pass
+    (train.activation_checkpointing) counts once."""
 
     def __init__(self, c: GPTConfig):
         super().__init__()
@@ -126,7 +126,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routed]:
         chosen, weights, routed = self.gate(x)
         k, ends = chosen.size(-1), routed.load.cumsum(0, dtype=torch.int32)
-        order = chosen.flatten().argsort(stable=True)  # visits, by expert
+        order = chosen.flatten().argsort(stable=True)  # visits sorted by expert
         y = self.experts(x.flatten(0, 1).index_select(0, order // k), ends)
         y = y.index_select(0, order.argsort()).view(*chosen.shape, -1)
         y = (y * weights.to(y.dtype)[..., None]).sum(-2)
@@ -134,7 +134,7 @@ class Experts(nn.Module):
 
 
 class Stacks(nn.Module):
-    """E SwiGLUs, whose matrices are stacked."""
+    """E SwiGLUs with stacked matrices."""
 
     def __init__(self, E: int, C: int, hidden: int):
         super().__init__()
@@ -144,7 +144,7 @@ class Stacks(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(E, C, hidden))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x (V, C), ordered by expert -> (V, C)."""
+        """Map x (V, C), sorted by expert, to (V, C)."""
         gate, up, down = (W.to(x.dtype) for W in (self.gate_proj, self.up_proj, self.down_proj))
         h = F.silu(Grouped.apply(x, gate, ends)) * Grouped.apply(x, up, ends)
         return Grouped.apply(h, down, ends)

@@ -1,12 +1,11 @@
-"""Latent attention: keys and values of all heads are products of one narrow latent per token, which
-is all that generation keeps of it.
+"""Latent attention: the keys and values of all heads are projected from one narrow latent per
+token, and generation caches only this latent and a rotary key.
 
-Multi-head latent attention (MLA) of DeepSeek-V2 (arXiv 2405.04434, section 2.1) as DeepSeek-V3 has
-it (2412.19437), with the parameter names of its checkpoints. Of a query and a key, D channels per
-head do not turn with the position, since their products with the up-projections have to commute;
-R more do (RoPE), and the rotary key serves all heads. Two matrices are stacks in those checkpoints
-and are trained as such: kv_a_proj_with_mqa (the latent's rows and the rotary key's), and kv_b_proj
-(each head's key and value rows).
+Multi-head latent attention (MLA) of DeepSeek-V2 (arXiv 2405.04434, section 2.1) as in DeepSeek-V3
+(2412.19437), with the parameter names of its checkpoints. D channels of a head's query and key have
+no RoPE, so that they can be absorbed into the up-projections; R more have it, and all heads share
+one rotary key. As in those checkpoints, two matrices are fused: kv_a_proj_with_mqa (rows of the
+latent and of the rotary key) and kv_b_proj (each head's key and value rows).
 
 Shapes as in model.py, and: L = kv_rank, D = head_dim, R = rope_head_dim, V = v_head_dim.
 """
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 from nanonormuon.model import Cache, Linear, RMSNorm, attend, rotate
 from nanonormuon.parts.config import GPTConfig
 
-EPS = 1e-6  # of the latents' norms: in transformers' DeepSeek-V3 a constant
+EPS = 1e-6  # of the latents' norms, a constant in transformers' DeepSeek-V3
 
 
 class LatentAttention(nn.Module):
-    """Attention of H heads over a latent and a rotary key per token."""
+    """Attention with H heads over a latent and a rotary key per token."""
 
     attend = staticmethod(attend)  # as in model.Attention
 
@@ -32,8 +31,8 @@ class LatentAttention(nn.Module):
         self.heads, self.latent, self.scale = H, L, config.attn_scale
         self.width, self.rotary, self.values = D, R, V
         self.interleave = config.rope_interleave
-        self.cached = ((1, L + R),)  # what Cache holds of a token: tensors of (heads, width)
-        self.products = H * (D + R + V)  # multiplications per query and key that it sees
+        self.cached = ((1, L + R),)  # (heads, width) of what Cache holds per token
+        self.products = H * (D + R + V)  # multiplications per pair of query and key
         if config.q_rank:
             self.q_a_proj = Linear(C, config.q_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_rank, EPS)
@@ -48,7 +47,7 @@ class LatentAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Tensor | None
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C). cos, sin: (T, R), as of model.rope_tables."""
+        """Attend over x (B, T, C). cos, sin: (T, R), from model.rope_tables."""
         latent, key = self.kv_a_proj_with_mqa(x).split([self.latent, self.rotary], -1)
         latent = self.kv_a_layernorm(latent)
         key = self.turned(key[:, None], cos, sin)  # (B, 1, T, R)
@@ -66,25 +65,25 @@ class LatentAttention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def queries(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, H, T, D + R), through a latent of their own if q_rank is set."""
+        """Project x (B, T, C) to queries (B, H, T, D + R), through a latent if q_rank is set."""
         if hasattr(self, "q_proj"):
             return self.per_head(self.q_proj(x))
         return self.per_head(self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))))
 
     def per_head(self, x: Tensor) -> Tensor:
-        """(B, T, H n) -> (B, H, T, n)"""
+        """Turn (B, T, H n) into (B, H, T, n)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """RoPE. Pairs of neighbours are first sorted into halves, of queries and keys alike, which
-        leaves their products as they are."""
+        """Apply RoPE. First moves interleaved pairs into halves, in queries and keys alike, which
+        leaves their dot products unchanged."""
         if self.interleave:
             x = x.unflatten(-1, (-1, 2)).mT.flatten(-2)
         return rotate(x, cos, sin)
 
     def scaled_by(self, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Weights, each with a factor per row, that scale the logits of each head by one of
-        `factors` (H,). The rotary key stays, as all heads share it (Kimi K2, arXiv 2507.20534)."""
+        """Return weights with a factor per row, which scale each head's logits by `factors` (H,).
+        Leaves the rotary key alone, as all heads share it (Kimi K2, arXiv 2507.20534)."""
 
         def rows(*parts: tuple[Tensor, int]) -> Tensor:
             return torch.cat([x[:, None].expand(-1, width) for x, width in parts], 1).flatten()
@@ -95,12 +94,12 @@ class LatentAttention(nn.Module):
         return [(queries.weight, turned), (self.kv_b_proj.weight, keys)]
 
     def from_cache(self, q: Tensor, q_rotary: Tensor, seen: Tensor, mask: Tensor | None) -> Tensor:
-        """What one query per head, (B, H, 1, D) and (B, H, 1, R), reads from S latents and rotary
-        keys (B, 1, S, L + R): (B, H, 1, V).
+        """Attend from one query per head, (B, H, 1, D) and (B, H, 1, R), to S latents and rotary
+        keys (B, 1, S, L + R); returns (B, H, 1, V).
 
-        q (W_k c) = (q W_k) c, and sum_s a_s W_v c_s = W_v sum_s a_s c_s: attention takes place
-        among the latents, as if they were one head's keys and values, so no key or value of an
-        earlier token is computed again (2405.04434, section 2.1.2, "absorbed").
+        q (W_k c) = (q W_k) c and sum_s a_s W_v c_s = W_v sum_s a_s c_s, so the latents can serve as
+        one head's keys and values, and those of earlier tokens need not be recomputed (absorption,
+        2405.04434, section 2.1.2).
         """
         W = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (self.heads, -1))  # (H, D + V, L)
         W_k, W_v = W.split([self.width, self.values], 1)

@@ -1,7 +1,4 @@
-"""Activation memory: what a forward pass keeps for its backward pass, and how to keep less.
-
-Measured on fake tensors, which have a shape but no content, so nothing is computed.
-"""
+"""Activation memory: its size, measured on fake tensors without computing, and checkpointing."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,17 +20,17 @@ def here() -> torch.device:
 def kept(
     m: GPTConfig, seq_len: int, micro_batch: int, dtype: torch.dtype, recompute: bool
 ) -> tuple[int, int]:
-    """Bytes kept for the backward pass, by the blocks and by the rest of the model.
+    """Return the activation memory in bytes of the blocks and of the rest of the model.
 
-    Both are linear in layers L and in sequences B, so four small cases determine them. Layers
-    without experts that come before others count as these do.
+    Both are linear in layers L and sequences B, so four small cases determine them. Dense first
+    layers count as layers with experts.
     """
     m = replace(m, n_dense=0)
     f = {(L, B): recorded(replace(m, n_layer=L), seq_len, B, dtype) for L in (1, 2) for B in (1, 2)}
     f |= {(L, micro_batch): f[L, 1] + (micro_batch - 1) * (f[L, 2] - f[L, 1]) for L in (1, 2)}
     block = f[2, micro_batch] - f[1, micro_batch]
     rest = f[1, micro_batch] - block
-    if recompute:  # the inputs of all blocks, and everything in one of them
+    if recompute:  # the inputs of all blocks, and all activations of one block
         inputs = m.n_layer * micro_batch * seq_len * m.n_embd * dtype.itemsize
         return inputs + block, rest
     return m.n_layer * block, rest
@@ -41,7 +38,7 @@ def kept(
 
 @cache
 def recorded(m: GPTConfig, seq_len: int, batch: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps from one forward pass, without the weights."""
+    """Return the bytes that autograd keeps after a forward pass, without the weights."""
     with FakeTensorMode(), torch.device(here().type):
         model = GPT(m, dtype)
         tokens = torch.zeros(batch, seq_len, dtype=torch.int64)
@@ -50,7 +47,7 @@ def recorded(m: GPTConfig, seq_len: int, batch: int, dtype: torch.dtype) -> int:
 
         def pack(t: torch.Tensor) -> torch.Tensor:
             storage = t.untyped_storage()
-            storages[storage._cdata] = storage  # kept alive, so that its address is not reused
+            storages[storage._cdata] = storage  # keeps its address from being reused
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -59,7 +56,7 @@ def recorded(m: GPTConfig, seq_len: int, batch: int, dtype: torch.dtype) -> int:
 
 
 def chunk_bytes(m: GPTConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that HeadLoss needs for one chunk of rows (logits, their float32 copy, probabilities,
+    """Return the bytes that HeadLoss needs for a chunk (logits, their float32 copy, probabilities,
     gradient) and for its weight in the compute dtype."""
     rows = chunk_rows(tokens, m.vocab_size, here().type)
     cast = 0 if dtype == torch.float32 else m.vocab_size * m.n_embd * dtype.itemsize
@@ -67,11 +64,9 @@ def chunk_bytes(m: GPTConfig, tokens: int, dtype: torch.dtype) -> int:
 
 
 def checkpoint_activations(model: GPT) -> None:
-    """Make each block in `model.layers` keep only its input and recompute the rest in backward.
-
-    Takes about a third more time. The result is bitwise equal, also with dropout, since the random
-    state is restored for the second pass. Call this before an Engine distributes the model.
-    """
+    """Make each block in `model.layers` keep only its input and recompute the rest in its backward
+    pass, in about a third more time, with bitwise equal results. Call this before an Engine
+    distributes the model."""
 
     def recomputed(forward: Callable) -> Callable:
         def call(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is known about a refused step: a report to save, and one line that says what to do."""
+"""Reports on steps that are not finite, and one-line summaries with advice."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -18,9 +18,9 @@ def examine(
     optimizers: Sequence[torch.optim.Optimizer],
     world: distributed.World,
 ) -> dict[str, Any]:
-    """Report on a refused step while its gradients still exist; every rank must call this.
+    """Report on a step that is not finite, while its gradients exist. Every rank must call this.
 
-    weights, buffers: from checkpoint.named_state. The report's groups are norms by optimizer role.
+    weights, buffers: from checkpoint.named_state. The report's "groups" are norms by role.
     """
     grads = {name: p.grad for name, p in weights.items()}
     suspects = weights | buffers if verdict.amiss == "state" else grads
@@ -46,22 +46,22 @@ def examine(
 def explain(
     report: Mapping[str, Any], weights: Collection[str], per_rank: int, saved: int, again: str
 ) -> str:
-    """Sum up a crash report in one line, with what to do.
+    """Summarise a crash report in one line, with advice.
 
-    weights: names of the weights. per_rank: sequences per rank and step. saved: the step of the
-    last checkpoint. again: the command that continues the run.
+    weights: their names. per_rank: sequences per rank and step. saved: step of the last checkpoint.
+    again: the command that continues the run.
     """
     step, bad = report["step"], report["not_finite"]
     if report["amiss"] == "state":
         what = f"a {'weight' if bad and bad[0] in weights else 'buffer'} before step {step}"
-        advice = f"go on from the last checkpoint ({saved})"
+        advice = f"continue from the last checkpoint (step {saved})"
     else:
         what = f"the {report['amiss']} of step {step}"
         advice = (
-            f"repeat only this step with: {again} train.stop_at={step + 1}; get past it with "
-            "train.skip_spikes, or start again with lower rates (optim.*lr) or optim.grad_clip"
+            f"repeat this step with: {again} train.stop_at={step + 1}; skip it with "
+            "train.skip_spikes, or restart with lower learning rates or with optim.grad_clip"
         )
-    where = f"first in {bad[0]} of {len(bad)} tensors" if bad else "in no gradient"
+    where = f"in {len(bad)} tensors, first {bad[0]}" if bad else "but all gradients are finite"
     first = per_rank * report["rank"]
     return (
         f"not finite: {what} (rank {report['rank']}, sequences {first} to {first + per_rank - 1} "

@@ -1,8 +1,7 @@
-"""Everything that ranks do together: start, sum, broadcast rank 0's work, finish.
+"""What ranks do together: start, sum, broadcast rank 0's work, finish.
 
-Without torchrun there is a single rank and no process group, and the collectives below do nothing.
-torchrun makes a group of one process too, so one GPU tests all of this. Ranks need not share a
-machine.
+Without torchrun there is one rank and no process group, and the collectives do nothing. torchrun
+makes a process group even for one process, so one GPU can test them.
 """
 
 import ctypes
@@ -30,17 +29,17 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes files and log lines."""
+        """Whether this is rank 0, which writes files and log lines."""
         return self.rank == 0
 
 
 def size() -> int:
-    """Number of ranks according to torchrun; known before the process group exists."""
+    """Return the number of ranks, known from torchrun before the process group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_size() -> int:
-    """Number of ranks on this node."""
+    """Return the number of ranks on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", size()))
 
 
@@ -50,14 +49,14 @@ def grouped() -> bool:
 
 
 def shards(parallel: str) -> int:
-    """Number of ranks that share a copy of the weights: all, those of a node, or 1 for replicas."""
+    """Return the number of ranks that share a copy of the weights."""
     return {"fsdp": size(), "hsdp": local_size()}.get(parallel, 1)
 
 
 def start(device: str = "auto", timeout: float = 1800.0) -> World:
-    """Choose this rank's device and join the process group, if there are other ranks.
+    """Choose this rank's device and join the process group, if any.
 
-    timeout: seconds until a collective fails. Raises ValueError if the device is not available.
+    timeout: of collectives, in seconds. Raises ValueError if the device is not available.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device not in ("auto", "cpu", "cuda", "mps"):
@@ -72,12 +71,12 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
         found = torch.cuda.device_count()
         if local_rank >= found:
             raise ValueError(
-                f"train.device = cuda: local rank {local_rank} needs a GPU of its own, found "
-                f"{found}; start fewer processes or set train.device=cpu"
+                f"train.device = cuda: expected a GPU for local rank {local_rank}, found {found} "
+                "GPUs; start fewer processes or set train.device=cpu"
             )
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
-        backend = "cpu:gloo,cuda:nccl"  # gloo too: any_rank must not wait for the GPUs
+        backend = "cpu:gloo,cuda:nccl"  # gloo: any_rank must not wait for the GPUs
     if device == "cpu":
         keep_freed_memory()
         if size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
@@ -91,13 +90,13 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
 def keep_freed_memory() -> None:
     """Make glibc keep large freed blocks instead of returning them to the system.
 
-    Otherwise every step maps and zeroes the pages of each activation anew, which takes a third of
+    Otherwise every step maps and zeroes the pages of each activation again, which takes a third of
     an eager training step on a CPU.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: never give a block a mapping of its own
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: never map blocks individually
             libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the maximum
             libc.mallopt(-2, 1 << 26)  # M_TOP_PAD: grow by 64 MB
 
@@ -105,15 +104,15 @@ def keep_freed_memory() -> None:
 def finish() -> None:
     """Wait for all ranks at the end of a run.
 
-    The process group is not destroyed: stopping gloo's threads can abort the process, which is
-    about to exit anyway (cli.app.entry).
+    Does not destroy the process group: stopping gloo's threads can abort the process, which is
+    about to exit (cli.app.entry).
     """
     if grouped():
         dist.barrier()
 
 
 def compute_dtype(wish: str, device: torch.device) -> torch.dtype:
-    """Resolve train.dtype: auto is bfloat16 where the device has native products, else float32."""
+    """Resolve train.dtype; auto: bfloat16 if the device multiplies it natively, else float32."""
     if wish == "auto":
         if device.type == "cuda":
             native = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -134,7 +133,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def largest(values: Sequence[float], device: torch.device) -> list[float]:
-    """Element-wise maximum over ranks, in float32."""
+    """Return the element-wise maximum over ranks, in float32."""
     x = torch.tensor(values, dtype=torch.float32, device=device)
     if grouped() and len(x):
         dist.all_reduce(x, dist.ReduceOp.MAX)
@@ -142,12 +141,12 @@ def largest(values: Sequence[float], device: torch.device) -> list[float]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank. Synchronises the CPUs of the ranks, but no device."""
+    """Whether the flag is set on any rank. Synchronises CPUs, not devices."""
     return bool(largest([flag], torch.device("cpu"))[0])
 
 
 def gather(x: Tensor) -> Tensor:
-    """(ranks, *x.shape): x of every rank; the shape must be equal on all."""
+    """Return every rank's x, (ranks, *x.shape). Shapes must be equal."""
     if not grouped():
         return x[None]
     everyone = [torch.empty_like(x) for _ in range(size())]
@@ -156,10 +155,8 @@ def gather(x: Tensor) -> Tensor:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Peak bytes of the rank that used most: of tensors on a GPU, else of the whole process.
-
-    None where the system does not report it. Every rank must call this.
-    """
+    """Return the peak memory in bytes, the largest of all ranks: of tensors on a GPU, else of the
+    process; None if the system does not report it. Every rank must call this."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
@@ -173,12 +170,13 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def first_does(work: Callable[[], Any], device: torch.device) -> Any:
-    """Run `work` on rank 0; every rank returns its result, any JSON value, or raises."""
+    """Run `work` on rank 0 alone. Every rank returns its result, which JSON must be able to hold,
+    or raises if it failed."""
     failure, answer = None, {}
     if not int(os.environ.get("RANK", "0")):
         try:
             answer = {"value": work()}
-        except BaseException as error:  # including Interrupted: other ranks wait for an answer
+        except BaseException as error:  # even Interrupted: other ranks wait for an answer
             failure = error
             answer = {"error": str(error), "exit_code": exit_code(error) or 7}
     answer = from_first(answer, device)
@@ -190,7 +188,8 @@ def first_does(work: Callable[[], Any], device: torch.device) -> Any:
 
 
 def from_first(value: Any, device: torch.device) -> Any:
-    """Return rank 0's JSON value on every rank. torch's own way would unpickle, so run it."""
+    """Return rank 0's JSON value on every rank. torch's broadcast_object_list would unpickle data
+    from a socket, which can run code."""
     if not grouped():
         return value
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
@@ -203,8 +202,8 @@ def from_first(value: Any, device: torch.device) -> Any:
 
 
 def check_alike(found: dict[str, Any], world: World) -> None:
-    """Raise ConfigError on all ranks unless `found` (name -> anything JSON can say) is equal on all
-    of them: every node has its own command line, and perhaps its own copy of the data."""
+    """Raise ConfigError on all ranks unless `found` (name -> JSON value) is equal on all: each node
+    has its own command line and perhaps its own copy of the data."""
     first = from_first(found, world.device)
     odd = [f"{k} = {v}, not {first.get(k)}" for k, v in found.items() if v != first.get(k)]
     if any_rank(bool(odd)):
@@ -215,8 +214,8 @@ def check_alike(found: dict[str, Any], world: World) -> None:
 
 
 def check_nodes(parallel: str, world: World) -> None:
-    """Raise ConfigError on all ranks if train.parallel = hsdp, unless there are several nodes with
-    equally many ranks, several on each, numbered node by node. Every rank must call this."""
+    """Raise ConfigError on all ranks if train.parallel = hsdp without several nodes of equally many
+    ranks, at least two, numbered node by node. Every rank must call this."""
     if parallel != "hsdp":
         return
     local, rank = local_size(), int(os.environ.get("LOCAL_RANK", "0"))

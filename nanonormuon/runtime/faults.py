@@ -1,6 +1,6 @@
-"""What can end a run from outside: signals, lost ranks, time limits.
+"""Signals, lost ranks and time limits.
 
-Does not import torch, so that signals are handled while torch is still being imported.
+Does not import torch, so that signals are handled while torch is being imported.
 """
 
 import contextlib
@@ -19,21 +19,21 @@ from typing import Any
 from nanonormuon.errors import Interrupted, describe, explained, follows
 from nanonormuon.storage.files import replace_file
 
-LONG = {"start", "compilation", "evaluation"}  # sections that may take LONGER times time_limit
+LONG = {"start", "compilation", "evaluation"}  # sections that may take LONGER * time_limit
 LONGER = 4
-GRACE = 5.0  # seconds for torchrun to notice the rank that failed first
+GRACE = 5.0  # seconds that torchrun has to notice the rank that failed first
 
 
 class Stopping:
-    """Handlers for SIGINT and SIGTERM.
+    """Handles SIGINT and SIGTERM.
 
-    Before finish_steps is called, the first signal raises Interrupted at once. Afterwards it only
-    sets `number`, so that the current step is finished and saved. A second one ends the process.
+    The first signal raises Interrupted or, after finish_steps, only sets `number`, so that the
+    current step is finished and saved. A second signal ends the process immediately.
     """
 
     def __init__(self) -> None:
         self.number, self.finishing = 0, False  # number: of the signal to stop for
-        self.received = False  # a signal; a failed save sets `number` without one
+        self.received = False  # a failed save sets `number` without a signal
 
     def __enter__(self) -> "Stopping":
         self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -52,7 +52,7 @@ class Stopping:
         say(f"signal {number}: finishing the step, then saving; a second signal ends at once")
 
     def finish_steps(self) -> None:
-        """Let signals wait for the end of a step from now on. Raises Interrupted after one."""
+        """Defer signals to the end of a step from now on. Raises Interrupted after an earlier one."""
         self.finishing = True
         if self.number:
             self.interrupt()
@@ -62,12 +62,11 @@ class Stopping:
 
 
 class Watch:
-    """Tracks what this rank is doing, so that errors can name it, and enforces time limits.
+    """Tracks what this rank is doing, for error messages, and enforces time limits.
 
-    A thread ends the process with exit code 7 if a section takes too long. It sends the process
-    SIGTERM if its parent dies: torchrun, or a race (NANONORMUON_FOLLOW). Leaving the `with` block
-    with an error writes the error to RUN/errors/rank-N.txt, once `folder` is set, and to the file
-    that torchrun reports from.
+    A thread ends the process with exit code 7 if a section takes too long, and sends it SIGTERM if
+    its parent dies: torchrun, or a race (NANONORMUON_FOLLOW). Leaving the `with` block with an
+    error writes it to RUN/errors/rank-N.txt, if `folder` is set, and to torchrun's error file.
     """
 
     def __init__(self, time_limit: float, stopping: Stopping):
@@ -81,16 +80,16 @@ class Watch:
         self.parent = os.getppid() if led else None
 
     def limit(self, name: str) -> float:
-        """Seconds that the section `name` may take."""
+        """Return the time limit of a section in seconds."""
         return self.time_limit * (LONGER if name in LONG else 1)
 
     def longest(self) -> float:
-        """Seconds after which every section would have ended."""
+        """Return the seconds after which every section has ended."""
         return min(self.time_limit * LONGER + 60, 7 * 86400)
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Name and time a part of the run. After an error the name stays, for its message."""
+        """Name and time a part of the run. After an error, keeps the name for the message."""
         outer = self.name, self.deadline
         self.name, self.deadline = name, time.monotonic() + self.limit(name)
         yield
@@ -113,26 +112,26 @@ class Watch:
             self.name = getattr(error, "section", self.name)  # more precise, if the error has one
             error.place = self.place  # type: ignore[attr-defined]
         if follows(error) and self.parent is not None:
-            until = time.monotonic() + GRACE  # torchrun should report the rank that failed first
+            until = time.monotonic() + GRACE  # let torchrun report the rank that failed first
             while time.monotonic() < until and not self.stopping.number:
                 time.sleep(0.05)
             if self.stopping.number or not (others := self.elsewhere()):
                 return
             error.lost = f"one of the ranks {others}, on another node,"  # type: ignore[attr-defined]
-        if isinstance(error, Interrupted):  # not a failure, but torchrun asks for a reason
+        if isinstance(error, Interrupted):  # only for torchrun, as it is not a failure
             self.folder = None
         detail = "" if explained(error) else "".join(traceback.format_exception(error))
         self.write_down(describe(error), detail)
 
     def elsewhere(self) -> str:
-        """The ranks of other nodes, "" if there are none."""
+        """Name the ranks of other nodes, "" if there are none."""
         first = self.rank - int(os.environ.get("LOCAL_RANK", self.rank))
         after = first + int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
         both = (0, first - 1), (after, self.ranks - 1)
         return " or ".join(f"{a} to {b}" for a, b in both if a <= b)
 
     def write_down(self, message: str, detail: str = "") -> Path | None:
-        """Write an error to torchrun's file and append it to this rank's, which is returned."""
+        """Write an error to torchrun's file and to this rank's, and return the latter."""
         file = None
         with contextlib.suppress(OSError):
             if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -156,12 +155,12 @@ class Watch:
                 self._expire()
 
     def _expire(self) -> None:
-        """Write all stacks and end the process; other ranks expire at about the same time."""
+        """Write all stacks and end the process, as other ranks do at about the same time."""
         factor = f", times {LONGER}" if self.name in LONG else ""
         message = (
             f"{self.place}: took more than {self.limit(self.name):g} s (train.time_limit = "
             f"{self.time_limit:g}{factor}); ended. Raise the limit if the rank was still working, "
-            "else see what each rank was doing"
+            "otherwise see where each rank was stuck"
         )
         if file := self.write_down(message):
             with contextlib.suppress(OSError), open(file, "a") as out:
@@ -174,6 +173,6 @@ class Watch:
 
 
 def say(line: str) -> None:
-    """Write to stderr without buffers and locks, which the interrupted code may hold."""
+    """Write to stderr without buffers or locks, which the interrupted code may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())

@@ -1,7 +1,7 @@
-"""Checks that a run is sound: finite losses, gradients and weights on every rank, equal replicas,
-no gradient spikes; and how far an update moves the weights.
+"""Checks of a run: finite losses, gradients and weights on every rank, equal replicas, gradient
+spikes; and the size of updates relative to the weights.
 
-Functions that read tensors of other ranks must be called on every rank, and return equal results.
+Every rank must call the functions that communicate, and all get equal results.
 """
 
 import math
@@ -29,17 +29,17 @@ SPIKE_ROW = 10  # updates in a row that may be skipped
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks conclude before an update. rank: the first one where something is amiss."""
+    """The decision of all ranks before an update."""
 
-    amiss: str  # "", "loss", "gradient" or "state" (a weight or an optimizer's buffer)
-    rank: int
-    stop: int  # the signal that any rank has received; 0: none
+    amiss: str  # what is not finite: "", "loss", "gradient" or "state" (weights and buffers)
+    rank: int  # the first rank where it is not finite
+    stop: int  # a signal that any rank has received; 0: none
     grad_norm: float
-    skip: bool = False  # leave this update out: its gradient is a spike
+    skip: bool = False  # whether to skip the update as a gradient spike
 
 
 class BadStep(Exception):
-    """A loss, a gradient or the state is not finite on some rank: no rank may make the update."""
+    """Loss, gradients or state are not finite on some rank: no rank may make the update."""
 
     def __init__(self, verdict: Verdict, loss: Tensor):
         super().__init__(f"{verdict.amiss} not finite on rank {verdict.rank}")
@@ -53,10 +53,8 @@ class Guard:
         self.spikes, self.stopping = spikes, stopping
 
     def check(self, loss: Tensor, engine: Any) -> Verdict:
-        """Judge this rank's loss (0-d) and the gradients and state of an engine.Engine.
-
-        Raises BadStep on every rank if any has a non-finite value, unless it skips a spike.
-        """
+        """Judge this rank's loss (0-d) and the gradients and state of an engine.Engine. Raises
+        BadStep on every rank if any value is not finite, unless the update is skipped."""
         grad_norm = norm(p.grad for p in engine.model.parameters())
         verdict = judge(loss, grad_norm, engine.state(), self.stopping.number, engine.world)
         skip = verdict.amiss != "state" and self.spikes.skip(verdict.grad_norm)
@@ -66,7 +64,7 @@ class Guard:
 
 
 def norm(tensors: Iterable[Tensor | None]) -> Tensor:
-    """The norm of whole tensors, sharded or not; 0-d, on the device."""
+    """Return the total norm of tensors, sharded or not; 0-d, on the device."""
     total = get_total_norm([t for t in tensors if t is not None])
     return total.full_tensor() if isinstance(total, DTensor) else total
 
@@ -94,14 +92,14 @@ def judge(
 
 
 def not_finite(tensors: Mapping[str, Tensor | None], device: torch.device) -> list[str]:
-    """The names of tensors that contain NaN or infinity on any rank."""
+    """Name the tensors that contain NaN or infinity on any rank."""
     flags = [t is not None and not local(t).isfinite().all() for t in tensors.values()]
     return [name for name, flag in zip(tensors, distributed.largest(flags, device)) if flag]
 
 
 def check_state(tensors: Mapping[str, Tensor], step: int, world: distributed.World) -> None:
-    """Raise on every rank unless these tensors may be saved: NonFinite, or Diverged, which names a
-    rank whose replicas, or whose shards' replicas, have different bits."""
+    """Raise on every rank if tensors must not be saved: NonFinite, or Diverged, which names a rank
+    whose copy has different bits."""
     if bad := not_finite(tensors, world.device):
         raise NonFinite(f"not finite: {bad[0]} after step {step}; it is not saved")
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -115,25 +113,24 @@ def check_state(tensors: Mapping[str, Tensor], step: int, world: distributed.Wor
             if names := [name for name, flag in zip(copied, flags) if flag]:
                 other = "most" if len(copies) > 2 else f"rank {rank % n}"
                 error = Diverged(
-                    f"rank {rank} holds other values than {other} in {len(names)} tensors after "
-                    f"step {step}, first {names[0]}: replicas must be bitwise equal. This state "
-                    "was not saved; suspect that machine's memory, then resume"
+                    f"rank {rank} differs from {other} in {len(names)} tensors after step {step}, "
+                    f"first {names[0]}: replicas must be bitwise equal. This state was not saved; "
+                    "check that machine's memory, then resume"
                 )
                 error.follows = rank != world.rank  # type: ignore[attr-defined]
                 raise error
 
 
 def pieces(t: Tensor) -> int:
-    """Number of consecutive ranks that share one copy of a tensor."""
+    """Return the number of consecutive ranks that share one copy of a tensor."""
     places = zip(t.device_mesh.shape, t.placements) if isinstance(t, DTensor) else ()
     return math.prod(n for n, place in places if not place.is_replicate())
 
 
 @dataclass
 class Spikes:
-    """Decides which updates to skip: those whose gradient norm exceeds `factor` times its running
-    mean. Depends only on the norms so far; the fields are saved with the run's state.
-    """
+    """Decides to skip updates whose gradient norm exceeds `factor` times its running mean. Depends
+    only on earlier norms; the fields are saved with the run's state."""
 
     factor: float  # 0: never skip
     mean: float = 0.0
@@ -152,7 +149,7 @@ class Spikes:
             if self.row > SPIKE_ROW:
                 raise NonFinite(
                     f"{SPIKE_ROW} updates in a row had a gradient norm above {self.factor} times "
-                    f"the usual {self.mean:.3g}: the run has diverged; go back to a checkpoint"
+                    f"the average {self.mean:.3g}: the run has diverged; go back to a checkpoint"
                 )
             return True
         if math.isfinite(grad_norm):
@@ -162,10 +159,10 @@ class Spikes:
 
 
 class WeightStats:
-    """What a row of metrics says of the hidden matrices: sizes of weights and last update.
+    """Metrics of the hidden matrices: the size of weights and of the last update.
 
-    Sums over ranks count shards once and replicas several times, but only ratios of sums are used,
-    so the numbers are equal on every layout.
+    Sums over ranks count shards once and replicas several times, but the metrics are ratios of
+    sums, so they are equal in every layout.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], device: torch.device):
@@ -173,7 +170,7 @@ class WeightStats:
         self.moved = torch.zeros(2, device=device)  # squared norms: of the update, of the weights
 
     def matrices(self) -> list[Tensor]:
-        """This rank's shards or replicas of the hidden matrices."""
+        """Return this rank's shards or replicas of the hidden matrices."""
         groups = (g for optimizer in self.optimizers for g in optimizer.param_groups)
         return [local(p.detach()) for g in groups if g["role"] == "matrix" for p in g["params"]]
 
@@ -188,12 +185,12 @@ class WeightStats:
             self.moved = torch.stack([squares(before), size])
 
     def row(self) -> dict[str, float]:
-        """The statistics over all hidden matrices; every rank must call this.
+        """Return metrics; every rank must call this.
 
         neuron_rms_min, _mean, _max: root mean square of a neuron's weights. update_ratio: the norm
-        of the last update over the norm of the weights before it, 0 for a skipped update. This is
-        the "update to data ratio" of Karpathy's makemore lectures; it shows whether the learning
-        rate fits the weights, while the update's own norm is nearly fixed by Muon and NorMuon.
+        of the last update over that of the weights before it, 0 for a skipped update: the "update
+        to data ratio" of Karpathy's makemore lectures, which shows whether the learning rate fits
+        the weights. (The update's own norm hardly varies with Muon and NorMuon.)
         """
         matrices, moved = self.matrices(), self.moved
         self.moved = torch.zeros_like(moved)

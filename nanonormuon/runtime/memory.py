@@ -1,7 +1,7 @@
-"""The micro-batch: how many sequences go through the model at a time, as many as fit in memory.
+"""The micro-batch size: as many sequences per forward pass as fit in memory.
 
-`choose` finds the size before the first step. During the run a `MicroBatch` repeats a step that ran
-out of memory with a smaller size; `together` tells all ranks that one of them ran out.
+`choose` finds it before the first step. A `MicroBatch` repeats a step that ran out of memory with a
+smaller size; `together` notifies all ranks.
 """
 
 import bisect
@@ -26,55 +26,55 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 CPU_TOKENS = 8192  # larger micro-batches are no faster on a CPU
-SPARE = 0.05  # of the free memory: kept free in a probe for fragments and for libraries
-# FLOP per second beyond what any such device reaches
+SPARE = 0.05  # share of the free memory that a probe leaves for fragmentation and libraries
+# an upper limit of any such device's FLOP per second
 FASTEST = {"cpu": 1e14, "cuda": 1e16}
 
 
 class Shortage(MemoryError):
-    """Some rank has run out of memory; raised on all ranks."""
+    """Raised on all ranks if any rank has run out of memory."""
 
 
 def refuse_absurd(config: Config, world: distributed.World) -> None:
-    """Raise ConfigError for a run that its device cannot hold or could not finish in ten years,
-    either by a wide margin. The model's vocabulary must be known."""
+    """Raise ConfigError for a run that exceeds by far its device's memory or ten years of time. The
+    model's vocabulary must be known."""
     t, ranks = config.train, world.size
     with torch.device("meta"):
         first, two = max(1, config.model.n_dense), 1 + config.model.value_embed
         few, more = (GPT(replace(config.model, n_layer=first + n)) for n in (0, two))
 
-    def whole(count: Callable[[GPT], float]) -> float:  # further blocks, or pairs, add as much each
+    def whole(count: Callable[[GPT], float]) -> float:  # linear in blocks, or in pairs of them
         return count(few) + (config.model.n_layer - first) * (count(more) - count(few)) / two
 
     parameters = whole(lambda model: sum(p.numel() for p in model.parameters()))
     share = distributed.shards(t.parallel)
-    windows = 32 * t.batch_tokens // config.data.seq_len  # where each sequence of a step lies
+    windows = 32 * t.batch_tokens // config.data.seq_len  # bytes of Batches.windows
     for name, least, device in (
         (f"model: {parameters:,} parameters", 8 * parameters // share, world.device),
         (f"train.batch_tokens = {t.batch_tokens}", windows, torch.device("cpu")),
     ):
         if least > 2 * (room := memory_of(device)):
             raise ConfigError(
-                f"{name}: at least {in_units(least)} of memory, this {device.type} has "
-                f"{in_units(room)} in all"
+                f"{name}: needs at least {in_units(least)} of memory, this {device.type} has "
+                f"{in_units(room)}"
             )
     work = whole(lambda model: model.flops_per_token(config.data.seq_len)) * t.batch_tokens
     seconds = work / ranks / FASTEST.get(world.device.type, FASTEST["cpu"])
     if seconds > (t.time_limit or math.inf):
         raise ConfigError(
-            f"train.batch_tokens = {t.batch_tokens}: a step of {work:.2g} FLOP takes {ranks} x "
-            f"{world.device.type} {seconds:,.0f} s at the very least, train.time_limit is "
+            f"train.batch_tokens = {t.batch_tokens}: a step of {work:.2g} FLOP on {ranks} x "
+            f"{world.device.type} takes at least {seconds:,.0f} s, train.time_limit is "
             f"{t.time_limit:g} s"
         )
     if (years := seconds * t.last_step / 31_557_600) > 10:
         raise ConfigError(
-            f"train.steps = {t.last_step}: of {work:.2g} FLOP each, they take {ranks} x "
-            f"{world.device.type} {years:,.0f} years at the very least"
+            f"train.steps = {t.last_step}: steps of {work:.2g} FLOP on {ranks} x "
+            f"{world.device.type} take at least {years:,.0f} years"
         )
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes of memory that a device has in all; of a CPU the machine's."""
+    """Return a device's total memory in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     known = hasattr(os, "sysconf")  # not on Windows
@@ -87,9 +87,9 @@ def choose(
 ) -> int:  # fmt: skip
     """Return the largest divisor of per_rank, in sequences, that fits on every rank.
 
-    On one GPU and under DDP a probe finds it, with a model and optimizers from `make`. Under FSDP2,
-    over `shards` ranks, a rank that ran out of memory would leave the others waiting in the middle
-    of a layer, so there it is estimated, with 40 % to spare. On a CPU it is CPU_TOKENS.
+    On one GPU and under DDP, it is probed with a model and optimizers from `make`. Under FSDP2,
+    over `shards` ranks, it is estimated, with 40 % to spare: a rank that ran out of memory would
+    leave the others waiting within a layer. On a CPU it is CPU_TOKENS.
     """
     candidates = divisors(per_rank)
     if world.device.type != "cuda":
@@ -114,17 +114,17 @@ def estimate(
 
     def needed(n: int) -> int:
         every, none = (activations.kept(m, seq_len, B, dtype, recompute) for B in (n, 0))
-        # with no sequences what is kept are weights cast to `dtype`; FSDP2 gathers them cast
+        # B = 0 leaves only weights cast to `dtype`, which FSDP2 gathers in `dtype`
         return sum(every) - sum(none) + activations.chunk_bytes(m, n * seq_len, dtype)
 
     parameters = sum(p.numel() for p in model.parameters())
     free = torch.cuda.mem_get_info(world.device)[0]
     free -= 12 * parameters // shards  # weights, gradients, NorMuon's momentum
-    if not reshard:  # whole weights stay from the forward to the backward pass
+    if not reshard:  # gathered weights stay from the forward to the backward pass
         free -= parameters * dtype.itemsize
 
     def fits(n: int) -> bool:
-        # several micro-batches add up float32 gradients that lie whole on every rank
+        # several micro-batches accumulate unsharded float32 gradients
         whole = 4 * parameters if n < candidates[-1] else 0
         return needed(n) <= int(0.6 * (free - whole))
 
@@ -134,10 +134,10 @@ def estimate(
 def probe(
     model: GPT, optimizers: Sequence[Optimizer], seq_len: int, candidates: Sequence[int]
 ) -> int:
-    """Return the largest of the increasing `candidates` with memory for a step and an evaluation.
+    """Return the largest of the increasing `candidates` that fits, with an update and an evaluation.
 
-    Does not compile, since torch.compile needs no more memory. Raises OutOfMemory if the first one
-    and an update do not fit. Model and optimizers are unusable afterwards.
+    Does not compile, since torch.compile needs no more memory. Raises OutOfMemory if none fits.
+    Model and optimizers are unusable afterwards.
     """
     device = model.embed_tokens.weight.device
 
@@ -164,8 +164,8 @@ def probe(
     if not fits(candidates[0], update=True):
         raise OutOfMemory(
             f"out of memory: {candidates[0]} sequence of {seq_len} tokens and an update do not "
-            "fit: set train.activation_checkpointing=true, use more GPUs and "
-            "train.parallel=fsdp, or a smaller model or data.seq_len"
+            "fit: set train.activation_checkpointing=true, use more GPUs with "
+            "train.parallel=fsdp, or reduce the model or data.seq_len"
         )
     too_large = bisect.bisect_left(candidates, True, lo=1, key=lambda n: not fits(n))
     del spare
@@ -173,16 +173,15 @@ def probe(
 
 
 def free_cache(device: torch.device) -> None:
-    """Return unused blocks, whose sizes may no longer be needed, to the device."""
+    """Return cached blocks to the device, as other sizes may be needed now."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 class MicroBatch:
-    """The number of sequences per device at a time: equal on all ranks, a divisor of `per_rank`.
+    """The current micro-batch size in sequences: equal on all ranks, a divisor of `per_rank`.
 
-    again: the command that continues the run. fixed: never shrink, since train.canonical adds up
-    micro-batches of a single size.
+    again: the command that continues the run. fixed: never shrink (for train.canonical).
     """
 
     def __init__(
@@ -194,12 +193,12 @@ class MicroBatch:
 
     @property
     def count(self) -> int:
-        """Micro-batches per rank and step."""
+        """Number of micro-batches per rank and step."""
         return self.per_rank // self.size
 
     def retry(self, accumulate: Callable[[], Result]) -> Result:
-        """Accumulate a step's gradients, with smaller micro-batches whenever memory runs out. The
-        batch stays the same, and so does the loss curve."""
+        """Accumulate a step's gradients, with smaller micro-batches if memory runs out. The batch
+        size does not change, and neither does the loss curve."""
         while True:
             try:
                 return accumulate()
@@ -208,43 +207,43 @@ class MicroBatch:
                     raise
                 everywhere = self.world.size == 1 or isinstance(error, Shortage)
                 cause = str(error)
-            self.shrink(everywhere, cause)  # outside the handler, whose traceback keeps tensors
+            self.shrink(everywhere, cause)  # outside `except`, whose traceback keeps tensors alive
 
     def shrink(self, everywhere: bool, cause: str) -> None:
-        """Halve the size, or raise OutOfMemory; its attribute `everywhere` says whether all ranks
-        raise it, so that they can still save together."""
+        """Halve the size, or raise OutOfMemory. Its attribute `everywhere` is true if all ranks
+        raise it and can still save together."""
         self.model.zero_grad(set_to_none=True)
         free_cache(self.world.device)
         fewer = smaller(self.size, self.per_rank)
         if not everywhere or self.fixed or fewer == self.size:
-            advice = f"go on from the last checkpoint with: {self.again} train.micro_batch={fewer}"
+            advice = f"continue with: {self.again} train.micro_batch={fewer}"
             if fewer == self.size:
                 advice = (
-                    "less than one sequence at a time is impossible; go on from the last "
-                    f"checkpoint with {self.again} train.activation_checkpointing=true, on more "
-                    "GPUs with train.parallel=fsdp, or on a machine with more memory"
+                    "the micro-batch is one sequence already; continue with: "
+                    f"{self.again} train.activation_checkpointing=true, on more GPUs with "
+                    "train.parallel=fsdp, or on a machine with more memory"
                 )
             error = OutOfMemory(f"out of memory{cause and ': '}{cause}; {advice}")
             error.everywhere = everywhere
             raise error
         if self.world.first:
             log.warning(
-                f"step {self.watch.step}: out of memory with {self.size} sequences at a time; "
-                f"repeated, and from here on, with {fewer}; the batch size is unchanged"
+                f"step {self.watch.step}: out of memory with micro-batches of {self.size}; repeating "
+                f"the step and continuing with {fewer}; the batch size is unchanged"
             )
         self.size = fewer
 
 
 def smaller(size: int, per_rank: int) -> int:
-    """The largest divisor of per_rank that is at most half of `size`; 1 for 1."""
+    """Return the largest divisor of per_rank that is at most half of `size`, at least 1."""
     return max(n for n in divisors(per_rank) if n <= max(1, size // 2))
 
 
 def together(work: Callable[[], Result], alone: bool = False) -> Result:
-    """Return the result of `work` if all ranks had memory for it; else raise Shortage on all.
+    """Return the result of `work`, or raise Shortage on all ranks if any ran out of memory.
 
-    Every rank must call this. alone: do not ask the other ranks, because there are none or because
-    they wait for this one inside `work`; raise the error itself.
+    Every rank must call this. alone: raise this rank's own error without asking other ranks,
+    because there are none or they wait for this one inside `work`.
     """
     if alone:
         return work()
@@ -256,5 +255,5 @@ def together(work: Callable[[], Result], alone: bool = False) -> Result:
             raise
         short = True
     if distributed.any_rank(short):
-        raise Shortage  # outside the handler, whose traceback keeps tensors alive
+        raise Shortage  # outside `except`, whose traceback keeps tensors alive
     return result  # type: ignore[return-value]

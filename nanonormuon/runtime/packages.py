@@ -1,4 +1,4 @@
-"""Optional packages, imported when a command needs them."""
+"""Optional packages, imported on demand."""
 
 import importlib
 from types import ModuleType
@@ -13,6 +13,6 @@ def need(module: str, purpose: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise MissingPackage(
-            f"{purpose} needs {package}, which cannot be imported here ({error}): "
+            f"{purpose} needs the package {package}, whose import fails ({error}): "
             f"pip install {package}"
         ) from None

@@ -1,10 +1,10 @@
-"""QK-clip, MuonClip's rule (Kimi K2, arXiv 2507.20534): attention logits stay below a threshold.
+"""QK-clip, MuonClip's rule (Kimi K2, arXiv 2507.20534): limits attention logits.
 
-After each update, a head whose largest logit S in that step exceeds the threshold t has the product
-of its query and key weights scaled by t / S. With keys of their own both sides take the square
-root. Query heads that share a key head share the key's factor, that of the most extreme among them,
-and each query's factor is what is left for its own head. So it is with latent attention's rotary
-key, which all heads share and which stays. Optimizer state stays as it is.
+After an update in which a head's largest logit S exceeds the threshold t, the product of its query
+and key weights is scaled by t / S. If a head has its own key, each side takes the square root.
+Query heads that share a key head scale it by the smallest of their factors' roots, and each query
+takes the rest. Latent attention's rotary key, shared by all heads, is not scaled. Optimizer state
+does not change.
 """
 
 from functools import partial
@@ -23,31 +23,31 @@ ROWS = 512  # queries whose logits are in memory at a time
 
 
 class QkClip:
-    """Notes the largest logits of a model's training passes, and scales its heads.
+    """Records the largest logits of a model's training passes, and scales its heads.
 
-    Exact for any split of a step's tokens over micro-batches and ranks, since a maximum is. Raises
-    ConfigError for a model whose q and k are normalised: no weight could change its logits.
+    A maximum is exact for any split of a step over micro-batches and ranks. Raises ConfigError for
+    a model whose q and k are normalised, as their weights do not change the logits.
     """
 
     def __init__(self, model: GPT, threshold: float, device: torch.device):
         c = model.config
-        if c.qk_norm and c.attention == "full":  # the norms of latent attention come earlier
+        if c.qk_norm and c.attention == "full":  # latent attention does not normalise q and k
             raise ConfigError(
                 "optim.qk_clip needs model.qk_norm=false: norms hide the weights of q and k"
             )
         self.layers, self.threshold, self.shared = model.layers, threshold, c.n_head // c.n_kv_head
         self.peaks = torch.full((c.n_layer, c.n_head), -torch.inf, device=device)
-        self.seen = self.peaks  # of the step before
+        self.seen = self.peaks  # of the last step
         for peaks, layer in zip(self.peaks, self.layers):
             layer.self_attn.attend = partial(noting, peaks)
 
     def begin(self) -> None:
-        """Forget what was noted: the passes of a step begin, perhaps again."""
+        """Reset the maxima before a step's passes, which may be a second attempt."""
         self.peaks.fill_(-torch.inf)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Scale the heads after an update; every rank takes part."""
+        """Scale the heads after an update; every rank must call this."""
         if distributed.grouped():
             dist.all_reduce(self.peaks, dist.ReduceOp.MAX)
         self.seen = self.peaks.clone()
@@ -56,7 +56,7 @@ class QkClip:
         queries = factors / keys.repeat_interleave(self.shared, 1)
         for layer, q, k in zip(self.layers, queries, keys):
             attention = layer.self_attn
-            if hasattr(attention, "scaled_by"):  # latent: q is what its head needs
+            if hasattr(attention, "scaled_by"):  # latent attention: a factor per head
                 for p, rows in attention.scaled_by(q * k):
                     scale_rows(p, rows)
                 continue
@@ -66,7 +66,7 @@ class QkClip:
                     scale_rows(p, rows)
 
     def row(self) -> dict[str, Any]:
-        """The last step's largest logit, and how many heads exceeded the threshold."""
+        """Return the last step's largest logit and the number of heads above the threshold."""
         clipped = int((self.seen > self.threshold).sum())
         return {"qk_max": float(self.seen.max()), "qk_clipped": clipped}
 
@@ -74,7 +74,7 @@ class QkClip:
 def noting(
     peaks: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 ) -> Tensor:
-    """model.attend, which in training also raises `peaks` (H,) to each head's largest logit."""
+    """Call model.attend and, in training, raise `peaks` (H,) to each head's largest logit."""
     if torch.is_grad_enabled():
         note(peaks, q.detach(), k.detach(), scale, mask)
     return attend(q, k, v, scale, mask)
@@ -82,12 +82,12 @@ def noting(
 
 @torch.no_grad()
 def note(peaks: Tensor, q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> None:
-    """Raise `peaks` (H,) to the largest logit of queries (B, H, T, D) to keys (B, G, T, D) that
-    they see: those before them, or where mask (B, 1, T, T) is true."""
+    """Raise `peaks` (H,) to the largest logit of queries (B, H, T, D) and keys (B, G, T, D), causal
+    or where mask (B, 1, T, T) is true."""
     (B, H, T, D), G = q.shape, k.size(1)
     for start in range(0, T, ROWS):
         rows = slice(start, min(T, start + ROWS))
-        part = q[:, :, rows].reshape(B, G, -1, D)  # heads that share a key are rows of one product
+        part = q[:, :, rows].reshape(B, G, -1, D)  # heads that share a key are rows of one matmul
         logits = (part @ k[:, :, : rows.stop].mT).view(B, H, -1, rows.stop)
         seen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril(start)
         if mask is not None:
@@ -97,8 +97,8 @@ def note(peaks: Tensor, q: Tensor, k: Tensor, scale: float, mask: Tensor | None)
 
 
 def scale_rows(p: Tensor, rows: Tensor) -> None:
-    """Multiply the rows of a parameter, sharded or not, by numbers (rows,)."""
+    """Multiply each row of a parameter, sharded or not, by a factor (rows,)."""
     factor = rows.view(-1, *[1] * (p.ndim - 1)).to(p.dtype)
-    if isinstance(p, DTensor):  # every rank has all factors: nothing is sent
+    if isinstance(p, DTensor):  # every rank has all factors: nothing to send
         factor = distribute_tensor(factor, p.device_mesh, p.placements, src_data_rank=None)
     p.mul_(factor)

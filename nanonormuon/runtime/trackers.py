@@ -1,5 +1,5 @@
-"""Metrics for TensorBoard and Weights & Biases. A tracker that fails is left out with one warning
-and never stops the run; metrics.jsonl has every row in any case."""
+"""Metrics for TensorBoard and Weights & Biases. A failing tracker is dropped with a warning, and
+the run continues."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Hands rows of metrics.jsonl to a generator, which ends at its first error."""
+    """Sends rows of metrics.jsonl to a generator, which ends at its first error."""
 
     def __init__(self, name: str, outlet: Generator):
         self.name, self.outlet = name, outlet
@@ -32,21 +32,21 @@ class Tracker:
         try:
             call(*arguments)
         except StopIteration:
-            pass  # the generator ended before, with a warning
+            pass  # it has failed before, with a warning
         except (KeyboardInterrupt, Interrupted):
             raise
         except BaseException as error:  # some packages raise SystemExit
-            log.warning(f"{self.name}: {type(error).__name__}: {error}; the run goes on without it")
+            log.warning(f"{self.name}: {type(error).__name__}: {error}; continuing without it")
 
 
 def start(name: str, run: Path, settings: dict[str, Any]) -> Tracker | None:
-    """Open the tracker `name`, if any. settings: the run's configuration as nested dicts."""
+    """Open the tracker `name`, if not "". settings: the run's configuration as nested dicts."""
     outlets = {"tensorboard": tensorboard, "wandb": wandb}
     return Tracker(name, outlets[name](run, settings)) if name else None
 
 
 def tensorboard(run: Path, settings: dict[str, Any]) -> Generator:
-    """Write event files to RUN/tensorboard, which `tensorboard --logdir runs` shows."""
+    """Write event files to RUN/tensorboard, for `tensorboard --logdir runs`."""
     need("tensorboard", "train.track = tensorboard")
     package = need("torch.utils.tensorboard", "train.track = tensorboard")
     with closing(package.SummaryWriter(str(run / "tensorboard"))) as writer:
@@ -54,7 +54,7 @@ def tensorboard(run: Path, settings: dict[str, Any]) -> Generator:
             numbers, step = yield
             for key, value in numbers.items():
                 writer.add_scalar(key, value, step)
-            writer.flush()  # it would keep two minutes of rows, which a kill loses
+            writer.flush()  # by default it buffers two minutes, which a kill would lose
 
 
 def wandb(run: Path, settings: dict[str, Any]) -> Generator:

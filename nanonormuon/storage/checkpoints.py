@@ -1,15 +1,15 @@
-"""Checkpoint directories: complete or absent, and verified before use.
+"""Checkpoint directories, published atomically and verified before use.
 
     checkpoints/step-000500/
         model.safetensors      weights by Hugging Face names, in float32 or model.embed_dtype
         optimizer.safetensors  every optimizer buffer, as <parameter>.<buffer>
         config.json, tokenizer files: with the weights, a Hugging Face model directory
-        modeling_nanonormuon.py  the model's source, if transformers has no such architecture
+        modeling_nanonormuon.py  the model's source, unless transformers has the architecture
         state.json             step, tokens, configuration, fingerprints of data and tokenizer
         manifest.json          size and sha256 of every file above; written last
 
-This module treats files as named bytes; the package's checkpoint.py converts models and optimizers.
-Neither data order nor random state is stored: both are functions of (seed, step).
+This module treats files as named bytes; nanonormuon/checkpoint.py converts models and optimizers.
+Data order and random state are not stored: both are functions of (seed, step).
 """
 
 import errno
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 REQUIRED = ("model.safetensors", "optimizer.safetensors", "state.json", "config.json")
-JSON_LIMIT = 1 << 26  # bytes of a JSON file or header; larger ones are refused unread
+JSON_LIMIT = 1 << 26  # maximum bytes of a JSON file or header
 
 
 def step_of(path: Path) -> int | None:
@@ -46,10 +46,10 @@ def all_steps(folder: Path) -> list[Path]:
 
 
 def write(folder: Path, step: int, files: Mapping[str, bytes | Iterable]) -> Path:
-    """Publish `files`, each given whole or in pieces, as folder/step-NNNNNN.
+    """Publish `files`, each whole or in pieces, as folder/step-NNNNNN.
 
-    Data, manifest and rename reach the disk in this order, so that no crash can publish a partial
-    checkpoint. Raises OSError; older checkpoints stay intact.
+    Data, manifest and rename reach the disk in this order, so that a crash cannot publish a partial
+    checkpoint. Raises OSError.
     """
     target = folder / f"step-{step:06d}"
     with publish(target) as partial:
@@ -57,9 +57,9 @@ def write(folder: Path, step: int, files: Mapping[str, bytes | Iterable]) -> Pat
         sync_directory(partial)
         manifest = {"format": FORMAT, "step": step, "files": entries}
         write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
-        if target.exists():  # damaged, since otherwise the run would have resumed from it
+        if target.exists():  # damaged, or the run would have resumed from it
             os.replace(target, aside := folder / f".damaged-{target.name}-{os.getpid()}")
-            log.warning("%s already exists; moved it to %s", target, aside)
+            log.warning("%s: a damaged checkpoint, moved to %s", target, aside)
     return target
 
 
@@ -67,13 +67,13 @@ def verify(path: Path) -> dict[str, Any]:
     """Check every byte of a checkpoint and return its state.json. Raises CheckpointError."""
     listing = path / "manifest.json"
     if path.is_symlink() or listing.is_symlink():
-        raise CheckpointError(f"{path}: it or its manifest.json is a symbolic link")
+        raise CheckpointError(f"{path}: the directory or its manifest.json is a symbolic link")
     manifest = read_json(listing)
     files = manifest.get("files")
     if manifest.get("format") != FORMAT or not isinstance(files, dict):
         raise CheckpointError(f"{listing}: format {manifest.get('format')!r}, expected {FORMAT}")
     if manifest.get("step") != step_of(path):
-        raise CheckpointError(f"{listing}: is for step {manifest.get('step')!r}")
+        raise CheckpointError(f"{listing}: step {manifest.get('step')!r}, expected {step_of(path)}")
     for name, entry in files.items():
         file = path / name
         if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
@@ -93,12 +93,13 @@ def verify(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{listing}: does not list {name}")
     state = read_json(path / "state.json")
     if state.get("step") != manifest["step"]:
-        raise CheckpointError(f"{path / 'state.json'}: is for step {state.get('step')!r}")
+        found = f"step {state.get('step')!r}, expected {manifest['step']}"
+        raise CheckpointError(f"{path / 'state.json'}: {found}")
     return state
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of limited size from a plain file. Raises CheckpointError, OSError."""
+    """Read a JSON object from a regular file of limited size. Raises CheckpointError, OSError."""
     try:
         content = json.loads(read_file(path, JSON_LIMIT))
     except FileNotFoundError:
@@ -113,23 +114,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Find the newest checkpoint that verifies, and return it with its state.
-
-    Logs each damaged one it skips. Raises CheckpointError, with every reason, if none is left.
-    """
+    """Find the newest intact checkpoint and its state, logging damaged ones. Raises
+    CheckpointError, with every reason, if there is none."""
     failures = []
     for path in reversed(all_steps(folder)):
         try:
             return path, verify(path)
         except (CheckpointError, OSError) as error:
-            log.error("checkpoint refused: %s; trying the one before", error)
+            log.error("damaged checkpoint: %s; trying the previous one", error)
             failures.append(str(error))
-    found = "; ".join(failures) or "no step-NNNNNN directory there"
+    found = "; ".join(failures) or "it contains no step-NNNNNN directory"
     raise CheckpointError(f"{folder}: no usable checkpoint ({found})")
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half written or half deleted. Only the run's writer may."""
+    """Remove what a killed process left half written or half deleted. Only for the run's writer."""
     for path in [*folder.glob(".partial-step-*"), *folder.glob(".deleting-step-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -137,11 +136,11 @@ def sweep(folder: Path) -> None:
 def retain(
     folder: Path, keep_last: int, step: int, keep_every: int = 0, best: int | None = None
 ) -> None:
-    """Delete old checkpoints up to `step`, the one just written.
+    """Delete old checkpoints up to `step`, the one just written, if that is intact.
 
-    Keeps the last `keep_last` (0: all), every multiple of keep_every, and the best. Later steps,
-    left by a run that fell back to an earlier one, do not count. Nothing is deleted unless the
-    newest verifies. A rename hides each directory first, so that no partly deleted one is listed.
+    Keeps the last `keep_last` (0: all), multiples of keep_every, and the best. Ignores later steps,
+    which a run that fell back to an earlier checkpoint has left. Renames each directory before
+    deleting it, so that a partly deleted one is never listed.
     """
     ours = [p for p in all_steps(folder) if (step_of(p) or 0) <= step]
     old = ((p, step_of(p)) for p in (ours[:-keep_last] if keep_last else []))
@@ -155,14 +154,14 @@ def retain(
 
 
 def check_space(folder: Path, size: int, keep_last: int, saves: int) -> None:
-    """Raise OSError unless the disk has room for the checkpoints still to come, `saves` in all:
-    those to be kept and one more, since a new one is written before the oldest is deleted."""
+    """Raise OSError unless the disk has room for the `saves` checkpoints still to come: those to
+    keep and one more, since a new one is written before the oldest is deleted."""
     copies = min(saves, max(1, (keep_last or 1) + 1 - len(all_steps(folder))))
     place = next(p for p in (folder, *folder.parents) if p.exists())
     if (free := shutil.disk_usage(place).free) < copies * size:
         raise OSError(
             errno.ENOSPC,
-            f"{in_units(free)} free, expected room for {copies} checkpoints of "
-            f"{in_units(size)}; free some space, lower train.keep_last, or choose another --out",
+            f"{in_units(free)} free, expected room for {copies} checkpoints of {in_units(size)}; "
+            "free some space, lower train.keep_last, or choose another --out",
             str(folder),
         )

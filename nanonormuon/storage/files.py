@@ -1,4 +1,4 @@
-"""Files and directories that survive a crash, complete or absent; JSON lines; locks; the cache."""
+"""Atomic files and directories, JSON lines, locks, and the cache directory."""
 
 import hashlib
 import json
@@ -19,10 +19,8 @@ from nanonormuon.errors import DataError
 
 
 def write_durably(path: Path, content: bytes | Iterable[Any]) -> dict[str, Any]:
-    """Write a file, whole or piece by piece, and wait until it is on disk.
-
-    Returns its size and sha256, computed from memory rather than from what was written.
-    """
+    """Write a file, whole or piece by piece, and wait until it is on disk. Returns its size and
+    sha256, computed from the content in memory."""
     size, digest = 0, hashlib.sha256()
     with open(path, "wb") as file, naming(path):
         for piece in [content] if isinstance(content, bytes) else content:
@@ -35,11 +33,11 @@ def write_durably(path: Path, content: bytes | Iterable[Any]) -> dict[str, Any]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the name of an open file to an OSError: open() sets it, write() and fsync() do not."""
+    """Add the file's name to an OSError, as write() and fsync() do not set it."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # from numpy's tofile; a file name would hide its message
+        if error.errno is None:  # of numpy's tofile; setting filename would hide the message
             raise OSError(f"{path}: {error}") from error
         error.filename = error.filename or str(path)
         raise
@@ -52,7 +50,7 @@ def settle(file) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until a directory's entries are on disk. Does nothing on Windows, which cannot."""
+    """Wait until a directory's entries are on disk (not supported by Windows)."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -62,10 +60,7 @@ def sync_directory(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file atomically: a reader sees the old content or the new.
-
-    Raises OSError and leaves the old file intact.
-    """
+    """Replace a file atomically. If it raises OSError, the old file is intact."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_durably(temporary, content)
@@ -76,13 +71,13 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def open_regular(path: str | Path, buffer: int = -1) -> BufferedReader:
-    """Open a file from outside the package for reading. buffer: in bytes; -1: the system's choice.
+    """Open an untrusted file for reading. buffer: in bytes; -1: Python's default.
 
-    Raises DataError for anything but a regular file: a pipe would make the reader wait, a device
-    has no end. Raises OSError.
+    Raises DataError for anything but a regular file (reading a pipe can block, a device may have no
+    end), and OSError.
     """
 
-    def without_waiting(path: str, flags: int) -> int:  # as opening a pipe does, for its writer
+    def without_waiting(path: str, flags: int) -> int:  # opening a pipe waits for its writer
         return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
     file = open(path, "rb", buffer, opener=without_waiting)  # noqa: SIM115
@@ -93,7 +88,7 @@ def open_regular(path: str | Path, buffer: int = -1) -> BufferedReader:
 
 
 def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
-    """Read a whole file, as `open_regular`. Raises OSError, DataError beyond `limit` bytes."""
+    """Read a whole file of at most `limit` bytes. Raises DataError and OSError."""
     with open_regular(path) as file:
         if (found := os.fstat(file.fileno()).st_size) > limit:
             raise DataError(f"{path}: expected at most {limit:,} bytes, found {found:,}")
@@ -101,24 +96,24 @@ def read_file(path: str | Path, limit: int = 1 << 26) -> bytes:
 
 
 def optimizer_file(name: str) -> Path | None:
-    """The file of "PATH.py:Class"; None for any other optimizer."""
+    """Return the file of an optimizer "PATH.py:Class", None for any other optimizer."""
     path = name.rpartition(":")[0]
     return Path(path) if path.endswith(".py") else None
 
 
 def check_plain(paths: Iterable[Path]) -> None:
-    """Raise DataError for a path that exists and is not a regular file. Called before something is
-    appended: a pipe would make the writer wait, a symbolic link leads elsewhere."""
+    """Raise DataError if a path to be appended to is not a regular file: writing to a pipe can
+    block, and a symbolic link leads elsewhere."""
     for path in paths:
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise DataError(f"{path}: expected a regular file, not a link or pipe: remove it")
 
 
 def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
-    """Yield line number (from 1) and value of each line of JSON. Only "\\n" ends a line, since a
-    string may contain U+2028 and the like. Raises what read_file raises.
+    """Yield the number (from 1) and value of each line of JSON. Lines end only at "\\n", since a
+    string may contain U+2028. Raises DataError and OSError.
 
-    cut: yield None for an invalid line, as a crash leaves it; else raise ValueError naming it.
+    cut: yield None for an invalid line, as a crash may leave one; otherwise raises ValueError.
     """
     for number, line in enumerate(read_file(path, 1 << 30).split(b"\n"), 1):
         try:
@@ -132,11 +127,11 @@ def read_jsonl(path: Path, cut: bool = False) -> Iterator[tuple[int, Any]]:
 
 @contextmanager
 def publish(target: Path) -> Iterator[Path]:
-    """Create a directory that appears complete or not at all.
+    """Create a directory atomically.
 
-    Yields a hidden directory next to `target` to fill. On leaving the block it is renamed to
-    `target`, which must not exist by then or must be empty, and both directories are synced. On an
-    error it is removed, so that a full disk does not stay full.
+    Yields a hidden directory next to `target` to fill. On leaving the block, renames it to
+    `target`, which must be missing or empty by then, and syncs both directories. On an error,
+    removes it, so that a full disk does not stay full.
     """
     partial = target.with_name(f".partial-{target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -155,9 +150,9 @@ def publish(target: Path) -> Iterator[Path]:
 def lock(path: Path, wait: bool = False) -> int | None:
     """Take an exclusive lock on a file, created if missing, or on an existing directory.
 
-    Returns the descriptor that holds the lock until it is closed, at the latest when the process
-    ends, however it ends; None on Windows, which has no flock, and for a directory on a file system
-    that cannot lock one (NFS). Without `wait`, raises BlockingIOError if another process holds it.
+    Returns a descriptor that holds the lock until it is closed or the process ends; None where
+    locking is not supported: on Windows, or for a directory on NFS. Raises BlockingIOError if
+    another process holds the lock, unless `wait`.
     """
     try:
         import fcntl
@@ -176,7 +171,7 @@ def lock(path: Path, wait: bool = False) -> int | None:
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold `lock` on a path in the `with` block."""
+    """Lock a path within a `with` block."""
     handle = lock(path, wait)
     try:
         yield
@@ -192,19 +187,19 @@ def progress(doing: str, total: float | None, unit: str, **more: Any) -> tqdm:
 
 
 def in_units(size: float) -> str:
-    """Write a number of bytes with three digits and the unit that fits."""
+    """Format a number of bytes with three digits and a unit."""
     units = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
     unit = next((unit for unit, scale in units.items() if size >= scale), "kB")
     return f"{size / units[unit]:.3g} {unit}"
 
 
 def in_shell(path: Path) -> str:
-    """Quote a path for a command line, where a leading dash would make it an option."""
+    """Quote a path for a command line; a leading dash must not look like an option."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def cache_directory() -> Path:
-    """Return the directory for demo data: NANONORMUON_CACHE, else in the system's cache folder."""
+    """Return the directory for demo data: NANONORMUON_CACHE, or one in the user's cache folder."""
     if own := os.environ.get("NANONORMUON_CACHE"):
         return Path(own)
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):

@@ -1,10 +1,10 @@
 """Conversion to and from Hugging Face's `config.json` and parameter names.
 
-The default model is exactly transformers' Qwen3, or Llama without q and k norms, or DeepSeek-V3
-with latent attention. With experts it is Qwen3-MoE if their scores are a softmax, else dots1, whose
-attention is Qwen3's and whose experts are DeepSeek-V3's; DeepSeek-V3 itself if attention is latent.
-Hugging Face puts the prefix `model.` on every parameter name except the head's, and stores stacked
-experts one by one."""
+The default model is transformers' Qwen3; Llama without q and k norms; DeepSeek-V3 with latent
+attention. With experts it is Qwen3-MoE (softmax router), dots1 (sigmoid router: Qwen3's attention,
+DeepSeek-V3's experts) or, with latent attention, DeepSeek-V3. Hugging Face's parameter names have
+the prefix `model.`, except the head's, and stacked experts are stored one by one.
+"""
 
 import ast
 import math
@@ -42,14 +42,14 @@ SIZES = {  # our name -> theirs
     "n_kv_head": "num_key_value_heads",
     "head_dim": "head_dim",
 }
-LATENT = {  # likewise, of DeepSeek-V3 alone
+LATENT = {  # for DeepSeek-V3 only
     "head_dim": "qk_nope_head_dim",
     "rope_head_dim": "qk_rope_head_dim",
     "v_head_dim": "v_head_dim",
     "kv_rank": "kv_lora_rank",
     "q_rank": "q_lora_rank",  # null: 0
 }
-OF_EXPERTS = {  # of all kinds
+OF_EXPERTS = {  # for every architecture with experts
     "n_expert_used": "num_experts_per_tok",
     "expert_hidden": "moe_intermediate_size",
     "router_norm": "norm_topk_prob",
@@ -67,7 +67,7 @@ EXPERTS = {
     "dots1": OF_DEEPSEEK,
     "deepseek_v3": OF_DEEPSEEK,
 }
-# settings that Qwen3-MoE has, but not the fields for; a bias moved by balance_rate is another model
+# Qwen3-MoE's values of settings for which it has no fields; it has no balancing biases
 QWEN3_MOE = {"router": "softmax", "balance_rate": 0.0, "n_expert_shared": 0, "router_scale": 1.0,
              "n_expert_group": 1}  # fmt: skip
 # the only values of these Hugging Face fields that our model supports
@@ -80,16 +80,16 @@ FIXED = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
     "num_nextn_predict_layers": 0,  # DeepSeek-V3's layers that predict further tokens
-    "scoring_func": "sigmoid",  # these two in DeepSeek's files alone
+    "scoring_func": "sigmoid",  # this one and the next only in DeepSeek's files
     "moe_layer_freq": 1,
 }
 
 
 # ------------------------------------------------------------------------------------------------
-# Which architecture of transformers computes what model.py computes
+# Which architecture of transformers matches model.py
 
-# A small model of each kind and its answer: some logits, as transformers computes them. Settings
-# that are not named here stay as a run has them.
+# Sizes of a small model, and some logits that transformers computes for it in each architecture.
+# Settings that are not listed keep the run's values.
 SMALL = {"vocab_size": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "head_dim": 8,
          "n_hidden": 48, "tied": False, "rope_theta": 500.0, "norm_eps": 1e-3, "embed_std": 1.0,
          "embed_dtype": "fp32"}  # fmt: skip
@@ -109,7 +109,7 @@ ANSWERS = {
 
 
 def kind_of(config: GPTConfig) -> str:
-    """The architecture of Hugging Face's that is the model, but for `obstacles`."""
+    """Return the model_type that fits the model best; see `obstacles`."""
     if config.attention == "latent":
         return "deepseek_v3"
     if config.mlp == "experts":
@@ -118,7 +118,7 @@ def kind_of(config: GPTConfig) -> str:
 
 
 def small(config: GPTConfig) -> GPTConfig:
-    """The settings at SMALL sizes; a 0 that stands for no number of its own stays 0."""
+    """Shrink a model to SMALL sizes; settings that stay 0 when resolved stay 0."""
     config = replace(config, vocab_size=config.vocab_size or 1).resolved()
     sizes = {name: size for name, size in SMALL.items() if getattr(config, name)}
     if config.attention == "latent":
@@ -131,18 +131,15 @@ def small(config: GPTConfig) -> GPTConfig:
 
 
 def filling(name: str, size: int) -> Tensor:
-    """Numbers between -0.5 and 0.5 for a weight, equal on every machine."""
+    """Generate a weight's values, from -0.5 to 0.5, equal on every machine."""
     return torch.sin(torch.arange(size).double() ** 2 + crc32(name.encode())).float() / 2
 
 
 @cache
 def architecture(config: GPTConfig) -> str | None:
-    """The architecture of transformers that gives the logits that model.py gives for `small`
-    settings, over 1,024 tokens; None if there is none.
-
-    Computed, not known from a list: nobody's change of model.py can make it untrue.
-    """
-    with torch.device("meta"), suppress(Exception):  # a changed model may need other sizes
+    """Find the architecture whose logits model.py reproduces for `small` settings on 1,024 tokens;
+    None if there is none. Tested rather than listed, so it holds for a changed model.py, too."""
+    with torch.device("meta"), suppress(Exception):  # a changed model may not run at these sizes
         model = GPT(config)
         numbers = dict(model.named_parameters()) | dict(model.named_buffers())
         with torch.device("cpu"), torch.no_grad():
@@ -156,7 +153,7 @@ def architecture(config: GPTConfig) -> str | None:
 
 
 def obstacles(config: GPTConfig) -> list[str]:
-    """List what keeps transformers' architectures from computing a model: settings, or model.py."""
+    """List the settings that transformers does not support, or a changed model.py."""
     odd = [f"{name} = {getattr(config, name)}" for name in without_field(config)]
     if architecture(mine := small(config)) == kind_of(config):
         return odd
@@ -170,7 +167,7 @@ def obstacles(config: GPTConfig) -> list[str]:
 
 
 def without_field(config: GPTConfig) -> list[str]:
-    """The settings of experts that config.json has no field for in the model's kind."""
+    """List the settings of experts that config.json cannot express for the model's kind."""
     if config.mlp != "experts":
         return []
     if kind_of(config) == "qwen3_moe":
@@ -187,10 +184,10 @@ MODELING = "modeling_nanonormuon.py"
 
 @cache
 def modeling() -> bytes:
-    """The file from which transformers makes the model: model.py and what it imports of the
-    package, as they lie here at the first call, in one, and storage/modeling.txt.
+    """Build the file from which transformers loads the model: model.py, the package's files that it
+    imports, and storage/modeling.txt, joined.
 
-    Raises ConfigError for imports and equal names with which they cannot be put into one file.
+    Raises ConfigError if imports or names prevent joining them.
     """
     package, begun, texts = Path(__file__).parents[1], set(), []
     names: Counter[str] = Counter()
@@ -199,7 +196,7 @@ def modeling() -> bytes:
         return package.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
     def add(module: str) -> None:
-        """Append a module's text, after the texts of those that it imports at its top."""
+        """Append a module's text, after the modules that it imports at its top."""
         if module in begun:
             return
         begun.add(module)
@@ -212,7 +209,7 @@ def modeling() -> bytes:
             if not names_it or any(name.asname for name in node.names):
                 raise ConfigError(
                     f"{path}, line {node.lineno}: {ast.unparse(node)}: expected from nanonormuon.X "
-                    f"import NAME, since {MODELING}, beside the weights, has it all in one file"
+                    f"import NAME, because {MODELING} joins these files into one"
                 )
             lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
             if node.col_offset:
@@ -223,29 +220,28 @@ def modeling() -> bytes:
         names.update(n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef))
         assigned = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
         names.update(t.id for t in assigned if isinstance(t, ast.Name))
-        # operators of its own: those of this package would go with a module that replaced them
+        # its own operators: a second registration would replace this package's
         texts.append("\n".join(lines).replace('"nanonormuon::', '"nanonormuon_source::'))
         for node in imports:
             add(node.module)
 
     add("nanonormuon.model")
     if twice := [name for name, n in names.items() if n > 1]:
-        raise ConfigError(f"{', '.join(twice)}: two of {', '.join(sorted(begun))} define it")
+        raise ConfigError(f"{', '.join(twice)}: defined twice in {', '.join(sorted(begun))}")
     texts.append(Path(__file__).with_name("modeling.txt").read_text(encoding="utf-8"))
     return "\n\n\n".join(text.strip() for text in texts).encode() + b"\n"
 
 
 def to_hf(name: str) -> str:
-    """layers.0.mlp.up_proj.weight -> model.layers.0.mlp.up_proj.weight. The "#" in the name of a
-    stack of experts stands for an expert's number (storage.tensors.entries)."""
+    """Translate a parameter's name. In a stack of experts, "#" stands for the expert's index
+    (storage.tensors.entries)."""
     name = re.sub(r"\.experts\.(\w+)$", r".experts.#.\1.weight", name)
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def carried(config: GPTConfig) -> bool:
-    """Whether checkpoints of a model hold its source, as no architecture of transformers has it.
-    Those with experts do not: their stacks are stored one by one, which the source does not read.
-    """
+    """Whether checkpoints contain the model's source because transformers lacks its architecture.
+    Not with experts: the source cannot read experts that are stored one by one."""
     return bool(obstacles(config)) and config.mlp != "experts"
 
 
@@ -262,7 +258,7 @@ def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, A
 def own_config(
     config: GPTConfig, seq_len: int, eot: int | None, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Build config.json for a model that only the file `modeling` computes."""
+    """Build config.json for a model that only its own source (`modeling`) computes."""
     file = MODELING.removesuffix(".py")
     classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
     return {
@@ -291,7 +287,7 @@ def usage(config: GPTConfig, seq_len: int, eot: int | None, dtype: str) -> dict[
 def plain_config(
     config: GPTConfig, seq_len: int, eot: int | None, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Build config.json as transformers writes it, for a resolved config without obstacles."""
+    """Build config.json as transformers does, for a resolved config without obstacles."""
     kind = kind_of(config)
     more: dict[str, Any] = {"mlp_bias": False} if kind == "llama" else {"use_sliding_window": False}
     if kind == "deepseek_v3":
@@ -309,7 +305,7 @@ def plain_config(
         "attention_bias": False,
         "attention_dropout": 0.0,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # read by transformers 4; 5 reads rope_parameters
+        "rope_theta": config.rope_theta,  # for transformers 4; version 5 reads rope_parameters
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         **usage(config, seq_len, eot, dtype),
         **more,
@@ -317,18 +313,18 @@ def plain_config(
 
 
 def sizes(kind: str) -> dict[str, str]:
-    """Our name -> theirs, of the sizes in the config.json of a model_type."""
+    """Map our names to Hugging Face's for the sizes of a model_type."""
     return {**SIZES, **LATENT} if kind == "deepseek_v3" else SIZES
 
 
 def gpt_config(content: dict[str, Any]) -> GPTConfig:
-    """Parse config.json, our own or of one of ARCHITECTURES. Raises ValueError listing everything
-    in it that our model does not support."""
+    """Parse config.json, our own or one of ARCHITECTURES'. Raises ValueError listing all that our
+    model does not support."""
     if "nanonormuon" in content:
         try:
             return GPTConfig(**content["nanonormuon"])
         except TypeError as error:
-            raise ValueError(f'section "nanonormuon" not usable: {error}') from None
+            raise ValueError(f'invalid section "nanonormuon": {error}') from None
     kind = content.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type = {kind!r}: expected {' or '.join(ARCHITECTURES)}")
@@ -355,7 +351,7 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
         sparse = type(dense) is not int or type(layers) is not int or dense < layers
     experts = experts_config(kind, content, odd) if sparse else {}
     if odd:
-        raise ValueError(f"this {kind} model does not fit: {', '.join(odd)}")
+        raise ValueError(f"not supported in a {kind} model: {', '.join(odd)}")
     return GPTConfig(
         **numbers,
         tied=bool(content.get("tie_word_embeddings", False)),
@@ -368,14 +364,14 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
 
 
 def experts_config(kind: str, content: dict[str, Any], odd: list[str]) -> dict[str, Any]:
-    """Parse what config.json says of experts, and add what our model does not support to `odd`."""
+    """Parse config.json's fields for experts, and add unsupported ones to `odd`."""
     found = {"mlp": "experts", **(QWEN3_MOE if kind == "qwen3_moe" else {"router": "sigmoid"})}
     content = {"num_experts": content.get("num_local_experts"), **content}  # transformers 5's name
     absent = {"router_norm": False, "n_expert_shared": 0}  # transformers' defaults, unlike ours
     for ours, theirs in EXPERTS[kind].items():
         default = absent.get(ours, getattr(GPTConfig, ours))
         value = content.get(theirs)
-        if value is None and kind != "deepseek_v3":  # whose defaults are those of 671B parameters
+        if value is None and kind != "deepseek_v3":  # its defaults are the 671B model's
             value = default
         if type(value) is not type(default) and not (type(default) is float and type(value) is int):
             odd.append(f"{theirs} = {value!r}")

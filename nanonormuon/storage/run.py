@@ -1,4 +1,4 @@
-"""A run's directory, its logs, and the environment it ran in.
+"""A run's directory, logs and environment.
 
 RUN/config.toml  environment.json  metrics.jsonl  samples.jsonl  train.log  groups.txt  checkpoints/
     summary.json
@@ -42,7 +42,7 @@ SOURCES = (".py", ".toml", ".md", ".html", ".txt")
 
 
 class Console(logging.Handler):
-    """Write log lines to stderr without breaking a progress bar."""
+    """Writes log lines to stderr without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(Exception):  # a closed terminal must not end a run
@@ -50,7 +50,7 @@ class Console(logging.Handler):
 
 
 def to_console(level: int = logging.INFO) -> None:
-    """Send the package's log lines to stderr, once per process."""
+    """Log to stderr; replaces an earlier handler."""
     for handler in [h for h in log.handlers if isinstance(h, Console)]:
         log.removeHandler(handler)
     handler = Console(level)
@@ -60,9 +60,9 @@ def to_console(level: int = logging.INFO) -> None:
 
 
 class RunDirectory:
-    """The files of one run, which has a single writer: rank 0. Other ranks only know the path.
+    """The files of one run. Only rank 0 writes them; other ranks only know the path.
 
-    Leaving the `with` block releases the directory, and removes it if it is still empty.
+    Leaving the `with` block unlocks the directory, and removes it if it is still empty.
     """
 
     def __init__(self, path: Path, first: bool = True):
@@ -76,14 +76,13 @@ class RunDirectory:
     def acquire(self, resume: bool) -> None:
         """Create the directory and lock it for this process; called on rank 0.
 
-        It holds a run if it has config.toml or checkpoints/. A new run takes a directory that is
-        empty but for hidden files and errors/, which is all that a run that fails early leaves.
-        Raises RunError if another process has the lock, if the directory holds a run and `resume`
-        is False, or if it holds something else; DataError for a pipe or link in a log's place;
-        OSError if it cannot be created.
+        A directory with config.toml or checkpoints/ holds a run. A new run needs a directory that
+        is empty except for hidden files and errors/, which runs that fail early leave. Raises
+        RunError if another process has the lock, if there is a run and `resume` is False, or if
+        there are other files; DataError if a log is a pipe or link; OSError.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self.hold(self.path)  # .lock may be deleted under the run, the directory is noticed
+        self.hold(self.path)  # a user may delete .lock during the run
         if (self.path / "config.toml").exists() or self.checkpoints.exists():
             if not resume:
                 raise RunError(
@@ -92,21 +91,19 @@ class RunDirectory:
                 )
         elif foreign := {n for n in os.listdir(self.path) if n[0] != "." and n != "errors"}:
             raise RunError(
-                f"{self.path}: not a run's directory, but holds {min(foreign)}, which a run could "
-                "overwrite: choose another --out"
+                f"{self.path}: expected a run or an empty directory, found {min(foreign)}, which a "
+                "run could overwrite: choose another --out"
             )
         file = self.path / ".lock"
-        logs = (
-            path for pattern in ("*.log", "*.jsonl", "errors/*") for path in self.path.glob(pattern)
-        )
+        logs = [p for names in ("*.log", "*.jsonl", "errors/*") for p in self.path.glob(names)]
         check_plain([file, *logs])
-        self.hold(file)  # for file systems that cannot lock a directory, and earlier versions
+        self.hold(file)  # for file systems that cannot lock directories, and earlier versions
         file.write_text(f"{os.getpid()}\n")
         self.owned = True
         checkpoints.sweep(self.checkpoints)
 
     def hold(self, path: Path) -> None:
-        """Lock a path until the `with` block ends. Raises RunError naming who has the lock."""
+        """Lock a path until the `with` block ends. Raises RunError naming the locking process."""
         try:
             self.resources.enter_context(locked(path))
         except BlockingIOError:
@@ -114,17 +111,17 @@ class RunDirectory:
             with suppress(OSError, DataError):
                 owner = read_file(self.path / ".lock", 99).decode(errors="replace").strip()
             raise RunError(
-                f"{self.path} is being written by process {owner or 'unknown'}: wait, or choose "
-                "another --out"
+                f"{self.path} is in use by process {owner or 'unknown'}: wait, or choose another "
+                "--out"
             ) from None
 
     def open(
         self, config_toml: str, environment: dict[str, Any], step: int
     ) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-        """Write what describes the run, and open its logs to continue after `step`.
+        """Write the configuration and environment, and open the logs to continue after `step`.
 
-        Returns the rows of metrics.jsonl up to `step`, and step and prompt of the samples up to
-        there; later ones will be repeated, and are removed from the files.
+        Returns the rows of metrics.jsonl, and step and prompt of each sample, up to `step`, and removes
+        later ones, which the run will repeat.
         """
         self.write("config.toml", config_toml)
         self.write("environment.json", json.dumps(environment, indent=1) + "\n")
@@ -134,7 +131,7 @@ class RunDirectory:
         self.resources.callback(handler.close)
         self.resources.callback(log.removeHandler, handler)
         log.addHandler(handler)
-        log.setLevel(logging.DEBUG)  # for train.log; the console's handler has its own level
+        log.setLevel(logging.DEBUG)  # for train.log; the console handler has its own level
         rows = self.rewrite("metrics.jsonl", read_metrics, step)
         samples = self.rewrite("samples.jsonl", read_samples, step)
         file = self.path / "metrics.jsonl"
@@ -144,7 +141,7 @@ class RunDirectory:
     def rewrite(
         self, name: str, read: Callable[[Path], list[dict[str, Any]]], step: int
     ) -> list[dict[str, Any]]:
-        """Leave the rows up to `step` in a .jsonl file of the run; returns them."""
+        """Rewrite a .jsonl file with one row per step, up to `step`; returns the rows."""
         file = self.path / name
         kept = [row for row in read(file) if row["step"] <= step]
         if file.exists():
@@ -154,7 +151,7 @@ class RunDirectory:
     def record(self, row: dict[str, Any], more: dict[str, Any] | None = None) -> None:
         """Append one step's metrics, on the rank that opened the logs.
 
-        more: measured later. Its line repeats the row, so that each line makes sense by itself.
+        more: metrics measured after the row was recorded; the new line repeats the row.
         """
         if self.metrics is not None:
             self.metrics.write(json.dumps(row | (more or {})) + "\n")
@@ -163,12 +160,12 @@ class RunDirectory:
             self.sink({"step": row["step"], **more} if more else row)
 
     def settle(self) -> None:
-        """Wait until the metrics are on disk, before a checkpoint that is later than they are."""
+        """Wait until the metrics are on disk, before a checkpoint follows them."""
         if self.metrics is not None:
             settle(self.metrics)
 
     def tidy(self, step: int) -> None:
-        """Close the metrics, which then have one line per step."""
+        """Close the metrics and merge their lines to one per step."""
         if self.metrics is not None:
             self.metrics.close()
             self.metrics = None
@@ -181,12 +178,12 @@ class RunDirectory:
 
     def write(self, name: str, content: str) -> None:
         """Replace a file of the run, on rank 0."""
-        if self.first:  # half of a surrogate pair, which JSON lines may hold, stays \udXXX
+        if self.first:  # JSON lines may contain a lone surrogate, written as \udXXX
             replace_file(self.path / name, content.encode(errors="backslashreplace"))
 
     def again(self, optimizer: str) -> str:
-        """The command that continues the run. It names an optimizer of another package anew, since
-        code is not run because a file names it."""
+        """Return the command that continues the run. It names an optimizer of another package,
+        since a file alone may not (optim.check_trusted)."""
         named = f" {shlex.quote(f'optim.name={optimizer}')}" if ":" in optimizer else ""
         return f"normuon-train run --resume --out {in_shell(self.path)}{named}"
 
@@ -194,7 +191,7 @@ class RunDirectory:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is not None and not explained(error):  # the console shows a single line
+        if error is not None and not explained(error):  # the console shows only one line
             log.debug("the run failed", exc_info=error)
         if self.sink is not None:
             self.sink.close()
@@ -206,7 +203,8 @@ class RunDirectory:
 
 
 def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
-    """Show a logged step as a line; at a terminal in the bar, with lines for evaluations alone."""
+    """Show a step as a log line or, on a terminal, in the progress bar, with lines only for
+    evaluations."""
     line = (
         f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
         f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"
@@ -224,7 +222,7 @@ def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
 
 
 def aligned(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
-    """Format rows of cells as columns. numbers: right-align all columns but the first."""
+    """Format rows of cells as a table. numbers: right-align all columns but the first."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for first, *others in ([*zip(row, widths)] for row in rows):
@@ -237,26 +235,26 @@ class Validations(dict[int, dict[str, float | None]]):
     """The validations of a run: step -> {"val_loss", "val_bpb"}."""
 
     def take_up(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add those among the rows of a metrics.jsonl."""
+        """Add the validations in the rows of a metrics.jsonl."""
         for row in rows:
             if "val_loss" in row:
                 self[row["step"]] = {key: row.get(key) for key in ("val_loss", "val_bpb")}
 
     def best(self, among: Collection[int | None] | None = None) -> int | None:
-        """The step with the lowest loss, the latest of equals; of all steps, or of some."""
+        """Return the step with the lowest loss (the latest of several), of all or some steps."""
         losses = {s: row["val_loss"] for s, row in self.items() if among is None or s in among}
         steps = [step for step, loss in losses.items() if not math.isnan(loss)]
         return min(steps, key=lambda step: (losses[step], -step), default=None)
 
     @property
     def stale(self) -> int:
-        """Validations since the best one."""
+        """Number of validations since the best one."""
         return sum(step > (self.best() or 0) for step in self)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl, as `read_rows`: numbers, and null for an unknown val_bpb. A
-    float may be NaN or infinite, as in a step that was skipped."""
+    """Read a metrics.jsonl with `read_rows`. Values are numbers, NaN and infinity included (as for
+    a skipped step); val_bpb may be null."""
 
     def fits(key: str, value: Any) -> bool:
         small = type(value) is int and abs(value) < 1e100
@@ -266,15 +264,15 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def read_samples(file: Path) -> list[dict[str, Any]]:
-    """Read the rows of a samples.jsonl, as `read_rows`: step, prompt and text."""
+    """Read a samples.jsonl with `read_rows`: step, prompt and text."""
     return read_rows(file, lambda key, value: key == "step" or isinstance(value, str))
 
 
 def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, Any]]:
-    """Read a .jsonl file of steps, a row per step and prompt: a later line adds to an earlier one.
+    """Read a .jsonl file of steps, merging the lines of each step (and prompt) into one row.
 
-    Other lines, and values for which `fits` is false, are left out with one warning that names
-    them: a crash may have cut the last line short. A missing file has no rows.
+    Leaves out invalid lines, such as one truncated by a crash, and values for which `fits` is
+    false, with one warning that names them. A missing file has no rows.
     """
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     amiss = []
@@ -289,20 +287,20 @@ def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, An
         rows[which] = rows.get(which, {}) | kept
     if amiss:
         more = f" and {len(amiss) - 3} more" if len(amiss) > 3 else ""
-        log.warning(f"{file}: damaged and left out: {', '.join(amiss[:3])}{more}")
+        log.warning(f"{file}: left out, because damaged: {', '.join(amiss[:3])}{more}")
     return [rows[which] for which in sorted(rows, key=lambda which: which[0])]
 
 
 def known_runs(path: Path | None = None) -> str:
-    """The runs in `path` and in runs/, for the message that there is none where one is expected."""
+    """List the runs in `path` and in runs/, for the message that a run is missing."""
     places = {Path("runs"), path or Path("runs")}
     found = sorted({str(p.parent) for place in places for p in place.glob("*/config.toml")})
     return "known here: " + (", ".join(found[-5:]) or "none in runs/")
 
 
 def environment(device: "torch.device", ranks: int, optimizer: str = "") -> dict[str, Any]:
-    """Collect what decides a result beside the configuration: command, source (optim.name may be of
-    a file that is not the package's), versions, device."""
+    """Collect what affects results beside the configuration: command, hash of the source (and of
+    an optimizer's file), versions, device."""
     import torch
 
     from nanonormuon import __version__
@@ -310,7 +308,7 @@ def environment(device: "torch.device", ranks: int, optimizer: str = "") -> dict
     packages = ("torch", "numpy", "safetensors", "tiktoken")
     cuda = device.type == "cuda"  # platform.processor() and .platform() would start a process
     name, processor = torch.cuda.get_device_name(device) if cuda else "", platform.machine()
-    # only Linux has this file, and on some ARM processors it has no such line
+    # Linux alone has this file, and some ARM processors have no such line in it
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
@@ -331,7 +329,7 @@ def environment(device: "torch.device", ranks: int, optimizer: str = "") -> dict
 
 
 def git_commit(checkout: Path) -> str | None:
-    """The commit checked out, read from git's own files; None if there are none."""
+    """Return the current commit from git's files, None if there are none."""
     with suppress(OSError):
         head = (checkout / ".git" / "HEAD").read_text().strip()
         if " " not in head:  # a detached HEAD
@@ -341,20 +339,21 @@ def git_commit(checkout: Path) -> str | None:
 
 
 def source_files(optimizer: str = "") -> dict[str, Path]:
-    """The package's files by path within it, and the file of an optimizer "FILE.py:Class"."""
+    """List the package's Python files, recipes and templates by relative path, and the file of an
+    optimizer "FILE.py:Class"."""
     files = [file for file in sorted(PACKAGE.rglob("*.*")) if file.suffix in SOURCES]
     own = optimizer_file(optimizer)
     return {f.relative_to(PACKAGE).as_posix(): f for f in files} | ({str(own): own} if own else {})
 
 
 def optimizer_hash(optimizer: str) -> dict[str, str]:
-    """{"optimizer_sha256": that of the file of "FILE.py:Class"}; {} for any other optimizer."""
+    """Return {"optimizer_sha256": ...} for an optimizer "FILE.py:Class", {} for any other."""
     file = optimizer_file(optimizer)
     return {"optimizer_sha256": hashlib.sha256(read_file(file)).hexdigest()} if file else {}
 
 
 def source_hash(optimizer: str = "") -> str:
-    """sha256 over `source_files`: tells a modified checkout from its commit."""
+    """Hash `source_files`, to tell a modified checkout from its commit."""
     digest = hashlib.sha256()
     for name, file in source_files(optimizer).items():
         digest.update(name.encode() + b"\0" + file.read_bytes())

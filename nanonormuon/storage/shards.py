@@ -1,4 +1,4 @@
-"""Token shards on disk: the format, the manifest, and a directory that is opened only if all fits.
+"""Token shards on disk: their format, the manifest, and data directories, checked when opened.
 
 A shard is a 1,024-byte header (256 little-endian int32: 20240520, version, number of tokens, zeros)
 and then the tokens, uint16 in version 1 and uint32 in version 2 (vocabularies over 65,536): the
@@ -26,7 +26,7 @@ DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by shard version
 MANIFEST, FORMAT, PARTIAL = "manifest.json", 1, ".partial"
 SHARD_SHAPE = {"name": str, "tokens": int, "size": int, "sha256": str, "max_token": int}
 _SPLIT = {"documents": int, "tokens": int, "bytes": int, "shards": [SHARD_SHAPE]}
-SOURCE_SHAPE = {"name": str, "documents": int, "bytes": int}  # older manifests have no sources
+SOURCE_SHAPE = {"name": str, "documents": int, "bytes": int}  # missing in older manifests
 MANIFEST_SHAPE = {
     "format": int,
     "tokenizer": {"name": str, "hash": str, "vocab_size": int, "eot": int},
@@ -34,16 +34,16 @@ MANIFEST_SHAPE = {
     "val": _SPLIT,
 }
 MANIFEST_LIMIT = 64 << 20  # bytes; a manifest of 100,000 shards has 20 MB
-FULL_CHECK_LIMIT = 256 << 20  # bytes; hashing this much takes about 0.3 s, so it is always done
-FEW = 10_000  # tokens: fewer are too few to learn or judge by
-CHUNK = 1 << 22  # tokens looked at together when a whole shard is scanned
+FULL_CHECK_LIMIT = 256 << 20  # bytes always hashed at the start; takes about 0.3 s
+FEW = 10_000  # tokens; fewer are too few to train or validate on
+CHUNK = 1 << 22  # tokens read at a time in a scan of a shard
 
 
 # ------------------------------------------------------------------------------------------ shards
 
 
 def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Write token ids (n,) as one shard. The file appears under its name only when complete."""
+    """Write token ids (n,) as one shard, atomically."""
     path, tokens = Path(path), np.asarray(tokens)
     if tokens.ndim != 1 or not 0 < len(tokens) < 2**31 or tokens.dtype.kind not in "iu":
         raise DataError(f"{path}: a shard takes a vector of 1 to 2**31 - 1 integers")
@@ -53,43 +53,43 @@ def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def header(version: int, n_tokens: int) -> bytes:
-    """The first 1,024 bytes of a shard."""
+    """Return the first 1,024 bytes of a shard."""
     fields = np.zeros(256, "<i4")
     fields[:3] = MAGIC, version, n_tokens
     return fields.tobytes()
 
 
 def read_shard(path: str | Path, headerless: bool = False) -> np.memmap:
-    """Map a shard read-only, after checking its size against its header; no token is read.
-    `headerless`: a file that is nothing but uint16 tokens, as nanoGPT writes them."""
+    """Map a shard read-only after checking its size against its header. Reads no tokens.
+    `headerless`: a file of uint16 tokens only, as nanoGPT writes."""
     path = Path(path)
-    if not path.is_file():  # reading a pipe could wait for ever
-        raise DataError(f"{path}: missing, or not a regular file; prepare the data again")
+    if not path.is_file():  # reading a pipe could block
+        raise DataError(f"{path}: missing or not a regular file; prepare the data again")
     found, first = path.stat().st_size, np.fromfile(path, "<i4", 3).tolist()
     if headerless:
         if found < 2 or found % 2:
-            raise DataError(f"{path}: uint16 tokens expected, {found} bytes found; copy it again")
+            raise DataError(f"{path}: expected uint16 tokens, found {found} bytes; copy it again")
         if first[:1] == [MAGIC]:
-            raise DataError(f"{path}: a shard with a header; leave data.format at shards")
+            raise DataError(f"{path}: a shard with a header: set data.format=shards")
         return np.memmap(path, DTYPES[1], "r")
     if found < HEADER_BYTES:
-        raise DataError(f"{path}: {found} bytes, a shard's header alone has {HEADER_BYTES}")
+        raise DataError(f"{path}: expected at least {HEADER_BYTES} bytes (a header), found {found}")
     magic, version, n_tokens = first
     if magic != MAGIC:
-        raise DataError(f"{path}: offset 0: {MAGIC} expected, {magic} found; this is no shard")
+        raise DataError(f"{path}: offset 0: expected {MAGIC}, found {magic}; this is not a shard")
     if version not in DTYPES:
-        raise DataError(f"{path}: offset 4: version 1 or 2 expected, {version} found")
+        raise DataError(f"{path}: offset 4: expected version 1 or 2, found {version}")
     size = HEADER_BYTES + n_tokens * DTYPES[version].itemsize
     if n_tokens < 1 or found != size:
         raise DataError(
-            f"{path}: offset 8: {n_tokens} tokens make a file of {size} bytes,"
-            f" found {found}; copy or prepare it again"
+            f"{path}: offset 8: {n_tokens} tokens: expected a file of {size} bytes, found {found}; "
+            "copy or prepare it again"
         )
     return np.memmap(path, DTYPES[version], "r", HEADER_BYTES, (n_tokens,))
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int | None, path: Path, offset: int = 0) -> int:
-    """The largest of the ids (n,), found in chunks; DataError if one is not in the vocabulary."""
+    """Return the largest of the ids (n,). Raises DataError for one outside the vocabulary."""
     largest = 0
     for start in range(0, len(tokens), CHUNK):
         chunk = tokens[start : start + CHUNK]
@@ -97,14 +97,14 @@ def check_ids(tokens: np.ndarray, vocab_size: int | None, path: Path, offset: in
         if vocab_size is not None and (largest >= vocab_size or int(chunk.min()) < 0):
             i = int(np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0])
             raise DataError(
-                f"{path}: token {offset + start + i}: id below {vocab_size} expected,"
-                f" {int(chunk[i])} found; prepare the data with this model's tokenizer"
+                f"{path}: token {offset + start + i}: expected an id below {vocab_size}, found"
+                f" {int(chunk[i])}; prepare the data with this model's tokenizer"
             )
     return largest
 
 
 def sha256(path: str | Path) -> str:
-    """Hash of a file's content, read in pieces."""
+    """Hash a file's content, reading it in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -113,10 +113,10 @@ def sha256(path: str | Path) -> str:
 
 
 class File:
-    """A shard's file as it was when it was opened. `listed`: its entry in the manifest, if there is
-    one and the content is still to be compared with it."""
+    """A shard's file in the state in which it was opened. `listed`: its entry in the manifest, if
+    any, until the content has been verified."""
 
-    turn = threading.Lock()  # one file is hashed at a time, beside the work of the run
+    turn = threading.Lock()  # the run's threads hash one file at a time
 
     def __init__(self, path: Path, listed: dict[str, Any] | None = None) -> None:
         self.path, self.found, self.listed = path, _state(path), listed
@@ -124,38 +124,38 @@ class File:
         self._thread: threading.Thread | None = None
 
     def compare(self, **found: Any) -> None:
-        """Raise DataError unless what was found in the shard is what the manifest lists, if any."""
+        """Raise DataError if the manifest lists other values for the shard."""
         if self.listed and self.path.is_symlink():
-            raise DataError(f"{self.path}: a symbolic link, a file expected; copy it here")
+            raise DataError(f"{self.path}: expected a file, found a symbolic link; copy it here")
         for key, value in found.items():
             if self.listed and value != self.listed[key]:
                 raise DataError(
-                    f"{self.path}: {key} {self.listed[key]} expected by {MANIFEST}, {value} found;"
+                    f"{self.path}: {key}: expected {self.listed[key]} ({MANIFEST}), found {value};"
                     " restore the file or prepare the data again"
                 )
 
     def verify(self) -> None:
-        """Hash the file, if it is listed and not verified yet. Raises DataError."""
+        """Compare the file's hash with the manifest, once. Raises DataError."""
         if self.listed:
             self.compare(sha256=sha256(self.path))
             self.listed = None
 
     def check(self) -> None:
-        """Raise DataError if the file has changed, or was found not to be the listed one.
-        The first call starts a thread that verifies it."""
+        """Raise DataError if the file has changed or failed verification. The first call starts
+        the verification in a thread."""
         if (now := _state(self.path)) != self.found:
             raise DataError(
-                f"{self.path}: changed while in use, (bytes, time in ns)"
-                f" {self.found} expected, {now} found; restore it and resume"
+                f"{self.path}: changed while in use: expected (bytes, time in ns) {self.found},"
+                f" found {now}; restore it and resume"
             )
         if self._error:
             raise self._error
-        if self.listed and self._thread is None:  # a daemon: a run that fails does not wait for it
+        if self.listed and self._thread is None:  # a daemon, so a failing run need not wait for it
             self._thread = threading.Thread(target=self._verify_in_turn, daemon=True)
             self._thread.start()
 
     def settle(self) -> None:
-        """Wait for the verification of a file in use; DataError if its content is another."""
+        """Wait for the verification, if started. Raises DataError if it failed."""
         if self._thread is not None:
             self._thread.join()
             self.check()
@@ -170,7 +170,7 @@ class File:
 
 @dataclass
 class Split:
-    """The shards of one split in name order. `bytes`: UTF-8 bytes of its text, where known."""
+    """The shards of a split in name order. `bytes`: UTF-8 bytes of its text, if known."""
 
     paths: list[Path]
     shards: list[np.ndarray]
@@ -190,19 +190,19 @@ class Split:
         return sum(len(shard) for shard in self.shards)
 
     def _of(self, parts: list[tuple[File, np.ndarray]]) -> "Split":
-        """A split of shards, or parts of shards, over the same vocabulary."""
+        """Make a split of shards, or parts of shards, with this split's vocabulary."""
         files, shards = [file for file, _ in parts], [shard for _, shard in parts]
         return Split([file.path for file in files], shards, self.vocab_size, files=files)
 
     @classmethod
     def joined(cls, splits: list["Split"]) -> "Split":
-        """The shards of several splits in one list."""
+        """Concatenate splits."""
         if len(splits) == 1:
             return splits[0]
         return splits[-1]._of([part for s in splits for part in zip(s.files, s.shards)])
 
     def cut(self, tokens: int) -> tuple["Split", "Split"]:
-        """The first `tokens` tokens, and the rest. A part's bytes of text are not known."""
+        """Split into the first `tokens` tokens and the rest, whose bytes of text are unknown."""
         first, rest = [], []
         for file, shard in zip(self.files, self.shards):
             for half, part in ((first, shard[:tokens]), (rest, shard[tokens:])):
@@ -212,8 +212,8 @@ class Split:
         return self._of(first), self._of(rest)
 
     def count_bytes(self, token_lengths: np.ndarray | None, max_tokens: int = 0) -> int | None:
-        """UTF-8 bytes of the text behind the targets, or the first `max_tokens` of them, from the
-        length of each token; None where tokens have no length of their own."""
+        """Count the UTF-8 bytes of the targets, or of the first `max_tokens`, from each token's
+        length; None if tokens have no lengths."""
         if token_lengths is None:
             return None
         total, left = 0, max_tokens or self.tokens
@@ -224,28 +224,28 @@ class Split:
                     return total
                 if int(part.max()) >= len(token_lengths):
                     raise DataError(
-                        f"{path.name}: id {int(part.max())} found, data.tokenizer has only "
-                        f"{len(token_lengths)}: it is not what made these shards"
+                        f"{path.name}: found id {int(part.max())}, expected ids below "
+                        f"{len(token_lengths)}: data.tokenizer did not make these shards"
                     )
                 total += int(token_lengths[part].sum())
                 left -= len(part)
         return total
 
     def check(self, shard: int) -> None:
-        """Call before reading a shard; costs a stat(). Raises DataError as File.check does."""
+        """Call File.check before reading a shard; costs a stat()."""
         self.files[shard].check()
 
     def settle(self) -> None:
-        """Call before keeping anything computed from this split. Raises DataError if the content
-        of a shard read so far is not what the manifest lists."""
+        """Finish the verification of shards read so far, before using results computed from them.
+        Raises DataError."""
         for file in self.files:
             file.settle()
 
 
 @dataclass
 class Data:
-    """A data directory, opened and checked. `fingerprint` identifies the data: by content with a
-    manifest, by names and sizes of files without one."""
+    """An open data directory. `fingerprint` identifies its content or, without a manifest, its
+    files' names and sizes."""
 
     path: Path
     train: Split
@@ -256,19 +256,19 @@ class Data:
     mix: list[tuple[Split, int]] = field(default_factory=list)  # see data.Batches
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raise DataError if the manifest, where there is one, does not fit its tokenizer."""
+        """Raise DataError if there is a manifest that does not fit the tokenizer."""
         if not self.manifest:
             return
         keys = ("hash", "vocab_size", "eot")
         pairs = {key: (self.manifest["tokenizer"][key], getattr(tokenizer, key)) for key in keys}
-        if "sha256" not in self.manifest:  # an older one, whose numbers only a count can check
+        if "sha256" not in self.manifest:  # an older one: check val.bytes by counting
             counted = self.val.count_bytes(tokenizer.token_lengths())
             pairs["val.bytes"] = self.val.bytes, self.val.bytes if counted is None else counted
         for key, (expected, found) in pairs.items():
             if found != expected:
                 raise DataError(
-                    f"{self.path}: {key} {expected} expected by {MANIFEST}, {found} found by the"
-                    " tokenizer; prepare the data again"
+                    f"{self.path}: {key}: expected {expected} ({MANIFEST}), found {found} (its"
+                    " tokenizer); prepare the data again"
                 )
 
 
@@ -280,13 +280,12 @@ def open_data(
 ) -> Data:
     """Open a data directory.
 
-    With a manifest, the shards must be the listed ones with the listed sizes, and the vocabulary no
-    larger than `vocab_size` (the model's, if given); without one (FineWeb as published) ids are
-    compared with `vocab_size`, if that is given. Contents (sha256, or ids) are read whole if
-    verify="full" or if all shards together have at most 256 MB; else a listed shard is hashed when
-    it is first read (File), and the ids of every batch are compared in any case. `headerless`:
-    nanoGPT's train.bin and val.bin, plain uint16; its meta.pkl is never read, because unpickling
-    can run code. Raises DataError.
+    With a manifest, shards must have the listed names and sizes, and the vocabulary at most
+    `vocab_size` ids (the model's, if given). Without one (FineWeb as published), ids must be below
+    `vocab_size`, if given. All contents (hashes, or ids) are checked if verify="full" or if the
+    shards have at most 256 MB in all; otherwise a listed shard is hashed on first use. Each batch's
+    ids are checked in any case. `headerless`: nanoGPT's train.bin and val.bin; its meta.pkl is
+    never read, because unpickling can run code. Raises DataError.
     """
     path = Path(path)
     if not path.is_dir():
@@ -297,12 +296,12 @@ def open_data(
         made_for = manifest["tokenizer"]["vocab_size"]
         if vocab_size is not None and made_for > vocab_size:
             raise DataError(
-                f"{path / MANIFEST}: prepared for {made_for} token ids, the model has {vocab_size};"
-                " set model.vocab_size, or prepare the data with the model's tokenizer"
+                f"{path / MANIFEST}: expected at most {vocab_size} token ids (the model's), found "
+                f"{made_for}; set model.vocab_size, or prepare with the model's tokenizer"
             )
         vocab_size = made_for
     elif (path / PARTIAL).exists():
-        raise DataError(f"{path}: an unfinished preparation; run normuon-train prepare again")
+        raise DataError(f"{path}: preparation is unfinished; run normuon-train prepare again")
     train, val = (
         _open_split(path, name, manifest and manifest[name], vocab_size, headerless)
         for name in ("train", "val")
@@ -313,7 +312,7 @@ def open_data(
             file.verify()
             if vocab_size is not None and not manifest:
                 check_ids(shard, vocab_size, file.path)
-    if manifest:  # what decides the tokens; not what the sources are called, nor the tool's version
+    if manifest:  # what determines the tokens, without names of sources or the tool's version
         identity: Any = [manifest["tokenizer"]["hash"], manifest["train"], manifest["val"]]
     else:
         identity = [(file.path.name, file.found[0]) for file in files]
@@ -322,9 +321,9 @@ def open_data(
 
 
 def _absent(path: Path) -> str:
-    """What is at a path that has no shards, and how to come by some."""
+    """Describe a path without shards, and how to prepare data."""
     if (path / "config.toml").is_file():
-        return "this is a run; expected is the directory that normuon-train prepare wrote"
+        return "this is a run; expected a directory that normuon-train prepare wrote"
     if path.exists():
         out = in_shell(Path("data", path.resolve().stem))
         make = f"normuon-train prepare {in_shell(path)} --out {out}"
@@ -336,19 +335,18 @@ def _absent(path: Path) -> str:
 def _open_split(
     path: Path, name: str, entry: dict[str, Any] | None, vocab_size: int | None, headerless: bool
 ) -> Split:
-    """A split's files, which must be those of its entry in the manifest, if there is one, in number
-    and size; their content is still to be compared."""
+    """Open a split's files, checking their names and sizes against its entry in the manifest."""
     pattern = f"{name}.bin" if headerless else f"*{name}_*.bin"
     paths = sorted(p for p in path.glob(pattern) if not p.name.startswith("."))
     listed = {shard["name"]: shard for shard in entry["shards"]} if entry else {}
     if entry and (wrong := sorted({p.name for p in paths} ^ listed.keys())):
-        problem = "missing, but listed" if wrong[0] in listed else "here, but not listed"
+        problem = "missing, but listed" if wrong[0] in listed else "found, but not listed"
         raise DataError(f"{path / wrong[0]}: {problem} in {MANIFEST}; prepare the data again")
     if not paths:
         hint = "prepare it again" if entry or any(path.glob("*_*.bin")) else _absent(path)
         if not headerless and (path / f"{name}.bin").exists():
             hint = "for nanoGPT's files set data.format=nanogpt"
-        raise DataError(f"{path}: no {name} split, {pattern} expected; {hint}")
+        raise DataError(f"{path}: no {name} split, expected {pattern}; {hint}")
     files = [File(p, listed.get(p.name)) for p in paths]
     shards = [np.asarray(read_shard(p, headerless)) for p in paths]
     for file, shard in zip(files, shards):
@@ -362,29 +360,29 @@ def _open_split(
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """Read manifest.json and check all that is relied on, before any shard is opened."""
+    """Read manifest.json and check all fields that are used. Raises DataError."""
     path = Path(directory, MANIFEST)
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > MANIFEST_LIMIT:
-            raise ValueError(f"a regular file of at most {MANIFEST_LIMIT} bytes expected")
+            raise ValueError(f"expected a regular file of at most {MANIFEST_LIMIT} bytes")
         manifest = json.loads(path.read_bytes())
         check_shape(manifest, MANIFEST_SHAPE, "manifest")
         check_shape(manifest.get("sources", []), [SOURCE_SHAPE], "manifest.sources")
         if manifest["format"] != FORMAT:
-            raise ValueError(f"format {FORMAT} expected, {manifest['format']} found")
+            raise ValueError(f"expected format {FORMAT}, found {manifest['format']}")
         if (expected := manifest.get("sha256", digest(manifest))) != digest(manifest):
-            raise ValueError(f"sha256 {expected} expected, {digest(manifest)} found")
+            raise ValueError(f"expected sha256 {expected}, found {digest(manifest)}")
         vocab_size = manifest["tokenizer"]["vocab_size"]
         if not manifest["tokenizer"]["eot"] < vocab_size <= 2**32:
-            raise ValueError(f"eot < vocab_size <= 2**32 expected, found {manifest['tokenizer']}")
+            raise ValueError(f"expected eot < vocab_size <= 2**32, found {manifest['tokenizer']}")
         for split in ("train", "val"):
             shards = manifest[split]["shards"]
             names = [shard["name"] for shard in shards]
             for name in names:  # a plain file name: no directory, no "..", nothing hidden
                 if not re.fullmatch(rf"(\w[\w.-]*)?{split}_[\w.-]*\.bin", name, re.ASCII):
-                    raise ValueError(f"{split}: {name[:80]!r} is no shard's name")
+                    raise ValueError(f"{split}: invalid shard name {name[:80]!r}")
             if names != sorted(set(names)):
-                raise ValueError(f"{split}: shards are not in name order, each once")
+                raise ValueError(f"{split}: shards are not unique and in name order")
             if sum(shard["tokens"] for shard in shards) != manifest[split]["tokens"]:
                 raise ValueError(f"{split}: tokens are not the sum over the shards")
             if (largest := max((s["max_token"] for s in shards), default=0)) >= vocab_size:
@@ -395,17 +393,17 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """The sha256 of a manifest without its own, which older ones lack."""
+    """Hash a manifest without its own sha256, which older ones lack."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def too_few(**tokens: int) -> list[str]:
-    """A line for each split, by its name, that has too few tokens to learn or judge by."""
+    """Return a warning for each split with too few tokens."""
     share = math.ceil(100 * FEW / max(sum(tokens.values()), 1)) / 100
     larger = f", or prepare it with --val {share:g}" if share <= 0.2 else ""
     return [
-        f"{name}: {count:,} tokens are too few to learn or judge by; expected {FEW:,} or more: "
+        f"{name}: found {count:,} tokens, expected at least {FEW:,}: "
         + f"add text{larger if name == 'val' else ''}"
         for name, count in tokens.items()
         if count < FEW
@@ -413,7 +411,7 @@ def too_few(**tokens: int) -> list[str]:
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:
-    """ValueError unless `value` has the keys and types of `shape`; int means 0 <= x < 2**62."""
+    """Raise ValueError unless `value` has the keys and types of `shape`; int: 0 <= x < 2**62."""
     if isinstance(shape, dict) and isinstance(value, dict):
         for key, part in shape.items():
             check_shape(value.get(key), part, f"{where}.{key}")
@@ -422,11 +420,11 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
             check_shape(part, shape[0], f"{where}[{i}]")
     elif type(value) is not shape or (shape is int and not 0 <= value < 2**62):
         kind = shape.__name__ if isinstance(shape, type) else type(shape).__name__
-        raise ValueError(f"{where}: {kind} expected, {str(value)[:80]!r} found")
+        raise ValueError(f"{where}: expected {kind}, found {str(value)[:80]!r}")
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns; zeros for a file that cannot be found."""
+    """Return a file's size in bytes and modification time in ns; zeros if it is missing."""
     try:
         status = path.stat()
     except OSError:

@@ -1,5 +1,5 @@
-"""Tensors on disk and across ranks: safetensors files, written and read one tensor at a time, and
-conversion between whole tensors and shards."""
+"""Tensors on disk and across ranks: safetensors files, processed tensor by tensor, and conversion
+between whole tensors and shards."""
 
 import json
 import math
@@ -20,12 +20,12 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 
 
 def whole(t: Tensor) -> Tensor:
-    """Return a tensor's full content on the CPU. If it is sharded, all ranks must call this."""
+    """Return the full tensor on the CPU. If it is sharded, every rank must call this."""
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous()
 
 
 def copied(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Copy whole tensors to the host; from a GPU to page-locked memory, without waiting.
+    """Copy full tensors to host memory, which is pinned for asynchronous copies from a GPU.
 
     If any tensor is sharded, every rank must call this; keep=False gathers but copies nothing.
     """
@@ -41,7 +41,7 @@ def copied(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """Shard and place a whole tensor like another one."""
+    """Shard and place a full tensor like another one."""
     if isinstance(like, DTensor):
         mesh = like.device_mesh
         return distribute_tensor(value.to(mesh.device_type), mesh, like.placements)
@@ -49,11 +49,8 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def flatten_tree(tree: Any, prefix: str) -> dict[str, Tensor]:
-    """Turn a tree of dicts, lists and tuples, such as a state_dict, into named tensors: the tensors
-    in it, numbered, and PREFIXtree, the rest as JSON.
-
-    If a leaf could only be pickled, PREFIXtree holds that leaf's type instead.
-    """
+    """Turn a tree of dicts, lists and tuples, such as a state_dict, into named tensors: its own,
+    numbered, and PREFIXtree, the rest as JSON (only the type of a leaf that needs pickling)."""
     tensors: dict[str, Tensor] = {}
 
     def flat(value: Any) -> Any:
@@ -77,17 +74,15 @@ def flatten_tree(tree: Any, prefix: str) -> dict[str, Tensor]:
 
 
 def unflatten_tree(read: Callable[[str], Tensor], prefix: str) -> Any:
-    """Rebuild the tree given to flatten_tree; `read` returns a tensor by name.
-
-    Raises KeyError, TypeError or ValueError for tensors that flatten_tree did not produce.
-    """
+    """Invert flatten_tree; `read` returns a tensor by name. Raises KeyError, TypeError or
+    ValueError if flatten_tree did not make the tensors or could not save the tree."""
 
     def value(tree: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
         (kind, content), *_ = tree.items()
         if kind == "unsaved":
-            raise ValueError(f"it keeps {content}, which cannot be saved; restart with --init-from")
+            raise ValueError(f"{content} in its state could not be saved; restart with --init-from")
         if kind == "tensor":
             return read(f"{prefix}{content}")
         if kind == "dict":
@@ -98,16 +93,15 @@ def unflatten_tree(read: Callable[[str], Tensor], prefix: str) -> Any:
 
 
 def entries(name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """The tensors in a file, name -> shape, that a tensor is stored as: a "#" in its name stands
-    for the index of its first dimension, by which it is then split."""
+    """Return the names and shapes under which a tensor is stored: one, or, if its name has a "#",
+    one for each index of the first dimension."""
     if "#" not in name:
         return {name: tuple(shape)}
     return {name.replace("#", str(i)): tuple(shape[1:]) for i in range(shape[0])}
 
 
 def stream(tensors: Mapping[str, Tensor], keep: bool = True) -> Iterator[Any]:
-    """Yield the bytes of a safetensors file in pieces, gathering each tensor only when its turn
-    comes, so that at most one is whole in memory.
+    """Yield the bytes of a safetensors file in pieces, gathering one tensor at a time.
 
     If any tensor is sharded, every rank must exhaust its stream; keep=False gathers but yields no
     content. Names are those of `entries`.
@@ -135,23 +129,23 @@ def serialise(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 class TensorFile:
-    """A safetensors file, read tensor by tensor. Nothing is allocated until the header has been
-    checked against the size of the file. Raises CheckpointError.
+    """Reads a safetensors file tensor by tensor, after checking its header against its size. Raises
+    CheckpointError.
 
-    safetensors' own safe_open maps the file into memory: if the file shrinks while it is open,
-    SIGBUS kills the process.
+    Replaces safetensors' safe_open, which maps the file into memory: if the file shrinks while it
+    is open, SIGBUS kills the process.
     """
 
     def __init__(self, path: Path):
         if not path.is_file():  # opening a pipe would wait for its writer
-            raise CheckpointError(f"{path}: missing, or not a regular file")
+            raise CheckpointError(f"{path}: missing or not a regular file")
         self.path, size = path, path.stat().st_size
         self.entries: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}  # offset in the file
         kinds = {text: dtype for dtype, text in DTYPES.items()}
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, JSON_LIMIT):
-                raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size}")
+                raise CheckpointError(f"{path}: header of {length} bytes in a file of {size} bytes")
             text = file.read(length)
         try:
             header = json.loads(text)
@@ -182,7 +176,7 @@ class TensorFile:
         with open(self.path, "rb") as file:
             file.seek(begin)
             if file.readinto(value.view(-1).view(torch.uint8).numpy()) != value.nbytes:
-                raise CheckpointError(f"{self.path}: {name} is cut short")
+                raise CheckpointError(f"{self.path}: {name} is truncated")
         return value
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
