@@ -3,7 +3,8 @@
 The default config is the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention, per-head
 QK-norm with gains, SwiGLU, no biases). Parameters have Hugging Face's names without the prefix
 `model.`. The settings under "departures" make it Llama (qk_norm) or the GPT of modded-nanogpt's
-track 3 (all others but value_embed); storage/huggingface.py knows which models transformers can
+track 3 (all others but
+value_embed and bigram_embed); storage/huggingface.py knows which models transformers can
 load. parts/ has DeepSeek-V3's latent attention and mixtures of experts.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
@@ -103,8 +104,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=G != H
         )
-    # plain matmuls take half the time of torch's kernel here (docs/log.md); query heads that share a
-    # key head are rows of one matmul
+    # plain matmuls take half the time of torch's kernel here (docs/log.md); query heads that share
+    # a key head are rows of one matmul
     q, k, v = q.reshape(B * G, -1, D), k.reshape(B * G, T, D), v.reshape(B * G, T, -1)
     future = q.new_full((T, T), -torch.inf).triu(1).repeat(H // G, 1)
     scores = (q * scale) @ k.mT + future
@@ -271,21 +272,18 @@ class GPT(nn.Module):
         config = self.config = config.resolved()
         self.compute_dtype = compute_dtype
         self.separator: int | None = None  # token that attention does not cross
-        eps = config.norm_eps
-        rest = REST[config.embed_dtype]
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd, dtype=rest)
+        V, C, eps = config.vocab_size, config.n_embd, config.norm_eps
+        self.embed_tokens = nn.Embedding(V, C, dtype=REST[config.embed_dtype])
         self.bigram_embed = None
         if config.bigram_embed:
             from nanonormuon.parts.bigram import BigramEmbedding
 
-            self.bigram_embed = BigramEmbedding(config.bigram_embed, config.n_embd)
-        self.embed_norm = RMSNorm(config.n_embd, eps) if config.embed_norm else None
+            self.bigram_embed = BigramEmbedding(config.bigram_embed, C)
+        self.embed_norm = RMSNorm(C, eps) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.routed: list = []  # a parts.experts.Routed per router for the last forward pass
-        self.norm = RMSNorm(config.n_embd, eps)
-        self.lm_head = None
-        if not config.tied:
-            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.bias)
+        self.norm = RMSNorm(C, eps)
+        self.lm_head = None if config.tied else Linear(C, V, bias=config.bias)
 
     def init_weights(self, seed: int) -> "GPT":
         """Initialise the parameters from a separate random generator.
@@ -324,8 +322,7 @@ class GPT(nn.Module):
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         if self.bigram_embed is not None:
             x = x + self.bigram_embed(tokens, cache, self.separator).to(x.dtype)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
+        x = self.embed_norm(x)
         self.routed = []
         for layer in self.layers:
             x = layer(x, cos, sin, cache, mask, tokens)

@@ -120,7 +120,7 @@ class RunDirectory:
     ) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
         """Write the configuration and environment, and open the logs to continue after `step`.
 
-        Returns the rows of metrics.jsonl, and step and prompt of each sample, up to `step`, and removes
+        Returns the rows of metrics.jsonl up to `step`, and step and prompt of its samples. Removes
         later ones, which the run will repeat.
         """
         self.write("config.toml", config_toml)
