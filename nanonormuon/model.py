@@ -3,9 +3,8 @@
 The default config is the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention, per-head
 QK-norm with gains, SwiGLU, no biases). Parameters have Hugging Face's names without the prefix
 `model.`. The settings under "departures" make it Llama (qk_norm) or the GPT of modded-nanogpt's
-track 3 (all others but
-value_embed and bigram_embed); storage/huggingface.py knows which models transformers can
-load. parts/ has DeepSeek-V3's latent attention and mixtures of experts.
+track 3 (all others but value_embed and bigram_embed); storage/huggingface.py knows which models
+transformers can load. parts/ has latent attention, experts and a bigram table.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
 """
