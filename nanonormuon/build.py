@@ -1,5 +1,5 @@
-"""From a configuration to a run that is ready: sizes, model, optimizers, micro-batch, resume; and
-what is said of it (`introduction`). train.Trainer calls these functions, about in this order."""
+"""From a configuration to a run that is ready: sizes, model, optimizers, micro-batch, resume, and a
+summary for the log. train.Trainer calls these functions in about this order."""
 
 import logging
 import math
@@ -29,12 +29,12 @@ from nanonormuon.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 # FLOP of a run from which on compiling pays: some twenty minutes on two CPU cores, where it takes
-# 20 to 40 s and saves 3 to 25 % of a step (dev/LOG.md), and some minutes on a large GPU
+# 20 to 40 s and saves 3 to 25 % of a step (docs/log.md), and some minutes on a large GPU
 COMPILE_FROM = {"cpu": 4e14, "cuda": 3e16}
 
 
 def complete(config: Config, data: Data) -> Config:
-    """The configuration with the vocabulary that the data decide, or the model to begin with."""
+    """Fill in the vocabulary, from the data or from the model of train.init_from."""
     if (source := config.train.init_from) and not config.model.vocab_size:
         from nanonormuon.pretrained import models  # loading finished models is not part of a run
 
@@ -49,7 +49,7 @@ def complete(config: Config, data: Data) -> Config:
         config = replace(config, model=model)
     given, found = config.model.vocab_size, data.vocab_size
     if not found and not given:
-        raise ConfigError(f"model.vocab_size = 0, and {data.path} does not tell it: give it")
+        raise ConfigError(f"model.vocab_size = 0, and {data.path} does not say: set it")
     if given and found and given < found:
         raise ConfigError(
             f"model.vocab_size = {given}: the data in {data.path} have {found} token ids; "
@@ -83,7 +83,7 @@ class Maker:
         self.dtype = distributed.compute_dtype(config.train.dtype, world.device)
         self.separator = corpus.separator(config, data, tokenizer)
         if huggingface.carried(config.model):
-            huggingface.modeling()  # the source as it is now, not as it may be at the first save
+            huggingface.modeling()  # keep the source of this moment, not that of the first save
 
     def model(self) -> GPT:
         model = GPT(self.config.model, self.dtype)
@@ -108,8 +108,7 @@ class Maker:
     def micro_batch(self, per_rank: int, state: dict[str, Any] | None) -> int:
         """Sequences per device at a time: equal on every rank, and a divisor of per_rank.
 
-        state: of the checkpoint to resume from. Called before `engine`, since a probe on a GPU
-        needs the memory.
+        state: of the checkpoint to resume from. Called before `engine`: a GPU's probe needs memory.
         """
         train, world = self.config.train, self.world
         if train.micro_batch != "auto":
@@ -129,7 +128,7 @@ class Maker:
 
 
 # ------------------------------------------------------------------------------------------------
-# Where to begin
+# Starting point
 
 
 def load_checkpoint(
@@ -165,8 +164,7 @@ def begin_with(config: Config, engine: Engine, tokenizer: Tokenizer | None) -> N
 
 
 def refuse_other_settings(file: Path, config: Config) -> None:
-    """Raise ConfigError if a run that ended before its first checkpoint was another one, by its
-    config.toml."""
+    """Raise ConfigError if the config.toml of a run without checkpoints has other settings."""
     if file.is_file():
         refuse(differences(load([str(file)])[0], config), f" than {file} says")
 
@@ -192,11 +190,11 @@ def refuse(lines: Sequence[str], than: str = "") -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Compilation, and what is said
+# Compilation, introduction
 
 
 def work(config: Config, model: GPT) -> float:
-    """FLOP of the whole run, also where it is resumed, so that it goes on in the same bits."""
+    """FLOP of the whole run; a resumed run counts the same, and so compiles or not alike."""
     per_token = model.flops_per_token(config.data.seq_len)
     return per_token * config.train.steps * config.train.batch_tokens
 
@@ -204,7 +202,7 @@ def work(config: Config, model: GPT) -> float:
 def compile_engine(
     config: Config, engine: Engine, trial: Callable[[], tuple[Tensor, Tensor]]
 ) -> float:
-    """Compile the engine if train.compile wants it, auto where that pays; returns the seconds."""
+    """Compile the engine as train.compile says (auto: if it saves time); returns the seconds."""
     wish, device = config.train.compile, engine.world.device
     pays = work(config, engine.model) >= COMPILE_FROM.get(device.type, math.inf)
     if wish == "off" or (wish == "auto" and not pays):
@@ -220,7 +218,7 @@ def compile_engine(
 def introduction(
     config: Config, data: Data, batches: Batches, engine: Engine, micro_batch: int
 ) -> list[str]:
-    """What is about to happen, in a few lines."""
+    """Describe model, data, plan and optimizers in a few lines."""
     m, t, model, world = config.model, config.train, engine.model, engine.world
     epochs = max(batches.epochs(t.steps))  # of the source that has most
     parameters, unvisited = sum(p.numel() for p in model.parameters()), model.unvisited()

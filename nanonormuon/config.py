@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanonormuon.errors import ConfigError
-from nanonormuon.normuon import coefficients
 from nanonormuon.parts.config import GPTConfig
 from nanonormuon.storage.files import optimizer_file, read_file
 
@@ -56,7 +55,7 @@ class OptimConfig:
     ns_steps: int = 5  # Newton-Schulz iterations
     cautious: bool = False  # decay only weights that the update moves towards zero
     embed_lr: float = 0.3  # AdamW's learning rate for the embedding
-    value_lr: float = 0.1  # AdamW's learning rate for value embeddings (model.value_embed)
+    value_lr: float = 0.1  # AdamW's learning rate for model.value_embed and model.bigram_embed
     head_lr: float = 0.003  # AdamW's learning rate for the output head
     vector_lr: float = 0.01  # AdamW's learning rate for gains, biases and routers
     adam_beta1: float = 0.8
@@ -88,7 +87,7 @@ class TrainConfig:
     save_async: Literal["auto", "on", "off"] = "auto"  # save in the background; auto: on GPUs
     sample_every: int = 0  # steps between samples; 0: only before and after the run
     sample_tokens: int = 128  # tokens per sample; 0: no samples
-    sample_prompt: str = ""  # text for samples to continue; "": a new document
+    sample_prompt: str = ""  # texts for samples to continue, "def |class "; "": a new document
     track: Literal["", "tensorboard", "wandb"] = ""  # also send the rows of metrics.jsonl there
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # for computing; weights stay float32
@@ -328,6 +327,10 @@ def check(config: Config, origin: dict[str, str]) -> None:
     def refuse(name: str, expected: str) -> None:
         value = attrgetter(name)(config)
         raise ConfigError(f"{origin.get(name, 'default')}: {name} = {value}: expected {expected}")
+
+    from nanonormuon.normuon import (
+        coefficients,
+    )  # and torch, which a list of settings need not load
 
     o, t, T = config.optim, config.train, config.data.seq_len
     if t.canonical and t.micro_batch == "auto":

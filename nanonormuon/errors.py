@@ -41,7 +41,7 @@ class NonFinite(ValueError):
 
     def __init__(self, message: str, follows: bool = False):
         super().__init__(message)
-        self.follows = follows  # another rank is to blame and reports the details
+        self.follows = follows  # the fault is another rank's, which reports the details
 
 
 class Diverged(RuntimeError):
@@ -72,7 +72,7 @@ class Interrupted(BaseException):
         self.code = 128 + number
 
 
-# README, "Exit codes", explains them; 0 is success, 1 a fault of this program
+# docs/runs.md, "Exit codes", explains them; 0 is success, 1 a fault of this program
 EXIT_CODES: dict[type[BaseException], int] = {
     UsageError: 2,
     DataError: 3,
@@ -111,7 +111,7 @@ def describe(error: BaseException) -> str:
         )
     elif lost_peer(error):
         which = getattr(error, "lost", "another rank")
-        text = f"{which} failed or is gone, see its message ({text})"
+        text = f"{which} failed or is gone: see its own message ({text})"
     return f"{error.place}: {text}" if hasattr(error, "place") else text
 
 
@@ -125,8 +125,7 @@ def out_of_memory(error: BaseException) -> bool:
     kinds = (MemoryError, OutOfMemory, getattr(sys.modules.get("torch"), "OutOfMemoryError", ()))
     if isinstance(error, kinds):
         return True
-    # torch's allocators, also as a compiler quotes them, and the driver; cuBLAS, cuDNN and other
-    # libraries; NCCL
+    # torch's allocators, also as compilers quote them; the driver; cuBLAS, cuDNN and others; NCCL
     words = "can't allocate memory|not enough memory|(MPS backend|CUDA error:|CUDA) out of memory"
     words += "|_STATUS_ALLOC_FAILED|Cuda failure.*'out of memory'|Failed to CUDA (c|m)alloc"
     plain = isinstance(error, RuntimeError) and not explained(error)

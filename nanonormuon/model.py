@@ -3,8 +3,8 @@
 The default config is the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention, per-head
 QK-norm with gains, SwiGLU, no biases). Parameters have Hugging Face's names without the prefix
 `model.`. The settings under "departures" make it Llama (qk_norm) or the GPT of modded-nanogpt's
-track 3 (all others but value_embed); storage/huggingface.py knows which models transformers can
-load. parts/ has DeepSeek-V3's latent attention and mixtures of experts.
+track 3 (all others but value_embed and bigram_embed); storage/huggingface.py knows which models
+transformers can load. parts/ has latent attention, experts and a bigram table.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
 """
@@ -103,8 +103,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=G != H
         )
-    # plain matmuls take half the time of torch's kernel here (dev/LOG.md); query heads that share a
-    # key head are rows of one matmul
+    # plain matmuls take half the time of torch's kernel here (docs/log.md); query heads that share
+    # a key head are rows of one matmul
     q, k, v = q.reshape(B * G, -1, D), k.reshape(B * G, T, D), v.reshape(B * G, T, -1)
     future = q.new_full((T, T), -torch.inf).triu(1).repeat(H // G, 1)
     scores = (q * scale) @ k.mT + future
@@ -271,23 +271,25 @@ class GPT(nn.Module):
         config = self.config = config.resolved()
         self.compute_dtype = compute_dtype
         self.separator: int | None = None  # token that attention does not cross
-        eps = config.norm_eps
-        rest = REST[config.embed_dtype]
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd, dtype=rest)
-        self.embed_norm = RMSNorm(config.n_embd, eps) if config.embed_norm else None
+        V, C, eps = config.vocab_size, config.n_embd, config.norm_eps
+        self.embed_tokens = nn.Embedding(V, C, dtype=REST[config.embed_dtype])
+        self.bigram_embed = None
+        if config.bigram_embed:
+            from nanonormuon.parts.bigram import BigramEmbedding
+
+            self.bigram_embed = BigramEmbedding(config.bigram_embed, C)
+        self.embed_norm = RMSNorm(C, eps) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.routed: list = []  # a parts.experts.Routed per router for the last forward pass
-        self.norm = RMSNorm(config.n_embd, eps)
-        self.lm_head = None
-        if not config.tied:
-            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.bias)
+        self.norm = RMSNorm(C, eps)
+        self.lm_head = None if config.tied else Linear(C, V, bias=config.bias)
 
     def init_weights(self, seed: int) -> "GPT":
         """Initialise the parameters from a separate random generator.
 
-        Output projections, value embeddings and an untied head start at zero: every block is the
-        identity at first, and the loss log(vocab_size) (modded-nanogpt). Other matrices have the
-        standard deviation sqrt(0.33 / fan_in).
+        Output projections, value and bigram embeddings and an untied head start at zero: every
+        block is the identity at first, and the loss log(vocab_size) (modded-nanogpt). Other
+        matrices have the standard deviation sqrt(0.33 / fan_in).
         """
         random = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -298,7 +300,7 @@ class GPT(nn.Module):
                 elif name == "embed_tokens.weight":
                     value.normal_(std=self.config.embed_std, generator=random)
                 elif p.ndim > 1 and not name.removesuffix(".weight").endswith(
-                    ("o_proj", "down_proj", "value_embed", "lm_head")
+                    ("o_proj", "down_proj", "value_embed", "bigram_embed", "lm_head")
                 ):
                     value.normal_(std=(0.33 / p.size(-1)) ** 0.5, generator=random)
                 p.copy_(value)
@@ -317,8 +319,9 @@ class GPT(nn.Module):
         elif cache is not None and tokens.size(1) == 1:
             mask = cache.mask()
         x = self.embed_tokens(tokens).to(self.compute_dtype)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
+        if self.bigram_embed is not None:
+            x = x + self.bigram_embed(tokens, cache, self.separator).to(x.dtype)
+        x = self.embed_norm(x)
         self.routed = []
         for layer in self.layers:
             x = layer(x, cos, sin, cache, mask, tokens)
@@ -326,7 +329,7 @@ class GPT(nn.Module):
                 x, routed = x
                 self.routed.append(routed)
         if cache is not None:
-            cache.length = length
+            cache.length, cache.last = length, tokens[:, -1:]
         return self.norm(x)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -396,6 +399,7 @@ class Cache:
         dtype, device = model.compute_dtype, model.embed_tokens.weight.device
         self.length, self.size, self.device = 0, size, device
         self.block = 1 if device.type == "cpu" else 256
+        self.last = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # of the tokens
 
         def room(heads: int, width: int) -> Tensor:  # zeros: a mask cannot hide NaN
             return torch.zeros(batch, heads, size, width, dtype=dtype, device=device)

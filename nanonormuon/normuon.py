@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 # torch 2.13 renamed it
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# AMX is bound by memory, so fewer multiplications do not pay (dev/LOG.md)
+# AMX is bound by memory, so fewer multiplications do not pay (docs/log.md)
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 Arriving = Callable[[], Tensor]  # waits for a transfer and returns the matrices
 CHOICES = {

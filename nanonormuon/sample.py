@@ -11,8 +11,13 @@ from nanonormuon.model import GPT, Cache
 from nanonormuon.text.tokenizer import Tokenizer
 
 
+def prompts(setting: str) -> list[str]:
+    """The prompts in train.sample_prompt, which | separates; || is a | in a prompt."""
+    return [part.replace("\0", "|") for part in setting.replace("||", "\0").split("|")]
+
+
 def cache_bytes(model: GPT) -> int:
-    """Bytes that generation keeps of each token of a sequence."""
+    """Bytes of cache per token of a sequence."""
     numbers = sum(heads * width for b in model.layers for heads, width in b.self_attn.cached)
     return numbers * model.compute_dtype.itemsize
 
@@ -24,7 +29,7 @@ def generate(
     max_tokens: int,
     temperature: float = 0.8,
     top_k: int = 0,
-    top_p: float = 1.0,
+    top_p: float = 0.95,
     seed: int = 0,
     context: int = 1 << 30,
 ) -> Iterator[Tensor]:
@@ -75,8 +80,7 @@ class Text:
 
     A character whose bytes are spread over tokens is returned when it is complete, and the possible
     beginning of a stop string is held back until it is ruled out. `ended`: after the end of the
-    document, an id without a token (a row that pads the vocabulary), or a stop string, which is
-    left out.
+    document, an id without a token (padding of the vocabulary), or a stop string (left out).
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nanonormuon import build, checkpoint, evaluate, optim
 from nanonormuon.config import Config, flat, to_toml
@@ -29,8 +28,9 @@ from nanonormuon.runtime.faults import Stopping, Watch
 from nanonormuon.runtime.health import BadStep, Guard, Spikes, Verdict, WeightStats
 from nanonormuon.runtime.memory import MicroBatch
 from nanonormuon.storage import checkpoints, huggingface
+from nanonormuon.storage.files import progress
 from nanonormuon.storage.run import RunDirectory, Validations, aligned, announce, environment
-from nanonormuon.text.corpus import bytes_of_validation, open_corpus
+from nanonormuon.text.corpus import bytes_of_validation, compressors, open_corpus
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,7 @@ def train(
     """Train as configured, leaving everything in `out`; returns what summary.json says.
 
     Raises ConfigError, DataError, CheckpointError, RunError, NonFinite, OutOfMemory or OSError with
-    one line that says what to do, and Interrupted after a signal. stopping: signal handlers that
-    are installed already.
+    one line that says what to do, and Interrupted after a signal. stopping: handlers in place.
     """
     optim.check_trusted(config.optim.name)
     limit = config.train.time_limit
@@ -79,7 +78,7 @@ def train(
 
 
 class Due(NamedTuple):
-    """What a step is followed by."""
+    """What follows a step."""
 
     row: bool  # in metrics.jsonl
     save: bool
@@ -133,7 +132,7 @@ class Trainer:
         self.seconds = self.earlier_seconds = 0.0  # of training; of earlier processes in all
 
     def begin(self) -> None:
-        """Take up where an interrupted run left off, open the logs, compile."""
+        """Load the checkpoint to resume from, if any; open the logs; compile."""
         config, engine, run = self.config, self.engine, self.run
         if self.found:
             build.load_checkpoint(*self.found, config, self.data, self.tokenizer, engine)
@@ -143,7 +142,7 @@ class Trainer:
         described = environment(self.world.device, self.world.size, config.optim.name)
         rows, sampled = distributed.first_does(lambda: self.open_logs(described), self.world.device)
         self.validations.take_up(rows)
-        self.sampled = set(sampled)  # steps
+        self.sampled = set(map(tuple, sampled))  # (step, prompt)
         self.row = {"step": self.step, "tokens": self.tokens}  # the latest of metrics.jsonl
         if rows and rows[-1]["step"] == self.step:
             self.row = rows[-1]
@@ -170,9 +169,8 @@ class Trainer:
         self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
         self.guard.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
 
-    def open_logs(self, described: dict[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
-        """On rank 0: make sure of the disk's room, open the logs. Returns the rows there are, and
-        the steps of the samples."""
+    def open_logs(self, described: dict[str, Any]) -> tuple[list[dict], list[tuple[int, str]]]:
+        """On rank 0, check the room on the disk and open the logs, as RunDirectory.open does."""
         settings = self.config.train
         size = checkpoint.size_of(self.engine.model, self.engine.optimizers)
         every, last = settings.save_every or self.last_step, self.last_step
@@ -227,14 +225,12 @@ class Trainer:
     # The loop
 
     def loop(self) -> dict[str, Any]:
-        """Take the steps, and do what each is followed by; returns what summary.json says."""
+        """Take every step and do what follows it; returns the content of summary.json."""
         speak = self.world.first
         self.catch_up()
         # log lines take the bar's place where standard error is not a terminal
-        self.bar = tqdm(
-            total=self.last_step, initial=self.step, unit="step",
-            disable=None if speak else True,
-        )  # fmt: skip
+        more = {"initial": self.step, "disable": None if speak else True}
+        self.bar = progress("training", self.last_step, "step", **more)
         self.logged, self.tick = (self.step, self.seconds), time.perf_counter()
         self.watch.stopping.finish_steps()
         while self.step < self.last_step and not self.exhausted:
@@ -250,23 +246,23 @@ class Trainer:
         if self.exhausted and speak:
             best, stale = self.validations.best(), self.validations.stale
             log.info(f"no lower val_loss than step {best}'s in {stale} evaluations: done")
-        self.show_sample("after training")
+        self.show_samples("after training", logging.DEBUG)  # the command line shows both ends
         return self.summarise()
 
     def catch_up(self) -> None:
-        """Do what comes before the first step; on resume, what an earlier process left undone that
-        ended between this step's checkpoint and the evaluation or sample after it."""
+        """Do what precedes the first step. On resume, evaluate and sample if an earlier process was
+        cut off between this step's checkpoint and these."""
         if self.step == 0:
             if self.config.train.init_from and 0 not in self.validations:
                 self.validate()  # what training begins with
                 if self.world.first:
                     log.info("before training  val_loss {val_loss:.4f}".format(**self.row))
-            return self.show_sample("before training")
+            return self.show_samples("before training", logging.DEBUG)
         due = self.due(self.step)
         if due.evaluate and self.step not in self.validations:
             self.validate()
         if due.sample:
-            self.show_sample(f"after step {self.step}")
+            self.show_samples(f"after step {self.step}")
 
     def follow_up(self, due: Due, loss: Tensor, verdict: Verdict) -> None:
         """Do what follows a step: write the row, save, evaluate, stop if asked to, sample.
@@ -291,7 +287,7 @@ class Trainer:
             saved = f"after step {self.step}, which is saved"
             raise Interrupted(stop, f"{saved}; go on with: {self.again}")
         if due.sample and self.step < self.last_step:
-            self.show_sample(f"after step {self.step}")
+            self.show_samples(f"after step {self.step}")
         self.tick = time.perf_counter()
 
     def measure(self, loss: Tensor, grad_norm: float) -> dict[str, Any]:
@@ -343,23 +339,25 @@ class Trainer:
         """The signal that any rank has received, on all of them."""
         return int(distributed.largest([self.watch.stopping.number], self.world.device)[0])
 
-    def show_sample(self, when: str) -> None:
-        settings, tokenizer = self.config.train, self.tokenizer
-        if tokenizer is None or not settings.sample_tokens or self.step in self.sampled:
+    def show_samples(self, when: str, level: int = logging.INFO) -> None:
+        """Continue each prompt; every rank takes part, since sharded layers run in step."""
+        settings, model = self.config.train, self.engine.model
+        if self.tokenizer is None or not settings.sample_tokens:
             return
         from nanonormuon import sample  # not part of every run
 
-        prompt = settings.sample_prompt  # every rank takes part: sharded layers run in step
-        context, model = self.config.data.seq_len, self.engine.model
-        with self.watch.section("sample"):
-            text = "".join(
-                sample.stream(model, tokenizer, prompt, settings.sample_tokens, context=context)
-            )
-        if self.world.first:
-            lines = (prompt + text).splitlines()
-            log.info("sample %s:\n%s", when, "\n".join(f"  | {line}" for line in lines))
-            self.run.add_sample({"step": self.step, "prompt": prompt, "text": text})
-        self.sampled.add(self.step)
+        size = {"max_tokens": settings.sample_tokens, "context": self.config.data.seq_len}
+        for seed, prompt in enumerate(sample.prompts(settings.sample_prompt)):
+            if (self.step, prompt) in self.sampled:
+                continue
+            self.sampled.add((self.step, prompt))
+            with self.watch.section("sample"):
+                pieces = sample.stream(model, self.tokenizer, prompt, seed=seed, **size)
+                text = "".join(pieces)
+            if self.world.first:
+                self.run.add_sample({"step": self.step, "prompt": prompt, "text": text})
+                lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())
+                log.log(level, "sample %s:\n%s", when, lines)
 
     # ---------------------------------------------------------------------------------------------
     # How far the run is
@@ -370,12 +368,12 @@ class Trainer:
 
     @property
     def total_seconds(self) -> float:
-        """Of this process and those before it."""
+        """Seconds of this process and earlier ones of the run."""
         return self.earlier_seconds + time.perf_counter() - self.began
 
     @property
     def exhausted(self) -> bool:
-        """Whether train.patience is at its end."""
+        """Whether train.patience has run out."""
         return 0 < self.config.train.patience <= self.validations.stale
 
     @property
@@ -428,7 +426,7 @@ class Trainer:
         return checkpoint.describe(self.config, state, self.tokenizer)
 
     def summarise(self) -> dict[str, Any]:
-        """Write summary.json: where the run stands, after its last step or stop_at."""
+        """Write summary.json at the last step or stop_at; returns its content."""
         best, kept = self.validations.best(), self.validations.best(self.kept)
         summary = {
             "steps": self.step,
@@ -439,6 +437,7 @@ class Trainer:
             "train_seconds": round(self.seconds, 3),
             "compile_seconds": round(self.compile_seconds, 3),
             "total_seconds": round(self.total_seconds, 3),
+            **(compressors(self.config, self.data, self.tokenizer) if self.world.first else {}),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
             "peak_memory": distributed.peak_memory(self.world.device),
             "checkpoint": f"checkpoints/step-{self.step:06d}",

@@ -23,7 +23,7 @@ from nanonormuon.storage import shards
 from nanonormuon.text import tokenizer
 from nanonormuon.text.builtin import python_sources
 
-DEMO_TOKENS_PER_SECOND = 21_000  # on two cores (dev/RESULTS.md: 2.13M in 103 s)
+DEMO_TOKENS_PER_SECOND = 21_000  # on two cores (docs/results.md: 2.13M in 103 s)
 
 
 def seconds(call: Callable[[], object], times: int) -> float:

@@ -1,6 +1,9 @@
-"""The optimizer step alone: NorMuon, torch.optim.Muon and fused AdamW, on one process and on two.
+"""The optimizer step alone: NorMuon, its peers and fused AdamW, on one process and on two.
 
-    python scripts/bench_optimizer.py [--steps 7] [--device cuda]
+    python scripts/bench_optimizer.py [--steps 7] [--device cuda] [--against PEER,...]
+
+A peer is torch (its Muon, the default), pytorch_optimizer (its NorMuon, if it is installed) or
+dion=CHECKOUT (its NorMuon): scripts/peers.py.
 
 Prints a table and, last, one JSON line. Optimizers take turns within one run, and medians are
 compared, because machines drift: only the ratios mean anything. It also prints NorMuon's share of a
@@ -19,6 +22,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from peers import optimizers as peers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -28,7 +32,11 @@ from nanonormuon.model import GPT
 from nanonormuon.optim import make_optimizers
 from nanonormuon.runtime.distributed import compute_dtype, keep_freed_memory
 
-SIZES = {"width 768, 4 layers": (768, 4), "width 256, 6 layers": (256, 6)}
+SIZES = {
+    "width 768, 4 layers": (768, 4),
+    "width 256, 6 layers": (256, 6),
+    "width 128, 5 layers": (128, 5),
+}
 
 
 def shapes(width: int, layers: int) -> list[tuple[int, int]]:
@@ -85,17 +93,14 @@ def expected_bytes(width: int, layers: int, ranks: int) -> float:
     return 4 * count / ranks * (ranks - 1) / ranks
 
 
-def one_process(steps: int, device: str) -> dict:
+def one_process(steps: int, device: str, against: str) -> dict:
+    makers = {"NorMuon": NorMuon, **peers(against)}
+    makers["fused AdamW"] = lambda params: torch.optim.AdamW(params, fused=True)
     found = {}
     for label, size in SIZES.items():
-        a, b, c = (parameters(*size, device=device) for _ in range(3))
-        optimizers = {
-            "NorMuon": NorMuon(a),
-            "torch.optim.Muon": torch.optim.Muon(b),
-            "fused AdamW": torch.optim.AdamW(c, fused=True),
-        }
+        optimizers = {name: make(parameters(*size, device=device)) for name, make in makers.items()}
         row = in_turns(optimizers, steps)
-        row["NorMuon / Muon"] = row["NorMuon"] / row["torch.optim.Muon"]
+        row |= {f"NorMuon / {name}": row["NorMuon"] / row[name] for name in list(row)[1:-1]}
         row["state bytes per parameter"] = state_bytes(optimizers["NorMuon"])
         found[label] = row
     return found
@@ -183,14 +188,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; two processes: cpu only")
+    parser.add_argument("--against", default="torch", help="peers, see above [%(default)s]")
     parser.add_argument("--small", action="store_true", help="one tiny size, to try the script")
-    steps, device, small = vars(parser.parse_args()).values()
+    steps, device, against, small = vars(parser.parse_args()).values()
     if small:
         SIZES.clear()
         SIZES["width 64, 1 layer"] = 64, 1
     result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
     keep_freed_memory()  # as training has it
-    result["one process"] = one_process(steps, device)
+    result["one process"] = one_process(steps, device, against)
     result["in training"] = {} if small else share_of_a_step(steps, device)
     two = device == "cpu" and not small
     result["two processes"] = start_processes(2, steps) if two else {}

@@ -1,12 +1,13 @@
 """A recipe's training step: tokens per second, utilisation, where the time goes, peak memory.
 
-    python scripts/bench_train.py [RECIPE KEY=VALUE ...] [--steps 20] [--two]
+    python scripts/bench_train.py [RECIPE KEY=VALUE ...] [--steps 20] [--two] [--against PEER]
 
 Prints a table and, last, one JSON line. Utilisation is the model's FLOPs (6 per weight and token,
 and attention's products) over the rate of a large product measured in the same run. Memory is
 compared with what the process held before, weights, gradients, optimizer and what autograd keeps
 (cli/dry_run.py). --two: also two processes with half of the threads each, which need data.path to
-exist already.
+exist already. --against nanogpt=CHECKOUT: a step of nanoGPT's model of the recipe's layers, heads,
+width, context and batch, in turn with ours (scripts/peers.py).
 """
 
 import argparse
@@ -21,10 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from peers import nanogpt_step
 
 from nanonormuon.cli import dry_run as estimate
 from nanonormuon.config import load
-from nanonormuon.runtime import distributed
+from nanonormuon.runtime import distributed, qk_clip
 from nanonormuon.runtime.faults import Stopping, Watch
 from nanonormuon.storage.run import RunDirectory
 from nanonormuon.train import Trainer
@@ -72,8 +74,8 @@ def iter_of(batches: Iterator, take: Callable) -> Iterator:
         yield batch
 
 
-def measure(arguments: list[str], steps: int) -> dict:
-    """One process's (or rank's) figures."""
+def measure(arguments: list[str], steps: int, checkout: str = "") -> dict:
+    """One process's (or rank's) figures; with `checkout` also nanoGPT's."""
     config, _ = load(arguments)
     world = distributed.start(config.train.device)
     before = distributed.peak_memory(world.device) or 0
@@ -86,13 +88,21 @@ def measure(arguments: list[str], steps: int) -> dict:
             trainer.take_step()
         whole, engine, loader = [], trainer.engine, trainer.loader
         dtype = engine.model.compute_dtype
-        rate = product_rate(world.device, dtype)
+        rate, peer, theirs = product_rate(world.device, dtype), None, []
+        if checkout:
+            c, seq_len = trainer.config.model, trainer.config.data.seq_len
+            batch = config.train.batch_tokens // seq_len
+            size = (c.n_layer, c.n_head, c.n_embd, seq_len, c.vocab_size, batch)
+            peer = nanogpt_step(checkout, *size)
+            peer()
         for _ in range(steps):  # nothing in between waits for the device, as in training
             wait(world.device)
             start = time.perf_counter()
             trainer.take_step()
             wait(world.device)
             whole.append(time.perf_counter() - start)
+            if peer:
+                theirs.append(peer())
         rate = statistics.mean([rate, product_rate(world.device, dtype)])
         clock = Clock(world.device)
         micro_batches, take = loader.micro_batches, clock.timed("batch", next)
@@ -100,6 +110,9 @@ def measure(arguments: list[str], steps: int) -> dict:
         engine.forward = clock.timed("forward", engine.forward)
         for optimizer in engine.optimizers:
             optimizer.step = clock.timed(type(optimizer).__name__, optimizer.step)
+        if engine.qk_clip:  # reads the logits in the forward pass, scales after the update
+            qk_clip.note = clock.timed("QK-clip, reading", qk_clip.note)
+            engine.qk_clip.apply = clock.timed("QK-clip, scaling", engine.qk_clip.apply)
         original = torch.Tensor.backward
         torch.Tensor.backward = clock.timed("backward", original)
         for _ in range(steps):
@@ -109,7 +122,10 @@ def measure(arguments: list[str], steps: int) -> dict:
     shards = distributed.shards(trainer.config.train.parallel)
     needed = estimate.estimate(trainer.config, trainer.memory.size, world.size, shards)
     parts = {name: 1e3 * s / steps for name, s in clock.seconds.items()}
-    parts["rest"] = 2 * parts["step"] - sum(parts.values())
+    # with optim.qk_clip=100 model.qk_norm=false; within the forward pass
+    reading = parts.get("QK-clip, reading", 0.0)
+    parts["rest"] = 2 * parts["step"] - (sum(parts.values()) - reading)
+    clipping = reading + parts.get("QK-clip, scaling", 0.0)
     flops = engine.model.flops_per_token(config.data.seq_len) * tokens / seconds
     peak = distributed.peak_memory(world.device) or 0
     return {
@@ -124,7 +140,10 @@ def measure(arguments: list[str], steps: int) -> dict:
         "of which before the model": before / 1e9,
         "and needed after": needed.memory / 1e9,
         "peak / (before + needed)": peak / (before + needed.memory),
+        **({"ms per step of nanoGPT": 1e3 * statistics.median(theirs)} if peer else {}),
+        **({"ours / nanoGPT's": seconds / statistics.median(theirs)} if peer else {}),
         "percent outside passes and update": 100 * (parts["batch"] + parts["rest"]) / parts["step"],
+        **({"percent for QK-clip": 100 * clipping / parts["step"]} if clipping else {}),
         **{f"ms {name}": value for name, value in parts.items() if name != "step"},
     }
 
@@ -159,10 +178,14 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", metavar="RECIPE|KEY=VALUE", help="default: demo")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--two", action="store_true", help="also on two processes")
+    parser.add_argument("--against", default="", metavar="nanogpt=DIR", help="also time nanoGPT")
     options = parser.parse_args()
+    if options.against and not options.against.startswith("nanogpt="):
+        parser.error(f"--against {options.against}: expected nanogpt=DIRECTORY")
+    checkout = options.against.partition("=")[2]
     arguments = [*(options.arguments or ["demo"]), "train.sample_tokens=0"]
     result = {"arguments": arguments, "torch": torch.__version__}
-    result["one process"] = measure(arguments, options.steps)
+    result["one process"] = measure(arguments, options.steps, checkout)
     if options.two:
         result["two processes"] = start_ranks(2, arguments, options.steps)
         result["two / one"] = (

@@ -1,10 +1,11 @@
-"""Write the part of dev/RESULTS.md that comes from races, its plots, and the README's table.
+"""Write the part of docs/results.md that comes from races, and its plots.
 
     python scripts/evidence.py runs/race-shakespeare runs/width-*   # adds these races
     python scripts/evidence.py                                      # from the races kept
 
-The results.json of a race is kept as dev/results/NAME.json. All tables and plots are made from
-those files; the texts go between the marks `<!-- races -->` and `<!-- /races -->`.
+The results.json of a race is kept as docs/results/NAME.json. All tables and plots are made from
+those files; the text goes between the marks `<!-- races -->` and `<!-- /races -->`. The README's
+table is written by hand, and tests/test_readme.py compares it with the races kept.
 """
 
 import argparse
@@ -18,16 +19,17 @@ from nanonormuon.lab import results
 from nanonormuon.runs.pictures import picture
 
 ROOT = Path(__file__).parents[1]
-KEPT, RESULTS, README = ROOT / "dev" / "results", ROOT / "dev" / "RESULTS.md", ROOT / "README.md"
+KEPT, RESULTS = ROOT / "docs" / "results", ROOT / "docs" / "results.md"
 FAMILIES = {"width": "model width", "batch": "tokens per step"}  # races named FAMILY-NUMBER
 
 
 def take(folder: Path) -> None:
-    """Keep a race's results, without the path of its data."""
+    """Keep a race's results, without the path of its data if that is a directory."""
     text = (folder / "results.json").read_text(encoding="utf-8")
     found = json.loads(text)
-    found["arguments"] = [a for a in found["arguments"] if not a.startswith("data.path=")]
-    found["command"] = re.sub(r" data\.path=\S+", "", found["command"])
+    directory = re.compile(r" ?data\.path=(?!builtin:)\S+")
+    found["arguments"] = [a for a in found["arguments"] if not directory.match(a)]
+    found["command"] = directory.sub("", found["command"])
     for row in found["optimizers"]:
         row["curves"] = [[[x, round(y, 5)] for x, y in curve] for curve in row.get("curves", [])]
     KEPT.mkdir(exist_ok=True)
@@ -141,8 +143,6 @@ def main(folders: list[str]) -> None:
     parts = [section(name, found) for name, found in races.items()]
     parts += [family(kind, members) for kind, members in sorted(groups.items())]
     between(RESULTS, "\n" + "\n".join(parts) + "\n")
-    if first := races.get("race-shakespeare"):
-        between(README, results.markdown(first, times=False) + "\n")
     print(f"{RESULTS.relative_to(ROOT)}: {len(races)} races")
 
 

@@ -1,4 +1,4 @@
-"""Which optimizer for weights that AdamW, or NorMuon, trained? The table in dev/RESULTS.md.
+"""Which optimizer for weights that AdamW, or NorMuon, trained? The table in docs/results.md.
 
     OMP_NUM_THREADS=1 python scripts/finetune_experiment.py --old wikitext.txt --new shakespeare.txt
 

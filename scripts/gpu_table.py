@@ -1,6 +1,6 @@
-"""What a training step should take on H100 GPUs, on paper: dev/GPU.md, from the program's counts.
+"""What a training step should take on H100 GPUs, on paper: docs/gpu.md, from the program's counts.
 
-    python scripts/gpu_table.py > dev/GPU.md
+    python scripts/gpu_table.py > docs/gpu.md
 
 Parameters, FLOPs and memory are cli/dry_run.py's. One micro-batch and one NorMuon step run on meta
 tensors, which have shapes alone, while products, bytes and kernels are counted.
@@ -31,15 +31,24 @@ MEMORY = f"{TRAFFIC:.0%} of {HBM / 1e12:.2f} TB/s"
 LINKS = f"{TRAFFIC:.0%} of {NVLINK / 1e9:.0f} GB/s each way"
 NOTES = f"""# A training step on H100 GPUs, on paper
 
-Made by `python scripts/gpu_table.py > dev/GPU.md` from the program's own counts; nothing here is
-measured. Per rank and step, in ms. Assumed: products at {PEAKS}, memory at
-{MEMORY}, links at {LINKS}, a compiler that leaves {FUSED:.0%} of the bytes
-that eager operations other than products move. "sent" overlaps nothing, though most of it can. MFU
-is the model's FLOPs over peak and expected time, without and with "sent". The micro-batch is the
-largest below {ROOM / 1e9:.0f} GB by cli/dry_run.py's estimate. Kernels are eager operations that
-are no views; collectives are per step, without the one that checks it.
+For anyone who plans a run on GPUs or measures one. This page answers how long a step should take,
+what fills it, and how much memory it holds. Nothing here is measured:
+`python scripts/gpu_table.py > docs/gpu.md` computes it from the program's own counts.
 
-`scripts/gpu_check.sh OUT` measures: fill in the last column from `OUT/table.txt`.
+Times are in ms, per rank and step. Assumed are
+
+* products at {PEAKS},
+* memory at {MEMORY},
+* links at {LINKS},
+* a compiler that leaves {FUSED:.0%} of the bytes that eager operations other than products move.
+
+"sent" overlaps nothing, though most of it can. MFU is the model's FLOPs over peak and expected
+time, without and with "sent". The micro-batch is the largest below {ROOM / 1e9:.0f} GB by the
+estimate of `--dry-run`. Kernels are eager operations that are no views. Collectives are per step,
+without the one that checks it.
+
+To measure: `scripts/gpu_check.sh OUT` writes `OUT/table.txt`, whose figures belong in the last
+column.
 """
 
 

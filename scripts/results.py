@@ -1,6 +1,6 @@
-"""Print rows of dev/RESULTS.md from run directories, so that no figure is typed by hand.
+"""Print rows of docs/results.md from run directories, so that no figure is typed by hand.
 
-    python scripts/results.py runs/a runs/b >> dev/RESULTS.md
+    python scripts/results.py runs/a runs/b >> docs/results.md
 
 Runs that differ in their seed alone become one row with n, mean and standard deviation.
 """

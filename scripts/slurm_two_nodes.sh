@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run on several nodes of a SLURM cluster; dev/MULTINODE.md explains what it relies on.
+# One run on several nodes of a SLURM cluster; docs/multinode.md explains what it relies on.
 #
 #     sbatch scripts/slurm_two_nodes.sh RUN gpt2-350m data.path=/shared/data/fineweb10B
 #     sbatch --nodes=4 --gpus-per-node=4 scripts/slurm_two_nodes.sh RUN RECIPE KEY=VALUE...

@@ -1,4 +1,4 @@
-"""Repeat some runs of dev/RESULTS.md and compare their losses with those kept there.
+"""Repeat some runs of docs/results.md and compare their losses with those kept there.
 
     python scripts/verify_results.py                     # one run of each race that is kept
     python scripts/verify_results.py race-shakespeare --seeds 2
@@ -16,14 +16,14 @@ from pathlib import Path
 
 from nanonormuon.lab.processes import Job, Runner
 
-KEPT = Path(__file__).parents[1] / "dev" / "results"
+KEPT = Path(__file__).parents[1] / "docs" / "results"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("races", nargs="*", help="names of files in dev/results; all if none")
+    parser.add_argument("races", nargs="*", help="names of files in docs/results; all if none")
     parser.add_argument("--seeds", type=int, default=1, help="runs per race")
     parser.add_argument("--set", action="append", default=[], help="a setting, as data.path=DIR")
     options = parser.parse_args()

@@ -138,7 +138,7 @@ def trained(bpe_data, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("trained") / "run"
     settings = ["train.steps=60", "train.batch_tokens=512", "train.eval_every=20"]
-    settings += ["model.value_embed=false"]
+    settings += ["model.value_embed=false", "model.bigram_embed=0"]
     settings += ["train.save_every=20", "train.log_every=5", f"data.path={bpe_data}"]
     train(load([*TINY, "optim.momentum_warmup=30", *settings])[0], out)
     return out

@@ -18,6 +18,7 @@ TINY = [
     "model.n_head=2",
     "model.n_kv_head=1",
     "model.n_embd=32",
+    "model.bigram_embed=96",
     "data.seq_len=32",
     "train.batch_tokens=384",
     "train.steps=8",

@@ -26,6 +26,7 @@ ORDER = """errors storage.files parts.config | model | parts | normuon | config 
 LEVEL = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 UPWARD = {  # imported in a function
     ("build", "pretrained.models"),  # only for --init-from
+    ("model", "parts.bigram"),  # only with model.bigram_embed
     ("model", "parts.experts"),  # only with model.mlp = experts
     ("model", "parts.latent"),  # only with model.attention = latent
 }
@@ -162,6 +163,30 @@ def test_an_installation_contains_every_file(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_wheel_works_without_the_repository(tmp_path):
+    """Commands, recipes, license and entry point, from the unpacked wheel alone."""
+    pytest.importorskip("setuptools", "77")
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    shutil.copytree(PACKAGE, source / "nanonormuon", ignore=shutil.ignore_patterns("*.pyc"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = (source / "dist").iterdir()
+    shutil.unpack_archive(wheel, installed, "zip")
+    about = next(installed.glob("*.dist-info"))
+    assert "normuon-train = nanonormuon.cli.app:entry" in (about / "entry_points.txt").read_text()
+    assert "License-Expression: MIT" in (about / "METADATA").read_text()
+    assert (about / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    for arguments in (["recipes"], ["show", "demo"], ["--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "nanonormuon", *arguments], cwd=tmp_path, text=True,
+            env={"PYTHONPATH": str(installed)}, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0 and "demo" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
 def test_a_source_distribution_is_a_checkout(tmp_path):
     """Tests, their golden numbers and all that they run are in it."""
     pytest.importorskip("setuptools")
@@ -183,13 +208,14 @@ def test_a_source_distribution_is_a_checkout(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Small enough to be read
 
-MODELS = {"experts.py", "latent.py"}  # parts of other architectures come on top
+# the lab's optimizers and tracks and the parts of other architectures come on top
+BESIDE = {"experts.py", "latent.py", "bigram.py", "speedrun.py"}
 
 
 def test_the_package_stays_small():
     top = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert len(top) <= 12, sorted(top)
-    counted = [p for p in PACKAGE.rglob("*.py") if p.parent.name != "zoo" and p.name not in MODELS]
+    counted = [p for p in PACKAGE.rglob("*.py") if p.parent.name != "zoo" and p.name not in BESIDE]
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in counted) <= 12_690
 
 
@@ -207,7 +233,12 @@ def test_functions_stay_short():
 
 def test_a_step_opens_few_files(tiny, tmp_path):
     """What a reader opens to follow a step of one process that no row is due after."""
-    quiet = ["train.log_every=100", "train.eval_every=0", "train.save_every=0"]
+    quiet = [
+        "train.log_every=100",
+        "train.eval_every=0",
+        "train.save_every=0",
+        "model.bigram_embed=0",
+    ]
     config = load([*tiny, *quiet])[0]
     seen = set()
 

@@ -211,7 +211,7 @@ def test_a_bit_that_differs_between_nodes_is_not_saved(tiny, forks, tmp_path):
     assert max((tmp_path / "run" / "checkpoints").iterdir()).name == "step-000003"
 
 
-PAGE = (ROOT / "dev" / "MULTINODE.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "multinode.md").read_text(encoding="utf-8")
 
 
 def test_the_pages_commands_are_what_torchrun_and_the_configuration_take():

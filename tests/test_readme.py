@@ -1,33 +1,52 @@
-"""The README is true: its Python runs, its commands parse, its links lead somewhere, and the steps
-for one's own text work in the order given. Every command of dev/GUARANTEES.md selects tests."""
+"""README and docs/ are true: the Python runs, commands parse, links and anchors lead somewhere,
+settings and files that are named exist, and the journeys of a new user work as written. Every
+command of docs/guarantees.md selects tests."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import typer
 from support import ROOT, command
+from torch.distributed.run import get_args_parser
 
+import nanonormuon
 from nanonormuon import config
 from nanonormuon.cli import app as cli
 from nanonormuon.lab import race
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for kind, block in BLOCKS
-    for line in block.splitlines()
-    if not kind and line.startswith(("normuon-train", "torchrun", "pip", "python"))
-]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "data" / "README.md")
+}
+README, OWN = PAGES["README.md"], "docs/your-optimizer.md"
+FENCED = re.compile(r"(?:^<!-- ([^\n]*) -->\n+)?^```(\w*)\n(.*?)^```$", re.M | re.S)
+PROSE = {name: FENCED.sub("", text) for name, text in PAGES.items()}
+MAY_NOT_RUN = {"needs a GPU", "needs the network", "an example to adapt"}
+PROGRAMS = ("normuon-train", "torchrun", "python", "pip", "pytest")
+
+
+def commands(text):
+    """What is to be typed: (mark of its block, words) of each line in blocks of no language."""
+    for mark, language, block in FENCED.findall(text):
+        if not language and mark != "demo output":
+            for line in block.splitlines():
+                program = line.partition(" ")[0]
+                if program in PROGRAMS or program.endswith(".sh"):
+                    yield mark, shlex.split(line, comments=True)
+
+
+COMMANDS = {name: found for name, text in PAGES.items() if (found := [*commands(text)])}
 
 
 def test_the_python_example_trains_a_transformers_model():
     transformers = pytest.importorskip("transformers")
-    (example,) = (block for kind, block in BLOCKS if kind == "python")
+    (example,) = (block for _, language, block in FENCED.findall(README) if language == "python")
     torch.manual_seed(0)
     tokens = torch.arange(33).repeat(4, 1)
     for tied in (True, False):
@@ -43,43 +62,181 @@ def test_the_python_example_trains_a_transformers_model():
         assert float(model(**batch).loss.detach()) < before / 2
 
 
-def test_commands_name_what_exists():
-    assert len(COMMANDS) > 10
-    for words in COMMANDS:
-        if words[:2] == ["normuon-train", "run"] or words[0] == "torchrun":
-            words = words[words.index("train.py" if words[0] == "torchrun" else "run") + 1 :]
-            if "--out" in words:
-                del words[words.index("--out") : words.index("--out") + 2]
-            if "--init-from" in words:
-                del words[words.index("--init-from") : words.index("--init-from") + 2]
-            config.load([w for w in words if not w.startswith("--")])
-        elif words[0] == "python":
-            assert (ROOT / words[1]).is_file()
-        elif words[1] in ("race", "trials"):
-            parsed = typer.main.get_command(cli.app).commands[words[1]].make_context("", words[2:])
-            given = parsed.params
-            config.load(given["recipe"])
-            if words[1] == "race":
-                race.entries(
-                    given["recipe"],
-                    given["optimizers"],
-                    given["lr"] or (),
-                    "",
-                    given["sweep"] or (),
-                )
+def parse(words):
+    """Refuse a command that could not start: unknown options, settings, recipes or files."""
+    program, *words = words
+    if program == "torchrun":
+        launcher = get_args_parser().parse_args(words)
+        assert launcher.training_script == "train.py"
+        parse(["normuon-train", "run", *launcher.training_script_args])
+    elif program == "normuon-train":
+        known = typer.main.get_command(cli.app).commands
+        assert words[0] in known, words
+        name, *words = words
+        given = known[name].make_context("", words).params
+        argument = [p.name for p in known[name].params if p.param_type_name == "argument"]
+        if name == "recipes":
+            assert not given["name"] or given["name"] in config.recipes(), words
+        if name in ("run", "show", "race", "trials"):
+            config.load(given[argument[0]] or [])
+        # packages that nothing here requires take seconds to import, or are not installed
+        if name == "race" and "pytorch_optimizer:" not in given["optimizers"]:
+            grids = given["lr"] or (), "", given["sweep"] or ()
+            race.entries(given["recipe"], given["optimizers"], *grids)
+    elif program == "pip":
+        assert words[:2] == ["install", "-r"] and (ROOT / words[2]).is_file(), words
+    elif program == "pytest":
+        marks = {"slow", "full", "gpu", "or", "not", "and"}
+        assert not [w for w in words if "/" in w and not (ROOT / w).is_file()], words
+        assert "-m" not in words or set(words[words.index("-m") + 1].split()) <= marks, words
+    elif words[0] == "-c":
+        compile(words[1], "-c", "exec")
+    else:
+        file = ROOT / (words[0] if program == "python" else program)
+        source = file.read_text(encoding="utf-8")
+        if file.parent.name == "data":
+            source += (file.parent / "common.py").read_text(encoding="utf-8")
+        assert not [w for w in words if w.startswith("--") and w not in source], words
 
 
-def test_links_and_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
-    for name in re.findall(r"`((?:nanonormuon|data|tests|scripts)/[\w./]+\.\w+)`", README):
-        assert (ROOT / name).is_file(), name
-    for name in re.findall(r"`(\w+\.py)`", README):
-        places = (ROOT, ROOT / "nanonormuon", ROOT / "scripts")
-        assert any((place / name).is_file() for place in places), name
+MANY_RACES = {"docs/results.md": pytest.mark.slow}
 
 
-GUARANTEES = (ROOT / "dev" / "GUARANTEES.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MANY_RACES.get(n, ())) for n in COMMANDS])
+def test_commands_could_start(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (own,) = (code for _, kind, code in FENCED.findall(PAGES[OWN]) if kind == "python")
+    osp = (ROOT / "nanonormuon" / "lab" / "zoo" / "osp.py").read_text(encoding="utf-8")
+    Path("my_optimizer.py").write_text(osp + own)
+    for mark, words in COMMANDS[name]:
+        assert not mark or mark in MAY_NOT_RUN, mark
+        if mark == "an example to adapt" or (mark == "needs the network" and words[0] == "pip"):
+            continue
+        try:
+            parse(words)
+        except Exception as error:
+            raise AssertionError(f"{shlex.join(words)}: {error!r}") from error
+
+
+def test_pages_have_commands():
+    assert sum(map(len, COMMANDS.values())) > 50 and len(COMMANDS) > 10
+    assert {words[0] for found in COMMANDS.values() for _, words in found} >= set(PROGRAMS)
+
+
+def slug(heading):
+    """A heading's anchor on GitHub."""
+    return re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading)).strip().lower().replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_anchors_and_files_exist(name):
+    prose, folder = PROSE[name], (ROOT / name).parent
+    defined = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", prose, re.M))
+    used = re.findall(r"\]\[([^\]]+)\]", prose)
+    assert set(used) == set(defined)
+    for target in (*re.findall(r"\]\(([^)]+)\)", prose), *defined.values()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (folder / path if path else ROOT / name).resolve()
+        assert file.exists() and file.is_relative_to(ROOT), target
+        if anchor:
+            page = PROSE[file.relative_to(ROOT).as_posix()]
+            assert anchor in map(slug, re.findall(r"^#+ (.+)$", page, re.M)), target
+    if name in ("docs/log.md", "CHANGELOG.md"):
+        return  # what was, not what is
+    assert not [line for line in prose.splitlines() if line.count("`") % 2]  # no line ends in code
+    for file in re.findall(r"`((?:nanonormuon|tests|scripts|docs)/[\w./-]+\.\w+)`", prose):
+        assert (ROOT / file).is_file(), file
+    known = {path.name for path in ROOT.glob("**/*.py")}
+    known |= {"my_optimizer.py", "my_file.py", "modeling_nanonormuon.py", "deepseek_v2.py"}
+    assert not set(re.findall(r"`(\w+\.py)`", prose)) - known
+
+
+def test_pages_that_code_names_exist():
+    named = {
+        page
+        for folder in ("nanonormuon", "scripts", "tests", "data")
+        for file in (ROOT / folder).rglob("*.*")
+        if file.suffix in (".py", ".toml", ".sh")
+        for page in re.findall(r"\b\w+/[\w-]+\.md\b", file.read_text(encoding="utf-8"))
+    }
+    missing = {page for page in named if page.startswith(("docs/", "dev/"))} - PAGES.keys()
+    assert len(named) > 5 and not missing
+
+
+def test_settings_that_pages_name_exist():
+    keys = set(config.flat(config.load([])[0]))
+    known = typer.main.get_command(cli.app).commands
+    files = {"py", "log", "bin", "safetensors"}
+    found = 0
+    for name, prose in PROSE.items():
+        for code in re.findall(r"`([^`\n]+)`", prose) if name != "docs/log.md" else ():
+            for section, key in re.findall(r"(?<![\w./-])(model|data|optim|train)\.(\w+)", code):
+                assert f"{section}.{key}" in keys or key in files, (name, code)
+                found += 1
+            for word in re.findall(r"normuon-train (\w+)", code):
+                assert word in known, (name, code)
+    assert found > 60
+
+
+def test_pages_say_for_whom_they_are_and_the_readme_leads_to_each():
+    pages = [name for name in PAGES if name.startswith("docs/")]
+    assert len(pages) > 10
+    for name in pages:
+        title, first, *_ = PAGES[name].split("\n\n")
+        assert title.startswith("# ") and first.startswith("For any"), name
+        assert "This page answers" in " ".join(first.split()), name
+        assert re.fullmatch(r"[a-z-]+", Path(name).stem), name
+        assert f"]: {name}\n" in README, name
+
+
+def test_the_readme_is_short():
+    """Everything between two blanks counts as a word, code and tables too, up to the links."""
+    text = re.split(r"^(?:## Links|\[[^\]]+\]: )", README, flags=re.M)[0]
+    assert len(text.split()) <= 900
+
+
+def test_the_tree_names_each_file_and_room():
+    tree = next(block for _, _, block in FENCED.findall(README) if block.startswith("nanonormuon/"))
+    named = re.findall(r"^  (\S+)", tree, re.M)
+    package = ROOT / "nanonormuon"
+    there = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+    there |= {
+        f"{path.name}/"
+        for path in package.iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    }
+    assert set(named) == there and len(named) == len(there)
+
+
+def test_the_table_is_what_the_races_left():
+    for row, name in (("Shakespeare", "race-shakespeare"), ("Python", "race-demo")):
+        kept = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        normuon, muon, adamw = kept["optimizers"]
+        cells = [f"{o['mean']:.3f} ± {o['sd']:.3f}" for o in (normuon, muon, adamw)]
+        saved = normuon["against"]["adamw"]
+        low, high = saved["percent_saved_interval"]
+        cells += [f"{saved['percent_saved']:.0f} % ({low:.0f} to {high:.0f})", f"{adamw['n']}"]
+        assert f"| {row} | {' | '.join(cells)} |\n" in README
+    saved = normuon["against"]["muon"]
+    low, high = saved["percent_saved_interval"]
+    text = " ".join(README.split())
+    assert (
+        f"{saved['percent_saved']:.1f} % of the steps ({low:.1f} to {high:.1f}) on Python" in text
+    )
+    assert "1.869 ± 0.009 (n = 5) in 11 s" in text
+    assert "ends at 1.869 ± 0.009 (n = 5) in 11 s" in PAGES["docs/results.md"]
+
+
+def test_versions_agree():
+    version = nanonormuon.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r"^## \[(\S+)\]", PAGES["CHANGELOG.md"], re.M)[1] == version
+
+
+GUARANTEES = PAGES["docs/guarantees.md"]
 COLLECT = """
 import shlex, sys, pytest
 
@@ -119,19 +276,15 @@ def test_every_command_of_the_guarantees_selects_tests():
             assert any(re.search(r"^quick ", found[line], re.M) for line in row), text
 
 
-def section(title):
-    """The commands under a heading or after a line, up to the next heading."""
-    text = README.partition(f"{title}\n")[2].partition("\n## ")[0]
-    return [
-        shlex.split(line, comments=True)
-        for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
-        for line in block.splitlines()
-    ]
+def section(name, heading):
+    """The commands of a page under a heading, up to the next one."""
+    text = PAGES[name].partition(f"\n{heading}\n")[2]
+    return [words for _, words in commands(re.split(r"^#+ ", text, flags=re.M)[0])]
 
 
 @pytest.fixture(scope="module")
 def workplace(text, tmp_path_factory):
-    """A directory with the files that the README speaks of."""
+    """A directory with the files that README and docs/ speak of."""
     place = tmp_path_factory.mktemp("readme")
     (place / "essays").mkdir()
     lines = text.read_text().splitlines(keepends=True)
@@ -148,7 +301,7 @@ SMALL = ["data.seq_len=32", "train.batch_tokens=512", "train.steps=4", "train.ev
 @pytest.fixture(scope="module")
 def mine(workplace):
     """The three commands for one's own text, with a model small enough for a test."""
-    own = section("Train on your own text:")
+    own = section("README.md", "## Your own text")
     assert [words[1] for words in own] == ["prepare", "run", "sample"]
     small = [*SMALL, "model.n_layer=1", "model.n_embd=32", "model.n_head=2"]
     for words in own:
@@ -169,7 +322,9 @@ def test_use_your_model_as_written(mine, monkeypatch, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(mine[0])
-    own = section("## Use your model")
+    own = section("docs/models.md", "## Sample and evaluate")
+    own += section("docs/models.md", "## Fine-tune")
+    own += section("docs/runs.md", "## Compare, report, diagnose")
     assert [words[1] for words in own] == [
         "sample", "evaluate", "evaluate", "export", "prepare", "run", "compare", "report",
         "diagnose", "doctor",
@@ -192,7 +347,7 @@ def test_mix_more_data_as_written(mine, text, monkeypatch, capsys):
     lines = text.read_text().splitlines(keepends=True)
     rows = ["".join(lines[i : i + 40]) for i in range(0, 2400, 40)]
     parquet.write_table(pyarrow.table({"body": rows}), mine[0] / "wiki" / "a.parquet")
-    own = section("## Data")
+    own = section("docs/data.md", "## Inspect and mix")
     assert [words[1] for words in own] == ["prepare", "inspect", "run"]
     for words in own:
         few = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "--out", "runs/mix"]

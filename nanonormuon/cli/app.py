@@ -1,15 +1,12 @@
-"""The application: the list of commands, their common options, exit codes.
-
-Commands import torch, and modules that need it, inside their functions, so that a help text or a
-misspelt option takes a tenth of a second.
-"""
+"""The application: commands by group, common options, exit codes. Commands import torch inside
+their functions, so that a help text or a misspelt option is answered at once."""
 
 import logging
 import os
 import re
 import sys
 import traceback
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer import Option
@@ -18,21 +15,40 @@ from nanonormuon import __version__, errors
 from nanonormuon.cli import lab, models, run, runs, text
 from nanonormuon.storage.run import to_console
 
-COMMANDS = (
-    run.run, run.recipes, run.show, text.prepare, text.inspect, models.sample, models.evaluate,
-    models.export, runs.compare, runs.report, runs.diagnose, lab.race, lab.trials, run.doctor,
-)  # fmt: skip
+GROUPS = {
+    "Train": (run.run, run.recipes, run.show),
+    "Prepare data": (text.prepare, text.inspect),
+    "Use a model": (models.sample, models.evaluate, models.export),
+    "Look at runs": (runs.compare, runs.report, runs.diagnose),
+    "Compare optimizers": (lab.race, lab.trials, lab.speedrun),
+    "Check the machine": (run.doctor,),
+}
+
+
+class Groups(typer.core.TyperGroup):
+    """Lists the commands by group in plain text too, as rich does at a terminal."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        for group, members in GROUPS.items():
+            names = [command.__name__ for command in members]
+            with formatter.section(group):
+                formatter.write_dl([(n, self.commands[n].get_short_help_str(limit)) for n in names])
+
+
+plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
 app = typer.Typer(
     name="normuon-train",
+    cls=Groups,
     help="Train small language models with NorMuon (arXiv 2510.05491).\n\n"
-    "Start with `normuon-train run`: a two-minute demo on any machine, without a network.",
+    "Start here: `normuon-train run` is a demo of a few minutes; it needs no GPU and no network.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode=None if plain else "rich",
 )
-for command in COMMANDS:
-    app.command()(command)
+for group, members in GROUPS.items():
+    for command in members:
+        app.command(rich_help_panel=group)(command)
 
 
 def print_version(wanted: bool) -> None:
@@ -44,8 +60,10 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
-    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
-    quiet: Annotated[bool, Option("--quiet", help="Log only warnings and errors.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False,
+    quiet: Annotated[
+        bool, Option("--quiet", help="Print results, warnings and errors only.")
+    ] = False,
     version: Annotated[
         bool, Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -56,7 +74,7 @@ def common(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code (README, "Exit codes")."""
+    """Run a command and return its exit code (docs/runs.md, "Exit codes")."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     arguments = sorted(arguments, key=lambda a: a not in ("--debug", "--quiet"))  # valid anywhere
@@ -80,15 +98,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def hint(error: Exception, arguments: list[str]) -> str:
-    """A line that suggests settings in place of an unknown option with a value, as optim.lr=0.1 for
-    --lr 0.1; "" if no setting has its name."""
+    """Suggest optim.lr=0.1 to whoever typed --lr 0.1; "" if no setting has the option's name."""
     option = getattr(error, "option_name", "")
     command = error.ctx.info_name if getattr(error, "ctx", None) else ""
     value = (
         re.search(rf"{re.escape(option)}[ =]([^\s-]\S*)", " ".join(arguments)) if option else None
     )
-    if not value or command not in ("run", "show", "race", "trials"):
-        return ""  # without torch, which the list of settings needs
+    if not value or command not in ("run", "show", "race", "trials", "speedrun"):
+        return ""
     from nanonormuon.config import KINDS
 
     key = option.lstrip("-").replace("-", "_")
@@ -97,11 +114,10 @@ def hint(error: Exception, arguments: list[str]) -> str:
 
 
 def entry(arguments: list[str] | None = None) -> NoReturn:
-    """Run `main`, then end the process; the entry point for the shell and torchrun.
+    """Run `main` and end the process; the entry point for the shell and torchrun.
 
-    Once torch is loaded, the process ends without Python's cleanup, after all output is written.
-    Cleanup takes 0.4 s; with several ranks it can wait for lost ones, and gloo's threads can abort
-    it.
+    Once torch is loaded, skip Python's cleanup: it takes 0.4 s, can wait for lost ranks, and gloo's
+    threads can abort it.
     """
     # None if they were closed from the start
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
@@ -114,7 +130,7 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
 
 
 def flush(code: int) -> int:
-    """Write out buffered output; returns `code`, or the failure's if it was 0."""
+    """Write buffered output; returns `code`, or the code of a failed write if `code` is 0."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,7 +1,5 @@
-"""What this machine offers, what a run would choose on it, and what to fix.
-
-Each check returns what it found, and how to fix what is wrong with that, else "".
-"""
+"""What this machine offers, what a run would choose here, what to fix. Each check returns what it
+found, and how to fix it, or "" if nothing is wrong."""
 
 import os
 import platform
@@ -24,12 +22,12 @@ from nanonormuon.storage.files import cache_directory
 GB = 1 << 30
 REQUIRED = ("torch", "typer", "tiktoken", "numpy", "safetensors", "tqdm", "rustbpe")
 OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "ijson")
-NEEDED = ("packages", "handshake")  # without these, runs fail; without others, they do worse
+NEEDED = ("packages", "handshake")  # runs fail without these, and do worse without the others
 Outcome = tuple[str, str]
 
 
 def examine() -> list[dict[str, str]]:
-    """Make all checks, in the order in which a run would meet them; status: ok, warn or fail."""
+    """Run all checks, in the order in which a run depends on them; status: ok, warn or fail."""
     checks = (python, packages, extras, device, precision, attention, compile_, disk,
               shared_memory, backends, handshake)  # fmt: skip
     findings = []
@@ -45,7 +43,7 @@ def examine() -> list[dict[str, str]]:
 
 
 def describe(findings: list[dict[str, str]]) -> str:
-    """The findings as text, one line each and another for a fix."""
+    """The findings as text: a line each, and another for the fix."""
     lines = []
     for finding in findings:
         lines.append("{status:<5} {check:<14} {found}".format(**finding))
@@ -176,7 +174,7 @@ os._exit(0)
 
 
 def handshake(seconds: float = 90.0) -> Outcome:
-    """Let two processes sum a tensor."""
+    """Check that two processes can sum a tensor."""
     backend = "nccl" if torch.cuda.device_count() > 1 and dist.is_nccl_available() else "gloo"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with tempfile.TemporaryDirectory() as folder:

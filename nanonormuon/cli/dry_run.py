@@ -1,8 +1,5 @@
-"""The cost of a run, from its configuration alone: parameters, FLOPs, memory, disk, time.
-
-The model is built without storage and counted; a forward pass on fake tensors records what autograd
-keeps. Times are measured on models of one and two blocks.
-"""
+"""The cost of a run, from its configuration alone: parameters, FLOPs, memory, disk, time. Counted
+on a model without storage and on fake tensors; timed on models of one and two blocks."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +19,7 @@ from nanonormuon.sample import cache_bytes
 from nanonormuon.storage.shards import MANIFEST, read_manifest
 from nanonormuon.text.tokenizer import trained_size
 
-TRIAL_SECONDS = 0.5  # of each measurement, at least
+TRIAL_SECONDS = 0.5  # least time per measurement
 LONGEST_TRIAL = 2e11  # most FLOP of a block and a micro-batch that a CPU tries
 VOCABULARIES = {"byte": 257, "gpt2": 50_257, "cl100k_base": 100_258, "o200k_base": 200_000}
 
@@ -115,7 +112,7 @@ def with_vocabulary(config: Config) -> tuple[Config, int | None]:
 
 
 def report(config: Config) -> list[str]:
-    """The lines that --dry-run prints below the configuration; needs no data, starts no ranks."""
+    """The lines of --dry-run below the configuration; needs no data and starts no ranks."""
     given = config.model.vocab_size
     config, data_tokens = with_vocabulary(config)
     t, T, ranks = config.train, config.data.seq_len, distributed.size()
@@ -155,12 +152,11 @@ def report(config: Config) -> list[str]:
 
 
 def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str:
-    """Time models of one and of two blocks, or pairs of blocks where every second one has a table;
-    every further one adds their difference."""
+    """Time models of one and two blocks (pairs with value_embed); each further one adds as much."""
     per_block = found.flops_per_token / config.model.n_layer  # an upper bound: all outside counts
     too_long = here().type == "cpu" and per_block * micro * config.data.seq_len > LONGEST_TRIAL
     if too_long or found.memory > memory.memory_of(here()):
-        return "time: not tried, one micro-batch is too much for this device"
+        return "time: not measured, one micro-batch is too large for this device"
     period = 1 + config.model.value_embed
     (passes, update), (passes_2, update_2) = (timed(config, n * period, micro) for n in (1, 2))
     more = config.model.n_layer / period - 1
@@ -173,7 +169,7 @@ def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str
 
 
 def timed(config: Config, layers: int, micro: int) -> list[float]:
-    """Median seconds of a micro-batch's two passes and of an update, with so many blocks."""
+    """Median seconds of forward and backward of a micro-batch, and of an update, with `layers`."""
     if here().type == "cpu":
         distributed.keep_freed_memory()
     small = replace(config.model, n_layer=layers, n_dense=0)

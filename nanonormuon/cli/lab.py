@@ -1,7 +1,8 @@
-"""Experiments of many runs: races between optimizers, trials against a target."""
+"""Experiments of many runs: races of optimizers, trials and speedruns against a target."""
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,17 +11,28 @@ from typer import Argument, Option
 
 from nanonormuon.cli import options
 
-Recipe = Annotated[list[str], Argument(metavar=options.SETTINGS, help="Settings of all runs.")]
-Out = Annotated[Path, Option(help="Directory of the experiment; an interrupted one continues.")]
+Recipe = Annotated[
+    list[str],
+    Argument(
+        metavar=options.SETTINGS,
+        help="Settings of all runs.",
+        autocompletion=options.completions,
+    ),
+]
+Out = Annotated[Path, Option(help="Directory of the experiment; an existing one is continued.")]
 AT_ONCE = "Runs at a time; 0: one per GPU, one on a CPU. Each has OMP_NUM_THREADS threads if set."
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]
 Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
+Count = Annotated[int, Option("--n", min=1, help="Runs, with seeds 0 to N - 1.")]
 Strings = list[str] | None
-OPTIMIZERS = "normuon,muon,adamw,zoo:NAME,FILE.py:Class,module:Class, each with +SETTING=VALUE."
+OPTIMIZERS = (
+    "normuon, muon, adamw, zoo:NAME, FILE.py:Class, module:Class; each may have +SETTING=VALUE."
+)
 RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
-GROW = "Lengthen a grid, by 4 rates at most, while its best rate is its first or last."
-BASELINE = "Optimizer to measure the others against; else the best of all but the first."
-BREAKDOWN = "Also what `evaluate --breakdown` shows of the final models."
+GROW = "Extend a grid by up to 4 rates while its best rate is the lowest or highest."
+BASELINE = "Optimizer to compare the others with; default: the best of all but the first."
+BREAKDOWN = "Add what `evaluate --breakdown` shows of the final models."
+CHOSEN = "A record and changes to it; all: every record."
 AXIS = "Values of another setting to try: SECTION.KEY=A,B,C; repeatable."
 
 
@@ -65,7 +77,7 @@ def trials(
     recipe: Recipe,
     target: Annotated[float, Option(help="Mean validation loss to reach.")],
     out: Out,
-    n: Annotated[int, Option("--n", min=1, help="Runs, with seeds 0 to N - 1.")] = 10,
+    n: Count = 10,
     parallel: Parallel = 0,
     ranks: Ranks = 1,
 ) -> None:
@@ -84,3 +96,41 @@ def trials(
 
     found = trials.run(recipe, n, target, out, processes.Runner(parallel, ranks))
     typer.echo(f"{trials.describe(found)}\n{json.dumps(found)}")
+
+
+def speedrun(
+    track: Annotated[str, Argument(metavar="[TRACK|FILE.toml]", help="Else a list.")] = "",
+    chosen: Annotated[Strings, Argument(metavar="[RECORD|KEY=VALUE]...", help=CHOSEN)] = None,
+    n: Count = 10,
+    out: Out = Path("runs/speedrun"),
+    parallel: Parallel = 1,
+    as_json: options.AsJson = False,
+) -> None:
+    """Run a speedrun: a fixed loss in few steps or little time.
+
+    Lists the tracks, a track's records, or runs one (docs/speedrun.md has the rules). A record is
+    valid with 10 runs whose mean is below the target with p < 0.001. Settings after its name make
+    an attempt of your own. "all" runs every record in turn. OUT/TRACK/RECORD/ has logs and verdict.
+
+    \b
+    normuon-train speedrun shakespeare normuon data.path=DIR
+    normuon-train speedrun shakespeare normuon train.steps=200 optim.lr=0.03 data.path=DIR
+    normuon-train speedrun shakespeare all data.path=DIR --n 3 --out runs/times
+    """
+    from nanonormuon.lab import processes, speedrun
+
+    if not chosen:
+        names = [track] if track else speedrun.tracks()
+        loaded = {name: speedrun.load(name) for name in names}
+        parts = [f"{name}: {t.title}\n\n{speedrun.table(t)}" for name, t in loaded.items()]
+        options.show({name: vars(t) for name, t in loaded.items()}, "\n\n".join(parts), as_json)
+        return
+    found, results = speedrun.load(track), {}
+    for record in found.records if chosen[0] == "all" else chosen[:1]:
+        parts = [record, *chosen[1:]]
+        name = " ".join(part for part in parts if not part.startswith("data.path"))
+        place = out / Path(track).stem / re.sub(r"[^\w.=+-]", "-", name)[:150]
+        results[name] = speedrun.run(found, parts, n, place, processes.Runner(parallel))
+    valid = sum(result["valid"] for result in results.values())
+    text = f"{speedrun.table(found, results)}\n\n{valid} of {len(results)} valid ({speedrun.RULE})"
+    options.show(results, text, as_json)

@@ -11,23 +11,23 @@ from nanonormuon.cli import options
 
 def sample(
     path: options.Run,
-    prompt: Annotated[str, Option(help="Text to continue; - reads it from stdin.")] = "",
-    file: Annotated[Path | None, Option(help="File with the prompt.")] = None,
+    prompt: Annotated[str, Option(help="Text to continue; - reads standard input.")] = "",
+    file: Annotated[Path | None, Option(help="Read the prompt from a file.")] = None,
     interactive: Annotated[bool, Option("--interactive", "-i", help="Ask for prompts.")] = False,
     max_tokens: Annotated[int, Option(min=1, help="Tokens per sample.")] = 256,
-    temperature: Annotated[float, Option(min=0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, Option(min=0, help="Keep this many tokens; 0: all.")] = 0,
-    top_p: Annotated[float, Option(min=0.01, max=1, help="Keep this much probability.")] = 0.95,
-    stop: Annotated[list[str] | None, Option(help="End before this text; repeatable.")] = None,
+    temperature: Annotated[float, Option(min=0, help="Lower is safer; 0: likeliest token.")] = 0.8,
+    top_k: Annotated[int, Option(min=0, help="Draw from the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, Option(min=0.01, max=1, help="Share of likeliest tokens kept.")] = 0.95,
+    stop: Annotated[list[str] | None, Option(help="Stop before this text; repeatable.")] = None,
     seed: Annotated[int, Option(help="Seed of the first sample; sample i has seed + i.")] = 0,
-    num: Annotated[int, Option(min=1, help="Samples, generated together.")] = 1,
+    num: Annotated[int, Option(min=1, help="Number of samples.")] = 1,
     device: options.Device = "auto",
     as_json: Annotated[bool, Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
-    """Continue a text with a trained model.
+    """Generate text with a trained model.
 
-    Needs only the run directory. Equal seeds give equal text; with --interactive each further
-    prompt has further seeds.
+    Without RUN, the newest run below runs/ answers. The same seed gives the same text; with
+    --interactive, each prompt uses the next seeds.
 
     \b
     normuon-train sample runs/demo-20260101-120000 --prompt "def main():" --num 3
@@ -36,7 +36,7 @@ def sample(
     normuon-train sample RUN --interactive
     """
     if sum(map(bool, (prompt, file, interactive))) > 1:
-        raise typer.BadParameter("--prompt, --file, --interactive: expected one of them")
+        raise typer.BadParameter("--prompt, --file, --interactive: expected at most one of these")
     if not -(1 << 63) <= seed < 1 << 63:
         raise typer.BadParameter(f"--seed {seed}: expected -2^63 to 2^63 - 1")
     from nanonormuon.cli import sampling
@@ -53,15 +53,15 @@ def sample(
         settings["seed"] = (settings["seed"] + num) % (1 << 63)
 
 
-DATA = "Prepared directory (its val split); repeatable."
-TEXT = "Text file or directory, read as by `prepare`; repeatable."
+DATA = "Prepared data, of which the val split is read; repeatable."
+TEXT = "Text file or directory, in any format that `prepare` reads; repeatable."
 Paths = list[Path] | None
 CHOICES = (
     "Multiple-choice questions: JSONL of HellaSwag, ARC or PIQA as published, or "
     '{"question", "choices", "answer"}; repeatable.'
 )
 STRIDE = "Tokens predicted per window; 0: all. A smaller stride gives each token more context."
-BREAKDOWN = "Also: loss by token frequency, kurtosis of activations, loss with 4-bit weights."
+BREAKDOWN = "Add loss by token frequency, activation kurtosis, loss with 4-bit weights."
 
 
 def evaluate(
@@ -77,9 +77,9 @@ def evaluate(
     device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure loss on any text and accuracy on multiple choice.
+    """Measure loss on text, accuracy on multiple choice.
 
-    Prints loss, perplexity and bits per byte, by default on the run's validation split, and keeps
+    Prints loss, perplexity and bits per byte, by default on the run's validation split, and saves
     them in RUN/evaluations.json.
 
     \b
@@ -98,15 +98,15 @@ def evaluate(
 
 def export(
     path: options.Run,
-    out: Annotated[Path | None, Option(help="Model directory to create; required.")] = None,
+    out: Annotated[Path | None, Option(help="Directory to create (required).")] = None,
     older: options.Older = None,
     dtype: Annotated[str, Option(help="Type of the stored weights: fp32 or bf16.")] = "fp32",
-    data: Annotated[Path | None, Option(help="Data to verify on; else the run's own.")] = None,
+    data: Annotated[Path | None, Option(help="Data to verify on; default: the run's own.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write a verified Hugging Face directory.
+    """Export a model to Hugging Face's format, verified.
 
-    The directory is kept only if transformers computes the run's own logits from it.
+    Keeps the directory only if transformers computes the run's logits from it.
 
     \b
     normuon-train export RUN --out models/mine
@@ -134,7 +134,7 @@ def export(
 
 
 def started(device: str) -> Any:
-    """Start on the device that --device names; returns a distributed.World."""
+    """Start on --device; returns a distributed.World."""
     import torch
 
     from nanonormuon.runtime import distributed
@@ -142,8 +142,7 @@ def started(device: str) -> Any:
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device in there and not there[device]():
         raise typer.BadParameter(
-            f"--device {device}: torch finds none here (see normuon-train doctor); expected auto "
-            "or cpu"
+            f"--device {device}: torch finds none (see normuon-train doctor); expected auto or cpu"
         )
     try:
         return distributed.start(device)

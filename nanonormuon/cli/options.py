@@ -1,11 +1,16 @@
-"""Options that several commands share, and what a command prints."""
+"""Options that several commands share, what a command prints, what a shell completes."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
+
+from nanonormuon.errors import RunError
+
+log = logging.getLogger("nanonormuon")
 
 
 def named(value: str) -> Path:
@@ -15,10 +20,32 @@ def named(value: str) -> Path:
     return Path(value)
 
 
+def completions(incomplete: str) -> list[str]:
+    """Recipes, then settings, that begin as what has been typed."""
+    from nanonormuon.config import KINDS, recipes
+
+    names = [*recipes(), *(f"{name}=" for name in KINDS)]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def runs(having: str) -> list[Path]:
+    """The runs in runs/ that have a file or directory of this name, the latest last."""
+    found = sorted(Path("runs").glob(f"*/{having}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise RunError(f"no RUN given, and none in runs/ has {having}: name one, or train one")
+    return [path.parent for path in found]
+
+
+def newest(having: str = "checkpoints") -> Path:
+    """The run that has saved last."""
+    log.info(f"run: {(run := runs(having)[-1])}")
+    return run
+
+
 SETTINGS = "RECIPE|FILE.toml|SECTION.KEY=VALUE"
-Run = Annotated[
-    Path, Argument(metavar="RUN", help="Run, checkpoint or model directory.", parser=named)
-]
+RUN = {"metavar": "RUN", "show_default": False, "parser": named}
+MODEL = "Run, checkpoint or model directory; by default the newest run in runs/."
+Run = Annotated[Path, Argument(default_factory=newest, help=MODEL, **RUN)]
 Device = Annotated[str, Option(help="auto, cpu, cuda or mps.")]
 Plot = Annotated[Path | None, Option(help="Also draw a picture: a .png, .svg or .pdf file.")]
 Older = Annotated[Path | None, Option("--to", "-o", hidden=True)]  # --out's former names

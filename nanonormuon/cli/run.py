@@ -1,9 +1,11 @@
-"""Train a model; before that, inspect recipes, settings and the machine."""
+"""Train a model; look at recipes, settings and the machine."""
 
 import inspect
 import logging
 import os
 import re
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +16,22 @@ from typer import Argument, Option
 from nanonormuon import errors
 from nanonormuon.cli import options
 from nanonormuon.runtime import faults
-from nanonormuon.storage.files import in_shell
+from nanonormuon.storage.files import in_shell, in_units
 
 log = logging.getLogger("nanonormuon")
-HELP = "Recipes, TOML files and single settings, merged from left to right."
-Settings = Annotated[list[str] | None, Argument(metavar=f"[{options.SETTINGS}]...", help=HELP)]
+LIMITS = (
+    "what to expect: after minutes, a model of this size knows how its text looks (words, "
+    "indentation, closing brackets), not what a program does; that takes larger models and data"
+)
+HELP = "Recipes, TOML files and settings; later ones override earlier ones."
+Settings = Annotated[
+    list[str] | None,
+    Argument(
+        metavar=f"{options.SETTINGS}...",
+        help=HELP,
+        autocompletion=options.completions,
+    ),
+]
 
 
 def run(
@@ -27,12 +40,15 @@ def run(
     out: Annotated[Path | None, Option(help="Run directory; else runs/RECIPE-DATE-TIME.")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
     init_from: Annotated[
-        Path | None,
-        Option(help="Start from the weights of a run or of a Hugging Face directory."),
+        Path | None, Option(help="Run or Hugging Face model to start from.")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only print settings and costs.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print settings and cost, then stop.")
+    ] = False,
 ) -> None:
-    """Train a model. The default recipe is demo, with --init-from finetune.
+    """Train a model.
+
+    The default recipe is demo, or finetune with --init-from. Settings have no dashes: optim.lr=0.1.
 
     \b
     normuon-train run
@@ -70,7 +86,9 @@ def run(
 
     summary = train(loaded, out, resume, stopping)
     if first:
-        typer.echo(describe(summary, out, of_code=loaded.data.path.startswith("builtin:")))
+        typer.echo(describe(summary, out, loaded.train.sample_prompt))
+        if loaded.data.path.startswith("builtin:"):
+            typer.echo(LIMITS)
 
 
 def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
@@ -101,15 +119,23 @@ def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
     return resumed
 
 
-def describe(summary: dict, out: Path, of_code: bool) -> str:
-    """The result of a run, where its checkpoints are, and the next command."""
+def describe(summary: dict, out: Path, prompts: str) -> str:
+    """The end of a run in words: result, curve and samples, checkpoints, what to do next."""
+    from nanonormuon.runs.terminal import Look, story
+    from nanonormuon.sample import prompts as split
+
     result = f"step {summary['steps']:,}, {summary['tokens']:,} tokens"
     if summary.get("val_loss") is not None:
         result += f": val_loss {summary['val_loss']:.4f}"
     if summary.get("val_bpb") is not None:
         result += f", {summary['val_bpb']:.4f} bits per byte"
     times = "{train_seconds:.0f} s of training, {total_seconds:.0f} s in all".format(**summary)
-    lines = [f"done: {result}; {times}", f"checkpoint: {out / summary['checkpoint']}"]
+    lines = [f"done: {result}; {times}"]
+    if summary.get("val_bpb") is not None and (size := summary.get("compressed_bytes")):
+        others = "gzip -9 needs {gzip_bpb:.3f} and xz {xz_bpb:.3f}".format(**summary)
+        learned = f"{summary['val_bpb']:.3f} bits per byte of text it never saw"
+        lines.append(f"learned: {learned}; {others} ({in_units(size)} of validation text)")
+    lines += [*story(out, Look.of(sys.stdout)), f"checkpoint: {out / summary['checkpoint']}"]
     if summary["hugging_face"] or summary["own_source"]:
         trusting = ", with trust_remote_code=True" if summary["own_source"] else ""
         lines[-1] += f"  (in Hugging Face's format{trusting}; normuon-train export verifies it)"
@@ -119,15 +145,16 @@ def describe(summary: dict, out: Path, of_code: bool) -> str:
         loss = f": val_loss {summary['best_val_loss']:.4f}" if saved else " of those that are kept"
         lines.append(f"best: {out / best}{loss}")
     if step == 0:
-        lines.append("no val_loss since was below that before training: try a lower optim.lr")
-    prompt = " --prompt 'def '" if of_code else ""
-    return "\n".join([*lines, f"next: normuon-train sample {in_shell(out)}{prompt}"])
+        lines.append("val_loss never fell below its value before training: try a lower optim.lr")
+    prompt = f" --prompt {shlex.quote(first)}" if (first := split(prompts)[0]) else ""
+    lines.append(f"next: normuon-train sample {in_shell(out)}{prompt}")
+    return "\n".join([*lines, f"next: normuon-train report {in_shell(out)}"])
 
 
 def recipes(
-    name: Annotated[str, Argument(metavar="[NAME]", help="Recipe to print; else a list.")] = "",
+    name: Annotated[str, Argument(metavar="NAME", help="Recipe to print; else a list.")] = "",
 ) -> None:
-    """List the recipes in the package, or print one.
+    """List the recipes, or print one.
 
     \b
     normuon-train recipes track3-normuon
@@ -148,7 +175,7 @@ def recipes(
 
 
 def show(settings: Settings = None) -> None:
-    """Print each setting, where its value comes from, what it means.
+    """Print every setting with its value, origin and meaning.
 
     \b
     normuon-train show demo optim.lr=0.01
@@ -165,16 +192,16 @@ def show(settings: Settings = None) -> None:
 
 
 def comments(table: type) -> dict[str, str]:
-    """The comment behind each setting in the source of its dataclass."""
+    """Each setting's comment in the source of its dataclass."""
     found = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(table), re.MULTILINE)
     return dict(found)
 
 
 def doctor(as_json: options.AsJson = False) -> None:
-    """Check this machine and name what to fix.
+    """Check this machine and say what to fix.
 
-    Reports versions, devices and what a run would choose, and tests that two processes can talk.
-    Exits with 1 if something would keep a run from working.
+    Shows versions, devices and the choices a run would make here, and lets two processes exchange
+    data. Exits with 1 if runs cannot work.
 
     \b
     normuon-train doctor

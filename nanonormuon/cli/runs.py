@@ -8,14 +8,16 @@ from typer import Argument, Option
 
 from nanonormuon.cli import options
 
+Runs = list[Path] | None
+
 
 def compare(
-    paths: Annotated[list[Path], Argument(metavar="RUN...", help="Run directories.")],
-    target: Annotated[float | None, Option(help="Show when val_loss first got this low.")] = None,
+    paths: Annotated[Runs, Argument(metavar="RUN...", help="Runs; else all in runs/.")] = None,
+    target: Annotated[float | None, Option(help="Show when val_loss reached this value.")] = None,
     plot: options.Plot = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show runs side by side, as a table or as curves.
+    """Compare runs in a table, or plot their curves.
 
     \b
     normuon-train compare runs/a runs/b --target 3.28
@@ -23,7 +25,7 @@ def compare(
     """
     from nanonormuon.runs import compare as comparing
 
-    runs = comparing.read_all(paths)
+    runs = comparing.read_all(paths or options.runs("metrics.jsonl"))
     if plot is not None:
         comparing.plot(runs, plot, target)
     text = comparing.table(runs, target) + (f"\ncurves: {plot}" if plot else "")
@@ -31,14 +33,14 @@ def compare(
 
 
 def report(
-    path: Annotated[Path, Argument(metavar="RUN", help="Run directory.")],
-    out: Annotated[Path, Option(help="Page to write.")] = Path("report.html"),
+    paths: Annotated[Runs, Argument(metavar="RUN...", help="Runs; else the newest.")] = None,
+    out: Annotated[Path, Option(help="HTML file to write.")] = Path("report.html"),
     older: options.Older = None,
 ) -> None:
-    """Write a run as one HTML page.
+    """Write runs as one HTML page.
 
-    The page shows curves, samples over time, configuration and environment, and needs no other
-    files. A page is replaced only if it was written for the same run.
+    The page shows curves, samples over time, configuration and environment, and is a single file.
+    An existing page is replaced only if it is of the same runs.
 
     \b
     normuon-train report RUN --out report.html
@@ -46,20 +48,20 @@ def report(
     from nanonormuon.runs.report import write
 
     out = older or out
-    write(path, out)
+    write(paths or [options.newest("metrics.jsonl")], out)
     typer.echo(f"{out}: open it in a browser")
 
 
 def diagnose(
     path: options.Run,
     plot: options.Plot = None,
-    layers: Annotated[str, Option(help='Layers to draw, such as "0,5,11"; else three.')] = "",
+    layers: Annotated[str, Option(help='Layers to plot, such as "0,5,11"; default: three.')] = "",
     as_json: options.AsJson = False,
 ) -> None:
-    """Show how even the optimizer's updates are.
+    """Measure the spectrum of the optimizer's updates.
 
-    For each matrix, prints singular values and neuron norms of the momentum, of Muon's update and
-    of NorMuon's update; of the weights if RUN is a model directory, which has no momentum.
+    For each matrix, compares the singular values and neuron norms of the momentum, Muon's update
+    and NorMuon's update. A model directory has no momentum: its weights are measured.
 
     \b
     normuon-train diagnose RUN

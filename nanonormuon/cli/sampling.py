@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
-    """Yield the prompts of one command: `prompt`, or standard input if it is "-"; the text of a
-    file; or each line typed until the end of input. Raises UsageError."""
+    """Yield the prompts of one command: `prompt` ("-": standard input), the text of a file, or each
+    line typed until the end of input. Raises UsageError."""
     if interactive:
-        log.info("Type a prompt and press Enter. The end of input (Ctrl-D) or Ctrl-C ends this.")
+        log.info("Type a prompt and press Enter; Ctrl-D quits.")
         while True:
             print("prompt> ", end="", file=sys.stderr, flush=True)
             if not (line := sys.stdin.readline()):
@@ -51,8 +51,8 @@ def show(
     as_json: bool = False,
     **settings: Any,
 ) -> None:
-    """Print `num` continuations of a prompt and log the speed. A single one appears piece by piece;
-    several, or lines of JSON, appear when all are complete. settings: as of sample.generate."""
+    """Print `num` continuations of a prompt and log the speed: one as it is generated, several (or
+    JSON) once all are complete. settings: those of sample.generate."""
     start = time.perf_counter()
     rows = [Text(tokenizer, stops) for _ in range(num)]
     texts = [""] * num

@@ -11,26 +11,26 @@ from nanonormuon.cli import options
 
 SOURCES = "Files, directories, quoted patterns, or - for standard input."
 TOKENIZER = "byte, gpt2, cl100k_base, o200k_base, bpe:N (trained here), or a tokenizer's file."
-RECORD = "Most MB in a record of JSON, CSV or Parquet; reading one takes about 30 times as much."
-SKIP = "Skip files that cannot be read, and name each."
-SEPARATOR = "String between the documents of a text file; write \\n for a line end."
+RECORD = "Largest JSON, CSV or Parquet record, in MB; reading takes about 30 times as much memory."
+SKIP = "Skip unreadable files, with a warning for each."
+SEPARATOR = "Text between documents in a file; \\n stands for a line break."
 
 
 def prepare(
     sources: Annotated[list[str], Argument(metavar="SOURCE", help=SOURCES)],
     out: Annotated[Path, Option(help="Directory for the shards.", parser=options.named)],
     tokenizer: Annotated[str, Option(help=TOKENIZER)] = "bpe:4096",
-    val: Annotated[float, Option(help="Share of each source held out for validation.")] = 0.02,
+    val: Annotated[float, Option(help="Share of the text held out for validation.")] = 0.02,
     text_field: Annotated[str, Option(help="Field or column with a record's text.")] = "text",
     doc_separator: Annotated[str, Option(help=SEPARATOR)] = "",
     workers: Annotated[int, Option(min=0, help="Encoding threads; 0: one per core.")] = 0,
     skip_bad: Annotated[bool, Option("--skip-bad", help=SKIP)] = False,
     max_record: Annotated[int, Option(min=1, max=1 << 20, help=RECORD)] = 24,
 ) -> None:
-    """Turn text into verified shards of tokens.
+    """Turn text into token shards to train on.
 
-    Reads text and code, JSON lines and arrays, CSV and Parquet, also as .gz and .zst. Files are
-    streamed, so their size does not matter. Repeat an interrupted command to continue it.
+    Reads text, code, JSON lines and arrays, CSV and Parquet, also as .gz and .zst. Files may be
+    larger than memory. Repeat an interrupted command to continue it.
 
     \b
     normuon-train prepare book.txt --out data/book --tokenizer byte
@@ -56,15 +56,15 @@ def inspect(
     directory: Annotated[
         Path, Argument(metavar="DIR", help="Data directory.", parser=options.named)
     ],
-    tokenizer: Annotated[str, Option(help="Tokenizer of shards that name none.")] = "",
+    tokenizer: Annotated[str, Option(help="Tokenizer, for shards that do not name theirs.")] = "",
     data_format: Annotated[
         str, Option("--format", help="shards, or nanogpt's train.bin.")
     ] = "shards",
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what a data directory holds and what is wrong with it.
+    """Describe prepared data and report problems.
 
-    Exits with 3 if training would refuse it.
+    Exits with 3 if training would refuse the data.
 
     \b
     normuon-train inspect data/mine

@@ -1,4 +1,4 @@
-"""Many runs from one command, each in its own process and run directory; none runs twice."""
+"""Run many jobs, each in its own process and run directory; finished ones are not repeated."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def setting(self) -> str:
-        """The name without the seed; "" for trials, which differ in nothing else."""
+        """The job's name without its seed; "" for trials, which differ only in the seed."""
         return self.path.name.rpartition("+seed=")[0]
 
     @property
@@ -57,25 +57,25 @@ class Job:
         return self.path.with_name(self.path.name + ".log")
 
     def result(self) -> dict[str, Any] | None:
-        """summary.json and the curve of val_loss as [step, loss]; None before the run's end. The
-        loss of a run that diverged is infinite."""
+        """summary.json and the curve of val_loss as [step, loss]; None until the run has finished.
+        A diverged run has an infinite loss."""
         try:
             summary = read_json(self.path / "summary.json")
         except (OSError, CheckpointError):
             return None
         if summary.get("diverged"):
             return {"val_loss": float("inf"), "curve": []}
-        if not isinstance(summary.get("val_loss"), float | int):  # no run wrote that
+        if not isinstance(summary.get("val_loss"), float | int):  # not written by a run
             return None
         return summary | {"curve": [*zip(*compare.read(self.path).curve("val_loss"))]}
 
 
 class Runner:
-    """Carries out jobs, several at a time if there are several devices.
+    """Runs jobs in parallel, one per device.
 
-    parallel: jobs at a time, which share the CPU's cores unless OMP_NUM_THREADS gives each its
-    threads; 0: one per `ranks` CUDA devices, or one on a CPU. ranks: processes of each run, started
-    by torchrun. One progress bar serves all calls of `run`.
+    parallel: jobs at a time, which share the CPU's cores unless OMP_NUM_THREADS is set; 0: one per
+    `ranks` CUDA devices, or one on a CPU. ranks: processes per run, started by torchrun. All calls
+    of `run` share one progress bar.
     """
 
     def __init__(self, parallel: int = 0, ranks: int = 1):
@@ -92,18 +92,18 @@ class Runner:
         self.children: set[subprocess.Popen] = set()
         self.stopped = 0
         self.hashes: dict[str, str] = {}  # of the optimizers' files, "" for other optimizers
-        self.known = self.carried_out = 0  # runs with a result, and those of them in this process
-        # by kind of run, then by setting, one per seed
+        self.known = self.carried_out = 0  # finished runs; by this process
+        # one per seed, by kind of run and setting
         self.losses: dict[Path, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         self.began = time.perf_counter()
         self.bar: tqdm | None = None
 
     def run(self, jobs: Sequence[Job], later: int = 0) -> list[dict[str, Any]]:
-        """Carry out the jobs that have no result yet; return the results of all, in order.
+        """Run the jobs that have no result yet; returns the results of all, in order.
 
-        later: how many runs are known to follow in other calls. Raises ConfigError before the first
-        run; RunError with the last line of a run that failed, and Interrupted after a signal, once
-        the other runs have saved. A later call continues them.
+        later: runs still to come in other calls. Raises ConfigError before the first run; RunError
+        with the last line of a run that failed, and Interrupted after a signal, once the other runs
+        have saved. Calling it again continues them.
         """
         for job in jobs:
             self.check_optimizer(job)
@@ -133,7 +133,7 @@ class Runner:
         return [job.result() or {} for job in jobs]
 
     def tell(self, job: Job, loss: float, total: int) -> None:
-        """Show how many of `total` runs have ended, who leads, and how long the rest takes."""
+        """Report progress: finished runs of `total`, the leader, the time left."""
         self.known += 1
         self.carried_out += 1
         losses = self.losses[job.path.parent]
@@ -152,24 +152,24 @@ class Runner:
         place = self.places.get()
         try:
             job.path.parent.mkdir(parents=True, exist_ok=True)
-            # a run that outlives its killed race may still be saving
+            # a run whose race was killed may still be saving
             if job.path.is_dir():
                 with locked(job.path / ".lock", wait=True):
                     pass
             if job.result() is None and (job.path / "config.toml").exists():
-                # once reached, --resume drops it
+                # --resume clears it once it is reached
                 stop_at = config.load(job.arguments)[0].train.stop_at
                 named = [a for a in job.arguments if re.match(r"\s*optim\.name\s*=", a)]
                 resumed = ["--resume", *named, f"train.stop_at={stop_at}"]
                 code, last = self.start(job, resumed, place)
                 if job.result() is None and code == 4:  # not every optimizer's state can be saved
-                    log.warning(f"{job.path}: cannot be resumed, starts over")
+                    log.warning(f"{job.path}: cannot be resumed, starting over")
                     shutil.rmtree(job.path)
             if job.result() is None and not (job.path / "config.toml").exists():
                 _, last = self.start(job, job.arguments, place)
         finally:
             self.places.put(place)
-        self.check_optimizer(job)  # the file may have changed meanwhile
+        self.check_optimizer(job)  # the file may have changed in the meantime
         if (result := job.result()) is None:
             raise RunError(f"{job.path.name}: {last.removeprefix('error: ')} (see {job.log_file})")
         if not job.keep:
@@ -177,27 +177,27 @@ class Runner:
         return result
 
     def check_optimizer(self, job: Job) -> None:
-        """Raise ConfigError for arguments that cannot be, RunError if the job's run began with
-        another content of its optimizer's file than this object has met first."""
+        """Raise ConfigError for invalid arguments, RunError if the job's run began with another
+        version of its optimizer's file than the first that this runner has used."""
         name = config.load(job.arguments)[0].optim.name
         if (now := self.hashes.get(name)) is None:
             now = self.hashes[name] = optimizer_hash(name).get("optimizer_sha256", "")
-        with contextlib.suppress(OSError, CheckpointError):  # it has not begun
+        with contextlib.suppress(OSError, CheckpointError):  # not started yet
             began = read_json(job.path / "environment.json").get("optimizer_sha256", "")
             if began != now:
                 raise RunError(
-                    f"{name}: {job.path} began with a file of sha256 {began}, not {now}: undo the "
-                    "change, or choose another --out or another name for the file"
+                    f"{name}: {job.path} began with another version of the file (sha256 {began}, "
+                    f"now {now}): restore it, rename the new one, or choose another --out"
                 )
 
     def start(self, job: Job, arguments: Sequence[str], place: dict[str, str]) -> tuple[int, str]:
-        """Run `normuon-train run` to its end; returns its exit code and last line, of several ranks
-        those of the first that failed. Raises Interrupted if a signal ended it."""
+        """Run `normuon-train run` and wait for it; returns its exit code and last line (of several
+        ranks, those of the first to fail). Raises Interrupted if a signal ended it."""
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}", "-m"]
         command = [sys.executable, "-m", *(torchrun if self.ranks > 1 else [])]
         command += ["nanonormuon", "run", *arguments, "--out", str(job.path)]
-        # the run stops if this process is killed, and imports from where this one does: left alone,
-        # `python -m` would also take modules that lie in the current directory
+        # the run stops if this process is killed, and imports what this one does; by default
+        # `python -m` would also import from the current directory
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         own = {"NANONORMUON_FOLLOW": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
         with open(job.log_file, "ab") as output:
@@ -221,7 +221,7 @@ class Runner:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Pass every SIGINT and SIGTERM on to the runs, which save and end."""
+        """Forward SIGINT and SIGTERM to the runs, which save and exit."""
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {n: signal.signal(n, lambda number, _: self.stop(number)) for n in numbers}
         try:
@@ -233,12 +233,12 @@ class Runner:
     def stop(self, number: int) -> None:
         self.stopped = self.stopped or number
         for child in list(self.children):
-            child.send_signal(signal.SIGTERM)  # does nothing to a child that has ended
+            child.send_signal(signal.SIGTERM)  # no effect on a child that has exited
 
 
 def outcome(text: str, code: int) -> tuple[int, str]:
     """The exit code and the last line of a run that ended with `code` and printed `text`. torchrun
-    ends with 1 whatever happened, and with a report whose last entry is the first failure."""
+    always exits with 1; the last entry of its report is the first failure."""
     lines = text.strip().splitlines() or ["no output"]
     if not (codes := re.findall(r"^  exitcode +: (-?\d+) ", text, re.MULTILINE)):
         return code, lines[-1]
@@ -246,8 +246,8 @@ def outcome(text: str, code: int) -> tuple[int, str]:
 
 
 def resolve(arguments: Sequence[str]) -> config.Config:
-    """Load a configuration and make its optimizers for a model without storage, so that a run of it
-    cannot fail for a name or a setting. Raises ConfigError, CheckpointError."""
+    """Load a configuration and build its optimizers on the meta device, so that a wrong name or
+    setting is found before any run. Raises ConfigError, CheckpointError."""
     found = config.load(arguments)[0]
     if found.train.init_from and not found.model.vocab_size:
         model = models.model_config(models.find_checkpoint(Path(found.train.init_from)))
@@ -259,34 +259,49 @@ def resolve(arguments: Sequence[str]) -> config.Config:
 
 
 def cost(settings: config.Config, runs: int, at_once: int) -> str:
-    """Describe the cost of `runs` runs in a line."""
+    """Describe the cost of `runs` runs in one line."""
     steps, tokens = settings.train.last_step, settings.train.batch_tokens
     return (
         f"{runs} runs of {steps:,} steps of {tokens:,} tokens: {runs * steps * tokens / 1e6:,.4g}M "
-        f"tokens, {at_once} at a time; the time is estimated once the first run has ended"
+        f"tokens, {at_once} at a time; a time estimate follows the first run"
     )
 
 
 def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
-    """Write the plan `file`, which holds what a directory's runs share, or find it unchanged there.
+    """Write the plan `file`, what all runs of a directory share, or check that it is unchanged.
 
-    seeds: where the runs' seeds come from. Raises ConfigError for a seed among the arguments,
-    RunError if the directory holds something else.
+    seeds: why arguments may not set train.seed. Raises ConfigError if they do, RunError if the
+    directory holds something else.
     """
     for argument in arguments:
         if argument.partition("=")[0].strip() == "train.seed":
             raise ConfigError(f"{argument}: {seeds}")
     out = file.parent
     check_plain([*out.glob("*.log"), *out.glob("*/*.log")])
-    content = {"arguments": arguments, "steps": config.load(arguments)[0].train.steps}
-    text = json.dumps(content, indent=1) + "\n"
+    loaded = config.load(arguments)[0]
+    settings = json.loads(json.dumps(config.flat(loaded)))
+    content = {"arguments": [*arguments], "steps": loaded.train.steps, "settings": settings}
     if not file.exists():
         if out.is_dir() and any(out.iterdir()):
-            raise RunError(f"{out}: not empty, and no {file.name} there; choose another --out")
+            raise RunError(f"{out}: not empty, but without {file.name}; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        replace_file(file, text.encode())
-    elif (found := read_file(file).decode(errors="replace")) != text:
+        replace_file(file, (json.dumps(content, indent=1) + "\n").encode())
+        return
+    text = read_file(file)
+    try:
+        found = {**json.loads(text)}
+    except (ValueError, TypeError):
+        raise RunError(f"{file}: {text[:99]!r}, expected a plan; choose another --out") from None
+    begun = found.pop("settings", {})  # missing in plans of older versions
+    if found != {key: content[key] for key in ("arguments", "steps")}:
         raise RunError(
-            f"{file}: {' '.join(found.split())[:999]}, expected {json.dumps(content)}: "
-            "another comparison is there; choose another --out"
+            f"{file}: {json.dumps(found)[:999]}, expected {' '.join(arguments)}: the directory has "
+            "other runs; choose another --out"
         )
+    # recipes change with versions of the package; a setting that is new had its default
+    for name in begun.keys() & settings.keys():
+        if begun[name] != settings[name]:
+            raise RunError(
+                f"{file}: begun with {name} = {begun[name]!r}, which the recipe now sets to "
+                f"{settings[name]!r}: go on with the version that began it, or choose another --out"
+            )

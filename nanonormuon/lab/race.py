@@ -1,9 +1,9 @@
-"""A fair comparison of optimizers: the settings of each are tuned, then judged with fresh seeds.
+"""Race optimizers: tune the settings of each, then judge its best ones with fresh seeds.
 
 All optimizers have equal budget, schedule, data order and, seed by seed, initialisation. Settings
 are chosen on a held-out part of the training text (data.tuning) and judged on the validation split,
-at the end of fully decayed runs, since curves cross before (arXiv 2509.02046). A grid grows as long
-as its best rate is its first or last.
+at the end of fully decayed runs, since curves cross before (arXiv 2509.02046). A grid is extended
+while its best rate is its lowest or highest.
 
     OUT/race.json     what is being compared
     OUT/tuning/NAME/  a run directory per setting; OUT/seeds/NAME/ per optimizer and seed
@@ -31,14 +31,14 @@ from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import replace_file
 
 log = logging.getLogger(__name__)
-COMMA = r",(?! )"  # separates parts; a comma before a blank belongs to a value
+COMMA = r",(?! )"  # a separator; a comma before a space is part of a value
 ADAMW_LR = 0.003  # the middle of the grid for optimizers that are not a Muon
 GRID = "0.5x,1x,2x"
-LONGER = 4  # rates that a grid may grow by
+LONGER = 4  # most rates that extend a grid
 TUNING_SEED = 1_000_000  # the first seed of tuning runs; no reported result uses these
 TUNING_SHARE = 0.05  # of the training tokens, held out for the choice
 SEEDS = "--seeds gives them"
-# decided by the race, or equal in all its runs: no axis and no optimizer's own setting
+# set by the race or shared by all its runs, so neither an axis nor an optimizer's own setting
 SHARED = {"train.seed": SEEDS} | dict.fromkeys(
     ("train.steps", "train.stop_at", "train.batch_tokens", "train.sample_tokens",
      "train.keep_last", "train.keep_best", "data.tuning", "optim.name"),
@@ -55,8 +55,8 @@ def entries(
 ) -> list[Entry]:
     """Parse the command line. Raises ConfigError.
 
-    optimizers: "normuon,zoo:reg,my.py:Class,normuon+beta2=0.9"; a + adds a setting, of [optim]
-        unless it names a section. A comma before a blank belongs to the setting's value.
+    optimizers: "normuon,zoo:reg,my.py:Class,normuon+beta2=0.9"; +KEY=VALUE adds a setting, in
+        [optim] unless it names a section. A comma before a space is part of the value.
     lr: "0.01,0.02" for all, "adamw=0.001,0.003" for one, "0.5x,1x,2x" as multiples of the usual
         rate. weight_decay: "0,0.1". sweep: "SECTION.KEY=A,B" for further axes.
     """
@@ -64,12 +64,12 @@ def entries(
     others = tuple(itertools.product(*map(axis, (*axes, *sweep))))
     labels = [*filter(None, map(str.strip, re.split(COMMA, optimizers)))]
     if len(set(labels)) < len(labels) or not labels:
-        raise ConfigError(f'--optimizers "{optimizers}": expected different ones')
-    grids = {text.rpartition("=")[0]: text for text in (GRID, *lr)}  # the last of each name
+        raise ConfigError(f'--optimizers "{optimizers}": expected distinct names')
+    grids = {text.rpartition("=")[0]: text for text in (GRID, *lr)}  # the last one for each name
     for name in grids:
         if name and name not in labels:
             hint = config.nearest(name, labels)
-            raise ConfigError(f'--lr "{grids[name]}": none of --optimizers; {hint}')
+            raise ConfigError(f'--lr "{grids[name]}": not in --optimizers; {hint}')
     return [entry_of(e, arguments, grids.get(e, grids[""]), others) for e in labels]
 
 
@@ -104,7 +104,7 @@ def axis(text: str) -> list[str]:
 
 
 def refuse(where: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
-    """Raise ConfigError for a setting that another part of the command decides. taken: keys, and
+    """Raise ConfigError for a setting that another option controls. taken: those keys, each with
     what to do instead."""
     for setting in settings:
         if (key := setting.partition("=")[0].strip()) in taken:
@@ -129,12 +129,12 @@ def rates(label: str, text: str, usual: float, has_rate: bool) -> tuple[float, .
 
 
 class Race:
-    """A comparison in the directory `out`; `run` completes it, however often it was interrupted."""
+    """A race in the directory `out`; after an interruption `run` continues it."""
 
     def __init__(self, arguments: Sequence[str], field: Sequence[Entry], seeds: int, out: Path,
                  tuning_seeds: int = 1, baseline: str = "", grow: bool = True,
                  breakdown: bool = False):  # fmt: skip
-        """baseline, grow: see results.judge and `beyond`. breakdown: also of the final models'
+        """baseline, grow: see results.judge and `beyond`. breakdown: break down the final models'
         losses. Raises ConfigError."""
         self.arguments, self.field, self.out = tuple(arguments), field, out
         self.baseline, self.longer = baseline, LONGER if grow else 0
@@ -145,13 +145,13 @@ class Race:
         self.steps = self.settings.train.last_step
         if baseline and baseline not in (labels := [entry.label for entry in field]):
             hint = config.nearest(baseline, labels)
-            raise ConfigError(f'--baseline "{baseline}": none of --optimizers; {hint}')
+            raise ConfigError(f'--baseline "{baseline}": not in --optimizers; {hint}')
 
     def job(self, kind: str, entry: Entry, trial: Mapping[str, Any], seed: int) -> Job:
         """A run of the kind "tuning" or "seeds", in a directory named after its settings."""
         rate = f"lr={trial['lr']:g}"
         label = "+".join([entry.label, rate, *trial["settings"]])
-        name = re.sub(r"[^\w.=+-]", "-", label)[:150]  # file names end at 255 bytes
+        name = re.sub(r"[^\w.=+-]", "-", label)[:150]  # file names have at most 255 bytes
         if name != label.replace(":", "-"):  # another label may give the same name
             name += f"-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
         common = [f"train.eval_every={max(1, self.steps // 10)}", *self.arguments, *QUIET]
@@ -190,7 +190,7 @@ class Race:
         return self.report()
 
     def plan(self, tuning: int, final: int, at_once: int) -> list[str]:
-        """What is about to be run and what it costs. tuning, final: how many runs."""
+        """Describe the runs ahead and their cost. tuning, final: numbers of runs."""
         lines = [f"plan: {cost(self.settings, tuning + final, at_once)}"]
         if tuning:
             grids = ", ".join(f"{e.label} {len(e.tuning)}" for e in self.field)
@@ -198,11 +198,11 @@ class Race:
             lines.append(f"{tuning} runs choose settings ({grids}; {each} each), {final} are final")
         if tuning and self.longer:
             lines.append(
-                f"up to {self.longer * each} more per optimizer while its best rate is at an end "
-                "of its grid (unless --no-grow)"
+                f"up to {self.longer * each} more per optimizer while its best rate is the lowest "
+                "or highest of its grid (--no-grow: none)"
             )
         if final and len(self.field) > 1:
-            named = self.baseline or "the best of all but the first, at the end"
+            named = self.baseline or "chosen at the end, the best of all but the first"
             lines.append(f"baseline: {named}")
         return lines
 
@@ -224,7 +224,7 @@ class Race:
             **{key: sorted({str(e.get(key)) for e in environments}) for key in several},
             "optimizers": rows,
         }
-        # runs whose optimizer is a file have it in their hash of the source
+        # the source hash covers an optimizer's file, too
         kinds = {(e.get("source_sha256"), e.get("optimizer_sha256")) for e in environments}
         if (count := len(kinds) - len({kind[1] for kind in kinds}) + 1) > 1:
             log.warning(f"{self.out}: its runs come from {count} versions of the source")
@@ -239,7 +239,7 @@ class Race:
 
 def beyond(entry: Entry, most: int = LONGER) -> list[dict[str, Any]]:
     """The setting to try next if the best rate so far is the lowest or highest tried, since the
-    optimum may then lie outside the grid; else none. most: rates that the grid may grow by."""
+    optimum may then lie outside the grid; else none. most: rates to add in all."""
     best, tried = entry.best, sorted({trial["lr"] for trial in entry.tuning})
     rate, longer = best["lr"], len(tried) - len(entry.rates)
     may_grow = len(tried) >= 2 and longer < most and all(map(math.isfinite, best["val_loss"]))
@@ -247,5 +247,6 @@ def beyond(entry: Entry, most: int = LONGER) -> list[dict[str, Any]]:
         return []
     step = tried[1] / tried[0] if rate == tried[0] else tried[-1] / tried[-2]
     new = float(f"{rate / step if rate == tried[0] else rate * step:.6g}")
-    log.info(f"{entry.label}: the best lr {rate:g} is at the end of the grid; {new:g} is added")
+    end = "lowest" if rate == tried[0] else "highest"
+    log.info(f"{entry.label}: lr {rate:g} is the best and the {end} tried; trying {new:g}")
     return [best | {"lr": new}]

@@ -1,4 +1,4 @@
-"""The results of a race: each optimizer's numbers, their table, their plot."""
+"""The results of a race: numbers per optimizer, their table, their plot."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ from nanonormuon.runs.pictures import picture
 
 @dataclass
 class Entry:
-    """An optimizer in a race: what is fixed about it, its grid, and what its runs have shown."""
+    """An optimizer in a race: its fixed settings, its grid, and the results of its runs."""
 
     label: str
     settings: tuple[str, ...]  # fixed, each KEY=VALUE
@@ -25,7 +25,7 @@ class Entry:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The trial with the lowest mean loss on the tuning split; an only one has not run."""
+        """The trial with the lowest mean loss on the tuning split; a single one is not run."""
         return min(self.tuning, key=lambda t: (mean(t["val_loss"]), t["lr"]))
 
     @property
@@ -39,9 +39,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 def judge(entries: Sequence[Entry], steps: int, named: str = "") -> list[dict[str, Any]]:
-    """The rows of results.json, one per entry. The baseline is the entry with the label `named`,
-    else the best of all but the first. Differences and steps saved are between runs with equal
-    seeds, which share initialisation and data order."""
+    """The rows of results.json, one per entry. The baseline is the entry labelled `named`, else the
+    best of all but the first. Differences and steps saved compare runs of equal seed, which share
+    initialisation and data order."""
     ran = [e for e in entries[not named :] if e.runs and named in ("", e.label)]
     baseline = min(ran, key=lambda e: mean(e.losses), default=None)
     rows = []
@@ -72,8 +72,8 @@ def judge(entries: Sequence[Entry], steps: int, named: str = "") -> list[dict[st
 
 
 def versus(entry: Entry, other: Entry, steps: int) -> dict[str, Any]:
-    """Compare an entry's runs with another's last losses, seed by seed: the difference, and the
-    step at which the curve first is as low as the other's end."""
+    """Compare an entry's runs with another's final losses, seed by seed: the difference, and the
+    step at which the curve first reaches the other's final loss."""
     pairs = [*zip(entry.runs, other.losses)]
     differences = [run["val_loss"] - loss for run, loss in pairs]
     steps_to = [step for run, loss in pairs if (step := reaches(run["curve"], loss)) is not None]
@@ -93,7 +93,7 @@ def versus(entry: Entry, other: Entry, steps: int) -> dict[str, Any]:
 
 
 def reaches(curve: Sequence[Sequence[float]], loss: float) -> float | None:
-    """The step at which a curve of [step, loss], linear between its points, first is at `loss`."""
+    """The step at which a curve of [step, loss], linear in between, first reaches `loss`."""
     i = next((i for i, (_, y) in enumerate(curve) if y <= loss), None)
     if not i:
         return None if i is None else curve[0][0]
@@ -102,8 +102,8 @@ def reaches(curve: Sequence[Sequence[float]], loss: float) -> float | None:
 
 
 def markdown(results: Mapping[str, Any], times: bool = True) -> str:
-    """The table of a race, for a terminal and for a README. times=False leaves out time and memory,
-    which mean little if other programs used the machine."""
+    """The table of a race as Markdown. times=False leaves out time and memory, which mean little if
+    other programs used the machine."""
     lines = [["optimizer", "lr", "val_loss", "n", "minus baseline", "steps to baseline's",
               "steps saved", "ms/step", "memory"]]  # fmt: skip
     for r in results["optimizers"]:
@@ -128,8 +128,8 @@ def markdown(results: Mapping[str, Any], times: bool = True) -> str:
 
 
 def breakdowns(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of what the final models' losses hide (pretrained/breakdown.py), means over seeds
-    and their standard deviations."""
+    """The table of what the final losses hide (pretrained/breakdown.py): means and standard
+    deviations over seeds."""
     shares = [group["up_to_percent"] for group in rows[0]["breakdown"][0]["by_frequency"]]
     spans = [f"loss, {a} to {b} %" for a, b in pairwise([0, *shares])]
     lines = [["optimizer", *spans, "kurtosis", "largest", "cost of 4 bits"]]
@@ -154,7 +154,7 @@ def with_spread(values: Sequence[float | None]) -> str:
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its head."""
+    """Format rows as a table; the first is the header."""
     head, *lines = rows
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *lines))
 
@@ -188,7 +188,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
             means = [mean([p[step] for p in points]) for step in late]
             sds = [spread([p[step] for p in points]) or 0.0 for step in late]
             label = f"{r['optimizer']}, n = {len(points)}" if points else r["optimizer"]
-            marker = "." if len(late) < 40 else None  # a single point has no line
+            marker = "." if len(late) < 40 else None  # one point makes no line
             (line,) = curves.plot(late, means, marker=marker, label=label)
             low, high = ([m + sign * s for m, s in zip(means, sds)] for sign in (-1, 1))
             curves.fill_between(late, low, high, alpha=0.25, color=line.get_color())
@@ -205,7 +205,7 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
 
 
 def by_rates(axis: Any) -> None:
-    """Make the x-axis one of learning rates, whose labels do not overlap."""
+    """Scale the x-axis for learning rates, with labels that do not overlap."""
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     fewer = int(high > 50 * low) + int(high > 3000 * low)

@@ -1,10 +1,10 @@
-"""What a few runs can show: intervals, a one-sided test, Track 3's rule of validity."""
+"""Statistics of a few runs: intervals, a one-sided t-test, Track 3's rule of validity."""
 
 import math
 import statistics
 from collections.abc import Sequence
 
-LEVEL = 0.95  # of every interval
+LEVEL = 0.95  # confidence of every interval
 
 
 def student_cdf(t: float, df: int) -> float:
@@ -52,10 +52,10 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def verdict(losses: Sequence[float], target: float) -> dict[str, float | bool | None]:
-    """Whether runs with these losses reach a target on average.
+    """Test whether the mean of these losses is below a target.
 
-    p_value: of Student's one-sided test against a mean at or above the target. margin: Track 3's
-    (target - mean) sqrt(n), valid from 0.004 on (modded-nanogpt's optimization benchmark).
+    p_value: of Student's one-sided test; None without a spread. margin: Track 3's (target - mean)
+    sqrt(n), which must be at least 0.004 (modded-nanogpt's optimization benchmark).
     """
     n, mean, sd = len(losses), statistics.fmean(losses), spread(losses)
     margin = (target - mean) * math.sqrt(n)

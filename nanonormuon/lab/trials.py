@@ -1,7 +1,8 @@
-"""One recipe with n seeds against a target loss. Each trial leaves a self-contained log."""
+"""Run one recipe with n seeds and test its mean loss against a target."""
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    arguments: Sequence[str], n: int, target: float, out: Path, runner: Runner
-) -> dict[str, Any]:
-    """Carry out runs with the seeds 0 to n - 1; returns significance.verdict of their last losses.
+    arguments: Sequence[str], n: int, target: float, out: Path, runner: Runner,
+    metric: str = "val_loss",
+) -> dict[str, Any]:  # fmt: skip
+    """Run the seeds 0 to n - 1; returns significance.verdict of their last losses, or last val_bpb.
 
     OUT/trial-000/ is a run directory, OUT/trial-000.txt its self-contained log, OUT/trials.json the
     verdict. A larger n adds to the runs of a smaller one. Raises what Runner.run raises.
@@ -35,7 +37,7 @@ def run(
     results = runner.run(jobs)
     for job in jobs:
         replace_file(job.path.with_suffix(".txt"), self_contained(job).encode())
-    losses = [result["val_loss"] for result in results]
+    losses = [result.get(metric) or math.inf for result in results]
     environment = read_json(jobs[0].path / "environment.json")
     found = verdict(losses, target) | {
         "losses": losses,
@@ -49,14 +51,14 @@ def run(
 
 
 def self_contained(job: Job) -> str:
-    """A trial as one text: command, environment, configuration, metrics, and the source code."""
+    """One trial's log: command, environment, configuration, metrics, and the source code."""
     parts = {"command": " ".join(("normuon-train run", *job.arguments))}
     for name in ("environment.json", "config.toml", "summary.json"):
         parts[name] = read_file(job.path / name).decode()
     parts["metrics.jsonl"] = "\n".join(map(json.dumps, read_metrics(job.path / "metrics.jsonl")))
     optimizer = config.load(job.arguments)[0].optim.name
     for name, file in source_files(optimizer).items():
-        place = "" if file == Path(name) else "nanonormuon/"  # not if it is the user's
+        place = "" if file == Path(name) else "nanonormuon/"  # unless it is the user's
         parts[place + name] = file.read_text(encoding="utf-8")
     line = "=" * 100
     return "".join(f"{line}\n{name}\n{line}\n{text.rstrip()}\n" for name, text in parts.items())
@@ -66,8 +68,8 @@ def describe(found: dict[str, Any]) -> str:
     """The verdict in one line."""
     sd = "" if found["sd"] is None else f" ± {found['sd']:.4f}"
     test = "" if found["p_value"] is None else f"; p = {found['p_value']:.2g} (one-sided t-test)"
-    word = "valid" if found["valid"] else "not valid"
+    word = "valid" if found["valid"] else "target missed"
     return (
         f"val_loss {found['mean']:.4f}{sd} (n = {found['n']}), target {found['target']:g}: "
-        f"(target - mean) sqrt(n) = {found['margin']:.4f}, {word} from 0.004 on{test}"
+        f"{word}: (target - mean) sqrt(n) = {found['margin']:.4f}, at least 0.004 needed{test}"
     )

@@ -49,6 +49,7 @@ class GPTConfig:
     attn_scale: float = 0.0  # factor on attention logits; 0: 1 / sqrt(head_dim + rope_head_dim)
     embed_norm: bool = False  # an RMSNorm after the embedding
     value_embed: bool = False  # every second layer adds a learnt vector per token to its values
+    bigram_embed: int = 0  # rows of a table of learnt vectors for pairs of tokens (hashed); 0: none
     logit_cap: float = 0.0  # c > 0: soft cap on the logits, c x / sqrt(x^2 + c^2); 0: none
     embed_dtype: str = "fp32"  # fp32 | bf16: dtype of the embedding and its optimizer state
     # with mlp = "experts"
@@ -73,7 +74,8 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 refuse(name, "at least 1")
         for name in ("vocab_size", "n_kv_head", "head_dim", "n_hidden", "norm_eps", "embed_std",
-                     "q_rank", "kv_rank", "rope_head_dim", "v_head_dim"):  # fmt: skip
+                     "q_rank", "kv_rank", "rope_head_dim", "v_head_dim",
+                     "bigram_embed"):  # fmt: skip
             if getattr(self, name) < 0:
                 refuse(name, "0 or more")
         for name, choices in CHOICES.items():

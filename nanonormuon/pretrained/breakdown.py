@@ -43,8 +43,7 @@ def groups(train: Split, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 def target_losses(
     model: GPT, split: Split, window: int, stride: int, limit: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Targets (N,) and their losses in nats (N,), float64, batch by batch; see
-    data.validation_batches."""
+    """Targets (N,) and their losses in nats (N,), float64, per batch of data.validation_batches."""
     device = model.embed_tokens.weight.device
     for tokens, targets in validation_batches(
         split, window, max(1, 2048 // window), max_tokens=limit, stride=stride

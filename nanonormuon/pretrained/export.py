@@ -136,8 +136,7 @@ def verify(
     allowed = TOLERANCE * max(1.0, largest)
     if not difference <= allowed:  # also if it is NaN
         raise UsageError(
-            f"transformers computes other logits: largest difference {difference:.3g}, expected at "
-            f"most {allowed:.3g}"
+            f"transformers computes other logits, {difference:.3g} apart: expected {allowed:.3g}"
         )
     text = tokenizer.decode([t for t in tokens.flatten().tolist() if t != tokenizer.eot])
     if other(text)["input_ids"] != tokenizer.encode(text):

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nanonormuon.data import validation_targets
 from nanonormuon.errors import CheckpointError, DataError, UsageError
@@ -21,7 +20,7 @@ from nanonormuon.model import GPT, IGNORE
 from nanonormuon.pretrained import breakdown, models, multiple_choice
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints
-from nanonormuon.storage.files import check_plain, locked, replace_file
+from nanonormuon.storage.files import check_plain, locked, progress, replace_file
 from nanonormuon.storage.shards import Split
 from nanonormuon.text.sources import documents
 from nanonormuon.text.tokenizer import Tokenizer
@@ -112,7 +111,7 @@ def on_split(
         text_bytes = split.count_bytes(tokenizer.token_lengths(), limit)
     expected = validation_targets(split, limit)
     batch = max(1, min(64, 8192 // window, expected // stride))
-    with tqdm(total=expected, unit="token", unit_scale=True, leave=False, disable=None) as bar:
+    with progress("evaluating", expected, "token") as bar:
 
         def forward(tokens: Tensor, targets: Tensor, reduction: str) -> Tensor:
             bar.update(int((targets != IGNORE).sum()))
@@ -135,8 +134,7 @@ def on_split(
 
 
 def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Split:
-    """The documents of a file or directory, one after the other, as a split of one shard. Raises
-    DataError."""
+    """The documents of a file or directory, in order, as a split of one shard. Raises DataError."""
     parts, size = [], 0
     for document in documents([file], text_field=text_field, advise=False):
         parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data, document.name)]))

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from nanonormuon.errors import DataError
 from nanonormuon.model import GPT
-from nanonormuon.storage.files import read_file, read_jsonl
+from nanonormuon.storage.files import progress, read_file, read_jsonl
 from nanonormuon.text.tokenizer import Tokenizer
 
 BATCH = 16  # sequences at a time
@@ -130,7 +129,7 @@ def log_likelihoods(model: GPT, rows: Sequence[tuple[list[int], int]], window: i
     device = model.embed_tokens.weight.device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # little padding per batch
     found = [0.0] * len(rows)
-    for start in tqdm(range(0, len(order), BATCH), unit="batch", leave=False, disable=None):
+    for start in progress("answering", None, "batch", iterable=range(0, len(order), BATCH)):
         part = order[start : start + BATCH]
         cut = [rows[i][0][-(window + 1) :] for i in part]
         # padding follows the tokens, where causal attention does not see it

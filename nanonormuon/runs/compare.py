@@ -59,8 +59,8 @@ def read(path: Path) -> RunRecord:
 
 
 def read_all(paths: Sequence[Path]) -> list[RunRecord]:
-    """Read several runs. Runs with equal names are named by their paths as given. Logs a warning if
-    their validation losses are not of the same tokens in the same windows."""
+    """Read runs; those with equal names go by their paths. Logs a warning if their validation
+    losses are not on the same tokens in the same windows."""
     runs = [read(path) for path in paths]
     count = Counter(run.name for run in runs)
     runs = [replace(r, name=str(r.path)) if count[r.name] > 1 else r for r in runs]
@@ -71,8 +71,8 @@ def read_all(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def validation_sets(runs: Sequence[RunRecord]) -> list[str]:
-    """What each run validates on. Data are told apart by their fingerprint, which a checkpoint has;
-    by their path if one of the runs has none, or mixes other directories into its fingerprint."""
+    """What each run validates on: the data's fingerprint in its checkpoint, or the data's path if a
+    run has no checkpoint or mixes other directories into its fingerprint."""
     tables, names = [run.config.get("data", {}) for run in runs], []
     for run, table in zip(runs, tables):
         saved = [] if table.get("mix") else all_steps(run.path / "checkpoints")[-1:]
@@ -112,7 +112,7 @@ def row_of(run: RunRecord, target: float | None) -> dict[str, Any]:
 
 
 def table(runs: Sequence[RunRecord], target: float | None = None) -> str:
-    """A line per run, which ends in its curve of val_loss, or of loss if evaluations are few."""
+    """A line per run that ends in a curve of val_loss, or of loss if there are few evaluations."""
     lines = [[*row_of(runs[0], target), "curve"]]
     for run in runs:
         cells = [spell(key, value) for key, value in row_of(run, target).items()]
@@ -134,7 +134,7 @@ def spell(key: str, value: Any) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """A curve of at most `width` characters, each the mean of an equal share of the values."""
+    """Draw values in at most `width` characters, each the mean of an equal share of them."""
     if not values:
         return ""
     count = min(width, len(values))

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nanonormuon import optim
 from nanonormuon.errors import CheckpointError, UsageError
 from nanonormuon.normuon import coefficients, neuron_factors, newton_schulz
 from nanonormuon.pretrained import models
 from nanonormuon.runs.pictures import picture
+from nanonormuon.storage.files import progress
 from nanonormuon.storage.run import aligned
 from nanonormuon.storage.tensors import read_tensors
 
@@ -52,8 +52,7 @@ class Profile:
 def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     """Profile each hidden matrix of a run's newest checkpoint: "momentum" (of AdamW, the first
     moment), "muon" and, if the run kept second moments, "normuon"; of a model directory's matrices
-    the "weights". A stack of experts is profiled matrix by matrix, as NAME.0 and so on. Raises
-    CheckpointError."""
+    the "weights". A stack of experts is profiled as NAME.0 and so on. Raises CheckpointError."""
     found = models.find_checkpoint(path)
     state = models.state_of(found)
     model = models.load_model(found, torch.float32, torch.device("cpu"))
@@ -67,7 +66,7 @@ def diagnose(path: Path) -> dict[str, dict[str, Profile]]:
     settings, matrices = state["config"]["optim"], [*zip(group["names"], group["params"])]
     triples = coefficients(settings["ns_coefficients"], settings["ns_steps"])
     profiles = {}
-    for name, p in tqdm(matrices, unit="matrix", leave=False, disable=None):
+    for name, p in progress("diagnosing", None, "matrix", iterable=matrices):
         M = buffers.get(f"{name}.momentum", buffers.get(f"{name}.exp_avg"))
         if M is None:
             raise CheckpointError(f"{found}: no momentum of {name} in optimizer.safetensors")
@@ -107,7 +106,7 @@ def as_numbers(profiles: dict[str, dict[str, Profile]]) -> list[dict[str, Any]]:
 
 
 def table(profiles: dict[str, dict[str, Profile]]) -> str:
-    """A line per matrix: how even its spectrum and its rows are, in each kind of update."""
+    """A line per matrix: stable rank and spread of row norms, for each kind of update."""
     kinds = list(dict.fromkeys(kind for found in profiles.values() for kind in found))
     lines = [["matrix", *(f"stable rank {k}" for k in kinds), *(f"row spread {k}" for k in kinds)]]
     for row in as_numbers(profiles):

@@ -52,7 +52,7 @@ class Stopping:
         say(f"signal {number}: finishing the step, then saving; a second signal ends at once")
 
     def finish_steps(self) -> None:
-        """From now on, defer signals to the end of a step. Raises Interrupted after a signal."""
+        """Defer signals to the end of a step. Raises Interrupted after an earlier signal."""
         self.finishing = True
         if self.number:
             self.interrupt()

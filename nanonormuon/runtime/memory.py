@@ -134,7 +134,7 @@ def estimate(
 def probe(
     model: GPT, optimizers: Sequence[Optimizer], seq_len: int, candidates: Sequence[int]
 ) -> int:
-    """Return the largest of the increasing `candidates` that fits, also in an evaluation.
+    """Return the largest of the rising `candidates` that fits, with an update and an evaluation.
 
     Does not compile, since torch.compile needs no more memory. Raises OutOfMemory if none fits.
     Model and optimizers are unusable afterwards.
@@ -228,8 +228,8 @@ class MicroBatch:
             raise error
         if self.world.first:
             log.warning(
-                f"step {self.watch.step}: out of memory with micro-batches of {self.size}; repeats "
-                f"the step and continues with {fewer}; the batch size is unchanged"
+                f"step {self.watch.step}: out of memory with micro-batches of {self.size}; "
+                f"repeating the step and continuing with {fewer}; the batch size is unchanged"
             )
         self.size = fewer
 

@@ -33,8 +33,7 @@ class QkClip:
         c = model.config
         if c.qk_norm and c.attention == "full":  # latent attention does not normalise q and k
             raise ConfigError(
-                "optim.qk_clip needs model.qk_norm=false: the weights of normalised q and k do not "
-                "change their logits"
+                "optim.qk_clip needs model.qk_norm=false: norms hide the weights of q and k"
             )
         self.layers, self.threshold, self.shared = model.layers, threshold, c.n_head // c.n_kv_head
         self.peaks = torch.full((c.n_layer, c.n_head), -torch.inf, device=device)

@@ -13,6 +13,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from nanonormuon.errors import DataError
 
 
@@ -176,6 +178,12 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     finally:
         if handle is not None:
             os.close(handle)
+
+
+def progress(doing: str, total: float | None, unit: str, **more: Any) -> tqdm:
+    """A bar on standard error, with the time left; nothing where that is no terminal."""
+    scale, off = unit in ("B", "token"), {"disable": None} | more
+    return tqdm(desc=doing, total=total, unit=unit, unit_scale=scale, leave=False, **off)
 
 
 def in_units(size: float) -> str:

@@ -117,10 +117,10 @@ class RunDirectory:
 
     def open(
         self, config_toml: str, environment: dict[str, Any], step: int
-    ) -> tuple[list[dict[str, Any]], list[int]]:
+    ) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
         """Write the configuration and environment, and open the logs to continue after `step`.
 
-        Returns the rows of metrics.jsonl and the steps in samples.jsonl up to `step`, and removes
+        Returns the rows of metrics.jsonl up to `step`, and step and prompt of its samples. Removes
         later ones, which the run will repeat.
         """
         self.write("config.toml", config_toml)
@@ -133,10 +133,10 @@ class RunDirectory:
         log.addHandler(handler)
         log.setLevel(logging.DEBUG)  # for train.log; the console handler has its own level
         rows = self.rewrite("metrics.jsonl", read_metrics, step)
-        sampled = [row["step"] for row in self.rewrite("samples.jsonl", read_samples, step)]
+        samples = self.rewrite("samples.jsonl", read_samples, step)
         file = self.path / "metrics.jsonl"
         self.metrics = self.resources.enter_context(file.open("a", encoding="utf-8"))
-        return rows, sampled
+        return rows, [(row["step"], row.get("prompt", "")) for row in samples]
 
     def rewrite(
         self, name: str, read: Callable[[Path], list[dict[str, Any]]], step: int
@@ -269,12 +269,12 @@ def read_samples(file: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, Any]]:
-    """Read a .jsonl file of steps, merging the lines of each step into one row.
+    """Read a .jsonl file of steps, merging the lines of each step (and prompt) into one row.
 
     Leaves out invalid lines, such as one truncated by a crash, and values for which `fits` is
     false, with one warning that names them. A missing file has no rows.
     """
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
     amiss = []
     for number, row in read_jsonl(file, cut=True) if file.is_file() else ():
         step = row.get("step") if isinstance(row, dict) else None
@@ -283,11 +283,12 @@ def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, An
             continue
         amiss += [f"line {number}: {key[:40]!r}" for key in row if not fits(key, row[key])]
         kept = {key: value for key, value in row.items() if fits(key, value)}
-        rows[step] = rows.get(step, {}) | kept
+        which = step, kept.get("prompt", "")
+        rows[which] = rows.get(which, {}) | kept
     if amiss:
         more = f" and {len(amiss) - 3} more" if len(amiss) > 3 else ""
         log.warning(f"{file}: left out, because damaged: {', '.join(amiss[:3])}{more}")
-    return [rows[step] for step in sorted(rows)]
+    return [rows[which] for which in sorted(rows, key=lambda which: which[0])]
 
 
 def known_runs(path: Path | None = None) -> str:

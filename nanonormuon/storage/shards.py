@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nanonormuon.errors import DataError
-from nanonormuon.storage.files import in_shell, replace_file
+from nanonormuon.storage.files import in_shell, progress, replace_file
 
 MAGIC, HEADER_BYTES = 20240520, 1024
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by shard version
@@ -308,7 +308,7 @@ def open_data(
     )
     shards, files = train.shards + val.shards, train.files + val.files
     if verify == "full" or sum(shard.nbytes for shard in shards) <= FULL_CHECK_LIMIT:
-        for shard, file in zip(shards, files):
+        for shard, file in zip(shards, progress("verifying", None, "file", iterable=files)):
             file.verify()
             if vocab_size is not None and not manifest:
                 check_ids(shard, vocab_size, file.path)

@@ -200,8 +200,7 @@ class Tokenizer:
             return b"".join(self.table[int(i)] for i in ids)
         except KeyError as error:
             raise TokenizerError(
-                f"decode: found id {error}, {self.name} has {len(self.table)} ids below"
-                f" {self.vocab_size}"
+                f"decode: id {error}: {self.name} has {len(self.table)} ids below {self.vocab_size}"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -221,8 +220,7 @@ class Tokenizer:
         return lengths
 
     def token_lengths(self) -> np.ndarray | None:
-        """Return `lengths`; None if tokens have none, which leaves bits per byte of a part of a
-        split unknown."""
+        """Return `lengths`; None if tokens have none, so a part's bits per byte are unknown."""
         return self.lengths
 
     def files(self) -> dict[str, bytes]:

@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nanonormuon.config import Config, mixture
 from nanonormuon.errors import ConfigError, DataError, TokenizerError
 from nanonormuon.runtime import distributed
@@ -16,6 +18,7 @@ from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer
 
 log = logging.getLogger(__name__)
+COMPRESSED = 2_000_000  # tokens at most, for which xz takes some seconds
 
 
 def open_corpus(config: Config, world: World) -> tuple[Data, Tokenizer | None]:
@@ -90,3 +93,19 @@ def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None)
     if tokenizer is None:
         return None
     return data.val.count_bytes(tokenizer.token_lengths(), limit)
+
+
+def compressors(config: Config, data: Data, tokenizer: Tokenizer | None) -> dict[str, float]:
+    """Bits per byte that `gzip -9` and `xz` need for the validation text, or for the beginning of a
+    long one, and its bytes; {} without a tokenizer."""
+    if tokenizer is None:
+        return {}
+    import gzip  # once, after a run
+    import lzma
+
+    first, _ = data.val.cut(min(config.data.val_tokens or COMPRESSED, COMPRESSED))
+    ids = np.concatenate(first.shards)
+    text = tokenizer.decode_bytes(ids[~np.isin(ids, [*tokenizer.special_ids])].tolist())
+    found = {"gzip_bpb": gzip.compress(text, 9), "xz_bpb": lzma.compress(text)}
+    bits = {name: round(8 * len(z) / max(1, len(text)), 4) for name, z in found.items()}
+    return bits | {"compressed_bytes": len(text)}

@@ -14,11 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nanonormuon.errors import DataError
 from nanonormuon.storage import shards
-from nanonormuon.storage.files import naming, read_file, replace_file, settle
+from nanonormuon.storage.files import naming, progress, read_file, replace_file, settle
 from nanonormuon.text.bpe import Piece, Tokenizer
 from nanonormuon.text.sources import Document
 
@@ -71,7 +69,7 @@ def encode(
     }
     writers: dict[str, Writer] = {}
     workers = workers or os.cpu_count() or 1
-    bar = tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=None)
+    bar = progress("encoding", total, "B")
     with ThreadPoolExecutor(workers) as pool, bar:
         for split, name, document in _in_shards(documents, shard_bytes):
             found = splits[split]

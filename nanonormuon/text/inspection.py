@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nanonormuon.errors import DataError
+from nanonormuon.storage.files import progress
 from nanonormuon.storage.shards import CHUNK, Split, open_data, too_few
 from nanonormuon.text.tokenizer import FILE, Tokenizer, get, load
 
@@ -69,7 +69,7 @@ def describe(
     digests, longest = array("Q"), []
 
     def read() -> Iterator[np.ndarray]:
-        with tqdm(desc="inspecting", total=split.tokens, unit_scale=True, disable=None) as bar:
+        with progress("inspecting", split.tokens, "token") as bar:
             for tokens in documents(split, eot):
                 digests.frombytes(hashlib.sha256(tokens.tobytes()).digest()[:8])
                 bar.update(len(tokens) + 1)
@@ -94,8 +94,7 @@ def describe(
 
 
 def documents(split: Split, eot: int) -> Iterator[np.ndarray]:
-    """Yield each document's tokens (n,) without the separator. Tokens before a shard's first
-    separator count as a document."""
+    """Yield each document's tokens (n,) without separator, also those before the first one."""
     for shard in split.shards:
         chunks = ((at, shard[at : at + CHUNK]) for at in range(0, len(shard), CHUNK))
         ends = chain.from_iterable(

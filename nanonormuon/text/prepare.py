@@ -29,12 +29,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nanonormuon import __version__
 from nanonormuon.errors import DataError, TokenizerError
 from nanonormuon.storage import shards
-from nanonormuon.storage.files import locked, replace_file, sync_directory
+from nanonormuon.storage.files import locked, progress, replace_file, sync_directory
 from nanonormuon.storage.shards import MANIFEST, PARTIAL
 from nanonormuon.text import formats
 from nanonormuon.text.bpe import CONFIG, FILE, Tokenizer, pieces
@@ -124,7 +123,7 @@ def prepare_documents(
             if isinstance(error, DataError) and not plan["shards"]:
                 shutil.rmtree(partial, ignore_errors=True)  # finished ones may be wanted yet
             if partial.is_dir():
-                log.warning("prepare: stopped; the same command goes on from %s", partial)
+                log.warning("prepare: stopped; repeat the command to continue from %s", partial)
             raise
         manifest = {
             "format": shards.FORMAT,
@@ -175,7 +174,7 @@ class Survey:
         ]
         longest: dict[int, tuple[int, int, str]] = {}  # of each source: bytes, number, name
         hashes = [sha256() for _ in names]  # over the documents' sha256 (binary, in order)
-        with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+        with progress("reading", None, "B") as bar:
             for document in documents:
                 digest, size = sha256(document.data).digest(), len(document.data)
                 number, index = int.from_bytes(digest[:8], "big"), document.source
@@ -194,8 +193,7 @@ class Survey:
         for source, digests in zip(self.sources, hashes):
             source["sha256"] = digests.hexdigest()
         self.bytes = sum(source["bytes"] for source in self.sources)
-        # the numbers of documents whose tail is validation, and of those on the other side than
-        # their hash says
+        # numbers of documents whose tail is validation, and of those that their hash misplaces
         self.cut: set[int] = set()
         self.moved: set[int] = set()
         if not whole and len(self.numbers) > 1:
@@ -313,8 +311,7 @@ def _sample(texts: Iterable[bytes], total: int) -> Iterator[str | bytes]:
 
 @contextlib.contextmanager
 def alone(directory: Path, wait: bool = False) -> Iterator[None]:
-    """Make a directory and be the only process that prepares in it. Unless `wait`, DataError if
-    another one does."""
+    """Make a directory and prepare in it alone. Without `wait`, DataError if another one does."""
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -328,8 +325,7 @@ def alone(directory: Path, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _spool(out: Path) -> Iterator[IO[bytes]]:
-    """Standard input as a file that can be read again. It has no name, so it is gone when the
-    process ends."""
+    """Standard input as a nameless file that can be read again, and is gone with the process."""
     here = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     with tempfile.TemporaryFile(dir=here) as file:  # beside the output there is room for it
         log.info("prepare: reading standard input; a copy is kept in %s meanwhile", here)

@@ -266,7 +266,7 @@ def test_help_and_a_misspelt_option_do_not_wait_for_torch():
     code = """if True:
         import sys
         from nanonormuon.cli import app as cli
-        for name in [command.__name__ for command in cli.COMMANDS]:
+        for name in [c.__name__ for group in cli.GROUPS.values() for c in group]:
             assert (cli.main([name, "--help"]), cli.main([name, "--no-such-option"])) == (0, 2)
         assert cli.main(["--version"]) == 0
         assert "torch" not in sys.modules"""
@@ -283,7 +283,7 @@ def test_help_names_every_command_and_gives_examples(capsys):
     text = capsys.readouterr().out
     assert not re.search(r"\w\.\.\.$", text, re.M)  # no summary is cut off
     for name in ("run", "prepare", "sample", "evaluate", "export", "compare", "report", "diagnose",
-                 "doctor", "recipes", "show", "inspect", "race", "trials"):  # fmt: skip
+                 "doctor", "recipes", "show", "inspect", "race", "trials", "speedrun"):  # fmt: skip
         assert re.search(rf"^  {name} ", text, re.M)
         assert cli.main([name, "--help"]) == 0
         assert name == "recipes" or f"normuon-train {name}" in capsys.readouterr().out
@@ -333,7 +333,7 @@ def test_from_text_to_samples_as_a_user_does_it(text, tmp_path, capsys, monkeypa
     assert "checkpoint: runs/a/checkpoints/step-000006" in out
     assert "next: normuon-train sample runs/a" in out
     assert len(re.findall(r"^step \d/6  loss ", err, re.M)) == 3 and "\r" not in err
-    assert "sample before training" in err and "sample after training" in err
+    assert "sample before training:\n  | " in out and "sample after step 6:\n  | " in out
     code, out, err = command("run", "--resume", "train.steps=8", "--out", "runs/a", cwd=tmp_path)
     assert code == 0 and "resumed from runs/a/checkpoints/step-000006" in err, err
     assert json.loads((tmp_path / "runs/a/summary.json").read_text())["steps"] == 8
@@ -351,9 +351,10 @@ def test_quiet_leaves_results_and_warnings(tiny, tmp_path, capsys):
     found = capsys.readouterr()
     assert found.out.startswith("done: step 1") and found.err == ""
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    for theirs, code in ((True, True), (False, False)):
-        out = describe({**summary, "own_source": not theirs}, Path("a b"), code)
-        assert ("trust_remote_code" in out) is not theirs and ("--prompt 'def '" in out) is code
+    for theirs, prompts in ((True, "def f(|x"), (False, "")):
+        out = describe({**summary, "own_source": not theirs}, Path("a b"), prompts)
+        assert ("trust_remote_code" in out) is not theirs
+        assert ("--prompt 'def f('" in out) is bool(prompts)
         assert "normuon-train sample 'a b'" in out
     rows = [("step-000000", 0, "before training"), ("step-000001", 1, ""), ("step-000003", 2, "")]
     for kept, step, words in rows:  # the best loss is the kept checkpoint's, or an earlier step's
@@ -363,10 +364,10 @@ def test_quiet_leaves_results_and_warnings(tiny, tmp_path, capsys):
             "best_checkpoint": f"checkpoints/{kept}",
         }
         out = describe(
-            {**summary, **values, "checkpoint": "checkpoints/step-000009"}, Path("r"), True
+            {**summary, **values, "checkpoint": "checkpoints/step-000009"}, Path("r"), ""
         )
         assert words in out and (": val_loss 1.2500" in out) is kept.endswith(f"{step}")
-    assert "sample ./-dash" in describe(summary, Path("-dash"), False)
+    assert "sample ./-dash" in describe(summary, Path("-dash"), "")
     assert "val_loss" in (tmp_path / "run" / "train.log").read_text()  # there it is all the same
     assert cli.main(["--quiet", "sample", str(tmp_path / "no")]) == 4
     assert capsys.readouterr().err.startswith("error: ")

@@ -33,7 +33,7 @@ def test_prompts_from_everywhere(trained, tmp_path, monkeypatch, capsys):
     assert cli.main(["sample", str(trained), "--file", str(tmp_path / "bytes.txt")]) == 2
     assert "not UTF-8" in capsys.readouterr().err
     assert cli.main(["sample", str(trained), "--prompt", "a", "--interactive"]) == 2
-    assert "expected one of them" in capsys.readouterr().err
+    assert "expected at most one of these" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_repeated_gets_other_text(trained, monkeypatch, capsys):

@@ -118,7 +118,7 @@ def test_every_optimizer_has_a_grid_about_its_own_rate():
     [
         ("normoun", [], 'did you mean "normuon"'),
         ("normuon+beta3=1", [], 'did you mean "beta2"|did you mean "optim.beta2"'),
-        ("normuon,normuon", [], "different"),
+        ("normuon,normuon", [], "distinct"),
         ("normuon", ["0.1,fast"], "numbers above 0"),
         ("normuon", ["0,0.1"], "numbers above 0"),
         ("normuon,adamw", ["adam=0.1"], 'did you mean "adamw"'),
@@ -392,8 +392,28 @@ def test_a_race_from_its_first_run_to_its_table(smaller, tmp_path, here):
     assert (
         re.search(r"^\| adamw \| \d\.\d{4} ± 0\.\d{4} \|", table, re.M) and "97 to 100 %" in table
     )
-    with pytest.raises(RunError, match="another comparison"):
+    with pytest.raises(RunError, match="other runs"):
         race.Race([*smaller, "optim.decay=1"], field, 2, tmp_path / "r").run(Runner())
+
+
+def test_a_race_goes_on_only_with_the_settings_that_it_began_with(tmp_path, monkeypatch):
+    """Another version of the package may have changed the recipe that the arguments name."""
+    plan = tmp_path / "r" / "race.json"
+    processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+    processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+    content = json.loads(plan.read_text())
+    assert content["settings"]["train.batch_tokens"] == 4096
+    content["settings"]["train.batch_tokens"] = 8192
+    plan.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"train\.batch_tokens = 8192.* 4096"):
+        processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+    del content["settings"]  # a plan of an older version
+    plan.write_text(json.dumps(content))
+    processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+    for broken in ("[]", "{", "null"):
+        plan.write_text(broken)
+        with pytest.raises(RunError, match=r"race\.json"):
+            processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
 
 
 def script(name):
@@ -405,7 +425,7 @@ def script(name):
 
 @pytest.mark.slow
 def test_kept_results_become_tables_and_are_verified(smaller, tmp_path, here, monkeypatch, capsys):
-    """The way from a race to RESULTS.md and README.md, and back to a run that is compared."""
+    """The way from a race to docs/results.md, and back to a run that is compared."""
     arguments = smaller
     field = race.entries(arguments, "normuon,adamw", ["1x", "adamw=0.003"])
     race.Race(arguments, field, 2, tmp_path / "race-shakespeare").run(Runner())
@@ -415,26 +435,25 @@ def test_kept_results_become_tables_and_are_verified(smaller, tmp_path, here, mo
             arguments, race.entries(arguments, "normuon"), 0, tmp_path / f"width-{width}"
         ).run(fast)
     evidence, verify = script("evidence"), script("verify_results")
-    for name in ("KEPT", "RESULTS", "README"):
-        monkeypatch.setattr(evidence, name, tmp_path / "dev" / name)
+    for name in ("KEPT", "RESULTS"):
+        monkeypatch.setattr(evidence, name, tmp_path / "docs" / name)
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
-    (tmp_path / "dev").mkdir()
-    for name in ("RESULTS", "README"):
-        (tmp_path / "dev" / name).write_text("before\n<!-- races -->\nold\n<!-- /races -->\nafter")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/RESULTS").write_text("before\n<!-- races -->\nold\n<!-- /races -->\nafter")
     evidence.main([str(tmp_path / n) for n in ("race-shakespeare", "width-32", "width-64")])
-    written = (tmp_path / "dev/RESULTS").read_text()
+    written = (tmp_path / "docs/RESULTS").read_text()
     assert written.startswith("before") and written.endswith("after") and "old" not in written
     assert "| normuon | 64 |" in written and "**0.0000**" in written
-    assert "| adamw (baseline) |" in (tmp_path / "dev/README").read_text()
-    kept = (tmp_path / "dev/KEPT/race-shakespeare.json").read_text()
+    assert "| adamw (baseline) |" in written
+    kept = (tmp_path / "docs/KEPT/race-shakespeare.json").read_text()
     assert str(tmp_path) not in json.loads(kept)["arguments"] and "data.path" not in kept
     data = next(a for a in arguments if a.startswith("data.path"))
-    monkeypatch.setattr(verify, "KEPT", tmp_path / "dev/KEPT")
+    monkeypatch.setattr(verify, "KEPT", tmp_path / "docs/KEPT")
     monkeypatch.setattr(sys, "argv", ["verify", "race-shakespeare", "--set", data])
     assert verify.main() == 0 and "agrees" in capsys.readouterr().out
     spoilt = json.loads(kept)
     spoilt["optimizers"][0]["val_loss"][0] += 1
-    (tmp_path / "dev/KEPT/race-shakespeare.json").write_text(json.dumps(spoilt))
+    (tmp_path / "docs/KEPT/race-shakespeare.json").write_text(json.dumps(spoilt))
     assert verify.main() == 1 and "DIFFERS" in capsys.readouterr().out
 
 
@@ -699,8 +718,8 @@ def test_a_trials_log_has_the_optimizers_file(mine, smaller, here):
 
 @pytest.mark.slow
 def test_your_own_optimizer_as_written(smaller, here, tmp_path, monkeypatch, capsys):
-    """Every command of dev/YOUR_OPTIMIZER.md, in its order, with its file; the runs are small."""
-    text = (ROOT / "dev" / "YOUR_OPTIMIZER.md").read_text()
+    """Every command of docs/your-optimizer.md, in its order, with its file; the runs are small."""
+    text = (ROOT / "docs" / "your-optimizer.md").read_text()
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
     (source,) = (block for kind, block in blocks if kind == "python")
     copy, *commands = [line for kind, block in blocks if not kind for line in block.splitlines()]

@@ -93,6 +93,7 @@ DOTS1 = {**EXPERTS, "n_dense": 1, "n_expert_group": 4, "n_group_used": 2, "route
         (DEEPSEEK, "DeepseekV3"),
         ({"value_embed": True}, "Nanonormuon"),
         ({"value_embed": True, "tied": True, "n_kv_head": 2}, "Nanonormuon"),
+        ({"bigram_embed": 300}, "Nanonormuon"),
         ({**LATENT, "logit_cap": 15.0}, "Nanonormuon"),
         (TRACK3, "Nanonormuon"),
     ],
@@ -120,7 +121,8 @@ def test_transformers_gives_the_same_logits_and_tokens(settings, kind, tmp_path,
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_trained_checkpoint_loads_with_its_tokenizer(own, tiny, tmp_path):
-    train(load([*tiny, "train.steps=3", f"model.value_embed={own}"])[0], tmp_path / "run")
+    tables = [f"model.value_embed={own}", f"model.bigram_embed={96 * own}"]
+    train(load([*tiny, "train.steps=3", *tables])[0], tmp_path / "run")
     model, ours, path = models.load_run(tmp_path / "run", torch.float32, torch.device("cpu"))
     assert (path / hf.MODELING).exists() == own
     other = transformers.AutoModelForCausalLM.from_pretrained(
@@ -454,7 +456,7 @@ def test_a_process_with_transformers_alone_generates_our_tokens(changed, trained
         source = (package / "model.py").read_text()
         assert source.count("F.silu(") == 1
         (package / "model.py").write_text(source.replace("F.silu(", "F.gelu("))
-    runs = {"plain": {}, "value": {"value_embed": True}, "track3": TRACK3}
+    runs = {"plain": {}, "value": {"value_embed": True, "bigram_embed": 300}, "track3": TRACK3}
     for name, settings in runs.items():
         with_noise(trained, tmp_path / name, vocab_size=300, **settings)
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}

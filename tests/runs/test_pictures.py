@@ -292,19 +292,6 @@ class Elements(html.parser.HTMLParser):
             self.text.setdefault(self.open[-1], []).append(data)
 
 
-def test_a_single_value_makes_no_curve(trained, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
-    rows = read_metrics(run / "metrics.jsonl")
-    for row in rows[:-1]:
-        row.pop("val_loss", None), row.pop("val_bpb", None)
-    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report.write(run, tmp_path / "r.html")
-    page = Elements((tmp_path / "r.html").read_text())
-    charts = [a["data-keys"] for tag, a in page.found if tag == "svg"]
-    assert charts[:2] == ["loss", "lr"] and "Bits per byte" not in page.text["h2"]
-
-
 def test_the_page_holds_everything_and_refers_to_nothing(page):
     run, out = page
     text = out.read_text(encoding="utf-8")
@@ -313,22 +300,8 @@ def test_the_page_holds_everything_and_refers_to_nothing(page):
     assert not any({"src", "href"} & attributes.keys() for _, attributes in elements.found)
     rows = read_metrics(run / "metrics.jsonl")
     data = next(t for t in elements.text["script"] if t.lstrip().startswith("["))
-    assert json.loads(data) == rows
-    charts = {a["data-keys"]: a for tag, a in elements.found if tag == "svg"}
-    assert list(charts) == [
-        "loss val_loss", "val_bpb", "lr", "grad_norm",
-        "neuron_rms_min neuron_rms_mean neuron_rms_max", "update_ratio", "tokens_per_second",
-    ]  # fmt: skip
-    assert {" ".join(a["data-range"].split()[:2]) for a in charts.values()} == {"5 60"}
-    names = " ".join(elements.text["span"])
-    assert names == "loss val_loss neuron_rms_min neuron_rms_mean neuron_rms_max"
-    curves = [a["points"].split() for tag, a in elements.found if tag == "polyline"]
-    assert [len(c) for c in curves] == [12, 3, 3, 12, 12, 12, 12, 12, 12, 12]
-    heights = [float(p.split(",")[1]) for p in curves[0]]  # y grows downwards: a falling loss
-    losses = [r["loss"] for r in rows]
-    order = sorted(range(12), key=lambda i: losses[i])
-    assert sorted(range(12), key=lambda i: -heights[i]) == order
-    assert "</script><b>&amp;" in "".join(elements.text["pre"])
+    assert json.loads(data) == [{"name": "run", "rows": rows}]
+    assert "</script><b>" in elements.text["b"] and "&amp;\u2028" in elements.text["pre"]
     assert {"step 0", "step 60", "step 61"} <= {*elements.text["p"]}
     assert "a\u2028b\u0085c" in "".join(elements.text["pre"])
     assert any("steps = 60" in t for t in elements.text["pre"])
@@ -346,35 +319,91 @@ def test_a_page_replaces_its_own_run_s_page_only(page, trained, tmp_path, capsys
     assert cli.main(["report", str(run), "-o", str(out)]) == 2 and out.read_text() == "my own"
 
 
-@pytest.mark.parametrize("scale", [1, 20_000])
-def test_no_label_of_a_chart_lies_on_another_or_outside(scale, tmp_path):
-    rows = [{"step": i * scale, "loss": i / scale, "val_loss": i / scale} for i in range(1, 61)]
-    run = compare.RunRecord(tmp_path, "a", {}, rows)
-    text = "".join(report.chart(run, "Loss", ("loss", "val_loss")))
-    boxes = []
-    for x, y, anchor, label in re.findall(
-        r'<text x="(.*?)" y="(.*?)" text-anchor="(.*?)">(.*?)<', text
-    ):
-        width = 6.5 * len(label)  # 11 pixels high
-        left = float(x) - width / (2 if anchor == "middle" else 1)
-        boxes.append((left, float(y) - 9, left + width, float(y) + 2))
-        assert left >= 0 and left + width <= report.WIDTH and float(y) + 2 <= report.HEIGHT
-    for i, a in enumerate(boxes):
-        assert not [
-            b for b in boxes[:i] if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-        ]
-    assert len(boxes) > 5 and len({*re.findall(r'stroke-dasharray="(.*?)"', text)}) == 2
-
-
-def test_ticks_are_round_and_inside():
-    assert report.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert report.ticks(2.3, 2.9) == pytest.approx([2.4, 2.6, 2.8])
-    assert report.ticks(3, 3) == [3]
+def test_a_page_of_several_runs_names_what_differs(page, tmp_path, capsys):
+    run, _ = page
+    other, out = tmp_path / "other", tmp_path / "two.html"
+    shutil.copytree(run, other)
+    config = (other / "config.toml").read_text()
+    (other / "config.toml").write_text(config.replace("steps = 60", "steps = 61"))
+    assert cli.main(["report", str(run), str(other), "--out", str(out)]) == 0
+    elements = Elements(out.read_text())
+    assert elements.text["summary"] == ["run", "other"] and "train.steps" in elements.text["th"]
+    data = next(t for t in elements.text["script"] if t.lstrip().startswith("["))
+    assert [found["name"] for found in json.loads(data)] == ["run", "other"]
+    assert cli.main(["report", str(run), "--out", str(out)]) == 2  # the page is not that run's
     with pytest.raises(RunError):
-        report.write(report.Path("/nonexistent"), report.Path("x.html"))
+        report.write([report.Path("/nonexistent")], report.Path("x.html"))
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+def browse(folder, address, wish):
+    """What a browser prints of a page, for one wish more than a window of 800 x 2000."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+             "--no-first-run", f"--user-data-dir={folder / 'profile'}",
+             "--window-size=800,2000"]  # fmt: skip
+    done = subprocess.run(
+        [BROWSER, *flags, wish, address], capture_output=True, timeout=900, text=True
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium to open the page")
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_browser_draws_what_was_logged(count, page, tmp_path):
+    run, out = page
+    rows = read_metrics(run / "metrics.jsonl")
+    if count == 2:
+        shutil.copytree(run, tmp_path / "b<i>")
+        out = tmp_path / "two.html"
+        report.write([run, tmp_path / "b<i>"], out)
+    dom = browse(tmp_path, f"file://{out}", "--dump-dom")
+    elements = Elements(dom)
+    charts = [a["data-keys"] for tag, a in elements.found if tag == "svg"]
+    assert charts == [
+        "loss val_loss", "val_bpb", "lr", "grad_norm",
+        "neuron_rms_min neuron_rms_mean neuron_rms_max", "update_ratio", "tokens_per_second",
+    ]  # fmt: skip
+    curves = [a["points"].split() for tag, a in elements.found if tag == "polyline"]
+    assert sorted(map(len, curves)) == [3] * 2 * count + [12] * 8 * count
+    heights = [float(p.split(",")[1]) for p in curves[0]]  # y grows downwards: a falling loss
+    order = sorted(range(12), key=lambda i: rows[i]["loss"])
+    assert sorted(range(12), key=lambda i: -heights[i]) == order
+    names = elements.text["span"]
+    assert ("b<i> val_loss (dashed)" if count == 2 else "val_loss") in names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium to open the page")
+@pytest.mark.parametrize("scale", [1, 20_000])
+def test_no_label_of_a_chart_lies_on_another_or_outside(scale, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
+    rows = [{"step": i * scale, "loss": i / scale, "lr": 0.5} for i in range(1, 61)]
+    rows[-1]["val_loss"] = 1.0  # a single value makes no curve
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report.write([run], tmp_path / "r.html")
+    dom = browse(tmp_path, f"file://{tmp_path / 'r.html'}", "--dump-dom")
+    loss, lr = re.findall(
+        r'<svg viewBox="0 0 760 274"\s+data-keys="(?:loss|lr)">(.*?)</svg>', dom, re.S
+    )
+    for chart in (loss, lr):
+        boxes = []
+        for x, y, anchor, label in re.findall(
+            r'<text x="(.*?)" y="(.*?)" text-anchor="(.*?)">(.*?)<', chart
+        ):
+            width = 6.5 * len(label)  # 11 pixels high
+            left = float(x) - width / (2 if anchor == "middle" else 1)
+            boxes.append((left, float(y) - 9, left + width, float(y) + 2))
+            assert left >= 0 and left + width <= 760 and float(y) + 2 <= 274
+        for i, a in enumerate(boxes):
+            assert not [
+                b for b in boxes[:i] if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+            ]
+        assert len(boxes) > 5
 
 
 @pytest.mark.slow
@@ -386,17 +415,10 @@ def test_a_browser_shows_the_curve_and_what_the_pointer_is_at(page, tmp_path):
     svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width * 0.98}));
     </script></body>"""
     (tmp_path / "hover.html").write_text(out.read_text().replace("</body>", hover))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=800,2000"]  # fmt: skip
     shot = tmp_path / "page.png"
     address = f"file://{tmp_path / 'hover.html'}"
-    done = subprocess.run(
-        [BROWSER, *flags, f"--screenshot={shot}", address], capture_output=True, timeout=900
-    )
-    assert shot.is_file(), done.stderr[-500:]
-    dom = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", address], capture_output=True, timeout=900, text=True
-    ).stdout
+    browse(tmp_path, address, f"--screenshot={shot}")
+    dom = browse(tmp_path, address, "--dump-dom")
     last = read_metrics(run / "metrics.jsonl")[-1]
     readout = re.search(r'<div class="readout">(step.*?)</div>', dom)[1]
     assert readout.startswith("step 60 ") and f"loss {last['loss']:.5g}"[:9] in readout

@@ -10,10 +10,12 @@ Against NorMuon: linear in the number of weights, and no second moment: NorMuon 
 of an orthogonal matrix over time, REG those of the momentum at once. The paper claims that models
 trained with AdamW remain tunable, as they do not with Muon. AdamW's rates carry over (about 0.003).
 
-What could be read of the paper: the operator scales rows and columns, p = 2 works best, and the
-update's root mean square is fixed. Not found: whether rows come first (here they do), whether one
-pass is all (here it is), the constant of the root mean square (here Moonlight's 0.2), and whether
-there is a Nesterov step (a setting).
+Checked against what can be read of the paper (abstract, introduction, summaries; not its
+algorithm): the operator scales rows and columns in place of Muon's matrix sign, p = 2 works best,
+the update's root mean square is fixed, weight decay is decoupled, the state is the momentum alone,
+and embeddings have AdamW. Its experiments are fine-tuning and vision, without pretraining of
+language models. Not found, so a guess: rows before columns, one pass, the constant of the root mean
+square (Moonlight's 0.2), and Nesterov's look ahead (here optim.nesterov).
 """
 
 import math
