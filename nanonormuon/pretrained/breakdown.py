@@ -1,9 +1,8 @@
-"""What a loss hides: how it falls on frequent and rare tokens, whether activations have outliers,
-and what weights of four bits cost.
+"""Breaks down a model's loss: by token frequency, outliers of activations, cost of 4-bit weights.
 
 Muon is reported to learn rare tokens better than Adam ("Muon outperforms Adam in tail-end
-associative memory learning") and to leave activations without outliers, so that rounding to four
-bits costs little ("Outlier-Safe Pre-Training"). Both can be seen here.
+associative memory learning") and to avoid activation outliers, so that rounding to four bits costs
+little ("Outlier-Safe Pre-Training").
 """
 
 import contextlib
@@ -20,20 +19,20 @@ from nanonormuon.model import GPT, IGNORE
 from nanonormuon.optim import HIDDEN, param_groups
 from nanonormuon.storage.shards import CHUNK, Split
 
-SHARES = (50, 75, 90, 97, 100)  # % of the training text; each ends a group of tokens
-LEVELS = 7  # a weight of four bits is one of -7 .. 7 times its row's step
+SHARES = (50, 75, 90, 97, 100)  # upper ends of the groups of ids, in % of the training text
+LEVELS = 7  # a 4-bit weight is -7 to 7 times its row's step
 
 
 def groups(train: Split, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each id occurs in the training text, and its group: 0 holds the most frequent ids,
-    which make up the first of SHARES; ids that never occur are in the last."""
+    """Count each id in the training text, and assign it to a group: 0 has the most frequent ids,
+    which make up the first of SHARES; the last has those that never occur."""
     counts = np.zeros(vocab_size, np.int64)
     for shard in train.shards:
         for start in range(0, len(shard), CHUNK):
             counts += np.bincount(shard[start : start + CHUNK], minlength=vocab_size)
     train.settle()
     order = np.argsort(-counts, kind="stable")
-    before = np.empty(vocab_size)  # % of the text that more frequent ids make up
+    before = np.empty(vocab_size)  # % of the text made up of more frequent ids
     before[order] = 100 * (np.cumsum(counts[order]) - counts[order]) / max(1, counts.sum())
     group = np.searchsorted(SHARES, before, side="right").clip(max=len(SHARES) - 1)
     return counts, np.where(counts > 0, group, len(SHARES) - 1)
@@ -43,7 +42,7 @@ def groups(train: Split, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 def target_losses(
     model: GPT, split: Split, window: int, stride: int, limit: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Targets (N,) and their losses in nats (N,), float64, per batch of data.validation_batches."""
+    """Yield targets (N,) and float64 losses in nats (N,) per batch of data.validation_batches."""
     device = model.embed_tokens.weight.device
     for tokens, targets in validation_batches(
         split, window, max(1, 2048 // window), max_tokens=limit, stride=stride
@@ -57,15 +56,14 @@ def target_losses(
 
 
 def hidden(model: GPT) -> list[nn.Parameter]:
-    """The blocks' matrices, and stacks of them."""
+    """List the blocks' matrices and stacks of matrices."""
     return [p for group in param_groups(model) if group["role"] in HIDDEN for p in group["params"]]
 
 
 @contextlib.contextmanager
 def watched(model: GPT) -> Iterator[dict[str, list[float]]]:
-    """Collect, by name, the excess kurtosis of the inputs to each of the blocks' matrices, or stack
-    of them: over a token's channels (0 for a normal distribution), the mean over a batch's tokens.
-    """
+    """Collect the excess kurtosis of the inputs to each of the blocks' matrices or stacks, by name:
+    over a token's channels (0 for a normal distribution), averaged over a batch's tokens."""
     found: dict[str, list[float]] = {}
     handles = []
     matrices = {id(p) for p in hidden(model)}
@@ -88,8 +86,8 @@ def watched(model: GPT) -> Iterator[dict[str, list[float]]]:
 
 @contextlib.contextmanager
 def in_four_bits(model: GPT) -> Iterator[None]:
-    """Round the blocks' matrices to four bits for a while: to the nearest of 15 levels, whose step
-    is the largest weight of a row over 7. Embeddings, head, routers and gains stay as they are."""
+    """Temporarily round the blocks' matrices to 15 levels, whose step is a row's largest weight
+    over 7. Embeddings, head, routers and gains are not rounded."""
     kept = {p: p.detach().clone() for p in hidden(model)}
     with torch.no_grad():
         for p in kept:
@@ -105,8 +103,8 @@ def in_four_bits(model: GPT) -> Iterator[None]:
 def measure(
     model: GPT, split: Split, train: Split, window: int, stride: int, limit: int
 ) -> dict[str, Any]:
-    """The breakdown of a model's loss on the first `limit` targets of a split (0: all). train: the
-    text whose tokens are counted. Losses are in nats; raises DataError."""
+    """Break down a model's loss, in nats, on the first `limit` targets of a split (0: all). train:
+    the text whose tokens are counted. Raises DataError."""
     counts, group = groups(train, model.config.vocab_size)
     number, nats = np.zeros(len(SHARES), np.int64), np.zeros(len(SHARES))
     with watched(model) as kurtosis:
@@ -134,7 +132,7 @@ def measure(
 
 
 def describe(found: dict[str, Any]) -> list[str]:
-    """A breakdown as lines."""
+    """Format a breakdown as lines."""
     lines, before = ["  tokens by their share of the training text     ids   targets    loss"], 0
     for row in found["by_frequency"]:
         name = f"{before} to {row['up_to_percent']} %"

@@ -1,5 +1,4 @@
-"""Export a run's model as a Hugging Face directory, published only if transformers computes equal
-logits from it."""
+"""Exports a run's model as a Hugging Face directory, if transformers computes equal logits."""
 
 import json
 import logging
@@ -35,16 +34,16 @@ TOLERANCE = 1e-4  # between two float32 implementations, per unit of the largest
 def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) -> dict[str, Any]:
     """Write the model of a run or checkpoint to the new directory `to`; returns what was verified.
 
-    `to` appears complete and verified, or not at all. Rows that pad the vocabulary are cut off. A
-    model that no architecture of transformers computes goes with its source. data: prepared
-    directory with the validation text to compare on (None: the run's own). Raises UsageError for a
-    model that transformers computes differently, CheckpointError, DataError, OSError.
+    `to` appears complete and verified or not at all. Padding rows of the vocabulary are cut off. A
+    model without an architecture in transformers includes its source. data: prepared directory for
+    the comparison (None: the run's). Raises UsageError if transformers computes other logits,
+    CheckpointError, DataError, OSError.
     """
     target = to.resolve()
     if target == Path.cwd():
-        raise UsageError(f"{to}: the current directory: name a new one, as --out models/mine")
+        raise UsageError(f"{to} is the current directory: choose another, as --out models/mine")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{to}: exists already: choose another --out, or remove it")
+        raise UsageError(f"{to} already exists: choose another --out, or remove it")
     model, tokenizer, found = models.load_run(path, torch.float32, torch.device("cpu"))
     check_source(found, model.config)
     transformers = need("transformers", "export")
@@ -66,7 +65,7 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     described = (config, context, eot, str(stored).removeprefix("torch."))
 
     def attempt(partial: Path, own: str) -> dict[str, Any]:
-        """Describe the model as transformers' or, because of `own`, its own, and verify that."""
+        """Write config.json, and the model's source if `own`, and verify the directory."""
         build = hf.own_config if own else hf.plain_config
         write_durably(partial / "config.json", as_json(build(*described)))
         if own:
@@ -82,7 +81,7 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
         except UsageError as error:
             if own or config.mlp == "experts":
                 raise
-            report = attempt(partial, str(error))  # what a small model did not show
+            report = attempt(partial, str(error))  # a small model did not show the difference
         report |= {"to": str(to), "checkpoint": str(found), "dtype": dtype}
         report["rows_cut"] = model.config.vocab_size - rows
         card = model_card(config, report, tokenizer, state, models.run_of(path))
@@ -91,17 +90,17 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
 
 
 def check_source(found: Path, config: GPTConfig) -> None:
-    """Raise UsageError for a model that neither transformers nor its own source can load there.
-    Warn if that source is not what trained the checkpoint `found`."""
+    """Raise UsageError for a model that neither transformers nor its source could load. Warn if the
+    source differs from the one in the checkpoint `found`."""
     if (odd := hf.obstacles(config)) and not hf.carried(config):
         raise UsageError(
-            f"{found}: no transformers architecture can express these experts ({', '.join(odd)}), "
-            "whose source is not exported: only normuon-train loads this model"
+            f"{found}: no transformers architecture supports these experts ({', '.join(odd)}), and "
+            "their source cannot be exported: only normuon-train loads this model"
         )
     if (source := found / hf.MODELING).is_file() and read_file(source) != hf.modeling():
         log.warning(
-            f"warning: {source} differs from this package's model.py and its parts, which are "
-            "exported; if they compute something else, use the version that trained the model"
+            f"warning: {source} differs from this package's model.py and parts, which are exported:"
+            " if they compute other results, use the version that trained the model"
         )
 
 
@@ -110,7 +109,7 @@ def as_json(content: dict[str, Any]) -> bytes:
 
 
 def some_tokens(data: Data, context: int) -> Tensor:
-    """The first whole windows of the validation split: (4, 256) tokens at most."""
+    """Return the first full windows of the validation split, at most (4, 256) tokens."""
     T = min(context, 256, max(data.val.tokens - 1, 1))
     tokens, targets = next(validation_batches(data.val, T, 4))
     full = (targets >= 0).all(1)
@@ -121,9 +120,9 @@ def some_tokens(data: Data, context: int) -> Tensor:
 def verify(
     folder: Path, transformers: Any, model: GPT, tokenizer: Tokenizer, tokens: Tensor, own: str
 ) -> dict[str, Any]:
-    """Load `folder` with transformers and with nanonormuon, and compare their logits (in float32)
-    and token ids on validation text. own: why it holds its own source, which was written just now
-    and is run here; else "". Raises UsageError if they differ."""
+    """Load `folder` with transformers and with nanonormuon, and compare float32 logits and token
+    ids on validation text. own: why it contains the model's source, which is run; "" if it does
+    not. Raises UsageError if they differ."""
     transformers.utils.logging.disable_progress_bar()
     loaded, other = (
         auto.from_pretrained(folder, trust_remote_code=bool(own))
@@ -136,11 +135,11 @@ def verify(
     allowed = TOLERANCE * max(1.0, largest)
     if not difference <= allowed:  # also if it is NaN
         raise UsageError(
-            f"transformers computes other logits, {difference:.3g} apart: expected {allowed:.3g}"
+            f"transformers' logits differ by up to {difference:.3g}, expected at most {allowed:.3g}"
         )
     text = tokenizer.decode([t for t in tokens.flatten().tolist() if t != tokenizer.eot])
     if other(text)["input_ids"] != tokenizer.encode(text):
-        raise UsageError("transformers' tokenizer gives other ids")
+        raise UsageError("transformers' tokenizer gives different ids")
     return {
         "architecture": type(loaded).__name__,
         "own_source": own,
@@ -159,7 +158,7 @@ def model_card(
     state: dict[str, Any] | None,
     run: Path | None,
 ) -> str:
-    """The README.md of a model directory: what the model is, its results, how it was trained."""
+    """Write a model directory's README.md: description, results and recipe."""
     name, millions = run.resolve().name if run else "model", report["parameters"] / 1e6
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     card = template.format(
@@ -181,7 +180,7 @@ def model_card(
 
 
 def validations(rows: Sequence[dict[str, Any]], step: int) -> str:
-    """A table of some 12 validations up to `step`, the last one among them."""
+    """Tabulate some 12 validations up to `step`, including the last."""
     curve = [row for row in rows if "val_loss" in row and row["step"] <= step]
     every = max(1, -(-len(curve) // 12))
     forms = {"step": "", "tokens": ",", "val_loss": ".4f", "val_bpb": ".4f"}
@@ -193,7 +192,7 @@ def validations(rows: Sequence[dict[str, Any]], step: int) -> str:
 
 
 def evaluations(results: Sequence[dict[str, Any]], step: int) -> str:
-    """A table of the evaluations at `step`: for each set and window, the one on most of the set."""
+    """Tabulate the evaluations at `step`: for each set and window, the largest one."""
     fullest: dict[tuple, list[str]] = {}
 
     def count(result: dict[str, Any]) -> int:
@@ -210,8 +209,7 @@ def evaluations(results: Sequence[dict[str, Any]], step: int) -> str:
 
 
 def published(config: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """A run's configuration with its own tokenizer's name, which prepared data decide, and without
-    the folders that files lay in on the machine."""
+    """Return a run's configuration with the actual tokenizer's name and without local folders."""
     data, train = config["data"], config["train"]
     mine = {"path": Path(data["path"]).name, "tokenizer": tokenizer.name}
     mine["mix"] = re.sub(r"[^,=]*/", "", data.get("mix", ""))
@@ -220,7 +218,7 @@ def published(config: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> dict[s
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table under a heading; nothing if it has no rows."""
+    """Format a Markdown table under a heading; "" if there are no rows."""
     if not rows:
         return ""
     lines = [header, ["---"] * len(header), *rows]

@@ -1,4 +1,4 @@
-"""A trained model's loss on any text and its accuracy on multiple-choice questions."""
+"""Evaluates a trained model: loss on any text, accuracy on multiple-choice questions."""
 
 import json
 import logging
@@ -42,19 +42,17 @@ def evaluate(
     text_field: str = "text",
     detail: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure a model on each set: the validation splits of prepared directories; the documents of
-    files and directories, as sources.documents reads them; files of multiple-choice questions.
-    Without any set, on the validation split of the run's own data (even if the run validated on a
-    part of its training text: data.tuning).
+    """Measure a model on each set: validation splits of prepared directories (`data`); documents
+    of files and directories (`texts`, see sources.documents); files of multiple-choice questions.
+    Without any set, on the validation split of the run's data (also after data.tuning).
 
-    window: the most tokens that the model sees (0: as in training). stride: tokens that each window
-    predicts (0: window); see evaluate.validation_loss. max_tokens: targets per set (0: all).
-    detail: add the breakdown of each loss, for which the run's training text must be there.
-    Returns one result per set and keeps them in the run's evaluations.json; if that fails, logs a
-    warning. Raises DataError, CheckpointError, UsageError.
+    window: context length (0: as in training). stride: tokens that each window predicts (0:
+    window); see evaluate.validation_loss. max_tokens: targets per set (0: all). detail: add the
+    breakdown of each loss, which needs the run's training text. Returns one result per set, and
+    adds them to the run's evaluations.json. Raises DataError, CheckpointError, UsageError.
     """
     if run := models.run_of(path):
-        kept(run / RESULTS)  # refuse a damaged file before computing anything
+        kept(run / RESULTS)  # fail early if the file is damaged
     world = distributed.start(device)
     model, tokenizer, found = models.load_run(path, torch.float32, world.device)
     state = models.state_of(found)
@@ -102,10 +100,10 @@ def on_split(
     split: Split,
     train: Split | None = None,
 ) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte on the first `limit` targets of a split (0: all), and with
-    the training split the breakdown of the loss."""
+    """Compute loss, perplexity and bits per byte on the first `limit` targets of a split (0: all),
+    and, given the training split, the breakdown of the loss."""
     ids = model.config.vocab_size
-    split.vocab_size = min(ids, split.vocab_size or ids)  # each batch is checked for larger ids
+    split.vocab_size = min(ids, split.vocab_size or ids)  # rejects larger ids in any batch
     text_bytes = None if limit else split.bytes
     if text_bytes is None:
         text_bytes = split.count_bytes(tokenizer.token_lengths(), limit)
@@ -134,7 +132,7 @@ def on_split(
 
 
 def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Split:
-    """The documents of a file or directory, in order, as a split of one shard. Raises DataError."""
+    """Encode the documents of a file or directory as a split of one shard. Raises DataError."""
     parts, size = [], 0
     for document in documents([file], text_field=text_field, advise=False):
         parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data, document.name)]))
@@ -145,7 +143,7 @@ def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Spl
 
 
 def describe(result: dict[str, Any]) -> str:
-    """A result as one line, and its breakdown below it."""
+    """Format a result as one line, followed by its breakdown."""
     if "questions" in result:
         plain, normalised = (
             f"{result[name]:.4f} ± {result[f'{name}_stderr']:.4f}"
@@ -165,15 +163,15 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def kept(file: Path) -> list[dict[str, Any]]:
-    """The results in an evaluations.json; none if there is no such file. Raises CheckpointError."""
+    """Read the results in an evaluations.json, if it exists. Raises CheckpointError."""
     found = checkpoints.read_json(file).get("results") if file.exists() else []
     if not isinstance(found, list) or not all(map(is_result, found)):
-        raise CheckpointError(f"{file}: no list of results; move it away to go on")
+        raise CheckpointError(f"{file}: expected a list of results; move the file away to continue")
     return found
 
 
 def is_result(found: Any) -> bool:
-    """Whether a value from an evaluations.json could be one of `evaluate`'s results."""
+    """Whether a value is a result of `evaluate`."""
     if not isinstance(found, dict) or "set" not in found or not {"loss", "accuracy"} & found.keys():
         return False
     texts = ("set", "path", "field", "dtype")
@@ -185,20 +183,19 @@ def is_result(found: Any) -> bool:
 
 
 def keep(file: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Add results to evaluations.json. Each replaces an older one computed in the same way: on the
-    same set, field and tokens, at the same step, in the same dtype and windows. Warns if it cannot,
-    so that the caller still gets what was computed."""
+    """Add results to evaluations.json, replacing older ones with equal set, field, tokens, step,
+    dtype and windows. Only warns if it fails, so that results are not lost."""
 
     def key(result: dict[str, Any]) -> list:
         names = ("path", "field", "step", "dtype", "window", "stride", "tokens")
         return [result.get(name) for name in names]
 
     new = [key(result) for result in results]
-    guard = file.with_name(f".{file.name}.lock")  # against evaluations at the same time
+    guard = file.with_name(f".{file.name}.lock")  # against simultaneous evaluations
     try:
         check_plain([guard])
         with locked(guard, wait=True):
             merged = [*(result for result in kept(file) if key(result) not in new), *results]
             replace_file(file, (json.dumps({"results": merged}, indent=1) + "\n").encode())
     except (OSError, CheckpointError, DataError) as error:
-        log.warning(f"warning: the results are not kept: {error}")
+        log.warning(f"warning: the results are not saved: {error}")

@@ -1,4 +1,4 @@
-"""Find, check and load a trained model: a run's, or one in a Hugging Face directory."""
+"""Finds, checks and loads a trained model of a run or in a Hugging Face directory."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -27,11 +27,11 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A run directory -> its newest checkpoint that verifies; a checkpoint -> itself, verified; a
-    Hugging Face model directory -> itself. Raises CheckpointError."""
+    """Return a run's newest intact checkpoint, or a verified checkpoint, or a Hugging Face model
+    directory as it is. Raises CheckpointError."""
     if (path / "manifest.json").exists():
         if isinstance(checkpoints.read_json(path / "manifest.json").get("train"), dict):
-            raise CheckpointError(f"{path}: prepared data, expected a run or a model trained on it")
+            raise CheckpointError(f"{path}: expected a run or a model, found prepared data")
         checkpoints.verify(path)
         return path
     if (path / "checkpoints").is_dir():
@@ -39,20 +39,20 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "config.json").is_file() and any((path / n).is_file() for n in (WEIGHTS, INDEX)):
         return path
     raise CheckpointError(
-        f"{path}: neither a run directory (with checkpoints/) nor a checkpoint nor a model "
+        f"{path}: expected a run directory (with checkpoints/), a checkpoint or a model "
         f"directory (with config.json and {WEIGHTS}); {known_runs(path)}"
     )
 
 
 def run_of(path: Path) -> Path | None:
-    """The run directory at `path`, or around it if it is a checkpoint; None if there is none."""
+    """Return the run directory at `path`, or that of a checkpoint; None if there is none."""
     homes = (path, path.parent.parent) if checkpoints.step_of(path) is not None else (path,)
     return next((home for home in homes if (home / "config.toml").is_file()), None)
 
 
 def state_of(path: Path) -> dict[str, Any] | None:
-    """A checkpoint's state.json, with the defaults of settings that it lacks; None for a model
-    directory without one. Raises CheckpointError for what no run wrote."""
+    """Read a checkpoint's state.json, adding defaults of missing settings; None for a model
+    directory without it. Raises CheckpointError."""
     file = path / "state.json"
     if not file.is_file():
         return None
@@ -67,13 +67,13 @@ def state_of(path: Path) -> dict[str, Any] | None:
             table = asdict(kind()) | settings[section]
             settings[section] = {k: checked(f"{section}.{k}", v) for k, v in table.items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a run's: {error}") from None
+        raise CheckpointError(f"{file}: not written by a run: {error}") from None
     return state
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value of a setting, in its own type, if a run may have it. Raises ValueError."""
-    if name not in KINDS or name.startswith("model."):  # another version's; config.json counts
+    """Convert a setting's value to its type. Raises ValueError if it is impossible."""
+    if name not in KINDS or name.startswith("model."):  # another version's, or in config.json
         possible, expected = isinstance(value, bool | int | float | str), "a number or text"
     else:
         value = coerce(value, KINDS[name], name)
@@ -85,8 +85,8 @@ def checked(name: str, value: Any) -> Any:
 
 
 def model_config(path: Path) -> GPTConfig:
-    """The model's config, whose sizes must be those in the weights' headers, so that config.json
-    alone cannot cause a huge allocation. Raises CheckpointError naming what does not fit."""
+    """Read the model's config, checking sizes against the weights' headers, so that config.json
+    cannot cause a huge allocation. Raises CheckpointError."""
     file = path / "config.json"
     content = checkpoints.read_json(file)
     try:
@@ -107,7 +107,7 @@ def model_config(path: Path) -> GPTConfig:
 
 
 def context_of(path: Path) -> int:
-    """The context length, in tokens, that a model was trained with. Raises CheckpointError."""
+    """Return the context length, in tokens, of a model's training. Raises CheckpointError."""
     file, name = path / "config.json", "max_position_embeddings"
     length, (fits, expected) = checkpoints.read_json(file).get(name), LIMITS["data.seq_len"]
     if type(length) is not int or not fits(length):
@@ -116,7 +116,7 @@ def context_of(path: Path) -> int:
 
 
 def tensor_files(path: Path) -> list[TensorFile]:
-    """A model directory's file of weights, or the files that its index names."""
+    """Open a model directory's weights, one file or those in its index."""
     names = {WEIGHTS}
     if not (path / WEIGHTS).is_file() and (path / INDEX).is_file():
         listed = checkpoints.read_json(path / INDEX).get("weight_map")
@@ -128,12 +128,12 @@ def tensor_files(path: Path) -> list[TensorFile]:
 
 
 def read_weights(path: Path, tied: bool) -> dict[str, Tensor]:
-    """A model directory's tensors in float32. tied: leave out a head that equals the embedding."""
+    """Read a model directory's tensors in float32. tied: drop a head that equals the embedding."""
     tensors = {
         name: file.read(name)
         for file in tensor_files(path)
         for name in file.entries
-        if not name.endswith("rotary_emb.inv_freq")  # in some Llama files; follows from rope_theta
+        if not name.endswith("rotary_emb.inv_freq")  # redundant, in some Llama files
     }
     head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if tied and head is not None and table is not None and torch.equal(head, table):
@@ -145,8 +145,8 @@ def read_weights(path: Path, tied: bool) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a model, sharded or not, that was made from model_config(path). Raises CheckpointError
-    for missing and for unexpected tensors."""
+    """Load weights into a model, sharded or not, that was made from model_config(path). Raises
+    CheckpointError for missing or unexpected tensors."""
     parameters = named_for_hf(weights_of(model))
     stored = {name: [*entries(name, p.shape)] for name, p in parameters.items()}
     values = read_weights(path, "lm_head.weight" not in parameters)
@@ -158,28 +158,28 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> GPT:
-    """The model of a checkpoint or model directory, in float32 and computing in `dtype`."""
+    """Load the model of a checkpoint or model directory, in float32 and computing in `dtype`."""
     model = GPT(model_config(path), dtype)
     load_weights(model, path)
     return model.to(device).eval()
 
 
 def load_run(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
-    """Model, tokenizer and checkpoint of anything that find_checkpoint accepts."""
+    """Load model and tokenizer of anything that find_checkpoint accepts; also returns its path."""
     found = find_checkpoint(path)
     if not (found / TOKENIZER_FILE).exists():
         raise CheckpointError(
-            f"{found}: holds no tokenizer (it was trained on shards that came without one): set "
-            "data.tokenizer in the run, for instance to gpt2"
+            f"{found}: no tokenizer (the run used shards without one): set data.tokenizer in the "
+            "run, for instance to gpt2"
         )
     return load_model(found, dtype, device), load_tokenizer(found), found
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
-    """Raise CheckpointError unless every id of the data's tokenizer means the same to the model."""
+    """Raise CheckpointError unless all tokens of the data have equal ids in the model."""
     file = path / TOKENIZER_FILE
     if tokenizer is None:
-        raise CheckpointError(f"{path}: whether the data fit it cannot be told: set data.tokenizer")
+        raise CheckpointError(f"{path}: the data's tokenizer is unknown: set data.tokenizer")
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; copy the model's own {TOKENIZER_FILE} there")
     try:
@@ -189,33 +189,33 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
     if wrong := [(token, i) for token, i in ours.items() if theirs.get(token) != i]:
         token, i = wrong[0]
         raise CheckpointError(
-            f"{file}: {len(wrong)} of the data's {len(ours)} tokens are others here, first "
-            f"{token!r}: id {i} in the data, {theirs.get(token)} in the model; prepare the data "
-            f"with --tokenizer {file}"
+            f"{file}: {len(wrong)} of the data's {len(ours)} tokens have other ids here, first "
+            f"{token!r}: {i} in the data, {theirs.get(token)} in the model; prepare the data with "
+            f"--tokenizer {file}"
         )
 
 
 def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | None = None) -> Data:
-    """The data directory at `path` (None: the training data of the run whose state.json `state`
-    is), which must be prepared with this tokenizer. Raises DataError."""
+    """Open the data directory at `path` (None: the training data in a run's `state`), which must be
+    prepared with this tokenizer. Raises DataError."""
     headerless = False
     if path is None:
         settings = (state or {}).get("config", {}).get("data")
         if settings is None:
             raise DataError(
-                "this model does not say what it was trained on: give --data (evaluate: or --text)"
+                "the model's training data are unknown: give --data (evaluate: or --text)"
             )
         path, headerless = Path(settings["path"]), settings.get("format") == "nanogpt"
         if settings["path"].startswith("builtin:"):
             path = builtin_data(settings["path"], settings["tokenizer"])
         elif not path.is_dir():
-            raise DataError(f"{path}: the run's data are no longer there: give --data")
+            raise DataError(f"{path}: the run's data are missing: give --data")
     data = open_data(path, tokenizer.vocab_size, headerless=headerless)
     made_with = data.manifest["tokenizer"]["hash"] if data.manifest else tokenizer.hash
     if made_with != tokenizer.hash:
         raise DataError(
-            f"{path}: made with tokenizer {made_with[:12]}, the model's is {tokenizer.hash[:12]}: "
-            "prepare the text with the model's own tokenizer, or evaluate with --text"
+            f"{path}: found tokenizer {made_with[:12]}, expected the model's, {tokenizer.hash[:12]}"
+            ": prepare the text with the model's tokenizer, or evaluate with --text"
         )
     data.check_tokenizer(tokenizer)
     return data

@@ -1,7 +1,7 @@
-"""Multiple choice by log-likelihood: the model chooses the answer that it finds most probable.
+"""Multiple choice by log-likelihood: the model chooses the most probable answer.
 
 Contexts, continuations and both accuracies follow EleutherAI's lm-evaluation-harness (tasks
-hellaswag, arc_easy, arc_challenge, piqa; zero-shot), so that results can be compared.
+hellaswag, arc_easy, arc_challenge, piqa; zero-shot), so that results are comparable.
 """
 
 import math
@@ -32,15 +32,15 @@ class Question:
 
     def __post_init__(self) -> None:
         if not all(isinstance(text, str) for text in (self.context, *self.choices)):
-            raise ValueError("text expected as context and choices")
+            raise ValueError("expected text as context and choices")
         if not 0 <= self.answer < len(self.choices) or not all(self.choices):
             raise ValueError(f"answer {self.answer} of {len(self.choices)} choices")
 
 
 def read(file: Path) -> list[Question]:
-    """Read questions from a JSONL file: HellaSwag, ARC or PIQA as published (with PIQA's answers in
+    """Read questions from a JSONL file: HellaSwag, ARC or PIQA as published (PIQA's answers are in
     NAME-labels.lst beside NAME.jsonl), or objects with "context" or "question", "choices" and
-    "answer", the right one's index. Raises DataError naming the line."""
+    "answer", an index. Raises DataError naming the line."""
     labels = file.with_name(f"{file.stem}-labels.lst")
     answers = read_file(labels).decode(errors="replace").split() if labels.exists() else None
     try:
@@ -70,8 +70,8 @@ def read(file: Path) -> list[Question]:
 
 
 def parse(row: dict[str, Any]) -> Question:
-    """A question from one published object. Raises KeyError and such for an unknown layout."""
-    if "endings" in row:  # HellaSwag; its brackets are remains of WikiHow's markup
+    """Parse a question. Raises LookupError, TypeError, ValueError for an unknown layout."""
+    if "endings" in row:  # HellaSwag; its brackets are left over from WikiHow's markup
         ctx = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if "ctx_a" in row else row["ctx"]
         context = without_markup(f"{row['activity_label']}: {ctx}")
         return Question(context, [without_markup(e) for e in row["endings"]], int(row["label"]))
@@ -99,8 +99,8 @@ def without_markup(text: str) -> str:
 def accuracy(
     model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], window: int
 ) -> dict[str, Any]:
-    """The share of questions whose right choice has the highest log-likelihood, plain and divided
-    by the choice's length in characters, with standard errors."""
+    """Return the share of questions whose right choice has the highest log-likelihood, plain and
+    per character of the choice, with standard errors."""
     rows = []
     for q in questions:
         before = len(tokenizer.encode(q.context, q.place))
@@ -124,15 +124,15 @@ def accuracy(
 
 @torch.no_grad()
 def log_likelihoods(model: GPT, rows: Sequence[tuple[list[int], int]], window: int) -> list[float]:
-    """For each (ids, n), the log-probability in nats of the last n tokens given the ones before.
-    The beginning of a sequence that exceeds the window is left out."""
+    """Return for each (ids, n) the log-probability in nats of the last n tokens, given those
+    before them within the window."""
     device = model.embed_tokens.weight.device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # little padding per batch
     found = [0.0] * len(rows)
     for start in progress("answering", None, "batch", iterable=range(0, len(order), BATCH)):
         part = order[start : start + BATCH]
         cut = [rows[i][0][-(window + 1) :] for i in part]
-        # padding follows the tokens, where causal attention does not see it
+        # padding on the right, which causal attention does not see
         tokens = pad_sequence([torch.tensor(ids[:-1]) for ids in cut], batch_first=True)
         h = model.hidden(tokens.to(device))
         for i, ids, states in zip(part, cut, h):

@@ -1,9 +1,8 @@
 """The text in files of records: JSON lines and arrays, CSV, Parquet.
 
-Each reader takes an open binary file, its name for messages, the field that holds the text, and the
-most bytes that a record may have. It yields the texts one by one, with one record in memory, and
-raises DataError naming the line. TSV has no quoting: a quote is text, and a field holds neither
-tabs nor line ends.
+Each reader takes an open binary file, its name for messages, the text field, and the maximum bytes
+of a record. It yields texts with one record in memory, and raises DataError naming the line. TSV
+has no quoting: a quote is text, and fields contain neither tabs nor line ends.
 """
 
 import codecs
@@ -18,11 +17,11 @@ from typing import Any
 from nanonormuon.errors import DataError
 from nanonormuon.runtime.packages import need
 
-# bytes; a record is parsed as a whole, and a list of [] takes 28 times as much memory as in JSON
+# bytes; parsing a record can take 28 times as much memory (a list of [])
 RECORD_LIMIT = 24 << 20
-PAGE = 24  # times as much memory as a record, at most, for a page of Parquet
-DAMAGE = (ValueError, LookupError, ArithmeticError, RecursionError)  # of a file's structure
-DEEPEST = 1000  # lists and objects within each other in a JSON array
+PAGE = 24  # maximum memory of a page of Parquet, in records
+DAMAGE = (ValueError, LookupError, ArithmeticError, RecursionError)  # from a damaged file
+DEEPEST = 1000  # maximum nesting in a JSON array
 
 
 def _too_long(where: str, limit: int) -> DataError:
@@ -31,7 +30,7 @@ def _too_long(where: str, limit: int) -> DataError:
 
 
 def _too_large(problem: str, allows: str) -> DataError:
-    """An error with advice on --max-record, an option of `prepare` alone."""
+    """Make an error with advice on --max-record, an option only of `prepare`."""
     error = DataError(problem)
     error.advice = f"; prepare --max-record {allows}"  # type: ignore[attr-defined]
     return error
@@ -51,12 +50,12 @@ def _json_lines(file: Any, name: str, text_field: str, limit: int) -> Iterator[b
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: a JSON record expected: {str(error)[:200]}") from None
+                raise DataError(f"{where}: expected a JSON record: {str(error)[:200]}") from None
             yield _field(record, text_field, where)
 
 
 def _json_array(file: Any, name: str, text_field: str, limit: int) -> Iterator[bytes]:
-    # ijson's faster backend in C changes lone surrogates, and deep nesting takes all memory there
+    # ijson's faster C backend changes lone surrogates, and deep nesting exhausts its memory
     parser = need("ijson.backends.python", f"{name}: a JSON array")
     errors = (need("ijson", name).JSONError, *DAMAGE)
     number, left = 0, limit
@@ -64,13 +63,13 @@ def _json_array(file: Any, name: str, text_field: str, limit: int) -> Iterator[b
     def read(size: int) -> bytes:
         nonlocal left
         left -= size
-        return file.read(size) if left >= 0 else b""  # as if it ended: one item is too long
+        return file.read(size) if left >= 0 else b""  # an item is too long: pretend the file ends
 
     def shallow(events: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         depth = 0
         for event, value in events:
             depth += event.startswith("start_") - event.startswith("end_")
-            if depth > DEEPEST:  # its time and memory grow with the square of the depth
+            if depth > DEEPEST:  # time and memory grow with the square of the depth
                 raise ValueError(f"nested more than {DEEPEST} deep")
             yield event, value
 
@@ -87,12 +86,12 @@ def _json_array(file: Any, name: str, text_field: str, limit: int) -> Iterator[b
         where = f"{name}: after item {number}"
         if left < 0:
             raise _too_long(where, limit) from None
-        problem = re.sub(r"'(.{20}).*'", r"'\1...'", str(error))  # which quotes a whole number
+        problem = re.sub(r"'(.{20}).*'", r"'\1...'", str(error))  # may quote a very long number
         raise DataError(f"{where}: invalid JSON: {problem[:200]}") from None
 
 
 def _field(record: Any, text_field: str, where: str) -> bytes:
-    """The UTF-8 text of a record, which is a string or has one in its field; null gives none."""
+    """Return the UTF-8 text of a record, a string or an object with a text field; null is empty."""
     if isinstance(record, dict):
         if text_field not in record:
             raise DataError(_missing(where, text_field, record))
@@ -101,8 +100,8 @@ def _field(record: Any, text_field: str, where: str) -> bytes:
         return b""
     if not isinstance(record, str):
         raise DataError(
-            f"{where}: text expected in {text_field!r}, {type(record).__name__} found;"
-            " name another with --text-field"
+            f"{where}: expected text in {text_field!r}, found {type(record).__name__}; name another"
+            " field with --text-field"
         )
     return record.encode("utf-8", "surrogatepass")
 
@@ -122,7 +121,7 @@ def _csv(
     def decoded() -> Iterator[str]:
         nonlocal left
         for line in _lines(file, name, limit):
-            if (left := left - len(line)) < 0:  # a quoted field goes on over many lines
+            if (left := left - len(line)) < 0:  # a quoted field may span many lines
                 raise _too_long(f"{name}:{rows.line_num}", limit)
             yield line.decode()
 
@@ -134,18 +133,18 @@ def _csv(
             left = limit
             if row and len(row) != len(header):
                 raise DataError(
-                    f"{name}:{rows.line_num}: {len(header)} columns expected, {len(row)} found"
+                    f"{name}:{rows.line_num}: expected {len(header)} columns, found {len(row)}"
                 )
             if row:
                 yield row[column].encode()
     except csv.Error as error:
         raise DataError(f"{name}:{rows.line_num}: {error}") from None
-    except UnicodeDecodeError as error:  # in the line after those that are counted
+    except UnicodeDecodeError as error:  # in the line after the last one counted
         raise DataError(f"{name}:{rows.line_num + 1}: {error}") from None
 
 
 def _column(names: list[str], text_field: str, name: str) -> int:
-    """The position of the one column of this name."""
+    """Return the index of the only column of this name. Raises DataError."""
     found = [i for i, column in enumerate(names) if column == text_field]
     if not found:
         raise DataError(_missing(name, text_field, names))
@@ -159,14 +158,14 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
     parquet, pyarrow = need("pyarrow.parquet", f"{name}: Parquet"), need("pyarrow", name)
     row = 0
     try:
-        # a buffer, or whole column chunks are read at once
+        # buffered, so that a column chunk is not read at once
         table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
         column = table.schema_arrow.field(_column(table.schema_arrow.names, text_field, name))
         kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
         if str(kind) not in ("string", "large_string", "string_view", "null"):
             raise DataError(
-                f"{name}: text expected in {text_field!r}, {column.type} found;"
-                " name another with --text-field"
+                f"{name}: expected text in {text_field!r}, found {column.type};"
+                " name another field with --text-field"
             )
         for group in range(table.num_row_groups):
             largest = 1
@@ -177,7 +176,7 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
                         f"{name}: row group {group}: a page of {size >> 20} MB of text",
                         f"{-(-needed // (PAGE << 20))} allows it",
                     )
-            rows = max(1, min(128, 2 * limit // largest))  # each may hold a whole page's bytes
+            rows = max(1, min(128, 2 * limit // largest))  # a row may fill a page
             for batch in table.iter_batches(rows, [group], [text_field], use_threads=False):
                 for value in batch.column(0).cast(kind):
                     row += 1
@@ -193,9 +192,9 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
 
 
 def _pages(file: Any, group: Any, text_field: str) -> Iterator[tuple[int, int]]:
-    """The bytes of each page of a column, packed and unpacked, from the pages' headers (PageHeader
-    in parquet.thrift): a page is unpacked as a whole, and the file's footer does not tell its size.
-    """
+    """Yield the compressed and uncompressed bytes of each page of a column from its header
+    (PageHeader in parquet.thrift). A page is decompressed as a whole, and the file's footer does
+    not give its size."""
     for chunk in map(group.column, range(group.num_columns)):
         if chunk.path_in_schema == text_field:
             at = chunk.dictionary_page_offset or chunk.data_page_offset
@@ -208,8 +207,8 @@ def _pages(file: Any, group: Any, text_field: str) -> Iterator[tuple[int, int]]:
 
 
 def _thrift(file: Any) -> dict[int, int]:
-    """The numbers of a structure in Thrift's compact protocol by their fields' numbers; its other
-    fields are passed over. LookupError or ArithmeticError if it is none."""
+    """Read a struct in Thrift's compact protocol: field id -> value of its integer fields. Raises
+    LookupError or ArithmeticError if it is damaged."""
 
     def number() -> int:
         total = 0

@@ -1,8 +1,8 @@
-"""Other people's tokenizer.json: any kind that the `tokenizers` library loads.
+"""Any tokenizer.json that the `tokenizers` library loads.
 
-Byte-level BPE (GPT-2's, Llama 3's, Qwen's) encodes any bytes and gives them back. The other kinds
-(SentencePiece's BPE and Unigram, WordPiece) encode UTF-8 alone, and their tokens have no bytes of
-their own: a blank before a word belongs to the text or to the notation, depending on the place.
+Byte-level BPE (GPT-2's, Llama 3's, Qwen's) encodes any bytes reversibly. Other kinds
+(SentencePiece's BPE and Unigram, WordPiece) encode only UTF-8, and their tokens have no bytes of
+their own: whether a blank before a word belongs to the text depends on its context.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from nanonormuon.text.bpe import BYTES, MAX_ID, LostText, Stream, Tokenizer, gav
 
 log = logging.getLogger(__name__)
 
-# tokens that end a text, where tokenizer_config.json names none
+# tokens that may end a text if tokenizer_config.json names none
 ENDS = "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>"
 ENDS += "[EOS]", "[SEP]"
-# steps of a normalizer that decoding takes back: SentencePiece's way to write blanks
+# normalizer steps that decoding reverts: SentencePiece's notation of blanks
 REVERSIBLE = (
     {"type": "Prepend", "prepend": "\u2581"},
     {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
@@ -53,23 +53,23 @@ class ByteLevel(Tokenizer):
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) of tokenizer.json's content and the id that ends a text."""
+        """sha256 (hex) of tokenizer.json's content and the end-of-text id."""
         parts = [self.content, self.eot]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
-        # one by one, so that an error is that of one text; all the same fast in several threads
+        # one by one, to assign errors to texts; as fast, since several threads do this
         encode = partial(self._library.encode_batch_fast, add_special_tokens=False)
         return (encode([text])[0].ids for text in texts)
 
     def normalize(self, text: str) -> str:
-        """What the tokenizer makes of a text before it looks for tokens."""
+        """Return a text as the tokenizer's normalizer changes it."""
         normalizer = self._library.normalizer
         return normalizer.normalize_str(text) if normalizer else text
 
     def check(self, text: str, ids: np.ndarray) -> None:
         whole = self.normalize(text)
-        # the second look is for added tokens, which are found in the text as it was
+        # the second comparison is for added tokens, which match the text before normalization
         if self.lengths[ids].sum() != len(whole.encode()) and (
             self.normalize(found := self.decode(ids)) != whole
         ):
@@ -77,13 +77,13 @@ class ByteLevel(Tokenizer):
 
 
 class OtherKind(ByteLevel):
-    """A tokenizer whose tokens mean something only beside each other."""
+    """A tokenizer whose tokens can only be decoded in context."""
 
     byte_ids: ClassVar[dict[int, int]] = {}
 
     def pieces(self, text: str | bytes) -> Iterator[str | bytes]:
-        """The whole text: a cut could put a blank where there is none. Or the text up to the first
-        byte that is not UTF-8, and the rest."""
+        """Yield the whole text, since a cut could add a blank, or, if it is not UTF-8, the text up
+        to the first invalid byte and the rest."""
         text = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         try:
             yield text.decode()
@@ -92,8 +92,8 @@ class OtherKind(ByteLevel):
 
     @cached_property
     def _marks(self) -> re.Pattern[str]:
-        """What decoding may add or take away: blanks and their sign, the marks in and after a word,
-        and two letters, because WordPiece's decoder writes "don't" for "do not"."""
+        """Matches what decoding may add or remove: blanks and their symbol, marks of word parts,
+        and two letters, because WordPiece's decoder turns "do not" into "don't"."""
         model = self.content["model"]
         marks = [model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]
         marks += ["o'"] if model.get("type") == "WordPiece" else []
@@ -101,14 +101,14 @@ class OtherKind(ByteLevel):
 
     @cached_property
     def _unknown(self) -> str:
-        """The text of the token for unknown characters; if there is none, what no text contains."""
+        """The text of the token for unknown characters, or else what no text contains."""
         model = self.content["model"]
         if model.get("type") == "Unigram" and model.get("unk_id") is not None:
             return model["vocab"][model["unk_id"]][0]
         return model.get("unk_token") or "\ud800"
 
     def check(self, text: str, ids: np.ndarray) -> None:
-        """Look for the parts of the decoded text between unknown characters, in order."""
+        """Find the parts of the decoded text between unknown characters, in order."""
         back, at = self._library.decode(ids.tolist(), skip_special_tokens=False), 0
         whole = f"\0{self._marks.sub('', self.normalize(text))}\0"
         for part in f"\0{back}\0".split(self._unknown):
@@ -133,24 +133,24 @@ class OtherKind(ByteLevel):
 
     def token_lengths(self) -> None:
         warn_once(
-            f"tokenizer {self.name}: its tokens have no length in bytes, so there are no bits per"
-            " byte for a part of a split"
+            f"tokenizer {self.name}: no bits per byte for a part of a split, because its tokens"
+            " have no length in bytes"
         )
 
 
 class WindowStream(Stream):
-    """Decodes tokens one at a time: what each adds to the text of the tokens shown last."""
+    """Decodes tokens one at a time, each in the context of the tokens shown last."""
 
     def __init__(self, tokenizer: OtherKind, before: Sequence[int]) -> None:
         self.tokenizer, self.window = tokenizer, list(before)
-        while tokenizer.eot in self.window:  # a text begins behind the last end-of-text token
+        while tokenizer.eot in self.window:  # a text begins after the last end-of-text token
             del self.window[: self.window.index(tokenizer.eot) + 1]
-        self.shown = len(self.window)  # of the window's tokens
+        self.shown = len(self.window)  # how many tokens of the window have been shown
 
     def add(self, token: int) -> str:
         text = self.tokenizer.decode([*self.window, token])
         self.window.append(token)
-        # U+FFFD at the end may be the first bytes of a character
+        # a final U+FFFD may be an incomplete character
         return "" if text.endswith("\ufffd") else self._advance(text)
 
     def finish(self) -> str:
@@ -164,8 +164,8 @@ class WindowStream(Stream):
 
 
 def vocabulary(content: dict[str, Any]) -> dict[str, int]:
-    """Token -> id, added tokens included, in the content of any tokenizer.json. Raises LookupError,
-    TypeError or ValueError if it is damaged."""
+    """Map tokens, including added ones, to ids in the content of any tokenizer.json. Raises
+    LookupError, TypeError or ValueError if it is damaged."""
     tokens = content["model"]["vocab"]
     if not isinstance(tokens, dict):  # Unigram: [token, score] in order of id
         tokens = {token: i for i, (token, _) in enumerate(tokens)}
@@ -173,20 +173,20 @@ def vocabulary(content: dict[str, Any]) -> dict[str, int]:
 
 
 def read(content: dict[str, Any], config: dict[str, Any], path: Path) -> Tokenizer:
-    """A tokenizer from what a tokenizer.json and the tokenizer_config.json beside it hold. Raises
+    """Make a tokenizer from the content of tokenizer.json and tokenizer_config.json. Raises
     TokenizerError, or LookupError, TypeError, ValueError, AttributeError if it is damaged."""
-    tokenizers = need("tokenizers", f"{path}: a tokenizer from elsewhere")
+    tokenizers = need("tokenizers", f"{path}: another program's tokenizer")
     tokens, model = vocabulary(content), content["model"]
     ids = sorted(tokens.values())
     if len(set(ids)) < len(ids) or ids[0] < 0 or ids[-1] > MAX_ID:
-        raise TokenizerError("ids that are not unique and small")
+        raise TokenizerError(f"expected unique ids from 0 to {MAX_ID}")
     if model.get("dropout"):
         raise TokenizerError(f"dropout = {model['dropout']}: encoding would be random")
     if prefix := model.get("continuing_subword_prefix"):
-        # tokenizers 0.23 cuts it off unseen and may abort the process
+        # tokenizers 0.23 removes the prefix without a check and may abort the process
         pairs = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", ())]
         if not all(second.startswith(prefix) for _, second in pairs):
-            raise TokenizerError(f"merges whose second part does not begin with {prefix!r}")
+            raise TokenizerError(f"expected {prefix!r} at the start of each merge's second part")
     named = config.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     end = next((t for t in (named, *ENDS) if t in tokens), None)
@@ -211,9 +211,9 @@ def read(content: dict[str, Any], config: dict[str, Any], path: Path) -> Tokeniz
     kind = ByteLevel if _is_byte_level(content, tokens) else OtherKind
     changes = sorted({s["type"] for s in _steps(content.get("normalizer")) if s not in REVERSIBLE})
     if kind is OtherKind and not model.get("byte_fallback"):
-        changes.append("the loss of characters that it lacks")
+        changes.append("dropping unknown characters")
     if changes:
-        warn_once(f"{path}: changes text by {', '.join(changes)}")
+        warn_once(f"{path}: changes the text by {', '.join(changes)}")
     name = str(config.get("nanonormuon_name") or path.resolve().parent.name)
     return kind(name, content, end, library)
 
@@ -226,7 +226,7 @@ def _steps(normalizer: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _is_byte_level(content: dict[str, Any], tokens: dict[str, int]) -> bool:
-    """Whether all tokens that are not added stand for bytes, in the characters of CHARS."""
+    """Whether all tokens, except added ones, are bytes in the characters of CHARS."""
     model, splits = content["model"], content.get("pre_tokenizer") or {}
     last = splits.get("pretokenizers", [splits])[-1]
     added = {t["content"] for t in content["added_tokens"]}

@@ -1,14 +1,13 @@
-"""Documents in, verified token shards out.
+"""Turns documents into verified token shards.
 
     documents -> split by content -> token ids, in batches -> shards, read back -> manifest
 
-The text is read three times (survey, training the tokenizer, encoding) and never held as a whole:
-memory holds a few documents, a few batches and twenty bytes per document.
+The text is read three times (survey, training the tokenizer, encoding). Memory holds a few
+documents and batches, and twenty bytes per document.
 
-Everything is written into OUT/.partial; `plan.json` there says what is being made and which shards
-are finished, so that the same command continues after an interruption. Then the files are moved
-into place, `manifest.json` last. OUT may hold hidden files, such as a download, so it cannot appear
-by one renaming of a directory.
+Everything is written into OUT/.partial, where `plan.json` records the request and finished shards,
+so that repeating the command continues after an interruption. Then files are moved into OUT,
+`manifest.json` last. (OUT cannot appear by renaming, as it may contain hidden files.)
 """
 
 import contextlib
@@ -44,11 +43,11 @@ from nanonormuon.text.tokenizer import load, trained_size
 
 log = logging.getLogger(__name__)
 
-SHARD_BYTES = 256 << 20  # of text; a shard ends with the document that reaches it
-TAIL_BYTES = 256  # at least, of a document's tail that is validation
-SPLIT = 2  # changes with Survey's rule, so that no shards of another are kept
+SHARD_BYTES = 256 << 20  # of text; a shard ends with the document that reaches this size
+TAIL_BYTES = 256  # minimum of a document's tail that becomes validation
+SPLIT = 2  # version of Survey's rule; shards of other versions are not reused
 OURS = re.compile(r"(plan|manifest|tokenizer(_config)?)\.json|(train|val)_\d+\.bin|\..*\.tmp")
-SAMPLE_BYTES = 64 << 20  # what BPE is trained on at most, spread evenly over the training text
+SAMPLE_BYTES = 64 << 20  # maximum text for training BPE, evenly spread over the training split
 
 
 def prepare(
@@ -64,16 +63,15 @@ def prepare(
     skip_bad: bool = False,
     max_record: int = formats.RECORD_LIMIT,
 ) -> dict[str, Any]:
-    """Tokenise the documents of `texts` (see sources.documents; "-" is standard input, of which a
-    nameless copy is kept on the disk meanwhile) into the data directory `out`.
+    """Tokenise the documents of `texts` (see sources.documents; "-" is standard input, copied to a
+    temporary file) into the data directory `out`, and return its manifest.
 
-    Validation has the share `val` of each source's bytes (see Survey). `workers` is the number of
-    threads that encode (they run without Python's lock), 0 one per core. Returns the manifest. If
-    `out` holds this very preparation already, it is verified and kept; a directory with other
-    visible files is refused. Raises DataError, TokenizerError, OSError.
+    val: share of each source's bytes for validation (see Survey). workers: encoding threads; 0: one
+    per core. If `out` already contains this preparation, it is verified and kept; a directory with
+    other visible files is refused. Raises DataError, TokenizerError, OSError.
     """
     if "" in (out, tokenizer):  # Path("") is the working directory
-        raise DataError("prepare: a name expected for --out and --tokenizer, '' found")
+        raise DataError("prepare: expected a name for --out and --tokenizer, found ''")
     out, readings = Path(out), count()
     names = ["standard input" if str(t) == "-" else Path(os.path.realpath(t)).name for t in texts]
     with contextlib.ExitStack() as stack:
@@ -98,12 +96,12 @@ def prepare_documents(
     shard_bytes: int = SHARD_BYTES,
     whole: bool = False,
 ) -> dict[str, Any]:
-    """`prepare` for any documents that can be read repeatedly: each `read()` begins anew. `whole`:
-    hashes alone decide on the split (see Survey)."""
+    """Prepare documents that `read()` yields from the beginning at each call. whole: split by hash
+    alone (see Survey)."""
     if not 0 < val < 1:
         raise DataError(f"prepare: --val {val:g}: expected a share between 0 and 1, as 0.02")
     assert shard_bytes > 0 <= workers, (shard_bytes, workers)
-    # errors of the tokenizer come before any work
+    # fail early if the tokenizer is wrong
     vocabulary = None if trained_size(spec) else get_tokenizer(spec)
     refuse_foreign(out)
     survey = Survey(read(), names, val, whole)
@@ -121,7 +119,7 @@ def prepare_documents(
             splits = encode(split, survey.bytes, vocabulary, partial, plan, shard_bytes, workers)
         except BaseException as error:
             if isinstance(error, DataError) and not plan["shards"]:
-                shutil.rmtree(partial, ignore_errors=True)  # finished ones may be wanted yet
+                shutil.rmtree(partial, ignore_errors=True)  # finished shards may still be of use
             if partial.is_dir():
                 log.warning("prepare: stopped; repeat the command to continue from %s", partial)
             raise
@@ -144,35 +142,32 @@ def prepare_documents(
 
 
 class Survey:
-    """One pass over the documents: how many there are, and to which split each belongs. DataError
-    if there is no text in them.
+    """Counts the documents and assigns each to a split. Raises DataError if there is no text.
 
     A document belongs to validation if the sha256 of its content, read as a number in [0, 1), is
-    below `val`: it stays on its side when other files come or go. A few large documents make that
-    a lottery, so unless `whole`, in each source
+    below `val`, so it keeps its split when other files come or go. With few large documents, shares
+    would be random. So, unless `whole`, in each source
 
     * a document with more than twice validation's share of the bytes is cut, and its tail, a share
-      `val` of its characters, is validation;
-    * if validation still has less than half its share, or more than twice, documents whose hashes
+      `val` of its characters, becomes validation;
+    * if validation still has less than half or more than twice its share, documents whose hashes
       are nearest to the boundary change sides.
 
-    Copies count as one document, and what is decided of a text in one source holds in all, so that
-    copies are on one side, or cut alike. If a split is left empty, the longest document is cut.
-
-    A corpus of one document, such as Shakespeare, is cut in any case, as nanoGPT cuts it; one of
-    many small documents is split by hash alone; the demo's asks for that by `whole`.
+    Exact copies, in whatever source, are treated alike. If a split is left empty, the longest
+    document is cut. So a corpus of one document, such as Shakespeare, is cut as by nanoGPT, and one
+    of many small documents is split by hash alone.
     """
 
     def __init__(
         self, documents: Iterable[Document], names: list[str], val: float, whole: bool = False
     ) -> None:
-        self.val, self.bound = val, ceil(val * 2**64)  # validation's numbers are below it
-        self.numbers = array("Q")  # of each document: the first eight bytes of its sha256
-        self.sizes, self.of = array("Q"), array("I")  # of each document: bytes, source
+        self.val, self.bound = val, ceil(val * 2**64)  # numbers below it are validation
+        self.numbers = array("Q")  # first eight bytes of each document's sha256
+        self.sizes, self.of = array("Q"), array("I")  # bytes and source of each document
         self.sources: list[dict[str, Any]] = [
             {"name": n, "documents": 0, "bytes": 0} for n in names
         ]
-        longest: dict[int, tuple[int, int, str]] = {}  # of each source: bytes, number, name
+        longest: dict[int, tuple[int, int, str]] = {}  # by source: bytes, number, name
         hashes = [sha256() for _ in names]  # over the documents' sha256 (binary, in order)
         with progress("reading", None, "B") as bar:
             for document in documents:
@@ -189,11 +184,11 @@ class Survey:
                 bar.update(size)
         if not longest:
             names = names or ["prepare"]
-            raise DataError(f"{', '.join(names)}: no text found; name files that have some")
+            raise DataError(f"{', '.join(names)}: no text found; name files with text")
         for source, digests in zip(self.sources, hashes):
             source["sha256"] = digests.hexdigest()
         self.bytes = sum(source["bytes"] for source in self.sources)
-        # numbers of documents whose tail is validation, and of those that their hash misplaces
+        # numbers of documents that are cut, and of those that change sides
         self.cut: set[int] = set()
         self.moved: set[int] = set()
         if not whole and len(self.numbers) > 1:
@@ -208,11 +203,11 @@ class Survey:
             self.method = "tail of the longest document"
             self.cut = {max(longest.values(), key=lambda found: found[0])[1]}
         self.tails = [name for _, number, name in longest.values() if number in self.cut]
-        # how many documents are exact copies of an earlier one
+        # documents that are exact copies of an earlier one
         self.copies = len(self.numbers) - len(np.unique(np.asarray(self.numbers)))
 
     def _source(self, index: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """Numbers and sizes of a source's documents, and validation's share of its bytes."""
+        """Return numbers and sizes of a source's documents, and validation's share in bytes."""
         here = np.asarray(self.of) == index
         sizes = np.asarray(self.sizes)[here]
         return np.asarray(self.numbers)[here], sizes, self.val * sizes.sum()
@@ -222,14 +217,14 @@ class Survey:
         self.cut.update(numbers[large].tolist())
 
     def _balance(self, numbers: np.ndarray, sizes: np.ndarray, share: float) -> None:
-        """Move documents that are not cut until validation has half to twice its share."""
+        """Move uncut documents until validation has half to twice its share."""
         cut, moved = (np.fromiter(found, np.uint64) for found in (self.cut, self.moved))
         large = np.isin(numbers, cut)
         held_out = (numbers < self.bound) ^ np.isin(numbers, moved)
         found = self.val * sizes[large].sum() + sizes[~large & held_out].sum()
         if share / 2 <= found <= 2 * share:
             return
-        # each of the others once, in order of its number, and the bytes of all its copies
+        # each uncut document once, in order of its number, with the bytes of all its copies
         numbers, which = np.unique(numbers[~large], return_inverse=True)
         total = np.bincount(which, sizes[~large])
         held_out = (numbers < self.bound) ^ np.isin(numbers, moved)
@@ -247,22 +242,22 @@ class Survey:
         return "val" if (number < self.bound) != (number in self.moved) else "train"
 
     def log_split(self) -> None:
-        """Log what a user should know about the split."""
+        """Log copies and cut documents."""
         if self.copies:
             log.info(
-                "prepare: %d of %d documents are exact copies of another; all copies of a document"
-                " are on one side of the split, or cut alike", self.copies, len(self.numbers),
+                "prepare: %d of %d documents are exact copies of another; copies are in one split,"
+                " or cut alike", self.copies, len(self.numbers),
             )  # fmt: skip
         if self.cut:
             log.info(
-                "prepare: the last %g of each large document is validation; %d cut: %s",
+                "prepare: the last %g of each large document becomes validation; %d cut: %s",
                 self.val, len(self.cut), ", ".join(self.tails[:3]),
             )  # fmt: skip
 
     def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
-        """Each document with its split, in order; DataError if they are not the surveyed ones."""
+        """Yield each document with its split. Raises DataError if they differ from the survey."""
         for document, number in zip_longest(documents, self.numbers):
-            # either is None where the other reading has more documents
+            # either is None if the other has more documents
             found = document and int.from_bytes(sha256(document.data).digest()[:8], "big")
             if found != number:
                 names = ", ".join(source["name"] for source in self.sources)
@@ -286,7 +281,7 @@ def _trained(
     partial: Path,
     plan: dict[str, Any],
 ) -> Tokenizer:
-    """The tokenizer trained on this text, or the one that an interrupted run saved."""
+    """Train the tokenizer, or load the one that an interrupted run saved."""
     with contextlib.suppress(TokenizerError):
         if (there := load(partial)).hash == plan["tokenizer"]:
             return there
@@ -296,7 +291,7 @@ def _trained(
 
 
 def _sample(texts: Iterable[bytes], total: int) -> Iterator[str | bytes]:
-    """Evenly spread pieces of texts of `total` bytes: about SAMPLE_BYTES, or all there are."""
+    """Yield about SAMPLE_BYTES, or all, of texts of `total` bytes, in evenly spread pieces."""
     seen = taken = 0
     for text in texts:
         for piece in pieces(text):
@@ -311,7 +306,7 @@ def _sample(texts: Iterable[bytes], total: int) -> Iterator[str | bytes]:
 
 @contextlib.contextmanager
 def alone(directory: Path, wait: bool = False) -> Iterator[None]:
-    """Make a directory and prepare in it alone. Without `wait`, DataError if another one does."""
+    """Create and lock a directory. Raises DataError if another process has it, unless `wait`."""
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -325,31 +320,31 @@ def alone(directory: Path, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _spool(out: Path) -> Iterator[IO[bytes]]:
-    """Standard input as a nameless file that can be read again, and is gone with the process."""
+    """Copy standard input to an unnamed temporary file, which can be read repeatedly."""
     here = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-    with tempfile.TemporaryFile(dir=here) as file:  # beside the output there is room for it
-        log.info("prepare: reading standard input; a copy is kept in %s meanwhile", here)
+    with tempfile.TemporaryFile(dir=here) as file:  # /tmp may lack the space
+        log.info("prepare: copying standard input to a temporary file in %s", here)
         shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
         file.flush()
         yield file
 
 
 def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a finished directory, if it is what is asked for and undamaged."""
+    """Return the manifest of a finished directory if it is intact and fits the request."""
     try:
         manifest = shards.read_manifest(out)
         before, now = manifest.get("request", {}), asked["request"]
         if other := [f"{k}: {before.get(k)}, now {now[k]}" for k in now if before.get(k) != now[k]]:
             raise DataError("; ".join(other))
         if manifest.get("sources") != asked["sources"]:
-            raise DataError("it was prepared from other sources, or their content has changed")
+            raise DataError("the sources differ, or their content has changed")
         shards.open_data(out, verify="full").check_tokenizer(load(out))
     except DataError as error:
         raise DataError(
             f"{out}: already holds prepared data; remove it or choose another --out: {error}"
         ) from None
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left, if the last run stopped at the end
-    log.info("prepare: %s is prepared already, verified", out)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left by a run that stopped at its end
+    log.info("prepare: %s is already prepared, verified", out)
     _warn(manifest)
     return manifest
 
@@ -360,41 +355,40 @@ def _warn(manifest: dict[str, Any]) -> None:
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise DataError for a directory with visible files, unless a preparation has been made there
-    or is under way. Called before anything there is touched."""
+    """Raise DataError for a directory with visible files that no preparation has made."""
     if (out / MANIFEST).exists() or not out.is_dir():
         return
     partial = out / PARTIAL
     if partial.is_dir() and all(OURS.fullmatch(path.name) for path in partial.iterdir()):
         return
     if foreign := sorted(p for p in out.iterdir() if p == partial or p.name[0] != "."):
-        raise DataError(f"{foreign[0]}: in the way, not of a preparation; use another --out")
+        raise DataError(f"{foreign[0]}: not made by prepare; use another --out")
 
 
 def _begin(out: Path, asked: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Make OUT/.partial, or continue with what an interrupted run of the same preparation left
-    there, and the plan. Removes what a different preparation left there, and nothing else."""
+    """Create OUT/.partial and the plan, or continue what an interrupted run with an equal request
+    left there; anything else there is removed."""
     refuse_foreign(out)
     partial, asked = out / PARTIAL, {"tool": __version__, "split": SPLIT, **asked}
-    if (partial / MANIFEST).exists():  # stopped while moving files: the listed ones are ours
+    if (partial / MANIFEST).exists():  # stopped while moving files: move them back
         for name in _products(shards.read_manifest(partial)):
             if (out / name).exists():
                 (out / name).replace(partial / name)
         (partial / MANIFEST).unlink()
     plan = read_plan(partial, asked)
     if partial.exists() and not plan:
-        log.info("prepare: removing what another run left in %s", partial)
+        log.info("prepare: removing another run's files in %s", partial)
         shutil.rmtree(partial)
     for pattern in ("*train_*.bin", "*val_*.bin", FILE, CONFIG):
         if foreign := sorted(out.glob(pattern)):
-            raise DataError(f"{foreign[0]}: in the way, not of this preparation; use another --out")
+            raise DataError(f"{foreign[0]}: not made by this preparation; use another --out")
     partial.mkdir(exist_ok=True)
     return partial, plan or {"asked": asked, "tokenizer": "", "shards": []}
 
 
 def _publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Move what the manifest lists from `partial` to `out`, itself last."""
-    # it announces that files are being moved, so it is there whole or not at all
+    """Move the listed files, then the manifest, from `partial` to `out`."""
+    # marks that files are being moved, so it must appear atomically
     replace_file(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
     for name in _products(manifest):
         (partial / name).replace(out / name)

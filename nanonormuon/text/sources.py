@@ -1,9 +1,9 @@
-"""Documents from files of any format, one by one.
+"""Reads documents from files of any format.
 
     file, directory, pattern, open file -> decompressed -> text | JSON | CSV | Parquet -> documents
 
-A file's suffix gives its format; where it does not, the first bytes do. Files are read as streams:
-a document of more than LARGE bytes is cut at paragraph ends, so a few times LARGE fits in memory.
+A file's format follows from its suffix or else its first bytes. Files are read as streams, and
+documents of more than LARGE bytes are cut at paragraph ends, so memory is a few times LARGE.
 """
 
 import codecs
@@ -28,7 +28,7 @@ from nanonormuon.text import formats
 
 log = logging.getLogger(__name__)
 
-# Suffixes that a walk through a directory takes for text; a file named by the user may have any.
+# Suffixes of text files in a directory; a file that the user names may have any suffix.
 TEXT = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".css", ".xml", ".toml", ".yaml"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts"),
@@ -40,10 +40,10 @@ RECORDS = {
 PACKED = (".gz", ".zst")
 LARGE = 16 << 20  # bytes; a longer document is cut into parts
 PART = 1 << 20  # bytes; a part has one to two times this
-PACKED_PARQUET_LIMIT = 128 << 20  # bytes; such a file is held in memory
-PEEK = 1 << 16  # bytes that a format is recognised by
-SHOWN = 8  # kinds of files that the log names
-BAD_SHARE = 0.001  # of a text file's bytes may be invalid UTF-8
+PACKED_PARQUET_LIMIT = 128 << 20  # bytes of a compressed Parquet file, held in memory
+PEEK = 1 << 16  # bytes read to recognise a format
+SHOWN = 8  # kinds of files listed in the log
+BAD_SHARE = 0.001  # maximum share of invalid UTF-8 in a text file
 _PARAGRAPH = re.compile(rb"\n[ \t\r]*\n+")
 
 Source = str | Path | IO[bytes]
@@ -51,7 +51,7 @@ Source = str | Path | IO[bytes]
 
 @dataclass(frozen=True)
 class Document:
-    """A text to be trained on; `source` is the index of its source, `name` is for messages."""
+    """A text to train on. source: index of its source; name: for messages."""
 
     name: str
     source: int
@@ -59,7 +59,7 @@ class Document:
 
 
 class NotText(DataError):
-    """A file is not text; a walk skips it."""
+    """A file is not text; in a directory it is skipped."""
 
 
 def documents(
@@ -72,15 +72,14 @@ def documents(
     max_record: int = formats.RECORD_LIMIT,
     advise: bool = True,
 ) -> Iterator[Document]:
-    """The documents of all sources, in order; blank ones are left out.
+    """Yield the documents of all sources in order, without blank ones.
 
-    A source is a file, a directory (walked in name order, without the directory `skip`), a pattern
-    like "notes/**/*.md", or an open binary file, which is rewound. A text file is a document, or
-    one between each two `separator`s; records, of at most `max_record` bytes, give the document in
-    their field `text_field`. A file that is named must be text; a walk passes over hidden, binary
-    and empty ones. A file that cannot be read ends the reading, or with `skip_bad` itself alone.
-    With `log_passed` the log says what was read of a directory, and what was not. Raises DataError,
-    which names the options of `prepare` that help if `advise`.
+    A source is a file, a directory (read in name order, without the directory `skip`), a pattern
+    like "notes/**/*.md", or an open binary file, which is rewound. A text file is one document, or
+    several between `separator`s; a record, of at most `max_record` bytes, has its document in the
+    field `text_field`. Hidden, binary and empty files in a directory are skipped. A bad file raises
+    DataError or, with `skip_bad`, is skipped. log_passed: log what was read of a directory and what
+    was skipped. advise: name options of `prepare` that help in errors.
     """
     for index, source in enumerate(sources):
         walked = isinstance(source, str | Path) and Path(source).is_dir()
@@ -99,17 +98,17 @@ def documents(
                 if walked and isinstance(error, NotText):
                     passed.add("not text", name)
                 elif not skip_bad:
-                    hint = " (prepare --skip-bad goes on without it)" if walked and advise else ""
+                    hint = " (prepare --skip-bad skips it)" if walked and advise else ""
                     raise type(error)(f"{problem}{hint}") from None
                 elif log_passed:
                     passed.add("bad", name)
                     log.warning("prepare: skipped from document %d on: %s", taken + 1, problem)
         if walked and log_passed:
-            log.info("prepare: %s: read %s; passed over %s", source, read, passed)
+            log.info("prepare: %s: read %s; skipped %s", source, read, passed)
 
 
 class Tally(dict[str, tuple[int, str]]):
-    """How many files there are of each kind, and the first of them."""
+    """The number of files of each kind, and the first of each."""
 
     def add(self, kind: str, name: str) -> None:
         count, first = self.get(kind, (0, name))
@@ -123,25 +122,25 @@ class Tally(dict[str, tuple[int, str]]):
 
 
 def _find(source: Source, skip: Path | None, passed: Tally) -> Sequence[Path | IO[bytes]]:
-    """The files of a source; adds what a walk passes over."""
+    """List the files of a source, and add skipped ones to `passed`."""
     if not isinstance(source, str | Path):
         return [source]
     path = Path(source)
     if not str(source):
-        raise DataError("a source without a name; . is the working directory")
+        raise DataError("a source with an empty name; . is the working directory")
     if path.is_dir():
         return walk(path, skip, passed)
     if path.exists():
         return [path]
     if glob.has_magic(str(source)):
         found = {Path(name) for name in glob.glob(str(source), recursive=True)}
-        own = os.path.realpath(skip) if skip else None  # a repeated run leaves out its own output
+        own = os.path.realpath(skip) if skip else None  # leave out an earlier run's output
         found = {p for p in found if not (own and Path(os.path.realpath(p)).is_relative_to(own))}
         if files := sorted(filter(Path.is_file, found)):
             return files
         raise DataError(f"{source}: the pattern matches no file (directories are named without *)")
     if path.is_symlink():
-        raise DataError(f"{path}: a link that leads to no file")
+        raise DataError(f"{path}: a broken link")
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, 1)
     hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
@@ -149,16 +148,17 @@ def _find(source: Source, skip: Path | None, passed: Tally) -> Sequence[Path | I
 
 
 def walk(root: Path, skip: Path | None, passed: Tally) -> list[Path]:
-    """Visible, non-empty files of known formats below a directory, in name order on every system;
-    adds the others. Links to directories are not followed. Raises DataError."""
+    """List visible, non-empty files of known formats below a directory, in name order on every
+    system, and add others to `passed`. Does not follow links to directories. Raises DataError."""
 
     def fail(error: OSError) -> None:
         raise DataError(
-            f"{error.filename}: cannot be read: {error.strerror}; allow it or name other sources"
+            f"{error.filename}: cannot be read: {error.strerror}; change its permissions or name"
+            " other sources"
         )
 
     def problem(path: Path) -> str:
-        """Why a path is passed over; "" if it is not."""
+        """Return why a path is skipped, "" if it is not."""
         if path.name.startswith("."):
             return "hidden"
         if path.is_dir():
@@ -185,7 +185,7 @@ def walk(root: Path, skip: Path | None, passed: Tally) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix that names a format: .csv of x.csv.gz."""
+    """Return the suffix that names a format: .csv for x.csv.gz."""
     return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
@@ -195,7 +195,7 @@ def _suffix(path: Path) -> str:
 def _texts(
     file: Path | IO[bytes], name: str, text_field: str, separator: bytes, max_record: int
 ) -> Iterator[bytes]:
-    """The documents of one file, whatever its format; DataError names what is wrong where."""
+    """Yield the documents of one file in any format. Raises DataError."""
     try:
         with _opened(file) as raw:
             content = _unpacked(raw, name)
@@ -203,14 +203,14 @@ def _texts(
             if kind == "text":
                 yield from _parts(_checked(content, name), separator)
                 return
-            if kind == "parquet" and content is not raw:  # it is read at random
+            if kind == "parquet" and content is not raw:  # Parquet needs random access
                 content = io.BytesIO(content.read(PACKED_PARQUET_LIMIT + 1))
                 if content.getbuffer().nbytes > PACKED_PARQUET_LIMIT:
-                    raise DataError(f"{name}: Parquet is compressed in itself; unpack this file")
+                    raise DataError(f"{name}: too large a compressed Parquet file; decompress it")
             for text in formats.READ[kind](content, name, text_field, max_record):
                 yield from _cut(text, 2 * PART) if len(text) > LARGE else [text]
     except (EOFError, zlib.error, OSError) as error:
-        if reason := getattr(error, "strerror", None):  # the system's; libraries set none
+        if reason := getattr(error, "strerror", None):  # from the system, not from a library
             raise DataError(f"{name}: cannot be read: {reason}") from None
         raise DataError(f"{name}: damaged compressed file: {error}; copy it again") from None
 
@@ -219,31 +219,31 @@ def _opened(file: Path | IO[bytes]) -> Any:
     if isinstance(file, Path):
         try:
             return open_regular(file, PEEK)
-        except ValueError:  # a pipe could not be read three times
+        except ValueError:  # a pipe cannot be read three times
             raise NotText(f"{file}: not a regular file; pipe it in with -") from None
     file.seek(0)
     return io.BufferedReader(io.FileIO(file.fileno(), closefd=False), PEEK)
 
 
 def _unpacked(raw: IO[bytes], name: str) -> Any:
-    """The file itself, or what is compressed in it, by its first bytes."""
+    """Return the file, decompressed if its first bytes are gzip's or zstd's."""
     start = raw.peek(4)[:4]  # type: ignore[attr-defined]
     if start[:2] == b"\x1f\x8b":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)  # type: ignore[arg-type]
-    # a frame, or one to be skipped: 0x184D2A50 to 0x184D2A5F (RFC 8878, 3.1.2)
+    # a zstd frame, or a skippable frame: 0x184D2A50 to 0x184D2A5F (RFC 8878, 3.1.2)
     if start == b"\x28\xb5\x2f\xfd" or (start[1:] == b"\x2a\x4d\x18" and start[0] >> 4 == 5):
         pyarrow = need("pyarrow", f"{name}: zstd")
         packed = pyarrow.PythonFile(raw, mode="r")
         return io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"), 1 << 20)
     if name.lower().endswith(PACKED):
         raise NotText(
-            f"{name}: gzip or zstd expected by its name, found {start!r}; rename it or leave it out"
+            f"{name}: expected gzip or zstd by its name, found {start!r}; rename it or leave it out"
         )
     return raw
 
 
 def _kind(file: Any, name: str) -> str:
-    """text, lines (a JSON value each), array (of JSON values), csv, tsv or parquet."""
+    """Recognise a format: text, lines (of JSON), array (JSON), csv, tsv or parquet."""
     suffix = _suffix(Path(name))
     if suffix in TEXT:
         return "text"
@@ -261,10 +261,10 @@ def _kind(file: Any, name: str) -> str:
             json.loads(line)
             return "lines"
         except (ValueError, RecursionError):
-            if not end and len(start) > 1 << 12:  # a first record longer than what was peeked at
+            if not end and len(start) > 1 << 12:  # the first record may be longer than PEEK
                 return "lines"
     if suffix == ".json":
-        raise NotText(f"{name}: a JSON array of records, or one record per line, expected")
+        raise NotText(f"{name}: expected a JSON array of records or one record per line")
     return "text"
 
 
@@ -272,8 +272,8 @@ def _kind(file: Any, name: str) -> str:
 
 
 def _checked(file: Any, name: str) -> Iterator[bytes]:
-    """Blocks of a file without its byte order mark. Raises NotText or, behind the first block,
-    DataError for a NUL or for too many bytes that are not UTF-8."""
+    """Yield blocks of a file without its byte order mark. Raises NotText or, after the first block,
+    DataError for a NUL or too much invalid UTF-8."""
     done = bad = 0
     first = None  # offset of the first byte that is not UTF-8
     while block := file.read(LARGE):
@@ -288,7 +288,7 @@ def _checked(file: Any, name: str) -> Iterator[bytes]:
             at = first if nul < 0 else done + nul
             found = f"byte 0x{block[at - done]:02x}" if at >= done else f"{bad} other bytes"
             raise (DataError if done else NotText)(
-                f"{name}: offset {at}: UTF-8 text expected, {found} found;"
+                f"{name}: offset {at}: expected UTF-8 text, found {found};"
                 " convert the file or leave it out"
             )
         yield block if done else block.removeprefix(codecs.BOM_UTF8)
@@ -296,8 +296,8 @@ def _checked(file: Any, name: str) -> Iterator[bytes]:
 
 
 def _parts(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
-    """Documents of a stream: the text between separators, cut where it is longer than LARGE. The
-    result does not depend on how the stream is divided into blocks."""
+    """Split a stream into documents at separators, and cut those longer than LARGE, independently
+    of how the stream is divided into blocks."""
     buffer, long = b"", False
     for block in blocks:
         buffer += block
@@ -313,8 +313,8 @@ def _parts(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
 
 
 def _cut(text: bytes, keep: int) -> list[bytes]:
-    """Parts of PART to 2 PART bytes from the start of a text, and the rest of at most `keep`. A
-    part ends with a paragraph; failing that, with a line, a word, a character."""
+    """Cut a text into parts of PART to 2 PART bytes and a rest of at most `keep`. Parts end at a
+    paragraph or, if there is none, at a line, a word or a character."""
     parts, start = [], 0
     while len(text) - start > keep:
         window = text[start + PART : start + 2 * PART]
