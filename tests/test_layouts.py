@@ -128,7 +128,7 @@ def test_missing_gradients_count_as_zero(answers):
 
 def test_unsupported_placements_are_refused_by_name(answers):
     assert "Shard(dim=1)" in answers[2]["refusals"]["columns"]
-    assert "shards along the rows" in answers[2]["refusals"]["columns"]
+    assert "expected replicas, or row-wise shards" in answers[2]["refusals"]["columns"]
 
 
 def test_state_lies_like_its_parameter_and_survives_a_state_dict(answers):

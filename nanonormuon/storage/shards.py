@@ -403,7 +403,7 @@ def too_few(**tokens: int) -> list[str]:
     share = math.ceil(100 * FEW / max(sum(tokens.values()), 1)) / 100
     larger = f", or prepare it with --val {share:g}" if share <= 0.2 else ""
     return [
-        f"{name}: found {count:,} tokens, expected at least {FEW:,}: "
+        f"{name}: {count:,} tokens are too few, expected at least {FEW:,}: "
         + f"add text{larger if name == 'val' else ''}"
         for name, count in tokens.items()
         if count < FEW

@@ -62,7 +62,7 @@ def called(arguments, capsys):
         (["run", "--resume"], 2, "--resume: no --out given"),
         (["run", "--resume", "--out", "OUT"], 2, "expected a run directory"),
         (["show", "demo", "optim.lr=big"], 2, "expected a number"),
-        (["sample", "OUT"], 4, "neither a run directory"),
+        (["sample", "OUT"], 4, "expected a run directory"),
         (["sample", "OUT", "--top-q", "1"], 2, "--top-p"),
         (["sample", "OUT", "--device", "gpu"], 2, "expected one of auto, cpu, cuda, mps"),
         (["sample", "OUT", "--num", "0"], 2, "--num"),
@@ -81,9 +81,9 @@ def called(arguments, capsys):
             2,
             "optim.momentum = 'much': expected a number",
         ),
-        (["evaluate", "OUT"], 4, "neither a run directory"),
+        (["evaluate", "OUT"], 4, "expected a run directory"),
         (["export", "OUT"], 2, "--out"),
-        (["export", "OUT", "--to", "new"], 4, "neither a run directory"),
+        (["export", "OUT", "--to", "new"], 4, "expected a run directory"),
         (["export", "OUT", "--to", "new", "--dtype", "fp16"], 2, "expected fp32 or bf16"),
         (["run", "train.track=tensorbord"], 2, 'did you mean "tensorboard"'),
         (["prepare", "nothing.txt", "--out", "OUT"], 3, "nothing.txt"),
@@ -122,11 +122,11 @@ def test_a_setting_that_does_nothing_is_named(arguments, idle, tiny, capsys, mon
 
 def test_what_is_there_but_not_what_was_asked_for(shards, trained, tmp_path, capsys):
     for arguments, code, words in (
-        (["evaluate", shards], 4, f"{shards}: prepared data, expected a run"),
+        (["evaluate", shards], 4, f"{shards}: expected a run or a model"),
         (
             ["run", f"data.path={shards}", "--init-from", shards, "--out", tmp_path / "out"],
             4,
-            "prepared data, expected",
+            "found prepared data",
         ),
         (["sample", trained, "--file", tmp_path / "no"], 2, "no: No such file or directory, expec"),
         (["sample", trained, "--file", tmp_path], 2, "Is a directory, expected a text file"),

@@ -205,7 +205,7 @@ def test_a_lock_outlives_its_file(tmp_path):
     old = tmp_path / "old"  # an earlier version locks this file alone
     old.mkdir()
     handle = lock(old / ".lock")
-    with pytest.raises(RunError, match="being written"), RunDirectory(old) as run:
+    with pytest.raises(RunError, match="in use by"), RunDirectory(old) as run:
         run.acquire(resume=False)
     os.close(handle)
     assert (old / ".lock").exists()

@@ -278,7 +278,7 @@ def test_what_hugging_face_cannot_load_is_named():
     sigmoid = replace(softmax, router="sigmoid", n_expert_shared=0, qk_norm=False)
     odd = ["n_expert_shared = 0", "qk_norm = False"]
     assert hf.obstacles(sigmoid) == odd
-    with pytest.raises(ValueError, match='section "nanonormuon" not usable'):
+    with pytest.raises(ValueError, match='invalid section "nanonormuon"'):
         hf.gpt_config({"nanonormuon": {"n_layers": 3}})
 
 
@@ -555,7 +555,7 @@ def test_what_export_refuses(trained, exported, tmp_path, monkeypatch, capsys):
         assert error.startswith("error: ") and words in error, error
         assert not (tmp_path / "new").exists() and not [*tmp_path.glob(".*")]
 
-    refused("exists already", to=exported)
+    refused("already exists", to=exported)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     refused("the current directory", to=Path("."))
@@ -703,8 +703,8 @@ def test_what_init_from_refuses(trained, bpe_data, shards, tmp_path, capsys):
     mine = f"data.path={bpe_data}"
     refused(["demo", "--init-from", str(trained), mine], 2, "leave out model.n_layer (demo)")
     refused(["--init-from", str(trained), mine, "model.n_layer=2"], 2, "model.n_layer (command")
-    refused(["--init-from", str(tmp_path / "no"), mine], 4, "nor a model directory")
-    refused(["--init-from", str(trained), f"data.path={shards}"], 4, "tokens are others here",
+    refused(["--init-from", str(tmp_path / "no"), mine], 4, "or a model directory")
+    refused(["--init-from", str(trained), f"data.path={shards}"], 4, "tokens have other ids here",
             "--tokenizer")  # fmt: skip
     made_by_transformers("llama", tmp_path / "small", bpe_data, vocab_size=200, bos_token_id=0,
                          eos_token_id=0)  # fmt: skip

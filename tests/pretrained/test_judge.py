@@ -169,24 +169,24 @@ def test_an_id_that_the_model_lacks_is_refused(tmp_path):
     model = GPT(GPTConfig(vocab_size=100, n_layer=1, n_head=2, n_embd=16)).init_weights(0).eval()
     (tmp_path / "a.txt").write_text("abc abc x abc")
     byte, world = tokenizer.get("byte"), World(0, 1, torch.device("cpu"))
-    with pytest.raises(DataError, match=r"a\.txt: token 0: id below 100 expected, 256 found"):
+    with pytest.raises(DataError, match=r"a\.txt: token 0: expected an id below 100, found 256"):
         judge.on_split(model, byte, world, 8, 8, 0, judge.read_text(tmp_path / "a.txt", byte))
     text = judge.read_text(tmp_path / "a.txt", byte)
     text.shards[0][0] = 0
-    with pytest.raises(DataError, match=r"token 9: id below 100 expected, 120 found"):
+    with pytest.raises(DataError, match=r"token 9: expected an id below 100, found 120"):
         judge.on_split(model, byte, world, 8, 8, 0, text)
 
 
 def test_what_is_no_run_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="neither a run directory"):
+    with pytest.raises(CheckpointError, match="expected a run directory"):
         models.find_checkpoint(tmp_path)
 
 
 def test_a_run_whose_data_are_gone_asks_for_others():
     state = {"config": {"data": {"path": "/nonexistent/data", "format": "shards"}}}
-    with pytest.raises(DataError, match="no longer there: give --data"):
+    with pytest.raises(DataError, match="missing: give --data"):
         models.data_of(state, tokenizer.get("byte"))
-    with pytest.raises(DataError, match="does not say what it was trained on: give --data"):
+    with pytest.raises(DataError, match="training data are unknown: give --data"):
         models.data_of(None, tokenizer.get("byte"))
 
 
@@ -200,7 +200,7 @@ def test_what_evaluation_refuses(trained, shards, tmp_path, capsys):
     (tmp_path / "odd-labels.lst").write_bytes(b"\xff")
     (tmp_path / "far.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 2}')
     for arguments, code, words in (
-        (["--data", shards], 3, "made with tokenizer"),
+        (["--data", shards], 3, "found tokenizer"),
         (["--data", tmp_path / "no"], 3, "no such data directory"),
         (["--text", tmp_path / "no.txt"], 3, "no.txt"),
         (["--text", tmp_path / "empty.txt"], 3, "empty"),

@@ -170,7 +170,7 @@ def test_what_cannot_be_compared(trained, tmp_path, capsys, monkeypatch):
         (["compare"], 2, "RUN"),
         (["report", tmp_path / "empty"], 2, "not a run directory"),
         (["report", trained, "--out", trained / "config.toml" / "x.html"], 8, "config.toml"),
-        (["diagnose", tmp_path / "empty"], 4, "neither a run directory"),
+        (["diagnose", tmp_path / "empty"], 4, "expected a run directory"),
         (["diagnose", trained, "--layers", "one"], 2, "0,5,11"),
         (["diagnose", trained, "--plot", tmp_path / "a.png", "--layers", "0,7"], 2, "0 to 1"),
         (["diagnose", trained, "--plot", tmp_path / "a.gif"], 2, "ends in .png"),
@@ -199,8 +199,8 @@ def test_damaged_rows_are_left_out_and_named_once(trained, tmp_path, capsys):
     file.write_bytes(b"\n".join([*DAMAGED, KEPT]))
     (run / "samples.jsonl").write_bytes(b'{"step": 7, "text": 8}\n{"step": 9, "text": "all of it"}')
     where = "line 1: 'loss', line 2: 'seconds', line 3: 'val_loss' and 7 more"
-    metrics = f"{file}: damaged and left out: {where}"
-    samples = f"{run / 'samples.jsonl'}: damaged and left out: line 1: 'text'"
+    metrics = f"{file}: left out, because damaged: {where}"
+    samples = f"{run / 'samples.jsonl'}: left out, because damaged: line 1: 'text'"
     code, out, err = called(["compare", run, "--target", 2, "--json"], capsys)
     assert code == 0 and err.splitlines() == [metrics]
     (row,) = json.loads(out)
@@ -211,7 +211,7 @@ def test_damaged_rows_are_left_out_and_named_once(trained, tmp_path, capsys):
     page = (tmp_path / "r.html").read_text()
     assert "NaN" not in page and "Infinity" not in page and "all of it" in page
     code, _, err = called(["run", "--resume", "--out", run], capsys)
-    assert code == 0 and err.count("damaged and left out") == 2
+    assert code == 0 and err.count("left out, because damaged") == 2
     assert metrics in (run / "train.log").read_text()
     rows = {row["step"]: row for row in read_metrics(file)}
     assert [*rows] == [5, 10, 15, 30, 40, 50, 60] and rows[5] == {"step": 5, "lr": 0.1}

@@ -111,8 +111,8 @@ def put(offset: int, value: int) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (put(0, 20240521), "20240520 expected, 20240521 found"),
-        (put(4, 3), "version 1 or 2 expected, 3 found"),
+        (put(0, 20240521), "expected 20240520, found 20240521"),
+        (put(4, 3), "expected version 1 or 2, found 3"),
         (put(4, 2), "500 tokens make a file of 3024 bytes, found 2024"),
         (put(8, 499), "499 tokens make a file of 2022 bytes, found 2024"),
         (put(8, 2**31 - 1), "2147483647 tokens make a file of"),
@@ -174,7 +174,7 @@ def test_without_manifest(directory: Path) -> None:
     assert opened.train.names == ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
     assert opened.manifest is None and opened.train.bytes is None and opened.vocab_size == 100
     assert shards.open_data(directory).vocab_size is None
-    refused(directory, r"000000\.bin: token 7: id below 99 expected, 99 found", vocab_size=99)
+    refused(directory, r"000000\.bin: token 7: expected an id below 99, found 99", vocab_size=99)
     (directory / "fineweb_val_000000.bin").unlink()
     refused(directory, "no val split")
 
@@ -197,7 +197,7 @@ def test_headerless_files_of_nanogpt(directory: Path, tmp_path: Path) -> None:
     refused(directory, r"no train split, \*train_\*\.bin expected; .* data\.format=nanogpt")
     path = directory / "train.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    refused(directory, r"train\.bin: uint16 tokens expected, 999 bytes found", headerless=True)
+    refused(directory, r"train\.bin: expected uint16 tokens, found 999 bytes", headerless=True)
     path.write_bytes(b"")
     refused(directory, r"train\.bin: uint16 tokens expected, 0 bytes", headerless=True)
     shards.write_shard(path, np.arange(9), 100)
@@ -210,7 +210,7 @@ def test_unfinished_preparation(directory: Path) -> None:
     """Its shards may be in place already and look like published ones."""
     (directory / ".partial").mkdir()
     (directory / "manifest.json").rename(directory / ".partial" / "manifest.json")
-    refused(directory, "unfinished preparation; run normuon-train prepare again")
+    refused(directory, "unfinished; run normuon-train prepare again")
 
 
 def test_missing_directory_says_what_to_run(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_flipped_byte(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = bytearray(path.read_bytes())
     raw[1100] ^= 1
     path.write_bytes(raw)
-    refused(directory, r"val_000000\.bin: sha256 .* expected by manifest\.json")
+    refused(directory, r"val_000000\.bin: sha256: expected .*manifest\.json")
     monkeypatch.setattr(shards, "FULL_CHECK_LIMIT", 0)  # as if the directory were large
     refused(directory, "sha256", verify="full")
     opened = shards.open_data(directory)
@@ -231,7 +231,7 @@ def test_flipped_byte(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened.val.settle()  # nothing of it was read
     list(validation_batches(opened.val, 10, 20))  # one batch
     listed = opened.manifest["val"]["shards"][0]["sha256"]
-    says = rf"{path}: sha256 {listed} expected by manifest\.json, {shards.sha256(path)} found"
+    says = rf"{path}: sha256: expected {listed} \(manifest\.json\), found {shards.sha256(path)}"
     whole = Split.joined([opened.train, opened.val])  # as in a mixture
     for read in (opened.val.settle, whole.settle, lambda: whole.check(2)):
         with pytest.raises(DataError, match=says):
@@ -254,12 +254,12 @@ def shard_field(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (shard_field("name", "../train_000000.bin"), "no shard's name"),
-        (shard_field("name", "/etc/train_0.bin"), "no shard's name"),
-        (shard_field("name", ".train_0.bin"), "no shard's name"),
-        (shard_field("name", "train_0.bin\n"), "no shard's name"),
-        (shard_field("name", "train_0/../x.bin"), "no shard's name"),
-        (shard_field("name", 3), r"shards\[0\]\.name: str expected, '3' found"),
+        (shard_field("name", "../train_000000.bin"), "invalid shard name"),
+        (shard_field("name", "/etc/train_0.bin"), "invalid shard name"),
+        (shard_field("name", ".train_0.bin"), "invalid shard name"),
+        (shard_field("name", "train_0.bin\n"), "invalid shard name"),
+        (shard_field("name", "train_0/../x.bin"), "invalid shard name"),
+        (shard_field("name", 3), r"shards\[0\]\.name: expected str, found '3'"),
         (shard_field("size", 10**15), "size 1000000000000000 expected"),
         (shard_field("tokens", 2**62), "tokens: int expected"),
         (shard_field("tokens", True), "tokens: int expected"),
@@ -270,10 +270,10 @@ def shard_field(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda m: m["train"]["shards"].append(m["train"]["shards"][1]), "name order"),
         (lambda m: m["train"].update(tokens=10**12), "not the sum"),
         (lambda m: m["train"].update(shards={}), "shards: list expected"),
-        (lambda m: m.update(format=2), "format 1 expected, 2 found"),
-        (lambda m: m.pop("tokenizer"), "tokenizer: dict expected, 'None' found"),
-        (lambda m: m.pop("val"), "val: dict expected"),
-        (lambda m: m["val"].update(tokens=0, shards=[]), "here, but not listed"),
+        (lambda m: m.update(format=2), "expected format 1, found 2"),
+        (lambda m: m.pop("tokenizer"), "tokenizer: expected dict, found 'None'"),
+        (lambda m: m.pop("val"), "val: expected dict"),
+        (lambda m: m["val"].update(tokens=0, shards=[]), "found, but not listed"),
         (lambda m: m["tokenizer"].update(eot=100), "eot < vocab_size"),
         (lambda m: m["tokenizer"].update(vocab_size=10**12), "eot < vocab_size <= 2"),
         (lambda m: m["tokenizer"].update(vocab_size=10**6), "uint16 tokens do not fit the 1000000"),
@@ -339,7 +339,7 @@ def test_an_older_manifest_is_compared_with_its_tokenizer(directory: Path, key: 
         edit(directory, lambda m: m["val"].update(bytes=10 * text_bytes))
     else:
         setattr(Words, key, 55)
-    with pytest.raises(DataError, match=f"{key} .* expected by manifest"):
+    with pytest.raises(DataError, match=f"{key}: expected .*manifest"):
         shards.open_data(directory).check_tokenizer(Words())
     for path in directory.glob("*.json"):
         path.unlink()

@@ -59,7 +59,7 @@ def test_a_mixture_resumes_in_the_same_bytes_and_names_its_epochs(others, shards
     [
         ("data.mix=nowhere", 2, 'data.mix: "nowhere": expected DIRECTORY=SHARE'),
         ("data.mix={b}=1.5", 2, "expected DIRECTORY=SHARE, 0 < share < 1"),
-        ("data.mix={b}=0.5,{c}=0.5", 2, "shares of less than 1 in all"),
+        ("data.mix={b}=0.5,{c}=0.5", 2, "expected shares that add up"),
         ("data.mix=nowhere=0.5", 3, "nowhere: no such data directory"),
         ("data.mix={bpe}=0.5", 3, "expected that of"),
     ],
@@ -96,7 +96,7 @@ def test_nanogpts_files(shards, tmp_path, capsys):
     ]
     assert cli.main(arguments) == 2 and "model.vocab_size = 0" in capsys.readouterr().err
     assert cli.main([*arguments, "model.vocab_size=100"]) == 3
-    assert "train.bin: token 0: id below 100 expected, 256 found" in capsys.readouterr().err
+    assert "train.bin: token 0: expected an id below 100, found 256" in capsys.readouterr().err
     arguments.remove("data.format=nanogpt")
     assert cli.main(arguments) == 3 and "set data.format=nanogpt" in capsys.readouterr().err
 
@@ -131,5 +131,5 @@ def test_documents_kept_apart(text, tmp_path, capsys, caplog):
         path.unlink()
     arguments = ["run", *arguments, "model.vocab_size=257", "--out", str(tmp_path / "x")]
     assert cli.main(arguments) == 2
-    assert "data.document_mask: data.tokenizer must tell" in capsys.readouterr().err
+    assert "data.document_mask = true: expected a data.tokenizer" in capsys.readouterr().err
     assert shards.open_data(tmp_path / "data").manifest is None

@@ -56,9 +56,9 @@ def test_what_is_wrong_is_named(directory, tmp_path, capsys):
         path.unlink()
     shutil.copy(directory / "train_000000.bin", tmp_path / "leak" / "val_000000.bin")
     code, out = called(capsys, tmp_path / "leak")
-    assert code == 0 and "problem: no manifest and no tokenizer: give --tokenizer" in out
+    assert code == 0 and "problem: no manifest and no tokenizer: add" in out
     code, out = called(capsys, tmp_path / "leak", "--tokenizer", directory)
-    assert code == 0 and "documents are in train too" in out and "long: " in out
+    assert code == 0 and "documents are also in train" in out and "long: " in out
     path = directory / "train_000001.bin"
     raw = bytearray(path.read_bytes())
     raw[HEADER_BYTES + 10] ^= 1

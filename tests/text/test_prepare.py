@@ -254,7 +254,7 @@ def test_a_directory_with_other_files_is_refused(there: str, corpus: Path, tmp_p
     (out / there).parent.mkdir(parents=True)
     (out / there).write_text("precious")
     (out / ".download").touch()  # hidden files are in nobody's way
-    with pytest.raises(DataError, match=f"{out / there.partition('/')[0]}: in the way"):
+    with pytest.raises(DataError, match=f"{out / there.partition('/')[0]}: not made by"):
         prepare([corpus], out, tokenizer="byte")
     assert (out / there).read_text() == "precious"
     (out / there).unlink()
@@ -262,7 +262,7 @@ def test_a_directory_with_other_files_is_refused(there: str, corpus: Path, tmp_p
         folder.rmdir()
     prepare([corpus], out, tokenizer="byte")
     for wrong in ({"out": ""}, {"out": tmp_path / "new", "tokenizer": ""}):
-        with pytest.raises(DataError, match="a name expected"):
+        with pytest.raises(DataError, match="expected a name"):
             prepare([corpus], **wrong)
 
 
@@ -311,9 +311,9 @@ def test_named_files_and_bad_sources(corpus: Path, tmp_path: Path) -> None:
         prepare([corpus], tmp_path / "out", val=0.0)
     for spec, says in (
         ("gtp2", "did you mean gpt2"),
-        ("bpe:99", "at least 257"),
+        ("bpe:99", "expected 257"),
         ("bpe:x", "bpe:N"),
-        ("bpe:10000000", "at most 9999999"),
+        ("bpe:10000000", "to 9999999"),
     ):
         with pytest.raises(errors.TokenizerError, match=says):
             prepare([corpus], tmp_path / "out", tokenizer=spec)
@@ -382,7 +382,7 @@ def test_damaged_output_is_not_reused(corpus: Path, tmp_path: Path) -> None:
     path.write_bytes(raw)
     prepare([corpus], tmp_path / "out", tokenizer="byte")
     tokenizer.get("bpe:300", ["some text"]).save(tmp_path / "out")
-    with pytest.raises(DataError, match=r"hash .* expected by manifest\.json"):
+    with pytest.raises(DataError, match=r"hash: expected .*manifest\.json"):
         prepare([corpus], tmp_path / "out", tokenizer="byte")
 
 
@@ -391,7 +391,7 @@ def test_other_peoples_files_are_left_alone(corpus: Path, tmp_path: Path, name: 
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_bytes(b"precious")
-    with pytest.raises(DataError, match=f"{name}: in the way"):
+    with pytest.raises(DataError, match=f"{name}: not made by"):
         prepare([corpus], out, tokenizer="byte")
     assert content(out) == {name: b"precious"}
 
@@ -718,7 +718,7 @@ def test_written_and_read_back_bytes_are_compared(
         return original(version, tokens) + bytes(2)  # overwrites the first token
 
     monkeypatch.setattr(shards, "header", corrupt)
-    with pytest.raises(DataError, match="read back other bytes"):
+    with pytest.raises(DataError, match="reads differently"):
         prepare([corpus], tmp_path / "out", tokenizer="byte")
 
 
