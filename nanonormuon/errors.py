@@ -111,7 +111,7 @@ def describe(error: BaseException) -> str:
         )
     elif lost_peer(error):
         which = getattr(error, "lost", "another rank")
-        text = f"{which} failed or is gone: see its own message ({text})"
+        text = f"{which} failed or is gone: see that rank's log ({text})"
     return f"{error.place}: {text}" if hasattr(error, "place") else text
 
 

@@ -201,7 +201,7 @@ def test_printed_configuration_reads_back(tmp_path):
         (["demo", "train.init_from=x"], "leave out model.n_layer (demo)"),
         (["train.compile=yes"], "expected one of auto, on, off"),
         (["train.batch_tokens=1000"], "the nearest are 768 or 1024"),
-        (["model.n_head=7"], "take n_head = 6"),
+        (["model.n_head=7"], "n_head = 6"),
     ],
 )
 def test_mistakes_are_named(arguments, words):

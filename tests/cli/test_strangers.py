@@ -82,7 +82,7 @@ def test_a_strangers_optimizer_is_not_imported(code, command, theirs, capsys):
     assert not os.path.exists("executed") and not os.path.exists("new")
     if code:  # the setting to add is in the message
         assert "config.toml: optim.name = decoy:X" in said.err
-        assert said.err.endswith("add optim.name=decoy:X\n")
+        assert "add optim.name=decoy:X " in said.err
     if "--dry-run" in command:
         assert "decoy:X is not imported" in said.out
     with pytest.raises(ConfigError, match=r"add optim\.name=decoy:X"):
@@ -119,7 +119,7 @@ def test_a_named_optimizer_trains_and_resumes(tiny, tmp_path, capsys, monkeypatc
     short = [*tiny, "train.steps=2", "train.sample_tokens=0"]
     assert cli.main(["run", *short, named, "train.stop_at=1", *out]) == 0
     assert cli.main(["run", "--resume", *out]) == 2
-    again = ["run", "--resume", *out, capsys.readouterr().err.split()[-1]]
+    again = ["run", "--resume", *out, re.search(r"add (optim\S+)", capsys.readouterr().err)[1]]
     with monkeypatch.context() as broken:
         broken.setattr(GPT, "forward", Mock(side_effect=MemoryError))
         assert cli.main(again) == 6
