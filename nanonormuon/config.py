@@ -156,6 +156,7 @@ LIMITS: dict[str, Limit] = {  # every other setting: AT_LEAST_0
     "model.vocab_size": within(0, 1 << 32),  # ids in shards have 32 bits
     "model.n_layer": within(1, 10_000),
     **dict.fromkeys(("model.n_hidden", "model.expert_hidden"), within(0, 1 << 24)),
+    "model.bigram_embed": within(0, 1 << 32),
     "model.attn_scale": (lambda value: True, "any number"),
     "data.seq_len": within(1, 1 << 24),
     "train.batch_tokens": within(1, 10**12),

@@ -308,7 +308,7 @@ def test_recipes_and_show(capsys, monkeypatch):
     assert re.search(r"^lr = 0.5 +# command line +.*hidden matrices.*$", shown, re.M)
     assert re.search(r"^n_layer = \d+ +# demo ", shown, re.M)
     assert re.search(r"^n_head = \d+ +# demo +query heads$", shown, re.M)  # in model.py
-    assert re.search(r"^nesterov = true +# default$", shown, re.M)
+    assert re.search(r"^nesterov = true +# default", shown, re.M)
     assert config.tomllib.loads(shown)["optim"]["lr"] == 0.5
     assert cli.main(["run", "demo", "optim.lr=0.5", "train.batch_tokens=1024", "--dry-run"]) == 0
     said = capsys.readouterr().out

@@ -261,6 +261,7 @@ def test_every_buffer_is_stored_and_none_may_be_missing(trained):
 def test_weights_of_another_shape_are_refused(trained):
     _, path = trained
     sizes = {"vocab_size": 320, "n_head": 2, "n_kv_head": 1, "value_embed": True}
+    sizes["bigram_embed"] = 96
     other = GPT(GPTConfig(n_layer=2, n_embd=64, **sizes))
     with pytest.raises(CheckpointError, match="has shape"):
         snapshot.load_weights(other, path)
