@@ -637,7 +637,7 @@ def test_names_in_the_configuration():
         load(["demo", "optim.name=mu0n"])
     with pytest.raises(ConfigError, match="ddp"):
         load(["demo", "optim.name=torch.optim:Muon", "train.parallel=fsdp"])
-    with pytest.raises(ConfigError, match="optim.options"):
+    with pytest.raises(ConfigError, match=r"optim\.options"):
         load(["demo", "optim.options=eps=1"])
     assert load([*TINY, "optim.name=torch.optim:Muon"])[0].optim.name == "torch.optim:Muon"
 

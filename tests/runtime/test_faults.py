@@ -548,5 +548,5 @@ def test_a_nan_on_one_rank_stops_all_before_the_update(place, more, forks, short
 def test_a_rank_that_diverges_is_named(forks, short, tmp_path):
     codes, said = forks.run([*short, "--out", tmp_path / "run"], 2, "bit@weight:5:1")
     assert codes == [7, 7], said
-    assert "rank 1 holds other values than rank 0" in said[1]
+    assert "rank 1 differs from rank 0" in said[1]
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[1]["step"] == 4

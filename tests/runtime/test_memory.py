@@ -250,7 +250,8 @@ def test_a_rank_without_memory_costs_a_repeated_step(
     codes, said = forks.run(arguments, ranks, fault)
     assert codes == [0] * ranks, said
     step = 0 if "trial" in fault else 3
-    assert f"step {step}: out of memory with {micro}".replace("auto", str(12 // ranks)) in said[0]
+    size = 12 // ranks if micro == "auto" else micro
+    assert f"step {step}: out of memory with micro-batches of {size};" in said[0]
     assert f"with {fewer}; the batch size" in said[0]
     large, small = undisturbed
     assert len(large) == 8 and losses(tmp_path / "run") == pytest.approx(large, abs=1e-5)
