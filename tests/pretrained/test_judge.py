@@ -207,7 +207,7 @@ def test_what_evaluation_refuses(trained, shards, tmp_path, capsys):
         (["--window", 8, "--stride", 9], 2, "--stride 9: expected 1 to --window 8"),
         (["--choices", tmp_path / "bad.jsonl"], 3, "bad.jsonl: line 2: no field 'question'"),
         (["--choices", tmp_path / "cut.jsonl"], 3, "cut.jsonl: line 2: 'utf-8' codec"),
-        (["--choices", tmp_path / "sums.jsonl"], 3, "sums.jsonl: line 1: text expected"),
+        (["--choices", tmp_path / "sums.jsonl"], 3, "sums.jsonl: line 1: expected text"),
         (["--choices", tmp_path / "odd.jsonl"], 3, "odd.jsonl: line 1: "),
         (["--choices", tmp_path / "none.jsonl"], 3, "no questions"),
         (["--choices", tmp_path / "far.jsonl"], 3, "answer 2 of 2 choices"),

@@ -250,7 +250,7 @@ def test_a_file_with_a_value_of_any_type(value, tmp_path):
 
 def test_an_absurd_number_is_refused_at_once(capsys):
     assert cli.main(["show", f"model.n_head={2**20}"]) == 2
-    assert "take n_head = 768" in capsys.readouterr().err
+    assert "set n_head = 768" in capsys.readouterr().err
 
 
 NUMBERS = ["1" * 5000, "1" + "0" * 400, "1e999", "nan", "-inf", "0x_1", "1979-05-27T07:32:00Z",
@@ -421,7 +421,7 @@ def test_a_state_that_no_run_wrote(place, value, trained, tmp_path):
     if value in ({}, 1):  # an older version, which lacks settings, and a newer one
         assert models.state_of(tmp_path)["config"]["model"]["n_layer"]
         return
-    with pytest.raises(CheckpointError, match=r"state\.json: not a run's"):
+    with pytest.raises(CheckpointError, match=r"state\.json: not written by a run"):
         models.state_of(tmp_path)
 
 
@@ -446,7 +446,7 @@ def test_a_state_that_no_run_goes_on_with(key, value, trained):
     state[key] = value
     if value is None:
         del state[key]
-    with pytest.raises(CheckpointError, match=f"{trained}: ({key} =|not a run's)"):
+    with pytest.raises(CheckpointError, match=f"{trained}: ({key} =|not written by a run)"):
         snapshot.check_state(trained, state)
 
 

@@ -83,7 +83,7 @@ def test_write_refuses_ids_outside_the_vocabulary(tmp_path: Path) -> None:
     for wrong in (50, -1):
         tokens[shards.CHUNK + 3] = wrong
         with pytest.raises(
-            DataError, match=f"token {shards.CHUNK + 3}: id below 50 .* {wrong} found"
+            DataError, match=f"token {shards.CHUNK + 3}: expected an id below 50, found {wrong}"
         ):
             shards.write_shard(tmp_path / "x.bin", tokens, 50)
     with pytest.raises(DataError, match="vector"):
@@ -113,15 +113,15 @@ def put(offset: int, value: int) -> Callable[[bytes], bytes]:
     [
         (put(0, 20240521), "expected 20240520, found 20240521"),
         (put(4, 3), "expected version 1 or 2, found 3"),
-        (put(4, 2), "500 tokens make a file of 3024 bytes, found 2024"),
-        (put(8, 499), "499 tokens make a file of 2022 bytes, found 2024"),
-        (put(8, 2**31 - 1), "2147483647 tokens make a file of"),
+        (put(4, 2), "500 tokens: expected a file of 3024 bytes, found 2024"),
+        (put(8, 499), "499 tokens: expected a file of 2022 bytes, found 2024"),
+        (put(8, 2**31 - 1), "2147483647 tokens: expected a file of"),
         (put(8, -1), "-1 tokens"),
         (lambda raw: raw[:-1], "found 2023"),
         (lambda raw: raw + b"\0\0", "found 2026"),
         (lambda raw: raw[:1024], "found 1024"),
-        (lambda raw: raw[:100], "100 bytes, a shard's header alone has 1024"),
-        (lambda raw: b"", "0 bytes"),
+        (lambda raw: raw[:100], "expected at least 1024 bytes .* found 100"),
+        (lambda raw: b"", "found 0"),
     ],
 )
 @pytest.mark.parametrize("with_manifest", [True, False])
@@ -163,7 +163,7 @@ def test_open(directory: Path) -> None:
     assert opened.train.names == ["train_000000.bin", "train_000001.bin"]
     assert (opened.train.bytes, opened.val.bytes) == (3200, 800)
     assert shards.open_data(directory, vocab_size=128).vocab_size == 100
-    refused(directory, "prepared for 100 token ids, the model has 99", vocab_size=99)
+    refused(directory, "expected at most 99 token ids .* found 100", vocab_size=99)
 
 
 def test_without_manifest(directory: Path) -> None:
@@ -190,20 +190,22 @@ def test_headerless_files_of_nanogpt(directory: Path, tmp_path: Path) -> None:
     opened = shards.open_data(directory, 100, headerless=True)
     assert opened.train.shards[0].tolist() == expected["train"] and opened.manifest is None
     assert opened.val.shards[0].tolist() == expected["val"] and opened.vocab_size == 100
-    refused(directory, r"train\.bin: token 7: id below 99", vocab_size=99, headerless=True)
+    refused(
+        directory, r"train\.bin: token 7: expected an id below 99", vocab_size=99, headerless=True
+    )
     for path in directory.glob("*_0*.bin"):
         path.unlink()
     (directory / "manifest.json").unlink()
-    refused(directory, r"no train split, \*train_\*\.bin expected; .* data\.format=nanogpt")
+    refused(directory, r"no train split, expected \*train_\*\.bin; .* data\.format=nanogpt")
     path = directory / "train.bin"
     path.write_bytes(path.read_bytes()[:-1])
     refused(directory, r"train\.bin: expected uint16 tokens, found 999 bytes", headerless=True)
     path.write_bytes(b"")
-    refused(directory, r"train\.bin: uint16 tokens expected, 0 bytes", headerless=True)
+    refused(directory, r"train\.bin: expected uint16 tokens, found 0 bytes", headerless=True)
     shards.write_shard(path, np.arange(9), 100)
     refused(directory, r"train\.bin: a shard with a header", headerless=True)
     path.unlink()
-    refused(directory, r"no train split, train\.bin expected", headerless=True)
+    refused(directory, r"no train split, expected train\.bin", headerless=True)
 
 
 def test_unfinished_preparation(directory: Path) -> None:
@@ -241,7 +243,7 @@ def test_flipped_byte(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shards_are_the_listed_ones(directory: Path) -> None:
     extra = directory / "train_000002.bin"
     shards.write_shard(extra, np.array([1, 2, 3]), 100)
-    refused(directory, r"train_000002\.bin: here, but not listed")
+    refused(directory, r"train_000002\.bin: found, but not listed")
     extra.unlink()
     (directory / "train_000001.bin").unlink()
     refused(directory, r"train_000001\.bin: missing, but listed")
@@ -260,16 +262,16 @@ def shard_field(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (shard_field("name", "train_0.bin\n"), "invalid shard name"),
         (shard_field("name", "train_0/../x.bin"), "invalid shard name"),
         (shard_field("name", 3), r"shards\[0\]\.name: expected str, found '3'"),
-        (shard_field("size", 10**15), "size 1000000000000000 expected"),
-        (shard_field("tokens", 2**62), "tokens: int expected"),
-        (shard_field("tokens", True), "tokens: int expected"),
+        (shard_field("size", 10**15), "size: expected 1000000000000000"),
+        (shard_field("tokens", 2**62), "tokens: expected int"),
+        (shard_field("tokens", True), "tokens: expected int"),
         (shard_field("tokens", 501), "not the sum"),
         (shard_field("max_token", 100), "token id 100 in a vocabulary of 100"),
-        (shard_field("sha256", None), "sha256: str expected"),
+        (shard_field("sha256", None), "sha256: expected str"),
         (lambda m: m["train"]["shards"].reverse(), "name order"),
         (lambda m: m["train"]["shards"].append(m["train"]["shards"][1]), "name order"),
         (lambda m: m["train"].update(tokens=10**12), "not the sum"),
-        (lambda m: m["train"].update(shards={}), "shards: list expected"),
+        (lambda m: m["train"].update(shards={}), "shards: expected list"),
         (lambda m: m.update(format=2), "expected format 1, found 2"),
         (lambda m: m.pop("tokenizer"), "tokenizer: expected dict, found 'None'"),
         (lambda m: m.pop("val"), "val: expected dict"),
@@ -277,9 +279,9 @@ def shard_field(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda m: m["tokenizer"].update(eot=100), "eot < vocab_size"),
         (lambda m: m["tokenizer"].update(vocab_size=10**12), "eot < vocab_size <= 2"),
         (lambda m: m["tokenizer"].update(vocab_size=10**6), "uint16 tokens do not fit the 1000000"),
-        (lambda m: m.update(sha256=None), "sha256 None expected"),
-        (lambda m: m.update(sources=[{"name": "a"}]), r"sources\[0\]\.documents: int expected"),
-        (lambda m: m.update(sources=0.5), "sources: list expected"),
+        (lambda m: m.update(sha256=None), "expected sha256 None"),
+        (lambda m: m.update(sources=[{"name": "a"}]), r"sources\[0\]\.documents: expected int"),
+        (lambda m: m.update(sources=0.5), "sources: expected list"),
     ],
 )
 def test_manifest_is_checked(directory: Path, change: Callable[[Any], Any], says: str) -> None:
@@ -370,7 +372,9 @@ def test_batch_checks_ids_and_files(directory: Path) -> None:
     opened = shards.open_data(directory)
     opened.train.vocab_size = 99
     batches = Batches(opened.train, 10, 76, 0)  # one epoch: 49 + 29 windows, the first 76 of them
-    with pytest.raises(DataError, match=r"train_00000\d\.bin: token \d+: id below 99 .* 99 found"):
+    with pytest.raises(
+        DataError, match=r"train_00000\d\.bin: token \d+: expected an id below 99, found 99"
+    ):
         for step in range(2):
             batches.batch(step, 0, 76)
     opened.train.vocab_size = 100

@@ -132,7 +132,7 @@ def test_fineweb(hub, tmp_path):
     assert script("fineweb", "--out", out, "--shards", 104)[0] == 2
     hub.files[f"{base}train_000001.bin"] = shard(tmp_path, 5000, 50_300)
     code, text, err = script(*arguments, **hub.env(tmp_path))
-    assert code == 3 and "id below 50257 expected" in err and "Traceback" not in err
+    assert code == 3 and "expected an id below 50257" in err and "Traceback" not in err
 
 
 @pytest.mark.slow

@@ -300,8 +300,8 @@ def test_named_files_and_bad_sources(corpus: Path, tmp_path: Path) -> None:
     picture, hidden = corpus / "picture.png", corpus / ".hidden.txt"
     assert [d.name for d in documents([picture, hidden])] == [str(picture), str(hidden)]
     for name, says in (
-        ("binary.txt", r"binary\.txt: offset 3: UTF-8 text expected, byte 0x00"),
-        ("latin.txt", r"latin\.txt: offset 1: UTF-8 text expected, byte 0xe9"),
+        ("binary.txt", r"binary\.txt: offset 3: expected UTF-8 text, found byte 0x00"),
+        ("latin.txt", r"latin\.txt: offset 1: expected UTF-8 text, found byte 0xe9"),
         ("picture.pgn", r"no such file.*did you mean .*corpus/picture\.png"),
         ("empty.txt", "no text found"),
     ):
@@ -362,7 +362,7 @@ def test_same_preparation_is_reused_and_another_refused(corpus: Path, tmp_path: 
     with pytest.raises(DataError, match=r"val: 0\.02, now 0\.5"):
         prepare([corpus], out, tokenizer="bpe:300", val=0.5)
     (corpus / "000.txt").write_text("changed")
-    with pytest.raises(DataError, match="other sources"):
+    with pytest.raises(DataError, match="sources differ"):
         prepare([corpus], out, tokenizer="bpe:300")
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
     inside = [str(corpus / "**" / "*[!yn].*")], corpus / "out", "byte"
@@ -617,7 +617,7 @@ def test_a_read_error_costs_no_finished_shard(
         patch.setattr(sources, "open_regular", fail)
         with pytest.raises(DataError, match=r"19\.txt: cannot be read: Input/output error"):
             attempt()
-    assert "the same command goes on" in caplog.text
+    assert "repeat the command" in caplog.text
     attempt()
     assert caplog.text.count("keeping train_") > 2
 

@@ -208,11 +208,11 @@ def test_a_byte_order_mark_before_an_array(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": oops}\n', r"a\.jsonl:2: a JSON record expected"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": oops}\n', r"a\.jsonl:2: expected a JSON record"),
         ("a.jsonl", b'{"text": ""}\n\n{"body": 1, "n": 2}', r"l:3: no field 'text', found body, n"),
-        ("a.jsonl", b'{"text": ["a"]}', r"a\.jsonl:1: text expected in 'text', list found"),
-        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: a JSON record expected"),
-        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: a JSON record expected"),
+        ("a.jsonl", b'{"text": ["a"]}', r"a\.jsonl:1: expected text in 'text', found list"),
+        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: expected a JSON record"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: expected a JSON record"),
         ("a.json", b'[{"text": "a"}, {"text": ]', r"a\.json: after item 1: invalid JSON: .*\]"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', r"a\.json: after item 1: invalid JSON: .*\{"),
         ("a.json", b'[{"text": "a"}', r"a\.json: after item 1: invalid JSON: Incomp"),
@@ -221,10 +221,10 @@ def test_a_byte_order_mark_before_an_array(tmp_path: Path) -> None:
         ("a.json", b'["a", "\xff"]', r"a\.json: after item \d: invalid JSON: 'utf-8'"),
         ("a.json", b'["a",' + b"[" * 100_000, r"a\.json: .*1000 deep"),
         ("a.json", b'[{"n": %s}]' % (b"9" * 100_000), r"item 0: invalid JSON: .{,50}\.\.' at 7$"),
-        ("nameless", b'{"a":' * 100_000 + b"\n", r"nameless:1: a JSON record expected"),
+        ("nameless", b'{"a":' * 100_000 + b"\n", r"nameless:1: expected a JSON record"),
         ("a.csv", b"text,id,text\na,1,b\n", r"a\.csv: columns 1 and 3 are both 'text'"),
         ("a.txt.zst", as_zstd(b"text " * 99) + b"more", r"a\.txt\.zst: damaged compressed file"),
-        ("a.json", b'{\n"text": "a"}', r"a\.json: a JSON array of records, or one record per line"),
+        ("a.json", b'{\n"text": "a"}', r"a\.json: expected a JSON array"),
         ("a.csv", b"id,body\n1,x\n", r"a\.csv: no field 'text', found id, body"),
         ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv:3: expected 2 columns, found 1"),
         ("a.csv", b'id,text\n1,"x\n', r"a\.csv:2: unexpected end of data"),
@@ -270,7 +270,7 @@ def test_parquet_that_expands_or_is_no_text(tmp_path: Path) -> None:
     page = column(pyarrow.array(["x", "y" * (24 << 17)]), use_dictionary=False, compression="zstd")
     for content, says in (
         (column(invalid), "near row 2: .* byte 0xff"), (two, "columns 1 and 2 are both 'text'"),
-        (numbers, "text expected in 'text', list"),
+        (numbers, "expected text in 'text', found list"),
         (page, "row group 0: a page of 3 MB of text; prepare --max-record 1 "),
     ):  # fmt: skip
         path.write_bytes(content)
@@ -313,8 +313,8 @@ def test_mutated_files_end_in_documented_errors(packed: str, tmp_path: Path) -> 
     ("name", "content", "says"),
     [
         ("a.parquet", b"", "a.parquet: row 1: a record of more than 24 MB"),
-        ("a.jsonl.zst", b"[" + b"[]," * ((8 << 20) - 9) + b"1]", "text expected in 'text', list"),
-        ("a.csv.zst", b"text\n" + b"ab," * ((8 << 20) - 9), "1 columns expected"),
+        ("a.jsonl.zst", b"[" + b"[]," * ((8 << 20) - 9) + b"1]", "expected text in 'text', found list"),
+        ("a.csv.zst", b"text\n" + b"ab," * ((8 << 20) - 9), "expected 1 columns"),
     ],
 )  # fmt: skip
 def test_what_expands_takes_less_than_a_gigabyte(
@@ -357,7 +357,7 @@ def test_parquet_without_the_column_or_the_package(
     path.write_bytes(as_parquet(["x"]))
     with pytest.raises(DataError, match=r"no field 'body', found id, text"):
         list(documents([path], text_field="body"))
-    with pytest.raises(DataError, match=r"text expected in 'id', int64 found"):
+    with pytest.raises(DataError, match=r"expected text in 'id', found int64"):
         list(documents([path], text_field="id"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(MissingPackage, match=r"a\.parquet: Parquet needs .*: pip install pyarrow"):
@@ -471,7 +471,9 @@ def test_a_large_file_turning_binary_is_an_error(
 ) -> None:
     monkeypatch.setattr(sources, "LARGE", 1 << 10)
     (tmp_path / "a.txt").write_bytes(b"text " * 1000 + b"\0")
-    with pytest.raises(DataError, match=r"a\.txt: offset 5000: UTF-8 text expected, byte 0x00"):
+    with pytest.raises(
+        DataError, match=r"a\.txt: offset 5000: expected UTF-8 text, found byte 0x00"
+    ):
         list(documents([tmp_path]))
 
 
