@@ -606,7 +606,7 @@ def test_any_optimizer_trains_and_resumes_bitwise(name, smaller, tmp_path):
 def test_state_that_needs_pickle_is_not_resumed(tiny, tmp_path):
     arguments = [*tiny, "optim.name=test_race:Nested", "optim.options=thing=1, power=0.5"]
     run([*arguments, "train.stop_at=3"], tmp_path / "a")
-    with pytest.raises(errors.CheckpointError, match=r"Nested.*keeps a object.*init-from"):
+    with pytest.raises(errors.CheckpointError, match=r"Nested.*a object.*init-from"):
         run(
             [str(tmp_path / "a/config.toml"), arguments[-2], "train.stop_at=0"],
             tmp_path / "a",
@@ -617,7 +617,7 @@ def test_state_that_needs_pickle_is_not_resumed(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "nowhere:X"}, "No module named 'nowhere'.*PYTHONPATH"),
+        ({"name": "nowhere:X"}, "No module named 'nowhere'.*FILE.py"),
         ({"name": "torch.optim:Muonn"}, "has no attribute 'Muonn'"),
         ({"name": "os:system"}, "expected module:Class of an optimizer"),
         ({"name": "test_race:Nested", "options": "powr=2"}, "has no powr; it has .*power"),

@@ -177,7 +177,7 @@ def test_a_checkpoint_from_before_it_carried_its_source_still_loads_here(tmp_pat
         ("from nanonormuon.parts.extra import Extra", ""),
         ("from nanonormuon.parts.extra import Extra as E", "model.py, line 1: .* expected from"),
         ("import nanonormuon.parts.extra", "model.py, line 1: .* expected from"),
-        ("from nanonormuon.parts.extra import GPT", "GPT: two of nanonormuon.model, "),
+        ("from nanonormuon.parts.extra import GPT", "GPT: .* nanonormuon.model, "),
         ("from nanonormuon.parts import extra", "model.py, line 1: .* expected from"),
     ],
 )
@@ -563,7 +563,7 @@ def test_what_export_refuses(trained, exported, tmp_path, monkeypatch, capsys):
     refused("value_embed = True", run=mixed.parents[1])
     forward = GPT.logits  # which differs from its source too
     monkeypatch.setattr(GPT, "logits", lambda self, h: forward(self, h) + 0.01)
-    refused("transformers computes other logits")
+    refused("transformers' logits differ")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused("pip install transformers")
