@@ -177,7 +177,7 @@ def test_a_checkpoint_from_before_it_carried_its_source_still_loads_here(tmp_pat
         ("from nanonormuon.parts.extra import Extra", ""),
         ("from nanonormuon.parts.extra import Extra as E", "model.py, line 1: .* expected from"),
         ("import nanonormuon.parts.extra", "model.py, line 1: .* expected from"),
-        ("from nanonormuon.parts.extra import GPT", "GPT: .* nanonormuon.model, "),
+        ("from nanonormuon.parts.extra import GPT", "GPT: defined twice in nanonormuon.model, "),
         ("from nanonormuon.parts import extra", "model.py, line 1: .* expected from"),
     ],
 )
