@@ -190,7 +190,7 @@ def test_the_files_of_a_model_become_one(line, words, tmp_path, monkeypatch):
     source = f"{line}\n" + (package / "model.py").read_text()
     late = "def extra():\n    from nanonormuon.parts.late import (\n        Late,\n    )\n"
     (tmp_path / "model.py").write_text(f"{source}\n\n{late}\n    return Late\n")
-    name = "GPT" if "two of" in words else "Extra"
+    name = "GPT" if line.endswith("GPT") else "Extra"
     (tmp_path / "parts" / "extra.py").write_text(f"class {name}:\n    pass\n")
     text = "from nanonormuon.model import MLP\n\n\nclass Late(MLP):\n    pass\n"
     (tmp_path / "parts" / "late.py").write_text(text)
