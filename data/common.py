@@ -54,7 +54,7 @@ def download(url: str, file: Path, digest: str) -> None:
     with urllib.request.urlopen(url, timeout=60) as answer:
         content = answer.read(1 << 26)
     if (found := hashlib.sha256(content).hexdigest()) != digest:
-        raise DataError(f"{url}: sha256 {digest} expected, {found} found")
+        raise DataError(f"{url}: expected sha256 {digest}, found {found}")
     file.write_bytes(content)
 
 
@@ -87,7 +87,7 @@ def from_hub(repo: str, name: str, folder: Path, revision: str = "main") -> Path
         raise DataError(f"{repo}/{name}: {reason}; with the files at hand: --from PATH") from None
     if digest and (other := sha256(part)) != digest:
         part.unlink()
-        raise DataError(f"{repo}/{name}: sha256 {digest} expected, {other} found; run this again")
+        raise DataError(f"{repo}/{name}: expected sha256 {digest}, found {other}; run this again")
     part.replace(file)
     print(f"{file}: {file.stat().st_size:,} bytes, {'verified' if digest else 'no sha256 named'}")
     return file

@@ -29,7 +29,7 @@ def main() -> None:
             common.download(URL, file, SHA256)
         elif (found := sha256(file)) != SHA256:
             raise DataError(
-                f"{file}: sha256 {SHA256} expected, {found} found: not Tiny Shakespeare"
+                f"{file}: expected sha256 {SHA256}, found {found}: not Tiny Shakespeare"
             )
         prepare([file], options.out, "byte", 0.1)
     print(f"next: normuon-train run shakespeare-char data.path={options.out}")

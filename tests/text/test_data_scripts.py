@@ -153,7 +153,7 @@ def test_a_download_that_broke_off_goes_on(hub, tmp_path):
         wanted = [f"bytes={len(there)}-"] if len(there) < len(content) else []
         assert [r for m, p, r in hub.asked if m == "GET" and "val" in p] == wanted
         if code:
-            assert f"sha256 {digest} expected" in err
+            assert f"expected sha256 {digest}" in err
             assert not (out / "fineweb_val_000000.bin").exists()
         else:
             assert (out / "fineweb_val_000000.bin").read_bytes() == content
