@@ -428,6 +428,7 @@ class Trainer:
     def summarise(self) -> dict[str, Any]:
         """Write summary.json at the last step or stop_at; returns its content."""
         best, kept = self.validations.best(), self.validations.best(self.kept)
+        shown = self.world.first and self.config.train.sample_tokens  # to somebody, not to a race
         summary = {
             "steps": self.step,
             "tokens": self.tokens,
@@ -437,7 +438,7 @@ class Trainer:
             "train_seconds": round(self.seconds, 3),
             "compile_seconds": round(self.compile_seconds, 3),
             "total_seconds": round(self.total_seconds, 3),
-            **(compressors(self.config, self.data, self.tokenizer) if self.world.first else {}),
+            **(compressors(self.config, self.data, self.tokenizer) if shown else {}),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
             "peak_memory": distributed.peak_memory(self.world.device),
             "checkpoint": f"checkpoints/step-{self.step:06d}",
