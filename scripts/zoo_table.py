@@ -41,7 +41,7 @@ def main() -> None:
     recipe, *settings = (a for a in results["arguments"] if not a.startswith("data.path"))
     results |= {"arguments": [recipe, *settings], "command": None}
     rows = [["optimizer", "lr", "val_loss", "n", "minus Muon (95 %)", "minus NorMuon (95 %)",
-             "ms per step*", "state, bytes per weight"]]  # fmt: skip
+             "state, bytes per weight"]]  # fmt: skip
     for r in sorted(results["optimizers"], key=lambda r: r["mean"]):
         r["state_bytes_per_weight"] = state_bytes([recipe, *r["settings"]])
         beside = [r["against"].get(other) for other in ("muon", "normuon")]
@@ -50,8 +50,7 @@ def main() -> None:
             for v in beside
         ]
         rows.append([r["optimizer"], f"{r['lr']:g}", with_spread(r["val_loss"]), str(r["n"]),
-                     *cells, f"{r['ms_per_step']:.0f}",
-                     f"{r['state_bytes_per_weight']:.3g}"])  # fmt: skip
+                     *cells, f"{r['state_bytes_per_weight']:.3g}"])  # fmt: skip
     TARGET.mkdir(parents=True, exist_ok=True)
     (TARGET / "race.json").write_text(json.dumps(results, indent=1) + "\n")
     shutil.copy(folder / "race.png", TARGET)
