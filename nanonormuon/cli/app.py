@@ -36,7 +36,8 @@ class Groups(typer.core.TyperGroup):
                 formatter.write_dl([(n, self.commands[n].get_short_help_str(limit)) for n in names])
 
 
-plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by whoever started it
+plain = not terminal or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
 app = typer.Typer(
     name="normuon-train",
     cls=Groups,

@@ -32,11 +32,11 @@ class Look:
     width: int
 
     @classmethod
-    def of(cls, stream: TextIO) -> "Look":
-        """Colours need a terminal, and no NO_COLOR (no-color.org)."""
-        terminal = stream.isatty()
+    def of(cls, stream: TextIO | None) -> "Look":
+        """Colours need a terminal, and no NO_COLOR (no-color.org). None: a closed stream."""
+        terminal = stream is not None and stream.isatty()
         colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        unicode = (stream.encoding or "").lower().startswith("utf")
+        unicode = (getattr(stream, "encoding", "") or "").lower().startswith("utf")
         width = max(20, min(WIDEST, shutil.get_terminal_size().columns - 1))
         return cls(terminal, colours, unicode, width)
 

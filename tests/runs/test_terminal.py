@@ -155,3 +155,8 @@ def test_a_shell_completes_recipes_and_settings():
     assert completions("optim.neu") == ["optim.neuron_axis="]
     assert len(completions("")) == len(recipes()) + len(KINDS)
     assert cli.app._add_completion
+
+
+def test_a_closed_stream_shows_nothing_but_text():
+    look = terminal.Look.of(None)
+    assert not (look.terminal or look.colours or look.unicode)
