@@ -42,12 +42,11 @@ def optimizers(against: str) -> dict[str, Callable[[list[nn.Parameter]], Optimiz
             sys.exit(f"--against {name}: expected {', '.join(OPTIMIZERS)}")
         module, attribute = OPTIMIZERS[name]
         make = getattr(imported(module, checkout), attribute)
+        label = f"{module.partition('.normuon')[0]}.{attribute}"
         if name == "pytorch_optimizer":  # asks which parameters are matrices
-            found[f"{name}'s {attribute}"] = lambda params, make=make: make(
-                [{"params": params, "use_muon": True}]
-            )
+            found[label] = lambda params, make=make: make([{"params": params, "use_muon": True}])
         else:
-            found[f"{name}'s {attribute}"] = make
+            found[label] = make
     return found
 
 
