@@ -299,7 +299,7 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
             "other runs; choose another --out"
         )
     # recipes change with versions of the package; a setting that is new had its default
-    for name in begun.keys() & settings.keys():
+    for name in sorted(begun.keys() & settings.keys()):
         if begun[name] != settings[name]:
             raise RunError(
                 f"{file}: begun with {name} = {begun[name]!r}, which the recipe now sets to "

@@ -91,7 +91,7 @@ def run(track: Track, chosen: Sequence[str], n: int, out: Path, runner: Runner) 
     settings = resolve(given)
     path, expected = Path(settings.data.path), track.data
     if expected and (data := open_directory(settings, path)[0].fingerprint) != expected:
-        raise DataError(f"{path}: fingerprint {expected} expected, {data} found: {track.prepare}")
+        raise DataError(f"{path}: expected fingerprint {expected}, found {data}: {track.prepare}")
     before = nanogpt_step()
     found = trials.run(given, n, track.target, out, runner, track.metric)
     unit, seconds = NANOGPT_STEPS * (before + nanogpt_step()) / 2, found.pop("seconds")

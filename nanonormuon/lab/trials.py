@@ -37,7 +37,8 @@ def run(
     results = runner.run(jobs)
     for job in jobs:
         replace_file(job.path.with_suffix(".txt"), self_contained(job).encode())
-    losses = [result.get(metric) or math.inf for result in results]
+    values = (result.get(metric) for result in results)
+    losses = [math.inf if value is None else value for value in values]  # None: diverged, unknown
     environment = read_json(jobs[0].path / "environment.json")
     found = verdict(losses, target) | {
         "losses": losses,

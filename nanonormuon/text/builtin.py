@@ -56,7 +56,7 @@ def library_sources() -> Iterator[Document]:
 # name -> documents, share of validation
 BUILTIN: dict[str, tuple[Callable[[], Iterator[Document]], float]] = {
     "builtin:stdlib": (library_sources, 0.2),
-    "builtin:python": (python_sources, 0.02),  # all of it, the demo's text until 0.2
+    "builtin:python": (python_sources, 0.02),  # all of it: the demo's earlier text
 }
 
 
