@@ -1,9 +1,10 @@
 """Write measured records into a track's file, its page and docs/results; no figure is typed.
 
     normuon-train speedrun shakespeare all --out runs/records     # on an idle machine
-    python scripts/speedrun_records.py runs/records/shakespeare [--no-time]
+    python scripts/speedrun_records.py runs/records/shakespeare [--times runs/times/shakespeare]
 
-A record is taken if it is valid; --no-time leaves out times that were measured beside other work.
+A record is taken if it is valid. --times: take the times from other runs of the records, where the
+losses were measured beside other work; --no-time: leave them out.
 """
 
 import argparse
@@ -21,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="OUT/TRACK of normuon-train speedrun")
     parser.add_argument("--no-time", action="store_true", help="leave out the times")
+    parser.add_argument("--times", type=Path, help="such a folder, measured on an idle machine")
     options = parser.parse_args()
     name = options.folder.name
     file, page = speedrun.tracks()[name], ROOT / "docs" / "speedrun.md"
@@ -33,6 +35,10 @@ def main() -> None:
         found = json.loads(source.read_text())
         if options.no_time:
             found["time"] = None
+        elif options.times:
+            timed = json.loads((options.times / record / "record.json").read_text())
+            assert timed["arguments"] == found["arguments"], f"{record}: other settings"
+            found |= {"time": timed["time"], "timed_runs": timed["n"]}
         if not found["valid"]:
             print(f"{record}: not valid: {found['mean']:.4f}, p = {found['p_value']}")
             continue
