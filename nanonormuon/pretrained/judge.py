@@ -104,9 +104,7 @@ def on_split(
     and, given the training split, the breakdown of the loss."""
     ids = model.config.vocab_size
     split.vocab_size = min(ids, split.vocab_size or ids)  # rejects larger ids in any batch
-    text_bytes = None if limit else split.bytes
-    if text_bytes is None:
-        text_bytes = split.count_bytes(tokenizer.token_lengths(), limit)
+    text_bytes = split.text_bytes(tokenizer, limit)
     expected = validation_targets(split, limit)
     batch = max(1, min(64, 8192 // window, expected // stride))
     with progress("evaluating", expected, "token") as bar:

@@ -211,10 +211,14 @@ class Split:
             tokens = max(0, tokens - len(shard))
         return self._of(first), self._of(rest)
 
-    def count_bytes(self, token_lengths: np.ndarray | None, max_tokens: int = 0) -> int | None:
-        """Count the UTF-8 bytes of the targets, or of the first `max_tokens`, from each token's
-        length; None if tokens have no lengths."""
-        if token_lengths is None:
+    def text_bytes(self, tokenizer: Any, max_tokens: int = 0) -> int | None:
+        """Return the UTF-8 bytes of the targets, or of the first `max_tokens`; None if unknown."""
+        known = self.bytes is not None and not max_tokens
+        return self.bytes if known else self.count_bytes(tokenizer, max_tokens)
+
+    def count_bytes(self, tokenizer: Any, max_tokens: int = 0) -> int | None:
+        """Count the bytes that `text_bytes` returns, from each token's length."""
+        if tokenizer is None or (lengths := tokenizer.lengths) is None:
             return None
         total, left = 0, max_tokens or self.tokens
         for path, shard in zip(self.paths, self.shards):
@@ -222,12 +226,12 @@ class Split:
                 part = shard[start : min(len(shard), start + CHUNK, start + left)]
                 if not len(part):
                     return total
-                if int(part.max()) >= len(token_lengths):
+                if int(part.max()) >= len(lengths):
                     raise DataError(
                         f"{path.name}: found id {int(part.max())}, expected ids below "
-                        f"{len(token_lengths)}: data.tokenizer did not make these shards"
+                        f"{len(lengths)}: data.tokenizer did not make these shards"
                     )
-                total += int(token_lengths[part].sum())
+                total += int(lengths[part].sum())
                 left -= len(part)
         return total
 
@@ -262,7 +266,7 @@ class Data:
         keys = ("hash", "vocab_size", "eot")
         pairs = {key: (self.manifest["tokenizer"][key], getattr(tokenizer, key)) for key in keys}
         if "sha256" not in self.manifest:  # an older one: check val.bytes by counting
-            counted = self.val.count_bytes(tokenizer.token_lengths())
+            counted = self.val.count_bytes(tokenizer)
             pairs["val.bytes"] = self.val.bytes, self.val.bytes if counted is None else counted
         for key, (expected, found) in pairs.items():
             if found != expected:

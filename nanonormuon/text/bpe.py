@@ -212,16 +212,13 @@ class Tokenizer:
         return Stream(self)
 
     @cached_property
-    def lengths(self) -> np.ndarray:
-        """Bytes of text of each id (vocab_size,), 0 for special tokens."""
+    def lengths(self) -> np.ndarray | None:
+        """Bytes of text of each id (vocab_size,), 0 for special tokens; None if tokens have none,
+        so that a part's bits per byte are unknown."""
         lengths = np.zeros(self.vocab_size, np.int64)
         for i in self.table.keys() - self.special_ids:
             lengths[i] = len(self.table[i])
         return lengths
-
-    def token_lengths(self) -> np.ndarray | None:
-        """Return `lengths`; None if tokens have none, so a part's bits per byte are unknown."""
-        return self.lengths
 
     def files(self) -> dict[str, bytes]:
         """Return the content of tokenizer.json and tokenizer_config.json."""

@@ -87,12 +87,7 @@ def separator(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | 
 
 def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | None:
     """Count the UTF-8 bytes of the text that validation predicts; None if unknown."""
-    limit = config.data.val_tokens
-    if data.val.bytes is not None and not limit:
-        return data.val.bytes
-    if tokenizer is None:
-        return None
-    return data.val.count_bytes(tokenizer.token_lengths(), limit)
+    return data.val.text_bytes(tokenizer, config.data.val_tokens)
 
 
 def compressors(config: Config, data: Data, tokenizer: Tokenizer | None) -> dict[str, float]:

@@ -131,7 +131,8 @@ class OtherKind(ByteLevel):
     def stream(self, before: Sequence[int] = ()) -> Stream:
         return WindowStream(self, before)
 
-    def token_lengths(self) -> None:
+    @cached_property
+    def lengths(self) -> None:
         warn_once(
             f"tokenizer {self.name}: no bits per byte for a part of a split, because its tokens"
             " have no length in bytes"

@@ -80,9 +80,7 @@ def describe(
         found["documents"] = len(digests)
         found["copies"] = len(digests) - len(np.unique(np.asarray(digests)))
     if words is not None:
-        if (text_bytes := split.bytes) is None:
-            text_bytes = split.count_bytes(words.token_lengths())
-        if text_bytes is not None:
+        if (text_bytes := split.text_bytes(words)) is not None:
             found["bytes_per_token"] = round(text_bytes / split.tokens, 3)
         found["longest"] = [
             {"tokens": len(tokens), "begins": words.decode(tokens[:24])} for tokens in longest
