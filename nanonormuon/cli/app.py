@@ -102,10 +102,8 @@ def hint(error: Exception, arguments: list[str]) -> str:
     """Suggest optim.lr=0.1 to whoever typed --lr 0.1; "" if no setting has the option's name."""
     option = getattr(error, "option_name", "")
     command = error.ctx.info_name if getattr(error, "ctx", None) else ""
-    value = (
-        re.search(rf"{re.escape(option)}[ =]([^\s-]\S*)", " ".join(arguments)) if option else None
-    )
-    if not value or command not in ("run", "show", "race", "trials", "speedrun"):
+    value = re.search(rf"{re.escape(option)}[ =]([^\s-]\S*)", " ".join(arguments))
+    if not (option and value) or command not in ("run", "show", "race", "trials", "speedrun"):
         return ""
     from nanonormuon.config import KINDS
 

@@ -11,14 +11,7 @@ from typer import Argument, Option
 
 from nanonormuon.cli import options
 
-Recipe = Annotated[
-    list[str],
-    Argument(
-        metavar=options.SETTINGS,
-        help="Settings of all runs.",
-        autocompletion=options.completions,
-    ),
-]
+Recipe = Annotated[list[str], Argument(help="Settings of all runs.", **options.SETTINGS)]
 Out = Annotated[Path, Option(help="Directory of the experiment; an existing one is continued.")]
 AT_ONCE = "Runs at a time; 0: one per GPU, one on a CPU. Each has OMP_NUM_THREADS threads if set."
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]

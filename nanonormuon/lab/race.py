@@ -120,10 +120,8 @@ def rates(label: str, text: str, usual: float, has_rate: bool) -> tuple[float, .
         if number is None or not 0 < number < math.inf:
             raise ConfigError(f'--lr "{text}": expected numbers above 0, as 0.01,0.02 or {GRID}')
         if has_rate and not multiple:
-            raise ConfigError(
-                f'--lr "{text}" and --optimizers "{label}" both set its rate: expected one of '
-                f"them, or multiples of its own, as {GRID}"
-            )
+            both = f'--lr "{text}" and --optimizers "{label}" both set its rate'
+            raise ConfigError(f"{both}: expected one of them, or multiples of its own, as {GRID}")
         grid.add(float(f"{number * usual if multiple else number:.6g}"))
     return tuple(sorted(grid))
 
@@ -197,10 +195,8 @@ class Race:
             each = len(self.tuning_seeds)
             lines.append(f"{tuning} runs choose settings ({grids}; {each} each), {final} are final")
         if tuning and self.longer:
-            lines.append(
-                f"up to {self.longer * each} more per optimizer while its best rate is the lowest "
-                "or highest of its grid (--no-grow: none)"
-            )
+            end = "while its best rate is the lowest or highest of its grid (--no-grow: none)"
+            lines.append(f"up to {self.longer * each} more per optimizer {end}")
         if final and len(self.field) > 1:
             named = self.baseline or "chosen at the end, the best of all but the first"
             lines.append(f"baseline: {named}")

@@ -93,15 +93,13 @@ def check_source(found: Path, config: GPTConfig) -> None:
     """Raise UsageError for a model that neither transformers nor its source could load. Warn if the
     source differs from the one in the checkpoint `found`."""
     if (odd := hf.obstacles(config)) and not hf.carried(config):
-        raise UsageError(
-            f"{found}: no transformers architecture supports these experts ({', '.join(odd)}), and "
-            "their source cannot be exported: only normuon-train loads this model"
-        )
+        why = f"no transformers architecture supports these experts ({', '.join(odd)})"
+        and_so = "their source cannot be exported: only normuon-train loads this model"
+        raise UsageError(f"{found}: {why}, and {and_so}")
     if (source := found / hf.MODELING).is_file() and read_file(source) != hf.modeling():
-        log.warning(
-            f"warning: {source} differs from this package's model.py and parts, which are exported:"
-            " if they compute other results, use the version that trained the model"
-        )
+        other = f"{source} differs from this package's model.py and parts, which are exported"
+        hint = "if they compute other results, use the version that trained the model"
+        log.warning(f"warning: {other}: {hint}")
 
 
 def as_json(content: dict[str, Any]) -> bytes:
@@ -134,9 +132,8 @@ def verify(
     difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
     allowed = TOLERANCE * max(1.0, largest)
     if not difference <= allowed:  # also if it is NaN
-        raise UsageError(
-            f"transformers' logits differ by up to {difference:.3g}, expected at most {allowed:.3g}"
-        )
+        found = f"up to {difference:.3g}, expected at most {allowed:.3g}"
+        raise UsageError(f"transformers' logits differ by {found}")
     text = tokenizer.decode([t for t in tokens.flatten().tolist() if t != tokenizer.eot])
     if other(text)["input_ids"] != tokenizer.encode(text):
         raise UsageError("transformers' tokenizer gives different ids")
@@ -161,10 +158,9 @@ def model_card(
     """Write a model directory's README.md: description, results and recipe."""
     name, millions = run.resolve().name if run else "model", report["parameters"] / 1e6
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    card = template.format(
-        name=name, millions=millions, config=config, report=report, tokenizer=tokenizer.name,
-        trust=", trust_remote_code=True" if report["own_source"] else "",
-    )  # fmt: skip
+    trust = ", trust_remote_code=True" if report["own_source"] else ""
+    facts = {"config": config, "report": report, "tokenizer": tokenizer.name, "trust": trust}
+    card = template.format(name=name, millions=millions, **facts)
     if run:
         step = state["step"] if state else 0
         card += validations(read_metrics(run / "metrics.jsonl"), step)

@@ -62,10 +62,9 @@ def read(file: Path) -> list[Question]:
             questions.append(replace(parse(row), place=f"{file}: line {number}"))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(
-                f"{file}: line {number}: {what}; expected HellaSwag, ARC, PIQA (with its "
-                '-labels.lst) or {"question" or "context", "choices": [...], "answer": index}'
-            ) from None
+            own = '{"question" or "context", "choices": [...], "answer": index}'
+            expected = f"expected HellaSwag, ARC, PIQA (with its -labels.lst) or {own}"
+            raise DataError(f"{file}: line {number}: {what}; {expected}") from None
     return questions
 
 

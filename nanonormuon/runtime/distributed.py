@@ -70,10 +70,9 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
     if device == "cuda":
         found = torch.cuda.device_count()
         if local_rank >= found:
-            raise ValueError(
-                f"train.device = cuda: expected a GPU for local rank {local_rank}, found {found} "
-                "GPUs; start fewer processes or set train.device=cpu"
-            )
+            problem = f"expected a GPU for local rank {local_rank}, found {found} GPUs"
+            hint = "start fewer processes or set train.device=cpu"
+            raise ValueError(f"train.device = cuda: {problem}; {hint}")
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
         backend = "cpu:gloo,cuda:nccl"  # gloo: any_rank must not wait for the GPUs
@@ -224,7 +223,6 @@ def check_nodes(parallel: str, world: World) -> None:
     unequal = odd or many != -few
     if unequal or local in (1, world.size):
         advice = "start equally many on each node" if unequal else "set train.parallel=fsdp"
-        raise ConfigError(
-            "train.parallel = hsdp: expected torchrun to start several ranks on each of several "
-            f"nodes, found {-few:g} to {many:g} on a node, {world.size} in all; {advice}"
-        )
+        found = f"found {-few:g} to {many:g} on a node, {world.size} in all"
+        expected = "expected torchrun to start several ranks on each of several nodes"
+        raise ConfigError(f"train.parallel = hsdp: {expected}, {found}; {advice}")

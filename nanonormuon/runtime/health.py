@@ -112,11 +112,10 @@ def check_state(tensors: Mapping[str, Tensor], step: int, world: distributed.Wor
         for rank, flags in enumerate((copies != usual).flatten(0, 1).tolist()):
             if names := [name for name, flag in zip(copied, flags) if flag]:
                 other = "most" if len(copies) > 2 else f"rank {rank % n}"
-                error = Diverged(
-                    f"rank {rank} differs from {other} in {len(names)} tensors after step {step}, "
-                    f"first {names[0]}: replicas must be bitwise equal. This state was not saved; "
-                    "check that machine's memory, then resume"
-                )
+                what = f"in {len(names)} tensors after step {step}, first {names[0]}"
+                advice = "This state was not saved; check that machine's memory, then resume"
+                why = f"replicas must be bitwise equal. {advice}"
+                error = Diverged(f"rank {rank} differs from {other} {what}: {why}")
                 error.follows = rank != world.rank  # type: ignore[attr-defined]
                 raise error
 
@@ -147,10 +146,9 @@ class Spikes:
         if self.factor and self.seen >= SPIKE_WARMUP and not grad_norm <= self.factor * self.mean:
             self.skipped, self.row = self.skipped + 1, self.row + 1
             if self.row > SPIKE_ROW:
-                raise NonFinite(
-                    f"{SPIKE_ROW} updates in a row had a gradient norm above {self.factor} times "
-                    f"the average {self.mean:.3g}: the run has diverged; go back to a checkpoint"
-                )
+                spikes = f"{SPIKE_ROW} updates in a row had a gradient norm above {self.factor}"
+                advice = "the run has diverged; go back to a checkpoint"
+                raise NonFinite(f"{spikes} times the average {self.mean:.3g}: {advice}")
             return True
         if math.isfinite(grad_norm):
             self.seen, self.row = self.seen + 1, 0

@@ -49,6 +49,7 @@ LATENT = {  # for DeepSeek-V3 only
     "kv_rank": "kv_lora_rank",
     "q_rank": "q_lora_rank",  # null: 0
 }
+SIZES_OF = dict.fromkeys(ARCHITECTURES, SIZES) | {"deepseek_v3": SIZES | LATENT}
 OF_EXPERTS = {  # for every architecture with experts
     "n_expert_used": "num_experts_per_tok",
     "expert_hidden": "moe_intermediate_size",
@@ -207,10 +208,9 @@ def modeling() -> bytes:
         for node in imports:
             names_it = isinstance(node, ast.ImportFrom) and file(node.module).is_file()
             if not names_it or any(name.asname for name in node.names):
-                raise ConfigError(
-                    f"{path}, line {node.lineno}: {ast.unparse(node)}: expected from nanonormuon.X "
-                    f"import NAME, because {MODELING} joins these files into one"
-                )
+                where = f"{path}, line {node.lineno}: {ast.unparse(node)}"
+                why = f"because {MODELING} joins these files into one"
+                raise ConfigError(f"{where}: expected from nanonormuon.X import NAME, {why}")
             lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
             if node.col_offset:
                 lines[node.lineno - 1] = " " * node.col_offset + "pass"
@@ -300,7 +300,7 @@ def plain_config(
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        **{theirs: getattr(config, ours) or None for ours, theirs in sizes(kind).items()},
+        **{theirs: getattr(config, ours) or None for ours, theirs in SIZES_OF[kind].items()},
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -310,11 +310,6 @@ def plain_config(
         **usage(config, seq_len, eot, dtype),
         **more,
     }
-
-
-def sizes(kind: str) -> dict[str, str]:
-    """Map our names to Hugging Face's for the sizes of a model_type."""
-    return {**SIZES, **LATENT} if kind == "deepseek_v3" else SIZES
 
 
 def gpt_config(content: dict[str, Any]) -> GPTConfig:
@@ -336,7 +331,7 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
     if "sliding_attention" in (content.get("layer_types") or []):
         odd.append("layer_types: sliding_attention")
     numbers, optional = {}, {"num_key_value_heads", "head_dim", *({"q_lora_rank"} & content.keys())}
-    for ours, theirs in sizes(kind).items():
+    for ours, theirs in SIZES_OF[kind].items():
         size = content.get(theirs)
         if size is None and theirs in optional:
             size = 128 if (kind, theirs) == ("qwen3", "head_dim") else 0  # transformers' defaults

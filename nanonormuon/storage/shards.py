@@ -24,6 +24,7 @@ from nanonormuon.storage.files import in_shell, progress, replace_file
 MAGIC, HEADER_BYTES = 20240520, 1024
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by shard version
 MANIFEST, FORMAT, PARTIAL = "manifest.json", 1, ".partial"
+AGAIN = "prepare the data again"  # in errors
 SHARD_SHAPE = {"name": str, "tokens": int, "size": int, "sha256": str, "max_token": int}
 _SPLIT = {"documents": int, "tokens": int, "bytes": int, "shards": [SHARD_SHAPE]}
 SOURCE_SHAPE = {"name": str, "documents": int, "bytes": int}  # missing in older manifests
@@ -64,7 +65,7 @@ def read_shard(path: str | Path, headerless: bool = False) -> np.memmap:
     `headerless`: a file of uint16 tokens only, as nanoGPT writes."""
     path = Path(path)
     if not path.is_file():  # reading a pipe could block
-        raise DataError(f"{path}: missing or not a regular file; prepare the data again")
+        raise DataError(f"{path}: missing or not a regular file; {AGAIN}")
     found, first = path.stat().st_size, np.fromfile(path, "<i4", 3).tolist()
     if headerless:
         if found < 2 or found % 2:
@@ -81,10 +82,8 @@ def read_shard(path: str | Path, headerless: bool = False) -> np.memmap:
         raise DataError(f"{path}: offset 4: expected version 1 or 2, found {version}")
     size = HEADER_BYTES + n_tokens * DTYPES[version].itemsize
     if n_tokens < 1 or found != size:
-        raise DataError(
-            f"{path}: offset 8: {n_tokens} tokens: expected a file of {size} bytes, found {found}; "
-            "copy or prepare it again"
-        )
+        problem = f"{n_tokens} tokens: expected a file of {size} bytes, found {found}"
+        raise DataError(f"{path}: offset 8: {problem}; copy or prepare it again")
     return np.memmap(path, DTYPES[version], "r", HEADER_BYTES, (n_tokens,))
 
 
@@ -96,10 +95,9 @@ def check_ids(tokens: np.ndarray, vocab_size: int | None, path: Path, offset: in
         largest = max(largest, int(chunk.max()))
         if vocab_size is not None and (largest >= vocab_size or int(chunk.min()) < 0):
             i = int(np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0])
-            raise DataError(
-                f"{path}: token {offset + start + i}: expected an id below {vocab_size}, found"
-                f" {int(chunk[i])}; prepare the data with this model's tokenizer"
-            )
+            problem = f"expected an id below {vocab_size}, found {int(chunk[i])}"
+            hint = "prepare the data with this model's tokenizer"
+            raise DataError(f"{path}: token {offset + start + i}: {problem}; {hint}")
     return largest
 
 
@@ -129,10 +127,8 @@ class File:
             raise DataError(f"{self.path}: expected a file, found a symbolic link; copy it here")
         for key, value in found.items():
             if self.listed and value != self.listed[key]:
-                raise DataError(
-                    f"{self.path}: {key}: expected {self.listed[key]} ({MANIFEST}), found {value};"
-                    " restore the file or prepare the data again"
-                )
+                problem = f"{key}: expected {self.listed[key]} ({MANIFEST}), found {value}"
+                raise DataError(f"{self.path}: {problem}; restore the file or {AGAIN}")
 
     def verify(self) -> None:
         """Compare the file's hash with the manifest, once. Raises DataError."""
@@ -144,10 +140,8 @@ class File:
         """Raise DataError if the file has changed or failed verification. The first call starts
         the verification in a thread."""
         if (now := _state(self.path)) != self.found:
-            raise DataError(
-                f"{self.path}: changed while in use: expected (bytes, time in ns) {self.found},"
-                f" found {now}; restore it and resume"
-            )
+            problem = f"expected (bytes, time in ns) {self.found}, found {now}"
+            raise DataError(f"{self.path}: changed while in use: {problem}; restore it and resume")
         if self._error:
             raise self._error
         if self.listed and self._thread is None:  # a daemon, so a failing run need not wait for it
@@ -226,11 +220,10 @@ class Split:
                 part = shard[start : min(len(shard), start + CHUNK, start + left)]
                 if not len(part):
                     return total
-                if int(part.max()) >= len(lengths):
-                    raise DataError(
-                        f"{path.name}: found id {int(part.max())}, expected ids below "
-                        f"{len(lengths)}: data.tokenizer did not make these shards"
-                    )
+                if (largest := int(part.max())) >= len(lengths):
+                    problem = f"found id {largest}, expected ids below {len(lengths)}"
+                    hint = "data.tokenizer did not make these shards"
+                    raise DataError(f"{path.name}: {problem}: {hint}")
                 total += int(lengths[part].sum())
                 left -= len(part)
         return total
@@ -270,10 +263,8 @@ class Data:
             pairs["val.bytes"] = self.val.bytes, self.val.bytes if counted is None else counted
         for key, (expected, found) in pairs.items():
             if found != expected:
-                raise DataError(
-                    f"{self.path}: {key}: expected {expected} ({MANIFEST}), found {found} (its"
-                    " tokenizer); prepare the data again"
-                )
+                problem = f"expected {expected} ({MANIFEST}), found {found} (the tokenizer)"
+                raise DataError(f"{self.path}: {key}: {problem}; {AGAIN}")
 
 
 def open_data(
@@ -299,10 +290,9 @@ def open_data(
         manifest = read_manifest(path)
         made_for = manifest["tokenizer"]["vocab_size"]
         if vocab_size is not None and made_for > vocab_size:
-            raise DataError(
-                f"{path / MANIFEST}: expected at most {vocab_size} token ids (the model's), found "
-                f"{made_for}; set model.vocab_size, or prepare with the model's tokenizer"
-            )
+            problem = f"expected at most {vocab_size} token ids (the model's), found {made_for}"
+            hint = "set model.vocab_size, or prepare with the model's tokenizer"
+            raise DataError(f"{path / MANIFEST}: {problem}; {hint}")
         vocab_size = made_for
     elif (path / PARTIAL).exists():
         raise DataError(f"{path}: preparation is unfinished; run normuon-train prepare again")
@@ -345,7 +335,7 @@ def _open_split(
     listed = {shard["name"]: shard for shard in entry["shards"]} if entry else {}
     if entry and (wrong := sorted({p.name for p in paths} ^ listed.keys())):
         problem = "missing, but listed" if wrong[0] in listed else "found, but not listed"
-        raise DataError(f"{path / wrong[0]}: {problem} in {MANIFEST}; prepare the data again")
+        raise DataError(f"{path / wrong[0]}: {problem} in {MANIFEST}; {AGAIN}")
     if not paths:
         hint = "prepare it again" if entry or any(path.glob("*_*.bin")) else _absent(path)
         if not headerless and (path / f"{name}.bin").exists():
@@ -356,10 +346,8 @@ def _open_split(
     for file, shard in zip(files, shards):
         file.compare(tokens=len(shard), size=file.found[0])
         if entry and shard.dtype != DTYPES[1 if vocab_size <= 65_536 else 2]:
-            raise DataError(
-                f"{file.path}: {shard.dtype} tokens do not fit the {vocab_size} ids of {MANIFEST};"
-                " prepare the data again"
-            )
+            problem = f"{shard.dtype} tokens do not fit the {vocab_size} ids of {MANIFEST}"
+            raise DataError(f"{file.path}: {problem}; {AGAIN}")
     return Split(paths, shards, vocab_size, entry and entry["bytes"], files)
 
 
@@ -392,7 +380,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             if (largest := max((s["max_token"] for s in shards), default=0)) >= vocab_size:
                 raise ValueError(f"{split}: token id {largest} in a vocabulary of {vocab_size}")
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {error}; prepare the data again") from None
+        raise DataError(f"{path}: {error}; {AGAIN}") from None
     return manifest
 
 

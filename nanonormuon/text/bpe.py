@@ -109,10 +109,9 @@ class LostText(ValueError):
     def __init__(self, whole: bytes | str, found: bytes | str) -> None:
         differ = (i for i, (a, b) in enumerate(zip(whole, found)) if a != b)
         self.offset = at = next(differ, min(len(whole), len(found)))
-        super().__init__(
-            f"encoding loses text: expected {whole[at : at + 20]!r}, found {found[at : at + 20]!r};"
-            f" restore {FILE} or use another tokenizer"
-        )
+        lost = f"expected {whole[at : at + 20]!r}, found {found[at : at + 20]!r}"
+        hint = f"restore {FILE} or use another tokenizer"
+        super().__init__(f"encoding loses text: {lost}; {hint}")
 
 
 def gave_up(error: BaseException) -> bool:
@@ -174,10 +173,8 @@ class Tokenizer:
             return np.array([self.eot], np.uint32)
         if isinstance(piece, bytes):
             if not self.byte_ids:
-                raise ValueError(
-                    f"byte 0x{piece[0]:02x} is not UTF-8 and cannot be encoded; convert the text or"
-                    " use a byte-level tokenizer"
-                )
+                hint = "cannot be encoded; convert the text or use a byte-level tokenizer"
+                raise ValueError(f"byte 0x{piece[0]:02x} is not UTF-8 and {hint}")
             return np.array([self.byte_ids[b] for b in piece], np.uint32)
         ids = np.asarray(next(found), np.uint32)
         self.check(piece, ids)
@@ -296,9 +293,8 @@ class BPE(Tokenizer):
         if {t for t, i in self.ranks.items() if i < 256} != {bytes([b]) for b in range(256)}:
             raise TokenizerError(f"tokenizer {name}: ids 0..255 are not the 256 single bytes")
         if type(eot) is not int or not len(self.ranks) <= eot <= MAX_ID:
-            raise TokenizerError(
-                f"tokenizer {name}: {EOT} has the id {eot}, expected {len(self.ranks)} to {MAX_ID}"
-            )
+            expected = f"expected {len(self.ranks)} to {MAX_ID}"
+            raise TokenizerError(f"tokenizer {name}: {EOT} has the id {eot}, {expected}")
         self.vocab_size, self.special_ids = eot + 1, {eot}
         self.table = {i: token for token, i in self.ranks.items()} | {eot: EOT.encode()}
 

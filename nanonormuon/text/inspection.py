@@ -112,10 +112,8 @@ def find_problems(result: dict[str, Any]) -> list[str]:
             share = part["copies"] / part["documents"]
             problems.append(f"{name}: {share:.0%} of the documents are duplicates")
     if shared := result["val"]["also_in_train"]:
-        problems.append(
-            f"val: {shared} of {result['val']['documents']} documents are also in train, which"
-            " lowers the validation loss"
-        )
+        documents = f"{shared} of {result['val']['documents']} documents"
+        problems.append(f"val: {documents} are also in train, which lowers the validation loss")
     return problems
 
 

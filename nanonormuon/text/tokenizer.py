@@ -88,10 +88,9 @@ def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokeniz
     if match := re.fullmatch("bpe[^0-9]*([0-9]*)(k?).*", spec, re.IGNORECASE):
         size = int(f"0{match[1]}"[:9]) * (1024 if match[2] else 1)
         near = [f"bpe:{size if 257 <= size <= MAX_IDS else 4096}"]
-    raise TokenizerError(
-        f"tokenizer {spec!r}: expected byte, {', '.join(PUBLISHED)}, bpe:N or an existing path"
-        + (f"; did you mean {near[0]}?" if near else "")
-    )
+    hint = f"; did you mean {near[0]}?" if near else ""
+    names = ", ".join(["byte", *PUBLISHED])
+    raise TokenizerError(f"tokenizer {spec!r}: expected {names}, bpe:N or an existing path{hint}")
 
 
 def trained_size(spec: str | Path) -> int | None:
@@ -99,9 +98,7 @@ def trained_size(spec: str | Path) -> int | None:
     if not (match := re.fullmatch("bpe:([0-9]+)", str(spec))):
         return None
     if len(match[1]) > len(str(MAX_IDS)) or not 257 <= int(match[1]) <= MAX_IDS:
-        raise TokenizerError(
-            f"tokenizer {spec}: expected 257 (256 bytes and {EOT}) to {MAX_IDS} ids"
-        )
+        raise TokenizerError(f"tokenizer {spec}: expected 257 (bytes and {EOT}) to {MAX_IDS} ids")
     return int(match[1])
 
 
@@ -125,9 +122,7 @@ def load(path: str | Path) -> Tokenizer:
         found = _read(json.loads(data), config, path)
         expected = config.get("nanonormuon_hash", found.hash)
         if found.hash != expected:
-            raise TokenizerError(
-                f"hash {found.hash}, expected {expected} ({CONFIG}); restore the file"
-            )
+            raise TokenizerError(f"hash {found.hash}, expected {expected} ({CONFIG}); restore it")
         # the name appears in messages and files
         found.name = "".join(c if c.isprintable() else "?" for c in found.name)
         found.path = path
@@ -166,16 +161,13 @@ def _from_cache(name: str) -> Tokenizer:
     try:
         data = read_file(path, LARGEST_OTHER)
     except FileNotFoundError:
-        raise TokenizerError(
-            f"tokenizer {name}: {path} is missing and is not downloaded automatically; save"
-            f" {published.address} under this name (TIKTOKEN_CACHE_DIR sets the directory), or"
-            " anywhere, and give its path"
-        ) from None
+        hint = "under this name (TIKTOKEN_CACHE_DIR sets its place), or anywhere, and give its path"
+        problem = f"{path} is missing and not downloaded automatically; save {published.address}"
+        raise TokenizerError(f"tokenizer {name}: {problem} {hint}") from None
     except ValueError as error:
         raise TokenizerError(f"tokenizer {name}: {error}") from None
     if (found := hashlib.sha256(data).hexdigest()) != published.sha256:
-        raise TokenizerError(
-            f"tokenizer {name}: {path} is damaged: expected sha256 {published.sha256}, found"
-            f" {found}; save {published.address} there again"
-        )
+        problem = f"expected sha256 {published.sha256}, found {found}"
+        hint = f"save {published.address} there again"
+        raise TokenizerError(f"tokenizer {name}: {path} is damaged: {problem}; {hint}")
     return published.build(name, data)
