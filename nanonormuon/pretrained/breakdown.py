@@ -44,10 +44,9 @@ def target_losses(
     model: GPT, split: Split, window: int, stride: int, limit: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield targets (N,) and float64 losses in nats (N,) per batch of data.validation_batches."""
-    device = model.embed_tokens.weight.device
-    for tokens, targets in validation_batches(
-        split, window, max(1, 2048 // window), max_tokens=limit, stride=stride
-    ):
+    device, batch = model.embed_tokens.weight.device, max(1, 2048 // window)
+    batches = validation_batches(split, window, batch, max_tokens=limit, stride=stride)
+    for tokens, targets in batches:
         real = targets != IGNORE
         logits = model(tokens.to(device))[real.to(device)].double()
         losses = F.cross_entropy(logits, targets[real].to(device), reduction="none")

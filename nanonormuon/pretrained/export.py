@@ -53,9 +53,8 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     config, stored = replace(model.config, vocab_size=rows), DTYPES[dtype]
     with torch.device("meta"):
         cut = {name: p.size(0) for name, p in GPT(config).named_parameters()}
-    weights = {
-        hf.to_hf(name): p[: cut[name]].detach().to(stored) for name, p in model.named_parameters()
-    } | {hf.to_hf(name): bias for name, bias in model.named_buffers()}
+    weights = {n: p[: cut[n]].detach().to(stored) for n, p in model.named_parameters()}
+    weights = {hf.to_hf(n): t for n, t in (*weights.items(), *model.named_buffers())}
     sampling = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "temperature": 0.8}
     files = {
         "generation_config.json": as_json(sampling),
@@ -122,10 +121,8 @@ def verify(
     ids on validation text. own: why it contains the model's source, which is run; "" if it does
     not. Raises UsageError if they differ."""
     transformers.utils.logging.disable_progress_bar()
-    loaded, other = (
-        auto.from_pretrained(folder, trust_remote_code=bool(own))
-        for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
-    )
+    kinds = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    loaded, other = (kind.from_pretrained(folder, trust_remote_code=bool(own)) for kind in kinds)
     exported = models.load_model(folder, torch.float32, torch.device("cpu"))
     ours, theirs = exported(tokens), loaded.float().eval()(tokens).logits
     original = model(tokens)[..., : ours.size(-1)]
@@ -167,11 +164,9 @@ def model_card(
         card += evaluations(judge.kept(run / judge.RESULTS), step)
     if state:
         recipe = to_toml(published(state["config"], tokenizer))
-        card += (
-            f"\n## Recipe\n\nAfter step {state['step']:,}, {state['tokens']:,} tokens.\n\n"
-            f"```toml\n{recipe}```\n\nData fingerprint `{state['data']}`,\n"
-            f"tokenizer hash `{state['tokenizer']}`.\n"
-        )
+        card += f"\n## Recipe\n\nAfter step {state['step']:,}, {state['tokens']:,} tokens.\n\n"
+        card += f"```toml\n{recipe}```\n\nData fingerprint `{state['data']}`,\n"
+        card += f"tokenizer hash `{state['tokenizer']}`.\n"
     return card
 
 

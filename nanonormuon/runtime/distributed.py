@@ -116,10 +116,9 @@ def compute_dtype(wish: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             native = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
-            checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-            native = device.type == "cpu" and any(
-                getattr(torch.cpu, check, lambda: False)() for check in checks
-            )
+            names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            checks = (getattr(torch.cpu, name, bool) for name in names)  # bool() is False
+            native = device.type == "cpu" and any(check() for check in checks)
         wish = "bf16" if native else "fp32"
     return torch.bfloat16 if wish == "bf16" else torch.float32
 

@@ -76,9 +76,8 @@ def judge(
 
     All values of the state are finite if their norm is; the converse fails only above 1e19.
     """
-    values = torch.stack(
-        [loss, grad_norm, get_total_norm([local(t) for t in state if t.is_floating_point()])]
-    ).float()
+    state_norm = get_total_norm([local(t) for t in state if t.is_floating_point()])
+    values = torch.stack([loss, grad_norm, state_norm]).float()
     flags = torch.isfinite(values).logical_not() * (world.size - world.rank)
     more = torch.stack([values[1].nan_to_num(nan=math.inf), torch.full_like(loss, stop)])
     found = torch.cat([flags, more]).float()
@@ -192,9 +191,8 @@ class WeightStats:
         """
         matrices, moved = self.matrices(), self.moved
         self.moved = torch.zeros_like(moved)
-        norms = torch.cat(
-            [torch.linalg.vector_norm(p, dim=-1).flatten() / p.size(-1) ** 0.5 for p in matrices]
-        )
+        sizes = ((torch.linalg.vector_norm(p, dim=-1).flatten(), p.size(-1)) for p in matrices)
+        norms = torch.cat([size / width**0.5 for size, width in sizes])
         extremes = [-math.inf, -math.inf]
         if len(norms):  # a shard may be empty
             extremes = [-float(norms.min()), float(norms.max())]

@@ -50,10 +50,9 @@ def refuse_absurd(config: Config, world: distributed.World) -> None:
     parameters = whole(lambda model: sum(p.numel() for p in model.parameters()))
     share = distributed.shards(t.parallel)
     windows = 32 * t.batch_tokens // config.data.seq_len  # bytes of Batches.windows
-    for name, least, device in (
-        (f"model: {parameters:,} parameters", 8 * parameters // share, world.device),
-        (f"train.batch_tokens = {t.batch_tokens}", windows, torch.device("cpu")),
-    ):
+    model = f"model: {parameters:,} parameters", 8 * parameters // share, world.device
+    batch = f"train.batch_tokens = {t.batch_tokens}", windows, torch.device("cpu")
+    for name, least, device in (model, batch):
         if least > 2 * (room := memory_of(device)):
             needed = f"needs at least {in_units(least)} of memory"
             raise ConfigError(f"{name}: {needed}, this {device.type} has {in_units(room)}")
@@ -154,10 +153,9 @@ def probe(
         free = torch.cuda.mem_get_info(device)[0]
         spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
     if not fits(candidates[0], update=True):
-        raise OutOfMemory(
-            f"out of memory: {candidates[0]} sequence of {seq_len} tokens and an update do not "
-            f"fit: set {LESS_MEMORY}, or reduce the model or data.seq_len"
-        )
+        problem = f"{candidates[0]} sequence of {seq_len} tokens and an update do not fit"
+        hint = f"set {LESS_MEMORY}, or reduce the model or data.seq_len"
+        raise OutOfMemory(f"out of memory: {problem}: {hint}")
     too_large = bisect.bisect_left(candidates, True, lo=1, key=lambda n: not fits(n))
     del spare
     return candidates[too_large - 1]

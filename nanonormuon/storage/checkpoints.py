@@ -159,9 +159,6 @@ def check_space(folder: Path, size: int, keep_last: int, saves: int) -> None:
     copies = min(saves, max(1, (keep_last or 1) + 1 - len(all_steps(folder))))
     place = next(p for p in (folder, *folder.parents) if p.exists())
     if (free := shutil.disk_usage(place).free) < copies * size:
-        raise OSError(
-            errno.ENOSPC,
-            f"{in_units(free)} free, expected room for {copies} checkpoints of {in_units(size)}; "
-            "free some space, lower train.keep_last, or choose another --out",
-            str(folder),
-        )
+        expected = f"expected room for {copies} checkpoints of {in_units(size)}"
+        hint = "free some space, lower train.keep_last, or choose another --out"
+        raise OSError(errno.ENOSPC, f"{in_units(free)} free, {expected}; {hint}", str(folder))

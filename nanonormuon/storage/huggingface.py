@@ -277,10 +277,8 @@ def usage(config: GPTConfig, seq_len: int, eot: int | None, dtype: str) -> dict[
         "max_position_embeddings": seq_len,
         "tie_word_embeddings": config.tied,
         "use_cache": True,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "dtype": dtype,
-        "torch_dtype": dtype,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), eot),
+        **dict.fromkeys(("dtype", "torch_dtype"), dtype),
     }
 
 

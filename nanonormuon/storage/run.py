@@ -189,10 +189,8 @@ class RunDirectory:
 def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
     """Show a step as a log line or, on a terminal, in the progress bar, with lines only for
     evaluations."""
-    line = (
-        f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
-        f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"
-    )
+    line = f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
+    line += f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"
     measures = (key for key in ("val_loss", "val_bpb") if row.get(key) is not None)
     line += "".join(f"  {key} {row[key]:.4f}" for key in measures)
     if "expert_load_max" in row:

@@ -196,9 +196,8 @@ class Tokenizer:
         try:
             return b"".join(self.table[int(i)] for i in ids)
         except KeyError as error:
-            raise TokenizerError(
-                f"decode: id {error}: {self.name} has {len(self.table)} ids below {self.vocab_size}"
-            ) from None
+            known = f"{self.name} has {len(self.table)} ids below {self.vocab_size}"
+            raise TokenizerError(f"decode: id {error}: {known}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to text, with U+FFFD for bytes that are not UTF-8."""
@@ -224,10 +223,8 @@ class Tokenizer:
             "nanonormuon_name": self.name,
             "nanonormuon_hash": self.hash,
             **({"nanonormuon_foreign": True} if self.foreign else {}),
-            "bos_token": self.end,
-            "eos_token": self.end,
-            "add_bos_token": False,
-            "add_eos_token": False,
+            **dict.fromkeys(("bos_token", "eos_token"), self.end),
+            **dict.fromkeys(("add_bos_token", "add_eos_token"), False),
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,
         }
@@ -307,12 +304,8 @@ class BPE(Tokenizer):
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding(
-            self.name,
-            pat_str=self.pattern,
-            mergeable_ranks=self.ranks,
-            special_tokens={EOT: self.eot},
-        )
+        table = {"mergeable_ranks": self.ranks, "special_tokens": {EOT: self.eot}}
+        return tiktoken.Encoding(self.name, pat_str=self.pattern, **table)
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
         return (self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)
@@ -388,13 +381,8 @@ def train(vocab_size: int, texts: Iterable[str | bytes]) -> BPE:
     """
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it logs every percent
     trainer = rustbpe.Tokenizer()
-    words = (
-        word
-        for text in texts
-        for piece in pieces(text)
-        if isinstance(piece, str)
-        for word in cut_runs(piece, LONGEST)
-    )
+    valid = (piece for text in texts for piece in pieces(text) if isinstance(piece, str))
+    words = (word for piece in valid for word in cut_runs(piece, LONGEST))
     # holds only 512 pieces of up to 64 Ki characters in memory
     trainer.train_from_iterator(words, vocab_size - 1, buffer_size=512, pattern=PATTERN)
     tokens = [bytes(token) for token, _ in trainer.get_mergeable_ranks()]  # in order of id

@@ -82,23 +82,19 @@ def describe(
     if words is not None:
         if (text_bytes := split.text_bytes(words)) is not None:
             found["bytes_per_token"] = round(text_bytes / split.tokens, 3)
-        found["longest"] = [
-            {"tokens": len(tokens), "begins": words.decode(tokens[:24])} for tokens in longest
-        ]
-        found["windows"] = [
-            words.decode(split.shards[0][i * WINDOW : (i + 1) * WINDOW]) for i in range(WINDOWS)
-        ]
+        found["longest"] = [{"tokens": len(t), "begins": words.decode(t[:24])} for t in longest]
+        first = split.shards[0]
+        windows = (first[i * WINDOW : (i + 1) * WINDOW] for i in range(WINDOWS))
+        found["windows"] = [*map(words.decode, windows)]
     return found, np.asarray(digests)
 
 
 def documents(split: Split, eot: int) -> Iterator[np.ndarray]:
     """Yield each document's tokens (n,) without separator, also those before the first one."""
     for shard in split.shards:
-        chunks = ((at, shard[at : at + CHUNK]) for at in range(0, len(shard), CHUNK))
-        ends = chain.from_iterable(
-            (at + np.flatnonzero(part == eot)).tolist() for at, part in chunks
-        )
-        for before, end in pairwise(chain([-1], ends, [len(shard)])):
+        starts = range(0, len(shard), CHUNK)
+        ends = (at + np.flatnonzero(shard[at : at + CHUNK] == eot) for at in starts)
+        for before, end in pairwise(chain([-1], *map(np.ndarray.tolist, ends), [len(shard)])):
             if end > 0:  # the separator at index 0 ends no document
                 yield shard[before + 1 : end]
 

@@ -78,10 +78,9 @@ def prepare(
         opened = [stack.enter_context(_spool(out)) if str(t) == "-" else t for t in texts]
 
         def read() -> Iterator[Document]:
-            first = next(readings) == 0
-            return documents(
-                opened, out, text_field, separator.encode(), first, skip_bad, max_record
-            )
+            first = next(readings) == 0  # which is logged
+            options = text_field, separator.encode(), first, skip_bad, max_record
+            return documents(opened, out, *options)
 
         return prepare_documents(read, names, out, tokenizer, val, workers, shard_bytes)
 
@@ -164,9 +163,7 @@ class Survey:
         self.val, self.bound = val, ceil(val * 2**64)  # numbers below it are validation
         self.numbers = array("Q")  # first eight bytes of each document's sha256
         self.sizes, self.of = array("Q"), array("I")  # bytes and source of each document
-        self.sources: list[dict[str, Any]] = [
-            {"name": n, "documents": 0, "bytes": 0} for n in names
-        ]
+        self.sources: list[dict] = [{"name": n, "documents": 0, "bytes": 0} for n in names]
         longest: dict[int, tuple[int, int, str]] = {}  # by source: bytes, number, name
         hashes = [sha256() for _ in names]  # over the documents' sha256 (binary, in order)
         with progress("reading", None, "B") as bar:
