@@ -176,10 +176,6 @@ class Split:
         self.files = self.files or [File(path) for path in self.paths]
 
     @property
-    def names(self) -> list[str]:
-        return [path.name for path in self.paths]
-
-    @property
     def tokens(self) -> int:
         return sum(len(shard) for shard in self.shards)
 

@@ -82,11 +82,6 @@ def separator(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | 
     return tokenizer.eot
 
 
-def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | None:
-    """Count the UTF-8 bytes of the text that validation predicts; None if unknown."""
-    return data.val.text_bytes(tokenizer, config.data.val_tokens)
-
-
 def compressors(config: Config, data: Data, tokenizer: Tokenizer | None) -> dict[str, float]:
     """Bits per byte that `gzip -9` and `xz` need for the validation text, or for the beginning of a
     long one, and its bytes; {} without a tokenizer."""
