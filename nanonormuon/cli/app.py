@@ -115,8 +115,7 @@ def hint(error: Exception, arguments: list[str]) -> str:
 def entry(arguments: list[str] | None = None) -> NoReturn:
     """Run `main` and end the process; the entry point for the shell and torchrun.
 
-    Once torch is loaded, skip Python's cleanup: it takes 0.4 s, can wait for lost ranks, and gloo's
-    threads can abort it.
+    Once torch is loaded, skip Python's cleanup: 0.4 s, and lost ranks or gloo's threads spoil it.
     """
     # None if they were closed from the start
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115

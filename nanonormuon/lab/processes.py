@@ -74,8 +74,7 @@ class Runner:
     """Runs jobs in parallel, one per device.
 
     parallel: jobs at a time, which share the CPU's cores unless OMP_NUM_THREADS is set; 0: one per
-    `ranks` CUDA devices, or one on a CPU. ranks: processes per run, started by torchrun. All calls
-    of `run` share one progress bar.
+    `ranks` CUDA devices, or one on a CPU. ranks: processes per run, started by torchrun.
     """
 
     def __init__(self, parallel: int = 0, ranks: int = 1):
@@ -260,8 +259,7 @@ def cost(settings: config.Config, runs: int, at_once: int) -> str:
 def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
     """Write the plan `file`, what all runs of a directory share, or check that it is unchanged.
 
-    seeds: why arguments may not set train.seed. Raises ConfigError if they do, RunError if the
-    directory holds something else.
+    seeds: why arguments may not set train.seed. Raises ConfigError if they do, RunError if changed.
     """
     for argument in arguments:
         if argument.partition("=")[0].strip() == "train.seed":

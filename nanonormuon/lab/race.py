@@ -104,8 +104,7 @@ def axis(text: str) -> list[str]:
 
 
 def refuse(where: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
-    """Raise ConfigError for a setting that another option controls. taken: those keys, each with
-    what to do instead."""
+    """Raise ConfigError for a setting that another option controls. taken: key -> what to do."""
     for setting in settings:
         if (key := setting.partition("=")[0].strip()) in taken:
             raise ConfigError(f"{where}: {key}: {taken[key]}")
@@ -132,8 +131,7 @@ class Race:
     def __init__(self, arguments: Sequence[str], field: Sequence[Entry], seeds: int, out: Path,
                  tuning_seeds: int = 1, baseline: str = "", grow: bool = True,
                  breakdown: bool = False):  # fmt: skip
-        """baseline, grow: see results.judge and `beyond`. breakdown: break down the final models'
-        losses. Raises ConfigError."""
+        """baseline, grow: see results.judge, `beyond`. breakdown: add pretrained.breakdown's."""
         self.arguments, self.field, self.out = tuple(arguments), field, out
         self.baseline, self.longer = baseline, LONGER if grow else 0
         self.breakdown = breakdown
@@ -160,8 +158,7 @@ class Race:
         return Job(path, (*common, *own), keep=kind == "seeds")
 
     def run(self, runner: Runner) -> dict[str, Any]:
-        """Tune, run the seeds, write the results. Returns the content of results.json. Raises what
-        claim and Runner.run raise."""
+        """Tune, run the seeds, write and return the results. Raises what claim and run raise."""
         claim(self.out / "race.json", self.arguments, SEEDS)
         for entry in self.field:
             grid = itertools.product(entry.rates, entry.others)

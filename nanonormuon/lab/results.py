@@ -40,8 +40,7 @@ def mean(values: Sequence[float]) -> float:
 
 def judge(entries: Sequence[Entry], steps: int, named: str = "") -> list[dict[str, Any]]:
     """The rows of results.json, one per entry. The baseline is the entry labelled `named`, else the
-    best of all but the first. Differences and steps saved compare runs of equal seed, which share
-    initialisation and data order."""
+    best of all but the first. Runs of equal seed, so of equal start and data, are compared."""
     ran = [e for e in entries[not named :] if e.runs and named in ("", e.label)]
     baseline = min(ran, key=lambda e: mean(e.losses), default=None)
     rows = []
@@ -102,8 +101,7 @@ def reaches(curve: Sequence[Sequence[float]], loss: float) -> float | None:
 
 
 def markdown(results: Mapping[str, Any], times: bool = True) -> str:
-    """The table of a race as Markdown. times=False leaves out time and memory, which mean little if
-    other programs used the machine."""
+    """The table of a race as Markdown. times: with time and memory (of an idle machine)."""
     lines = [["optimizer", "lr", "val_loss", "n", "minus baseline", "steps to baseline's",
               "steps saved", "ms/step", "memory"]]  # fmt: skip
     for r in results["optimizers"]:
@@ -128,8 +126,7 @@ def markdown(results: Mapping[str, Any], times: bool = True) -> str:
 
 
 def breakdowns(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of what the final losses hide (pretrained/breakdown.py): means and standard
-    deviations over seeds."""
+    """The table of pretrained/breakdown.py's numbers: means and standard deviations over seeds."""
     shares = [group["up_to_percent"] for group in rows[0]["breakdown"][0]["by_frequency"]]
     spans = [f"loss, {a} to {b} %" for a, b in pairwise([0, *shares])]
     lines = [["optimizer", *spans, "kurtosis", "largest", "cost of 4 bits"]]

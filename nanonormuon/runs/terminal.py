@@ -1,5 +1,4 @@
-"""The end of a run at a terminal: its loss as a curve, its samples before and after training. Plain
-lines where there is no terminal."""
+"""The end of a run: its loss as a curve, if at a terminal; samples before and after training."""
 
 import math
 import os

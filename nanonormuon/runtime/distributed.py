@@ -89,8 +89,7 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
 def keep_freed_memory() -> None:
     """Make glibc keep large freed blocks instead of returning them to the system.
 
-    Otherwise every step maps and zeroes the pages of each activation again, which takes a third of
-    an eager training step on a CPU.
+    Otherwise every step maps and zeroes its pages again, a third of an eager step's time on a CPU.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
@@ -103,8 +102,7 @@ def keep_freed_memory() -> None:
 def finish() -> None:
     """Wait for all ranks at the end of a run.
 
-    Does not destroy the process group: stopping gloo's threads can abort the process, which is
-    about to exit (cli.app.entry).
+    Does not destroy the process group: stopping gloo's threads can abort the process.
     """
     if grouped():
         dist.barrier()
@@ -168,8 +166,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def first_does(work: Callable[[], Any], device: torch.device) -> Any:
-    """Run `work` on rank 0 alone. Every rank returns its result, which JSON must be able to hold,
-    or raises if it failed."""
+    """Run `work` on rank 0 alone. Every rank returns its result, a JSON value, or raises."""
     failure, answer = None, {}
     if not int(os.environ.get("RANK", "0")):
         try:
@@ -186,8 +183,7 @@ def first_does(work: Callable[[], Any], device: torch.device) -> Any:
 
 
 def from_first(value: Any, device: torch.device) -> Any:
-    """Return rank 0's JSON value on every rank. torch's broadcast_object_list would unpickle data
-    from a socket, which can run code."""
+    """Return rank 0's JSON value on every rank. (Unpickling it from a socket could run code.)"""
     if not grouped():
         return value
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)

@@ -97,8 +97,7 @@ def not_finite(tensors: Mapping[str, Tensor | None], device: torch.device) -> li
 
 
 def check_state(tensors: Mapping[str, Tensor], step: int, world: distributed.World) -> None:
-    """Raise on every rank if tensors must not be saved: NonFinite, or Diverged, which names a rank
-    whose copy has different bits."""
+    """Raise on every rank if tensors must not be saved: NonFinite, or Diverged, naming a rank."""
     if bad := not_finite(tensors, world.device):
         raise NonFinite(f"not finite: {bad[0]} after step {step}; it is not saved")
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

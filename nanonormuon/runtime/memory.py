@@ -37,8 +37,7 @@ class Shortage(MemoryError):
 
 
 def refuse_absurd(config: Config, world: distributed.World) -> None:
-    """Raise ConfigError for a run that exceeds by far its device's memory or ten years of time. The
-    model's vocabulary must be known."""
+    """Raise ConfigError for a run of known vocabulary far above its memory, or ten years of time."""
     t, ranks = config.train, world.size
     with torch.device("meta"):
         first, two = max(1, config.model.n_dense), 1 + config.model.value_embed

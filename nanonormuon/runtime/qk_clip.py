@@ -3,8 +3,7 @@
 After an update in which a head's largest logit S exceeds the threshold t, the product of its query
 and key weights is scaled by t / S. If a head has its own key, each side takes the square root.
 Query heads that share a key head scale it by the smallest of their factors' roots, and each query
-takes the rest. Latent attention's rotary key, shared by all heads, is not scaled. Optimizer state
-does not change.
+takes the rest. Latent attention's shared rotary key and the optimizer's state do not change.
 """
 
 from functools import partial

@@ -233,8 +233,7 @@ def modeling() -> bytes:
 
 
 def to_hf(name: str) -> str:
-    """Translate a parameter's name. In a stack of experts, "#" stands for the expert's index
-    (storage.tensors.entries)."""
+    """Translate a parameter's name. "#" is the index in a stack of experts (tensors.entries)."""
     name = re.sub(r"\.experts\.(\w+)$", r".experts.#.\1.weight", name)
     return name if name.startswith("lm_head.") else f"model.{name}"
 
@@ -311,8 +310,7 @@ def plain_config(
 
 
 def gpt_config(content: dict[str, Any]) -> GPTConfig:
-    """Parse config.json, our own or one of ARCHITECTURES'. Raises ValueError listing all that our
-    model does not support."""
+    """Parse config.json, our own or of ARCHITECTURES. Raises ValueError listing what we lack."""
     if "nanonormuon" in content:
         try:
             return GPTConfig(**content["nanonormuon"])

@@ -187,8 +187,7 @@ class RunDirectory:
 
 
 def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
-    """Show a step as a log line or, on a terminal, in the progress bar, with lines only for
-    evaluations."""
+    """Log a step or, on a terminal, show it in the progress bar, and log evaluations only."""
     line = f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
     line += f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"
     measures = (key for key in ("val_loss", "val_bpb") if row.get(key) is not None)
@@ -321,8 +320,7 @@ def git_commit(checkout: Path) -> str | None:
 
 
 def source_files(optimizer: str = "") -> dict[str, Path]:
-    """List the package's Python files, recipes and templates by relative path, and the file of an
-    optimizer "FILE.py:Class"."""
+    """List the package's sources by relative path, and the file of an optimizer "FILE.py:Class"."""
     found = [file for file in sorted(PACKAGE.rglob("*.*")) if file.suffix in SOURCES]
     own = files.optimizer_file(optimizer)
     return {f.relative_to(PACKAGE).as_posix(): f for f in found} | ({str(own): own} if own else {})

@@ -137,8 +137,7 @@ class File:
             self.listed = None
 
     def check(self) -> None:
-        """Raise DataError if the file has changed or failed verification. The first call starts
-        the verification in a thread."""
+        """Raise DataError if the file has changed or failed verification, which this may start."""
         if (now := _state(self.path)) != self.found:
             problem = f"expected (bytes, time in ns) {self.found}, found {now}"
             raise DataError(f"{self.path}: changed while in use: {problem}; restore it and resume")
@@ -229,16 +228,14 @@ class Split:
         self.files[shard].check()
 
     def settle(self) -> None:
-        """Finish the verification of shards read so far, before using results computed from them.
-        Raises DataError."""
+        """Finish verifying shards read so far, before their results are used. Raises DataError."""
         for file in self.files:
             file.settle()
 
 
 @dataclass
 class Data:
-    """An open data directory. `fingerprint` identifies its content or, without a manifest, its
-    files' names and sizes."""
+    """An open data directory. `fingerprint`: of its content or, without a manifest, its files."""
 
     path: Path
     train: Split

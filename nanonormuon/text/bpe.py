@@ -2,8 +2,7 @@
 
 A regex splits the text. Within each piece, the adjacent pair whose union has the lowest id is
 merged until no pair is left, so a vocabulary is a pattern and a table bytes -> id. tiktoken encodes
-and rustbpe trains. On disk it is a Hugging Face `tokenizer.json`, for transformers, vLLM and
-llama.cpp.
+and rustbpe trains. On disk it is a Hugging Face `tokenizer.json`.
 """
 
 import codecs
@@ -74,8 +73,7 @@ Piece = str | bytes | None  # text; bytes that are not UTF-8; the start of a doc
 
 def pieces(text: str | bytes) -> Iterator[str | bytes]:
     """Cut a text into pieces whose ids are those of the whole, except for runs of at least RUN / 2
-    characters. Yields `str` (valid Unicode, about PIECE characters) and, for what is not UTF-8,
-    `bytes` to be encoded one by one."""
+    characters. Yields `str` (about PIECE characters) and, for what is not UTF-8, `bytes`."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     # "surrogateescape" only turns bytes b >= 128 that are not UTF-8 into U+DC00 + b
     for i, part in enumerate(_SURROGATES.split(data.decode("utf-8", "surrogateescape"))):
@@ -142,8 +140,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def check(self, text: str, ids: np.ndarray) -> None:
-        """Raise LostText unless `ids` cover the whole text. Each token is a part of the text, so
-        comparing lengths suffices."""
+        """Raise LostText unless `ids` cover the text. Each is a part of it, so lengths suffice."""
         if self.lengths[ids].sum() != len(whole := text.encode()):
             raise LostText(whole, self.decode_bytes(ids))
 
@@ -376,8 +373,7 @@ def read(content: dict[str, Any], name: str) -> BPE:
 def train(vocab_size: int, texts: Iterable[str | bytes]) -> BPE:
     """Learn vocab_size - 257 merges from UTF-8 text; the last id is <|endoftext|>.
 
-    A short text gives a smaller vocabulary, named by its actual size. Tokens have at most LONGEST
-    characters.
+    A short text gives a smaller vocabulary, named by its size. Tokens: up to LONGEST characters.
     """
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it logs every percent
     trainer = rustbpe.Tokenizer()

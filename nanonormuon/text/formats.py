@@ -187,8 +187,7 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
 
 def _pages(file: Any, group: Any, text_field: str) -> Iterator[tuple[int, int]]:
     """Yield the compressed and uncompressed bytes of each page of a column from its header
-    (PageHeader in parquet.thrift). A page is decompressed as a whole, and the file's footer does
-    not give its size."""
+    (PageHeader in parquet.thrift): a page is decompressed whole, and the footer lacks its size."""
     for chunk in map(group.column, range(group.num_columns)):
         if chunk.path_in_schema == text_field:
             at = chunk.dictionary_page_offset or chunk.data_page_offset

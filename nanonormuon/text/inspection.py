@@ -60,8 +60,7 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
 def describe(
     split: Split, eot: int | None, words: Tokenizer | None
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Return a split's counts, longest documents and first windows; and the first eight bytes of
-    each document's hash."""
+    """Return a split's counts, longest documents and first windows, and each document's digest."""
     found: dict[str, Any] = {
         "shards": len(split.shards), "tokens": split.tokens, "bytes": split.bytes,
         "largest_id": max(int(shard.max()) for shard in split.shards),

@@ -95,8 +95,7 @@ def prepare_documents(
     shard_bytes: int = SHARD_BYTES,
     whole: bool = False,
 ) -> dict[str, Any]:
-    """Prepare documents that `read()` yields from the beginning at each call. whole: split by hash
-    alone (see Survey)."""
+    """Prepare documents that `read()` yields anew at each call. whole: see Survey."""
     if not 0 < val < 1:
         raise DataError(f"prepare: --val {val:g}: expected a share between 0 and 1, as 0.02")
     assert shard_bytes > 0 <= workers, (shard_bytes, workers)

@@ -70,9 +70,8 @@ PUBLISHED = {
 
 
 def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokenizer:
-    """Make the tokenizer `spec`: `byte`; `gpt2`, `cl100k_base` or `o200k_base` (from tiktoken's
-    cache directory, never from the network); `bpe:N`, with N ids in all, trained on `texts`; or a
-    path. Raises TokenizerError."""
+    """Make a tokenizer: `byte`; `gpt2`, `cl100k_base`, `o200k_base` (from tiktoken's cache, never
+    the network); `bpe:N`, with N ids, trained on `texts`; or a path. Raises TokenizerError."""
     spec = str(spec)
     if spec == "byte":
         return bpe.BPE("byte", PATTERN, [bytes([b]) for b in range(256)], 256)
@@ -106,9 +105,8 @@ def load(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json, the directory that contains it, or a published vocabulary file
     (vocab.bpe, *.tiktoken), recognised by its sha256.
 
-    A file by `BPE.save` must equal what its vocabulary would be saved as; any other file goes to
-    the `tokenizers` library. The hash must match tokenizer_config.json's, if any. Raises
-    TokenizerError, OSError.
+    A file by `BPE.save` must equal what its vocabulary would be saved as; others go to the library
+    `tokenizers`. A hash in tokenizer_config.json must match. Raises TokenizerError, OSError.
     """
     path = Path(path, FILE) if Path(path).is_dir() else Path(path)
     try:
