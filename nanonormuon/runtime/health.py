@@ -192,9 +192,8 @@ class WeightStats:
         self.moved = torch.zeros_like(moved)
         sizes = ((torch.linalg.vector_norm(p, dim=-1).flatten(), p.size(-1)) for p in matrices)
         norms = torch.cat([size / width**0.5 for size, width in sizes])
-        extremes = [-math.inf, -math.inf]
-        if len(norms):  # a shard may be empty
-            extremes = [-float(norms.min()), float(norms.max())]
+        empty = [-math.inf, -math.inf]  # a shard may be
+        extremes = [-float(norms.min()), float(norms.max())] if len(norms) else empty
         low, high = distributed.largest(extremes, self.device)
         count = norms.new_tensor(float(len(norms)))
         sums = distributed.total(torch.stack([norms.sum(), count, *moved]))

@@ -205,11 +205,9 @@ def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
 def aligned(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
     """Format rows of cells as a table. numbers: right-align all columns but the first."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for first, *others in ([*zip(row, widths)] for row in rows):
-        cells = [c.rjust(w) if numbers else c.ljust(w) for c, w in others]
-        lines.append("  ".join([first[0].ljust(first[1]), *cells]).rstrip())
-    return "\n".join(lines)
+    sides = "<" + (">" if numbers else "<") * len(widths)
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths))
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
 class Validations(dict[int, dict[str, float | None]]):
@@ -311,11 +309,10 @@ def environment(device: "torch.device", ranks: int, optimizer: str = "") -> dict
 
 def git_commit(checkout: Path) -> str | None:
     """Return the current commit from git's files, None if there are none."""
+    git = checkout / ".git"
     with suppress(OSError):
-        head = (checkout / ".git" / "HEAD").read_text().strip()
-        if " " not in head:  # a detached HEAD
-            return head
-        return (checkout / ".git" / head.split()[1]).read_text().strip()
+        head = (git / "HEAD").read_text().strip()  # a commit if detached, else the branch's file
+        return (git / head.split()[1]).read_text().strip() if " " in head else head
     return None
 
 
