@@ -204,10 +204,9 @@ class Runner:
             begin = output.tell()
             if self.stopped:
                 raise Interrupted(self.stopped, f"before {job.path.name}")
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=os.environ | place | own, start_new_session=True,
-            )  # fmt: skip
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            env = os.environ | place | own
+            child = subprocess.Popen(command, env=env, start_new_session=True, **streams)
             self.children.add(child)
             code = child.wait()
             self.children.discard(child)

@@ -20,7 +20,7 @@ from nanonormuon.pretrained import judge, models
 from nanonormuon.runtime.packages import need
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.files import publish, read_file, write_durably
-from nanonormuon.storage.run import read_metrics
+from nanonormuon.storage.run import as_markdown, read_metrics
 from nanonormuon.storage.shards import Data
 from nanonormuon.storage.tensors import serialise
 from nanonormuon.text.tokenizer import Tokenizer
@@ -210,7 +210,4 @@ def published(config: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> dict[s
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a Markdown table under a heading; "" if there are no rows."""
-    if not rows:
-        return ""
-    lines = [header, ["---"] * len(header), *rows]
-    return f"\n## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"\n## {title}\n\n{as_markdown([header, *rows])}\n" if rows else ""

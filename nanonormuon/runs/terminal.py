@@ -108,13 +108,9 @@ def beside(samples: Sequence[dict[str, Any]], titles: dict[int, str], look: Look
     width = (look.width - 3) // 2 if wide else look.width
     lines = []
     for prompt in dict.fromkeys(prompt for texts in of.values() for prompt in texts):
-        blocks = [
-            [
-                look.paint(f"── {titles[step]} ".ljust(width, "─"), 2),
-                *wrapped(prompt, texts.get(prompt, ""), width, look),
-            ]
-            for step, texts in of.items()
-        ]
+        heads = (look.paint(f"── {titles[step]} ".ljust(width, "─"), 2) for step in of)
+        bodies = (wrapped(prompt, texts.get(prompt, ""), width, look) for texts in of.values())
+        blocks = [[head, *body] for head, body in zip(heads, bodies)]
         rows = zip_longest(*blocks, fillvalue=" " * width) if wide else zip(chain(*blocks))
         lines += [f" {look.paint('│', 2)} ".join(row).rstrip() for row in rows]
     return [*lines, ""]

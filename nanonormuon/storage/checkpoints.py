@@ -88,9 +88,8 @@ def verify(path: Path) -> dict[str, Any]:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest != entry["sha256"]:
             raise CheckpointError(f"{file}: sha256 {digest}, expected {entry['sha256']} (manifest)")
-    for name in REQUIRED:
-        if name not in files:
-            raise CheckpointError(f"{listing}: does not list {name}")
+    if missing := [name for name in REQUIRED if name not in files]:
+        raise CheckpointError(f"{listing}: does not list {missing[0]}")
     state = read_json(path / "state.json")
     if state.get("step") != manifest["step"]:
         found = f"step {state.get('step')!r}, expected {manifest['step']}"
