@@ -75,9 +75,7 @@ QWEN3_MOE = {"router": "softmax", "balance_rate": 0.0, "n_expert_shared": 0, "ro
 FIXED = {
     "decoder_sparse_step": 1,
     "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), False),
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
     "num_nextn_predict_layers": 0,  # DeepSeek-V3's layers that predict further tokens

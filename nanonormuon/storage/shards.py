@@ -289,10 +289,8 @@ def open_data(
         vocab_size = made_for
     elif (path / PARTIAL).exists():
         raise DataError(f"{path}: preparation is unfinished; run normuon-train prepare again")
-    train, val = (
-        _open_split(path, name, manifest and manifest[name], vocab_size, headerless)
-        for name in ("train", "val")
-    )
+    parts = ((name, manifest and manifest[name]) for name in ("train", "val"))
+    train, val = (_open_split(path, *part, vocab_size, headerless) for part in parts)
     shards, files = train.shards + val.shards, train.files + val.files
     if verify == "full" or sum(shard.nbytes for shard in shards) <= FULL_CHECK_LIMIT:
         for shard, file in zip(shards, progress("verifying", None, "file", iterable=files)):
@@ -387,12 +385,10 @@ def too_few(**tokens: int) -> list[str]:
     """Return a warning for each split with too few tokens."""
     share = math.ceil(100 * FEW / max(sum(tokens.values()), 1)) / 100
     larger = f", or prepare it with --val {share:g}" if share <= 0.2 else ""
-    return [
-        f"{name}: {count:,} tokens are too few, expected at least {FEW:,}: "
-        + f"add text{larger if name == 'val' else ''}"
-        for name, count in tokens.items()
-        if count < FEW
-    ]
+    few = {name: count for name, count in tokens.items() if count < FEW}
+    hints = {name: larger if name == "val" else "" for name in few}
+    problem = f"tokens are too few, expected at least {FEW:,}: add text"
+    return [f"{name}: {count:,} {problem}{hints[name]}" for name, count in few.items()]
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:

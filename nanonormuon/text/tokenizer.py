@@ -47,25 +47,13 @@ class Published:
 
 
 HOST = "https://openaipublic.blob.core.windows.net/"
+GPT2_FILE = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+CL100K_FILE = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+O200K_FILE = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 PUBLISHED = {
-    "gpt2": Published(
-        HOST + "gpt-2/encodings/main/vocab.bpe",
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-        GPT2,
-        50256,
-    ),
-    "cl100k_base": Published(
-        HOST + "encodings/cl100k_base.tiktoken",
-        "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
-        CL100K,
-        100257,
-    ),
-    "o200k_base": Published(
-        HOST + "encodings/o200k_base.tiktoken",
-        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
-        O200K,
-        199999,
-    ),
+    "gpt2": Published(HOST + "gpt-2/encodings/main/vocab.bpe", GPT2_FILE, GPT2, 50256),
+    "cl100k_base": Published(HOST + "encodings/cl100k_base.tiktoken", CL100K_FILE, CL100K, 100257),
+    "o200k_base": Published(HOST + "encodings/o200k_base.tiktoken", O200K_FILE, O200K, 199999),
 }
 
 
