@@ -30,7 +30,7 @@ from nanonormuon.runtime.memory import MicroBatch
 from nanonormuon.storage import checkpoints, huggingface
 from nanonormuon.storage.files import progress
 from nanonormuon.storage.run import RunDirectory, Validations, aligned, announce, environment
-from nanonormuon.text.corpus import bytes_of_validation, compressors, open_corpus
+from nanonormuon.text.corpus import compressors, open_corpus
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Trainer:
         distributed.check_alike(known, world)
         self.config = config = build.complete(config, self.data)
         memory.refuse_absurd(config, world)
-        self.text_bytes = bytes_of_validation(config, self.data, self.tokenizer)
+        self.text_bytes = self.data.val.text_bytes(self.tokenizer, config.data.val_tokens)
         self.per_rank = build.split_batch(config, world.size)
         self.batches = Batches(
             self.data.train, config.data.seq_len, self.per_rank * world.size, config.train.seed,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from support import TINY, WAIT, Forks, alive, outcome
 
-from nanonormuon.storage.files import lock, replace_file
+from nanonormuon.storage.files import locked, replace_file
 
 STEPS = 24
 CALLS = 5  # file-system calls of half of a run's saves, about, by step
@@ -80,7 +80,8 @@ class Soak:
         more = ["--resume"] if (out / "config.toml").exists() else []
         more.append("train.save_async=" + ("on" if state["runs"] % 2 else "off"))
         if out.exists():  # a process of a command that was killed may still be writing
-            os.close(lock(out / ".lock", wait=True))
+            with locked(out / ".lock", wait=True):
+                pass
         started = self.forks.start([*self.arguments, *more, "--out", out], ranks, fault)
         until = begin = time.monotonic()
         until += WAIT if in_save or to_its_end else dice.uniform(0, 1.2 * seconds)

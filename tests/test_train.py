@@ -25,7 +25,7 @@ from nanonormuon.errors import CheckpointError, ConfigError, DataError, NonFinit
 from nanonormuon.model import GPT
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage import shards as shard_files
-from nanonormuon.storage.files import lock
+from nanonormuon.storage.files import locked
 from nanonormuon.storage.run import RunDirectory, read_metrics
 
 
@@ -260,8 +260,8 @@ def test_an_empty_directory_is_removed_while_it_is_locked(tmp_path, monkeypatch)
     removed = []
 
     def rmdir(path):
-        with pytest.raises(BlockingIOError):
-            lock(path)
+        with pytest.raises(BlockingIOError), locked(path):
+            pass
         os.rmdir(path)
         removed.append(path)
 

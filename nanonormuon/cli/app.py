@@ -102,10 +102,8 @@ def hint(error: Exception, arguments: list[str]) -> str:
     """Suggest optim.lr=0.1 to whoever typed --lr 0.1; "" if no setting has the option's name."""
     option = getattr(error, "option_name", "")
     command = error.ctx.info_name if getattr(error, "ctx", None) else ""
-    value = (
-        re.search(rf"{re.escape(option)}[ =]([^\s-]\S*)", " ".join(arguments)) if option else None
-    )
-    if not value or command not in ("run", "show", "race", "trials", "speedrun"):
+    value = re.search(rf"{re.escape(option)}[ =]([^\s-]\S*)", " ".join(arguments))
+    if not (option and value) or command not in ("run", "show", "race", "trials", "speedrun"):
         return ""
     from nanonormuon.config import KINDS
 
@@ -117,8 +115,7 @@ def hint(error: Exception, arguments: list[str]) -> str:
 def entry(arguments: list[str] | None = None) -> NoReturn:
     """Run `main` and end the process; the entry point for the shell and torchrun.
 
-    Once torch is loaded, skip Python's cleanup: it takes 0.4 s, can wait for lost ranks, and gloo's
-    threads can abort it.
+    Once torch is loaded, skip Python's cleanup: 0.4 s, and lost ranks or gloo's threads spoil it.
     """
     # None if they were closed from the start
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115

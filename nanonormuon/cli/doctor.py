@@ -79,9 +79,8 @@ def version(package: str) -> str:
 def device() -> Outcome:
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        names = "; ".join(
-            f"{p.name}, capability {p.major}.{p.minor}, {p.total_memory / GB:.0f} GB" for p in gpus
-        )
+        form = "{0.name}, capability {0.major}.{0.minor}, {1:.0f} GB"
+        names = "; ".join(form.format(gpu, gpu.total_memory / GB) for gpu in gpus)
         free = torch.cuda.mem_get_info()[0]
         fix = "another process fills the GPU: see nvidia-smi" if free < 2 * GB else ""
         found = f"cuda: {names}; {free / GB:.1f} GB free on the first"

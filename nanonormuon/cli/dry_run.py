@@ -162,10 +162,9 @@ def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str
     more = config.model.n_layer / period - 1
     step = (passes + more * max(0.0, passes_2 - passes)) * (per_rank // micro)
     step += update + more * max(0.0, update_2 - update)
-    return (
-        f"time: about {step * config.train.last_step / 60:.3g} minutes of training, {step:.3g} s "
-        f"per step on this {here().type} (timed just now, not compiled, without evaluations)"
-    )
+    whole = f"about {step * config.train.last_step / 60:.3g} minutes of training"
+    how = f"on this {here().type} (timed just now, not compiled, without evaluations)"
+    return f"time: {whole}, {step:.3g} s per step {how}"
 
 
 def timed(config: Config, layers: int, micro: int) -> list[float]:

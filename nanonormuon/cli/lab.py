@@ -11,23 +11,14 @@ from typer import Argument, Option
 
 from nanonormuon.cli import options
 
-Recipe = Annotated[
-    list[str],
-    Argument(
-        metavar=options.SETTINGS,
-        help="Settings of all runs.",
-        autocompletion=options.completions,
-    ),
-]
+Recipe = Annotated[list[str], Argument(help="Settings of all runs.", **options.SETTINGS)]
 Out = Annotated[Path, Option(help="Directory of the experiment; an existing one is continued.")]
 AT_ONCE = "Runs at a time; 0: one per GPU, one on a CPU. Each has OMP_NUM_THREADS threads if set."
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]
 Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]
 Count = Annotated[int, Option("--n", min=1, help="Runs, with seeds 0 to N - 1.")]
 Strings = list[str] | None
-OPTIMIZERS = (
-    "normuon, muon, adamw, zoo:NAME, FILE.py:Class, module:Class; each may have +SETTING=VALUE."
-)
+OPTIMIZERS = "normuon, muon, adamw, zoo:NAME, FILE.py:Class, module:Class; each may add +KEY=VALUE."
 RATES = 'Rates to try: "0.01,0.02", "adamw=0.01,0.02" or multiples "0.5x,2x"; repeatable.'
 GROW = "Extend a grid by up to 4 rates while its best rate is the lowest or highest."
 BASELINE = "Optimizer to compare the others with; default: the best of all but the first."

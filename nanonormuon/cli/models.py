@@ -141,9 +141,8 @@ def started(device: str) -> Any:
 
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device in there and not there[device]():
-        raise typer.BadParameter(
-            f"--device {device}: torch finds none (see normuon-train doctor); expected auto or cpu"
-        )
+        hint = "torch finds none (see normuon-train doctor); expected auto or cpu"
+        raise typer.BadParameter(f"--device {device}: {hint}")
     try:
         return distributed.start(device)
     except ValueError as error:

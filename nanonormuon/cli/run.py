@@ -24,14 +24,7 @@ LIMITS = (
     "indentation, closing brackets), not what a program does; that takes larger models and data"
 )
 HELP = "Recipes, TOML files and settings; later ones override earlier ones."
-Settings = Annotated[
-    list[str] | None,
-    Argument(
-        metavar=f"{options.SETTINGS}...",
-        help=HELP,
-        autocompletion=options.completions,
-    ),
-]
+Settings = Annotated[list[str] | None, Argument(help=HELP, **options.SETTINGS)]
 
 
 def run(
@@ -99,18 +92,16 @@ def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
     from nanonormuon.storage.run import known_runs
 
     if out is None or not (out / "config.toml").is_file():
-        raise errors.ConfigError(
-            f"--resume: {out or 'no --out given'}: expected a run directory; {known_runs(out)}"
-        )
+        problem = f"{out or 'no --out given'}: expected a run directory"
+        raise errors.ConfigError(f"--resume: {problem}; {known_runs(out)}")
     if files := [Path(a).stem for a in arguments if not config.is_setting(a)]:
         names = ", ".join(files)
         log.info(f"--resume: {out} has its own configuration; {names} is not read again")
     saved = str(out.resolve() / "config.toml")  # absolute: a=b/config.toml would be a setting
     if missing := [name for name in config.SECTIONS if name not in config.read_toml(saved)]:
-        raise errors.ConfigError(
-            f"{saved}: no [{missing[0]}], expected every section of a run's configuration: restore "
-            "it (a checkpoint's state.json has the configuration too)"
-        )
+        problem = f"no [{missing[0]}], expected every section of a run's configuration"
+        hint = "restore it (a checkpoint's state.json has the configuration too)"
+        raise errors.ConfigError(f"{saved}: {problem}: {hint}")
     resumed = [saved, *filter(config.is_setting, arguments)]
     steps = [checkpoints.step_of(path) or 0 for path in checkpoints.all_steps(out / "checkpoints")]
     # a run that reached its stop_at goes on to its end; one that was cut off before stops there
@@ -167,11 +158,8 @@ def recipes(
     if name:
         typer.echo(config.recipes()[name].read_text(encoding="utf-8"), nl=False)
         return
-    rows = [
-        (name, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
-        for name, path in config.recipes().items()
-    ]
-    typer.echo(aligned(rows))
+    texts = {name: path.read_text(encoding="utf-8") for name, path in config.recipes().items()}
+    typer.echo(aligned([(name, text.splitlines()[0].lstrip("# ")) for name, text in texts.items()]))
 
 
 def show(settings: Settings = None) -> None:
@@ -184,17 +172,12 @@ def show(settings: Settings = None) -> None:
 
     lines, meanings = config.to_toml(*config.load(settings or ())).splitlines(), {}
     for i, line in enumerate(lines):
-        if line.startswith("["):
-            meanings = comments(config.SECTIONS[line[1:-1]])
+        if line.startswith("["):  # a setting's meaning is its comment in the source
+            source = inspect.getsource(config.SECTIONS[line[1:-1]])
+            meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
         elif meaning := meanings.get(line.partition(" ")[0]):
             lines[i] = f"{line:<54}  {meaning}"
     typer.echo("\n".join(lines))
-
-
-def comments(table: type) -> dict[str, str]:
-    """Each setting's comment in the source of its dataclass."""
-    found = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(table), re.MULTILINE)
-    return dict(found)
 
 
 def doctor(as_json: options.AsJson = False) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -74,8 +74,7 @@ class Runner:
     """Runs jobs in parallel, one per device.
 
     parallel: jobs at a time, which share the CPU's cores unless OMP_NUM_THREADS is set; 0: one per
-    `ranks` CUDA devices, or one on a CPU. ranks: processes per run, started by torchrun. All calls
-    of `run` share one progress bar.
+    `ranks` CUDA devices, or one on a CPU. ranks: processes per run, started by torchrun.
     """
 
     def __init__(self, parallel: int = 0, ranks: int = 1):
@@ -118,12 +117,14 @@ class Runner:
         if self.bar is None:
             self.bar = tqdm(initial=self.known, total=total, unit="run", leave=False, disable=None)
         error: BaseException | None = None
-        with self.listening(), ThreadPoolExecutor(self.parallel) as pool:
+        with contextlib.ExitStack() as handlers, ThreadPoolExecutor(self.parallel) as pool:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers.callback(signal.signal, number, signal.signal(number, self.stop))
             started = {pool.submit(self.carry_out, job): job for job in missing}
             for run in as_completed(started):
                 if failure := run.exception():
                     error = error or failure
-                    self.stop(signal.SIGTERM)
+                    self.stop(signal.SIGTERM, None)
                     continue
                 self.tell(started[run], run.result()["val_loss"], total)
         if error is not None or not later:
@@ -185,10 +186,9 @@ class Runner:
         with contextlib.suppress(OSError, CheckpointError):  # not started yet
             began = read_json(job.path / "environment.json").get("optimizer_sha256", "")
             if began != now:
-                raise RunError(
-                    f"{name}: {job.path} began with another version of the file (sha256 {began}, "
-                    f"now {now}): restore it, rename the new one, or choose another --out"
-                )
+                other = f"began with another version of the file (sha256 {began}, now {now})"
+                hint = "restore it, rename the new one, or choose another --out"
+                raise RunError(f"{name}: {job.path} {other}: {hint}")
 
     def start(self, job: Job, arguments: Sequence[str], place: dict[str, str]) -> tuple[int, str]:
         """Run `normuon-train run` and wait for it; returns its exit code and last line (of several
@@ -204,10 +204,9 @@ class Runner:
             begin = output.tell()
             if self.stopped:
                 raise Interrupted(self.stopped, f"before {job.path.name}")
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=os.environ | place | own, start_new_session=True,
-            )  # fmt: skip
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            env = os.environ | place | own
+            child = subprocess.Popen(command, env=env, start_new_session=True, **streams)
             self.children.add(child)
             code = child.wait()
             self.children.discard(child)
@@ -219,18 +218,8 @@ class Runner:
             output.seek(begin)
             return outcome(output.read().decode(errors="replace"), code)
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Forward SIGINT and SIGTERM to the runs, which save and exit."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {n: signal.signal(n, lambda number, _: self.stop(number)) for n in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def stop(self, number: int) -> None:
+    def stop(self, number: int, _frame: Any) -> None:
+        """Forward a signal to the runs, which save and exit."""
         self.stopped = self.stopped or number
         for child in list(self.children):
             child.send_signal(signal.SIGTERM)  # no effect on a child that has exited
@@ -261,17 +250,15 @@ def resolve(arguments: Sequence[str]) -> config.Config:
 def cost(settings: config.Config, runs: int, at_once: int) -> str:
     """Describe the cost of `runs` runs in one line."""
     steps, tokens = settings.train.last_step, settings.train.batch_tokens
-    return (
-        f"{runs} runs of {steps:,} steps of {tokens:,} tokens: {runs * steps * tokens / 1e6:,.4g}M "
-        f"tokens, {at_once} at a time; a time estimate follows the first run"
-    )
+    total = f"{runs * steps * tokens / 1e6:,.4g}M tokens"
+    each = f"{runs} runs of {steps:,} steps of {tokens:,} tokens"
+    return f"{each}: {total}, {at_once} at a time; a time estimate follows the first run"
 
 
 def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
     """Write the plan `file`, what all runs of a directory share, or check that it is unchanged.
 
-    seeds: why arguments may not set train.seed. Raises ConfigError if they do, RunError if the
-    directory holds something else.
+    seeds: why arguments may not set train.seed. Raises ConfigError if they do, RunError if changed.
     """
     for argument in arguments:
         if argument.partition("=")[0].strip() == "train.seed":
@@ -294,14 +281,11 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
         raise RunError(f"{file}: {text[:99]!r}, expected a plan; choose another --out") from None
     begun = found.pop("settings", {})  # missing in plans of older versions
     if found != {key: content[key] for key in ("arguments", "steps")}:
-        raise RunError(
-            f"{file}: {json.dumps(found)[:999]}, expected {' '.join(arguments)}: the directory has "
-            "other runs; choose another --out"
-        )
+        other = f"{json.dumps(found)[:999]}, expected {' '.join(arguments)}"
+        raise RunError(f"{file}: {other}: the directory has other runs; choose another --out")
     # recipes change with versions of the package; a setting that is new had its default
     for name in sorted(begun.keys() & settings.keys()):
         if begun[name] != settings[name]:
-            raise RunError(
-                f"{file}: begun with {name} = {begun[name]!r}, which the recipe now sets to "
-                f"{settings[name]!r}: go on with the version that began it, or choose another --out"
-            )
+            other = f"{name} = {begun[name]!r}, which the recipe now sets to {settings[name]!r}"
+            hint = "go on with the version that began it, or choose another --out"
+            raise RunError(f"{file}: begun with {other}: {hint}")

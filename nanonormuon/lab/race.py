@@ -104,8 +104,7 @@ def axis(text: str) -> list[str]:
 
 
 def refuse(where: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
-    """Raise ConfigError for a setting that another option controls. taken: those keys, each with
-    what to do instead."""
+    """Raise ConfigError for a setting that another option controls. taken: key -> what to do."""
     for setting in settings:
         if (key := setting.partition("=")[0].strip()) in taken:
             raise ConfigError(f"{where}: {key}: {taken[key]}")
@@ -120,10 +119,8 @@ def rates(label: str, text: str, usual: float, has_rate: bool) -> tuple[float, .
         if number is None or not 0 < number < math.inf:
             raise ConfigError(f'--lr "{text}": expected numbers above 0, as 0.01,0.02 or {GRID}')
         if has_rate and not multiple:
-            raise ConfigError(
-                f'--lr "{text}" and --optimizers "{label}" both set its rate: expected one of '
-                f"them, or multiples of its own, as {GRID}"
-            )
+            both = f'--lr "{text}" and --optimizers "{label}" both set its rate'
+            raise ConfigError(f"{both}: expected one of them, or multiples of its own, as {GRID}")
         grid.add(float(f"{number * usual if multiple else number:.6g}"))
     return tuple(sorted(grid))
 
@@ -134,8 +131,7 @@ class Race:
     def __init__(self, arguments: Sequence[str], field: Sequence[Entry], seeds: int, out: Path,
                  tuning_seeds: int = 1, baseline: str = "", grow: bool = True,
                  breakdown: bool = False):  # fmt: skip
-        """baseline, grow: see results.judge and `beyond`. breakdown: break down the final models'
-        losses. Raises ConfigError."""
+        """baseline, grow: see results.judge, `beyond`. breakdown: add pretrained.breakdown's."""
         self.arguments, self.field, self.out = tuple(arguments), field, out
         self.baseline, self.longer = baseline, LONGER if grow else 0
         self.breakdown = breakdown
@@ -162,8 +158,7 @@ class Race:
         return Job(path, (*common, *own), keep=kind == "seeds")
 
     def run(self, runner: Runner) -> dict[str, Any]:
-        """Tune, run the seeds, write the results. Returns the content of results.json. Raises what
-        claim and Runner.run raise."""
+        """Tune, run the seeds, write and return the results. Raises what claim and run raise."""
         claim(self.out / "race.json", self.arguments, SEEDS)
         for entry in self.field:
             grid = itertools.product(entry.rates, entry.others)
@@ -197,10 +192,8 @@ class Race:
             each = len(self.tuning_seeds)
             lines.append(f"{tuning} runs choose settings ({grids}; {each} each), {final} are final")
         if tuning and self.longer:
-            lines.append(
-                f"up to {self.longer * each} more per optimizer while its best rate is the lowest "
-                "or highest of its grid (--no-grow: none)"
-            )
+            end = "while its best rate is the lowest or highest of its grid (--no-grow: none)"
+            lines.append(f"up to {self.longer * each} more per optimizer {end}")
         if final and len(self.field) > 1:
             named = self.baseline or "chosen at the end, the best of all but the first"
             lines.append(f"baseline: {named}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from nanonormuon.lab.significance import interval, spread
 from nanonormuon.runs.pictures import picture
+from nanonormuon.storage.run import as_markdown
 
 
 @dataclass
@@ -40,8 +41,7 @@ def mean(values: Sequence[float]) -> float:
 
 def judge(entries: Sequence[Entry], steps: int, named: str = "") -> list[dict[str, Any]]:
     """The rows of results.json, one per entry. The baseline is the entry labelled `named`, else the
-    best of all but the first. Differences and steps saved compare runs of equal seed, which share
-    initialisation and data order."""
+    best of all but the first. Runs of equal seed, so of equal start and data, are compared."""
     ran = [e for e in entries[not named :] if e.runs and named in ("", e.label)]
     baseline = min(ran, key=lambda e: mean(e.losses), default=None)
     rows = []
@@ -102,8 +102,7 @@ def reaches(curve: Sequence[Sequence[float]], loss: float) -> float | None:
 
 
 def markdown(results: Mapping[str, Any], times: bool = True) -> str:
-    """The table of a race as Markdown. times=False leaves out time and memory, which mean little if
-    other programs used the machine."""
+    """The table of a race as Markdown. times: with time and memory (of an idle machine)."""
     lines = [["optimizer", "lr", "val_loss", "n", "minus baseline", "steps to baseline's",
               "steps saved", "ms/step", "memory"]]  # fmt: skip
     for r in results["optimizers"]:
@@ -128,8 +127,7 @@ def markdown(results: Mapping[str, Any], times: bool = True) -> str:
 
 
 def breakdowns(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of what the final losses hide (pretrained/breakdown.py): means and standard
-    deviations over seeds."""
+    """The table of pretrained/breakdown.py's numbers: means and standard deviations over seeds."""
     shares = [group["up_to_percent"] for group in rows[0]["breakdown"][0]["by_frequency"]]
     spans = [f"loss, {a} to {b} %" for a, b in pairwise([0, *shares])]
     lines = [["optimizer", *spans, "kurtosis", "largest", "cost of 4 bits"]]
@@ -151,12 +149,6 @@ def with_spread(values: Sequence[float | None]) -> str:
         return "-"
     sd = spread(known)
     return f"{mean(known):.4f}" + ("" if sd is None else f" ± {sd:.4f}")
-
-
-def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Format rows as a table; the first is the header."""
-    head, *lines = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *lines))
 
 
 def reached(row: Mapping[str, Any]) -> str:

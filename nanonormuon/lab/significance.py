@@ -12,13 +12,10 @@ def student_cdf(t: float, df: int) -> float:
     Abramowitz and Stegun, exact for whole df >= 1."""
     theta = math.atan2(abs(t), math.sqrt(df))
     sine, cosine = math.sin(theta), math.cos(theta)
+    term, inside, scale = 1.0, 0.0, sine
     if df % 2:
-        term, inside = cosine, 2 / math.pi * theta
-        first, scale = 3, 2 / math.pi * sine
-    else:
-        term, inside = 1.0, 0.0
-        first, scale = 2, sine
-    for k in range(first, df + 1, 2):
+        term, inside, scale = cosine, 2 / math.pi * theta, 2 / math.pi * sine
+    for k in range(2 + df % 2, df + 1, 2):
         inside += scale * term
         term *= cosine**2 * (k - 1) / k
     return 0.5 + math.copysign(inside / 2, t)

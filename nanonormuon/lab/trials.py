@@ -30,10 +30,8 @@ def run(
     settings = resolve(arguments)
     claim(out / "plan.json", arguments, seeds)
     log.info(f"plan: {cost(settings, n, runner.parallel)}")
-    jobs = [
-        Job(out / f"trial-{seed:03d}", (*QUIET, *arguments, f"train.seed={seed}"))
-        for seed in range(n)
-    ]
+    common = (*QUIET, *arguments)
+    jobs = [Job(out / f"trial-{i:03d}", (*common, f"train.seed={i}")) for i in range(n)]
     results = runner.run(jobs)
     for job in jobs:
         replace_file(job.path.with_suffix(".txt"), self_contained(job).encode())
@@ -70,7 +68,6 @@ def describe(found: dict[str, Any]) -> str:
     sd = "" if found["sd"] is None else f" ± {found['sd']:.4f}"
     test = "" if found["p_value"] is None else f"; p = {found['p_value']:.2g} (one-sided t-test)"
     word = "valid" if found["valid"] else "target missed"
-    return (
-        f"val_loss {found['mean']:.4f}{sd} (n = {found['n']}), target {found['target']:g}: "
-        f"{word}: (target - mean) sqrt(n) = {found['margin']:.4f}, at least 0.004 needed{test}"
-    )
+    margin = f"(target - mean) sqrt(n) = {found['margin']:.4f}, at least 0.004 needed{test}"
+    loss = f"val_loss {found['mean']:.4f}{sd} (n = {found['n']})"
+    return f"{loss}, target {found['target']:g}: {word}: {margin}"

@@ -7,6 +7,7 @@ little ("Outlier-Safe Pre-Training").
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,16 +44,13 @@ def target_losses(
     model: GPT, split: Split, window: int, stride: int, limit: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield targets (N,) and float64 losses in nats (N,) per batch of data.validation_batches."""
-    device = model.embed_tokens.weight.device
-    for tokens, targets in validation_batches(
-        split, window, max(1, 2048 // window), max_tokens=limit, stride=stride
-    ):
+    device, batch = model.embed_tokens.weight.device, max(1, 2048 // window)
+    batches = validation_batches(split, window, batch, max_tokens=limit, stride=stride)
+    for tokens, targets in batches:
         real = targets != IGNORE
         logits = model(tokens.to(device))[real.to(device)].double()
-        yield (
-            targets[real],
-            F.cross_entropy(logits, targets[real].to(device), reduction="none").cpu(),
-        )
+        losses = F.cross_entropy(logits, targets[real].to(device), reduction="none")
+        yield targets[real], losses.cpu()
 
 
 def hidden(model: GPT) -> list[nn.Parameter]:
@@ -65,23 +63,19 @@ def watched(model: GPT) -> Iterator[dict[str, list[float]]]:
     """Collect the excess kurtosis of the inputs to each of the blocks' matrices or stacks, by name:
     over a token's channels (0 for a normal distribution), averaged over a batch's tokens."""
     found: dict[str, list[float]] = {}
-    handles = []
+
+    def note(name: str, _module: nn.Module, inputs: tuple) -> None:
+        x = inputs[0].detach().double().flatten(0, -2)
+        x = x - x.mean(-1, keepdim=True)
+        fourth = (x**4).mean(-1) / (x**2).mean(-1).square().clamp_min(1e-300)
+        found.setdefault(name, []).append(float(fourth.mean()) - 3)
+
     matrices = {id(p) for p in hidden(model)}
-    for name, module in model.layers.named_modules():
-        if any(id(p) in matrices for p in module.parameters(recurse=False)):
-
-            def note(_module: nn.Module, inputs: tuple, name: str = name) -> None:
-                x = inputs[0].detach().double().flatten(0, -2)
-                x = x - x.mean(-1, keepdim=True)
-                fourth = (x**4).mean(-1) / (x**2).mean(-1).square().clamp_min(1e-300)
-                found.setdefault(name, []).append(float(fourth.mean()) - 3)
-
-            handles.append(module.register_forward_pre_hook(note))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.layers.named_modules():
+            if any(id(p) in matrices for p in module.parameters(recurse=False)):
+                hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -140,10 +134,7 @@ def describe(found: dict[str, Any]) -> list[str]:
         lines.append(f"  {name:<42}{row['ids']:>8,}{row['targets']:>10,} {loss}")
         before = row["up_to_percent"]
     worst = found["largest_kurtosis"]
-    lines.append(
-        f"  excess kurtosis of activations: mean {found['excess_kurtosis']:.2f}, largest "
-        f"{worst['value']:.2f} (into {worst['layer']})"
-    )
-    lines.append(f"  blocks' weights in 4 bits: loss {found['loss_4bit']:.4f} "
-                 f"({found['cost_4bit']:+.4f})")  # fmt: skip
-    return lines
+    mean, largest = f"mean {found['excess_kurtosis']:.2f}", f"largest {worst['value']:.2f}"
+    lines.append(f"  excess kurtosis of activations: {mean}, {largest} (into {worst['layer']})")
+    rounded = f"loss {found['loss_4bit']:.4f} ({found['cost_4bit']:+.4f})"
+    return [*lines, f"  blocks' weights in 4 bits: {rounded}"]

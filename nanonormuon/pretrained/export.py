@@ -20,7 +20,7 @@ from nanonormuon.pretrained import judge, models
 from nanonormuon.runtime.packages import need
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.files import publish, read_file, write_durably
-from nanonormuon.storage.run import read_metrics
+from nanonormuon.storage.run import as_markdown, read_metrics
 from nanonormuon.storage.shards import Data
 from nanonormuon.storage.tensors import serialise
 from nanonormuon.text.tokenizer import Tokenizer
@@ -53,9 +53,8 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     config, stored = replace(model.config, vocab_size=rows), DTYPES[dtype]
     with torch.device("meta"):
         cut = {name: p.size(0) for name, p in GPT(config).named_parameters()}
-    weights = {
-        hf.to_hf(name): p[: cut[name]].detach().to(stored) for name, p in model.named_parameters()
-    } | {hf.to_hf(name): bias for name, bias in model.named_buffers()}
+    weights = {n: p[: cut[n]].detach().to(stored) for n, p in model.named_parameters()}
+    weights = {hf.to_hf(n): t for n, t in (*weights.items(), *model.named_buffers())}
     sampling = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "temperature": 0.8}
     files = {
         "generation_config.json": as_json(sampling),
@@ -93,15 +92,13 @@ def check_source(found: Path, config: GPTConfig) -> None:
     """Raise UsageError for a model that neither transformers nor its source could load. Warn if the
     source differs from the one in the checkpoint `found`."""
     if (odd := hf.obstacles(config)) and not hf.carried(config):
-        raise UsageError(
-            f"{found}: no transformers architecture supports these experts ({', '.join(odd)}), and "
-            "their source cannot be exported: only normuon-train loads this model"
-        )
+        why = f"no transformers architecture supports these experts ({', '.join(odd)})"
+        and_so = "their source cannot be exported: only normuon-train loads this model"
+        raise UsageError(f"{found}: {why}, and {and_so}")
     if (source := found / hf.MODELING).is_file() and read_file(source) != hf.modeling():
-        log.warning(
-            f"warning: {source} differs from this package's model.py and parts, which are exported:"
-            " if they compute other results, use the version that trained the model"
-        )
+        other = f"{source} differs from this package's model.py and parts, which are exported"
+        hint = "if they compute other results, use the version that trained the model"
+        log.warning(f"warning: {other}: {hint}")
 
 
 def as_json(content: dict[str, Any]) -> bytes:
@@ -124,19 +121,16 @@ def verify(
     ids on validation text. own: why it contains the model's source, which is run; "" if it does
     not. Raises UsageError if they differ."""
     transformers.utils.logging.disable_progress_bar()
-    loaded, other = (
-        auto.from_pretrained(folder, trust_remote_code=bool(own))
-        for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
-    )
+    kinds = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    loaded, other = (kind.from_pretrained(folder, trust_remote_code=bool(own)) for kind in kinds)
     exported = models.load_model(folder, torch.float32, torch.device("cpu"))
     ours, theirs = exported(tokens), loaded.float().eval()(tokens).logits
     original = model(tokens)[..., : ours.size(-1)]
     difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
     allowed = TOLERANCE * max(1.0, largest)
     if not difference <= allowed:  # also if it is NaN
-        raise UsageError(
-            f"transformers' logits differ by up to {difference:.3g}, expected at most {allowed:.3g}"
-        )
+        found = f"up to {difference:.3g}, expected at most {allowed:.3g}"
+        raise UsageError(f"transformers' logits differ by {found}")
     text = tokenizer.decode([t for t in tokens.flatten().tolist() if t != tokenizer.eot])
     if other(text)["input_ids"] != tokenizer.encode(text):
         raise UsageError("transformers' tokenizer gives different ids")
@@ -161,21 +155,18 @@ def model_card(
     """Write a model directory's README.md: description, results and recipe."""
     name, millions = run.resolve().name if run else "model", report["parameters"] / 1e6
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    card = template.format(
-        name=name, millions=millions, config=config, report=report, tokenizer=tokenizer.name,
-        trust=", trust_remote_code=True" if report["own_source"] else "",
-    )  # fmt: skip
+    trust = ", trust_remote_code=True" if report["own_source"] else ""
+    facts = {"config": config, "report": report, "tokenizer": tokenizer.name, "trust": trust}
+    card = template.format(name=name, millions=millions, **facts)
     if run:
         step = state["step"] if state else 0
         card += validations(read_metrics(run / "metrics.jsonl"), step)
         card += evaluations(judge.kept(run / judge.RESULTS), step)
     if state:
         recipe = to_toml(published(state["config"], tokenizer))
-        card += (
-            f"\n## Recipe\n\nAfter step {state['step']:,}, {state['tokens']:,} tokens.\n\n"
-            f"```toml\n{recipe}```\n\nData fingerprint `{state['data']}`,\n"
-            f"tokenizer hash `{state['tokenizer']}`.\n"
-        )
+        card += f"\n## Recipe\n\nAfter step {state['step']:,}, {state['tokens']:,} tokens.\n\n"
+        card += f"```toml\n{recipe}```\n\nData fingerprint `{state['data']}`,\n"
+        card += f"tokenizer hash `{state['tokenizer']}`.\n"
     return card
 
 
@@ -219,7 +210,4 @@ def published(config: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> dict[s
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a Markdown table under a heading; "" if there are no rows."""
-    if not rows:
-        return ""
-    lines = [header, ["---"] * len(header), *rows]
-    return f"\n## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"\n## {title}\n\n{as_markdown([header, *rows])}\n" if rows else ""

@@ -104,9 +104,7 @@ def on_split(
     and, given the training split, the breakdown of the loss."""
     ids = model.config.vocab_size
     split.vocab_size = min(ids, split.vocab_size or ids)  # rejects larger ids in any batch
-    text_bytes = None if limit else split.bytes
-    if text_bytes is None:
-        text_bytes = split.count_bytes(tokenizer.token_lengths(), limit)
+    text_bytes = split.text_bytes(tokenizer, limit)
     expected = validation_targets(split, limit)
     batch = max(1, min(64, 8192 // window, expected // stride))
     with progress("evaluating", expected, "token") as bar:
@@ -145,21 +143,16 @@ def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Spl
 def describe(result: dict[str, Any]) -> str:
     """Format a result as one line, followed by its breakdown."""
     if "questions" in result:
-        plain, normalised = (
-            f"{result[name]:.4f} ± {result[f'{name}_stderr']:.4f}"
-            for name in ("accuracy", "accuracy_normalised")
-        )
-        measures = f"accuracy {plain}, length-normalised {normalised}"
+        names = "accuracy", "accuracy_normalised"
+        plain, other = (f"{result[n]:.4f} ± {result[f'{n}_stderr']:.4f}" for n in names)
+        measures = f"accuracy {plain}, length-normalised {other}"
         return f"{result['set']}: {measures} ({result['questions']:,} questions)"
     bpb = result["bits_per_byte"]
     per_byte = "" if bpb is None else f", {bpb:.4f} bits per byte"
-    line = (
-        f"{result['set']}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}"
-        f"{per_byte} ({result['tokens']:,} tokens, window {result['window']}, "
-        f"stride {result['stride']})"
-    )
+    measures = f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}{per_byte}"
+    how = f"{result['tokens']:,} tokens, window {result['window']}, stride {result['stride']}"
     more = breakdown.describe(result["breakdown"]) if "breakdown" in result else []
-    return "\n".join([line, *more])
+    return "\n".join([f"{result['set']}: {measures} ({how})", *more])
 
 
 def kept(file: Path) -> list[dict[str, Any]]:

@@ -38,10 +38,9 @@ def find_checkpoint(path: Path) -> Path:
         return checkpoints.newest(path / "checkpoints")[0]
     if (path / "config.json").is_file() and any((path / n).is_file() for n in (WEIGHTS, INDEX)):
         return path
-    raise CheckpointError(
-        f"{path}: expected a run directory (with checkpoints/), a checkpoint or a model "
-        f"directory (with config.json and {WEIGHTS}); {known_runs(path)}"
-    )
+    model = f"a model directory (with config.json and {WEIGHTS})"
+    expected = f"expected a run directory (with checkpoints/), a checkpoint or {model}"
+    raise CheckpointError(f"{path}: {expected}; {known_runs(path)}")
 
 
 def run_of(path: Path) -> Path | None:
@@ -168,10 +167,8 @@ def load_run(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[GPT,
     """Load model and tokenizer of anything that find_checkpoint accepts; also returns its path."""
     found = find_checkpoint(path)
     if not (found / TOKENIZER_FILE).exists():
-        raise CheckpointError(
-            f"{found}: no tokenizer (the run used shards without one): set data.tokenizer in the "
-            "run, for instance to gpt2"
-        )
+        hint = "set data.tokenizer in the run, for instance to gpt2"
+        raise CheckpointError(f"{found}: no tokenizer (the run used shards without one): {hint}")
     return load_model(found, dtype, device), load_tokenizer(found), found
 
 
@@ -188,11 +185,9 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
         raise CheckpointError(f"{file}: not a tokenizer's vocabulary ({error})") from None
     if wrong := [(token, i) for token, i in ours.items() if theirs.get(token) != i]:
         token, i = wrong[0]
-        raise CheckpointError(
-            f"{file}: {len(wrong)} of the data's {len(ours)} tokens have other ids here, first "
-            f"{token!r}: {i} in the data, {theirs.get(token)} in the model; prepare the data with "
-            f"--tokenizer {file}"
-        )
+        first = f"first {token!r}: {i} in the data, {theirs.get(token)} in the model"
+        other = f"{len(wrong)} of the data's {len(ours)} tokens have other ids here, {first}"
+        raise CheckpointError(f"{file}: {other}; prepare the data with --tokenizer {file}")
 
 
 def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | None = None) -> Data:
@@ -202,9 +197,7 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
     if path is None:
         settings = (state or {}).get("config", {}).get("data")
         if settings is None:
-            raise DataError(
-                "the model's training data are unknown: give --data (evaluate: or --text)"
-            )
+            raise DataError("the model's training data are unknown: give --data (or --text)")
         path, headerless = Path(settings["path"]), settings.get("format") == "nanogpt"
         if settings["path"].startswith("builtin:"):
             path = builtin_data(settings["path"], settings["tokenizer"])
@@ -213,9 +206,8 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
     data = open_data(path, tokenizer.vocab_size, headerless=headerless)
     made_with = data.manifest["tokenizer"]["hash"] if data.manifest else tokenizer.hash
     if made_with != tokenizer.hash:
-        raise DataError(
-            f"{path}: found tokenizer {made_with[:12]}, expected the model's, {tokenizer.hash[:12]}"
-            ": prepare the text with the model's tokenizer, or evaluate with --text"
-        )
+        problem = f"found tokenizer {made_with[:12]}, expected the model's, {tokenizer.hash[:12]}"
+        hint = "prepare the text with the model's tokenizer, or evaluate with --text"
+        raise DataError(f"{path}: {problem}: {hint}")
     data.check_tokenizer(tokenizer)
     return data

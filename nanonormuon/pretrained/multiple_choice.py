@@ -62,10 +62,9 @@ def read(file: Path) -> list[Question]:
             questions.append(replace(parse(row), place=f"{file}: line {number}"))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(
-                f"{file}: line {number}: {what}; expected HellaSwag, ARC, PIQA (with its "
-                '-labels.lst) or {"question" or "context", "choices": [...], "answer": index}'
-            ) from None
+            own = '{"question" or "context", "choices": [...], "answer": index}'
+            expected = f"expected HellaSwag, ARC, PIQA (with its -labels.lst) or {own}"
+            raise DataError(f"{file}: line {number}: {what}; {expected}") from None
     return questions
 
 
@@ -124,8 +123,7 @@ def accuracy(
 
 @torch.no_grad()
 def log_likelihoods(model: GPT, rows: Sequence[tuple[list[int], int]], window: int) -> list[float]:
-    """Return for each (ids, n) the log-probability in nats of the last n tokens, given those
-    before them within the window."""
+    """Return for each (ids, n) the log-probability (nats) of the last n tokens in the window."""
     device = model.embed_tokens.weight.device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # little padding per batch
     found = [0.0] * len(rows)

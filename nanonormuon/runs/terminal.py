@@ -1,5 +1,4 @@
-"""The end of a run at a terminal: its loss as a curve, its samples before and after training. Plain
-lines where there is no terminal."""
+"""The end of a run: its loss as a curve, if at a terminal; samples before and after training."""
 
 import math
 import os
@@ -109,13 +108,9 @@ def beside(samples: Sequence[dict[str, Any]], titles: dict[int, str], look: Look
     width = (look.width - 3) // 2 if wide else look.width
     lines = []
     for prompt in dict.fromkeys(prompt for texts in of.values() for prompt in texts):
-        blocks = [
-            [
-                look.paint(f"── {titles[step]} ".ljust(width, "─"), 2),
-                *wrapped(prompt, texts.get(prompt, ""), width, look),
-            ]
-            for step, texts in of.items()
-        ]
+        heads = (look.paint(f"── {titles[step]} ".ljust(width, "─"), 2) for step in of)
+        bodies = (wrapped(prompt, texts.get(prompt, ""), width, look) for texts in of.values())
+        blocks = [[head, *body] for head, body in zip(heads, bodies)]
         rows = zip_longest(*blocks, fillvalue=" " * width) if wide else zip(chain(*blocks))
         lines += [f" {look.paint('│', 2)} ".join(row).rstrip() for row in rows]
     return [*lines, ""]

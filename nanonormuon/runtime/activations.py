@@ -64,9 +64,8 @@ def chunk_bytes(m: GPTConfig, tokens: int, dtype: torch.dtype) -> int:
 
 
 def checkpoint_activations(model: GPT) -> None:
-    """Make each block in `model.layers` keep only its input and recompute the rest in its backward
-    pass, in about a third more time, with bitwise equal results. Call this before an Engine
-    distributes the model."""
+    """Make each block keep only its input and recompute the rest in its backward pass, bitwise
+    equally, in a third more time. Call this before an Engine distributes the model."""
 
     def recomputed(forward: Callable) -> Callable:
         def call(*args: Any) -> Any:

@@ -24,14 +24,12 @@ def examine(
     """
     grads = {name: p.grad for name, p in weights.items()}
     suspects = weights | buffers if verdict.amiss == "state" else grads
-    losses = torch.zeros(world.size, device=world.device)
-    losses[world.rank] = loss
     return {
         "amiss": verdict.amiss,
         "rank": verdict.rank,
         "ranks": world.size,
         "not_finite": not_finite(suspects, world.device),
-        "loss_by_rank": [repr(x) for x in distributed.total(losses).tolist()],
+        "loss_by_rank": [repr(x) for x in distributed.gather(loss.detach().float()).tolist()],
         "groups": {
             group["role"]: {
                 "weights": float(norm(weights[name] for name in group["names"])),
@@ -57,13 +55,10 @@ def explain(
         advice = f"continue from the last checkpoint (step {saved})"
     else:
         what = f"the {report['amiss']} of step {step}"
-        advice = (
-            f"repeat this step with: {again} train.stop_at={step + 1}; skip it with "
-            "train.skip_spikes, or restart with lower learning rates or with optim.grad_clip"
-        )
+        advice = f"repeat this step with: {again} train.stop_at={step + 1}; skip it with "
+        advice += "train.skip_spikes, or restart with lower learning rates or with optim.grad_clip"
     where = f"in {len(bad)} tensors, first {bad[0]}" if bad else "but all gradients are finite"
     first = per_rank * report["rank"]
-    return (
-        f"not finite: {what} (rank {report['rank']}, sequences {first} to {first + per_rank - 1} "
-        f"of the batch), {where}. No update was made; see crash-{step:06d}.json; {advice}"
-    )
+    batch = f"rank {report['rank']}, sequences {first} to {first + per_rank - 1} of the batch"
+    end = f"No update was made; see crash-{step:06d}.json; {advice}"
+    return f"not finite: {what} ({batch}), {where}. {end}"

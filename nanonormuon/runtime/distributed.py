@@ -70,10 +70,9 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
     if device == "cuda":
         found = torch.cuda.device_count()
         if local_rank >= found:
-            raise ValueError(
-                f"train.device = cuda: expected a GPU for local rank {local_rank}, found {found} "
-                "GPUs; start fewer processes or set train.device=cpu"
-            )
+            problem = f"expected a GPU for local rank {local_rank}, found {found} GPUs"
+            hint = "start fewer processes or set train.device=cpu"
+            raise ValueError(f"train.device = cuda: {problem}; {hint}")
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
         backend = "cpu:gloo,cuda:nccl"  # gloo: any_rank must not wait for the GPUs
@@ -90,8 +89,7 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
 def keep_freed_memory() -> None:
     """Make glibc keep large freed blocks instead of returning them to the system.
 
-    Otherwise every step maps and zeroes the pages of each activation again, which takes a third of
-    an eager training step on a CPU.
+    Otherwise every step maps and zeroes its pages again, a third of an eager step's time on a CPU.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
@@ -104,8 +102,7 @@ def keep_freed_memory() -> None:
 def finish() -> None:
     """Wait for all ranks at the end of a run.
 
-    Does not destroy the process group: stopping gloo's threads can abort the process, which is
-    about to exit (cli.app.entry).
+    Does not destroy the process group: stopping gloo's threads can abort the process.
     """
     if grouped():
         dist.barrier()
@@ -117,10 +114,9 @@ def compute_dtype(wish: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             native = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
-            checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-            native = device.type == "cpu" and any(
-                getattr(torch.cpu, check, lambda: False)() for check in checks
-            )
+            names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            checks = (getattr(torch.cpu, name, bool) for name in names)  # bool() is False
+            native = device.type == "cpu" and any(check() for check in checks)
         wish = "bf16" if native else "fp32"
     return torch.bfloat16 if wish == "bf16" else torch.float32
 
@@ -170,8 +166,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def first_does(work: Callable[[], Any], device: torch.device) -> Any:
-    """Run `work` on rank 0 alone. Every rank returns its result, which JSON must be able to hold,
-    or raises if it failed."""
+    """Run `work` on rank 0 alone. Every rank returns its result, a JSON value, or raises."""
     failure, answer = None, {}
     if not int(os.environ.get("RANK", "0")):
         try:
@@ -188,8 +183,7 @@ def first_does(work: Callable[[], Any], device: torch.device) -> Any:
 
 
 def from_first(value: Any, device: torch.device) -> Any:
-    """Return rank 0's JSON value on every rank. torch's broadcast_object_list would unpickle data
-    from a socket, which can run code."""
+    """Return rank 0's JSON value on every rank. (Unpickling it from a socket could run code.)"""
     if not grouped():
         return value
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
@@ -224,7 +218,6 @@ def check_nodes(parallel: str, world: World) -> None:
     unequal = odd or many != -few
     if unequal or local in (1, world.size):
         advice = "start equally many on each node" if unequal else "set train.parallel=fsdp"
-        raise ConfigError(
-            "train.parallel = hsdp: expected torchrun to start several ranks on each of several "
-            f"nodes, found {-few:g} to {many:g} on a node, {world.size} in all; {advice}"
-        )
+        found = f"found {-few:g} to {many:g} on a node, {world.size} in all"
+        expected = "expected torchrun to start several ranks on each of several nodes"
+        raise ConfigError(f"train.parallel = hsdp: {expected}, {found}; {advice}")

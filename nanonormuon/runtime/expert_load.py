@@ -10,8 +10,7 @@ from nanonormuon.runtime.distributed import World
 
 
 class ExpertLoad:
-    """Counts a step's visits by layer and expert over all micro-batches and ranks, in integers:
-    exact however the batch is split."""
+    """Counts a step's visits by layer and expert in integers: exact however the batch is split."""
 
     def __init__(self, model: GPT, world: World):
         self.model, self.world = model, world
@@ -41,9 +40,8 @@ class ExpertLoad:
             router.rebalance(visits)
 
     def row(self) -> dict[str, float]:
-        """Return metrics. expert_load_min, _max: the fewest and most visits of an expert, over its
-        layer's mean. experts_idle: experts without visits. router_entropy: of a token's normalised
-        scores, over its maximum."""
+        """Return metrics. expert_load_min, _max: fewest and most visits of an expert, over its
+        layer's mean. router_entropy: of a token's normalised scores, over its maximum."""
         load = self.visits / self.visits.double().mean(1, keepdim=True)
         entropy = self.entropy / math.log(load.size(1))
         found = torch.stack([load.min(), load.max(), (load == 0).sum(), entropy]).tolist()

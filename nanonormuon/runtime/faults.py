@@ -157,11 +157,9 @@ class Watch:
     def _expire(self) -> None:
         """Write all stacks and end the process, as other ranks do at about the same time."""
         factor = f", times {LONGER}" if self.name in LONG else ""
-        message = (
-            f"{self.place}: took more than {self.limit(self.name):g} s (train.time_limit = "
-            f"{self.time_limit:g}{factor}); ended. Raise the limit if the rank was still working, "
-            "otherwise see where each rank was stuck"
-        )
+        limit = f"{self.limit(self.name):g} s (train.time_limit = {self.time_limit:g}{factor})"
+        advice = "Raise the limit if the rank was still working, else see where each was stuck"
+        message = f"{self.place}: took more than {limit}; ended. {advice}"
         if file := self.write_down(message):
             with contextlib.suppress(OSError), open(file, "a") as out:
                 faulthandler.dump_traceback(out)

@@ -76,9 +76,8 @@ def judge(
 
     All values of the state are finite if their norm is; the converse fails only above 1e19.
     """
-    values = torch.stack(
-        [loss, grad_norm, get_total_norm([local(t) for t in state if t.is_floating_point()])]
-    ).float()
+    state_norm = get_total_norm([local(t) for t in state if t.is_floating_point()])
+    values = torch.stack([loss, grad_norm, state_norm]).float()
     flags = torch.isfinite(values).logical_not() * (world.size - world.rank)
     more = torch.stack([values[1].nan_to_num(nan=math.inf), torch.full_like(loss, stop)])
     found = torch.cat([flags, more]).float()
@@ -98,8 +97,7 @@ def not_finite(tensors: Mapping[str, Tensor | None], device: torch.device) -> li
 
 
 def check_state(tensors: Mapping[str, Tensor], step: int, world: distributed.World) -> None:
-    """Raise on every rank if tensors must not be saved: NonFinite, or Diverged, which names a rank
-    whose copy has different bits."""
+    """Raise on every rank if tensors must not be saved: NonFinite, or Diverged, naming a rank."""
     if bad := not_finite(tensors, world.device):
         raise NonFinite(f"not finite: {bad[0]} after step {step}; it is not saved")
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -112,11 +110,10 @@ def check_state(tensors: Mapping[str, Tensor], step: int, world: distributed.Wor
         for rank, flags in enumerate((copies != usual).flatten(0, 1).tolist()):
             if names := [name for name, flag in zip(copied, flags) if flag]:
                 other = "most" if len(copies) > 2 else f"rank {rank % n}"
-                error = Diverged(
-                    f"rank {rank} differs from {other} in {len(names)} tensors after step {step}, "
-                    f"first {names[0]}: replicas must be bitwise equal. This state was not saved; "
-                    "check that machine's memory, then resume"
-                )
+                what = f"in {len(names)} tensors after step {step}, first {names[0]}"
+                advice = "This state was not saved; check that machine's memory, then resume"
+                why = f"replicas must be bitwise equal. {advice}"
+                error = Diverged(f"rank {rank} differs from {other} {what}: {why}")
                 error.follows = rank != world.rank  # type: ignore[attr-defined]
                 raise error
 
@@ -147,10 +144,9 @@ class Spikes:
         if self.factor and self.seen >= SPIKE_WARMUP and not grad_norm <= self.factor * self.mean:
             self.skipped, self.row = self.skipped + 1, self.row + 1
             if self.row > SPIKE_ROW:
-                raise NonFinite(
-                    f"{SPIKE_ROW} updates in a row had a gradient norm above {self.factor} times "
-                    f"the average {self.mean:.3g}: the run has diverged; go back to a checkpoint"
-                )
+                spikes = f"{SPIKE_ROW} updates in a row had a gradient norm above {self.factor}"
+                advice = "the run has diverged; go back to a checkpoint"
+                raise NonFinite(f"{spikes} times the average {self.mean:.3g}: {advice}")
             return True
         if math.isfinite(grad_norm):
             self.seen, self.row = self.seen + 1, 0
@@ -194,12 +190,10 @@ class WeightStats:
         """
         matrices, moved = self.matrices(), self.moved
         self.moved = torch.zeros_like(moved)
-        norms = torch.cat(
-            [torch.linalg.vector_norm(p, dim=-1).flatten() / p.size(-1) ** 0.5 for p in matrices]
-        )
-        extremes = [-math.inf, -math.inf]
-        if len(norms):  # a shard may be empty
-            extremes = [-float(norms.min()), float(norms.max())]
+        sizes = ((torch.linalg.vector_norm(p, dim=-1).flatten(), p.size(-1)) for p in matrices)
+        norms = torch.cat([size / width**0.5 for size, width in sizes])
+        empty = [-math.inf, -math.inf]  # a shard may be
+        extremes = [-float(norms.min()), float(norms.max())] if len(norms) else empty
         low, high = distributed.largest(extremes, self.device)
         count = norms.new_tensor(float(len(norms)))
         sums = distributed.total(torch.stack([norms.sum(), count, *moved]))

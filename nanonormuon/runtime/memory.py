@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 CPU_TOKENS = 8192  # larger micro-batches are no faster on a CPU
+LESS_MEMORY = "train.activation_checkpointing=true, use more GPUs with train.parallel=fsdp"
 SPARE = 0.05  # share of the free memory that a probe leaves for fragmentation and libraries
 # an upper limit of any such device's FLOP per second
 FASTEST = {"cpu": 1e14, "cuda": 1e16}
@@ -36,8 +37,7 @@ class Shortage(MemoryError):
 
 
 def refuse_absurd(config: Config, world: distributed.World) -> None:
-    """Raise ConfigError for a run that exceeds by far its device's memory or ten years of time. The
-    model's vocabulary must be known."""
+    """Raise ConfigError for a run of known vocabulary far above its memory, or ten years."""
     t, ranks = config.train, world.size
     with torch.device("meta"):
         first, two = max(1, config.model.n_dense), 1 + config.model.value_embed
@@ -49,28 +49,20 @@ def refuse_absurd(config: Config, world: distributed.World) -> None:
     parameters = whole(lambda model: sum(p.numel() for p in model.parameters()))
     share = distributed.shards(t.parallel)
     windows = 32 * t.batch_tokens // config.data.seq_len  # bytes of Batches.windows
-    for name, least, device in (
-        (f"model: {parameters:,} parameters", 8 * parameters // share, world.device),
-        (f"train.batch_tokens = {t.batch_tokens}", windows, torch.device("cpu")),
-    ):
+    model = f"model: {parameters:,} parameters", 8 * parameters // share, world.device
+    batch = f"train.batch_tokens = {t.batch_tokens}", windows, torch.device("cpu")
+    for name, least, device in (model, batch):
         if least > 2 * (room := memory_of(device)):
-            raise ConfigError(
-                f"{name}: needs at least {in_units(least)} of memory, this {device.type} has "
-                f"{in_units(room)}"
-            )
+            needed = f"needs at least {in_units(least)} of memory"
+            raise ConfigError(f"{name}: {needed}, this {device.type} has {in_units(room)}")
     work = whole(lambda model: model.flops_per_token(config.data.seq_len)) * t.batch_tokens
     seconds = work / ranks / FASTEST.get(world.device.type, FASTEST["cpu"])
+    each = f"a step of {work:.2g} FLOP on {ranks} x {world.device.type}"
     if seconds > (t.time_limit or math.inf):
-        raise ConfigError(
-            f"train.batch_tokens = {t.batch_tokens}: a step of {work:.2g} FLOP on {ranks} x "
-            f"{world.device.type} takes at least {seconds:,.0f} s, train.time_limit is "
-            f"{t.time_limit:g} s"
-        )
+        late = f"takes at least {seconds:,.0f} s, train.time_limit is {t.time_limit:g} s"
+        raise ConfigError(f"train.batch_tokens = {t.batch_tokens}: {each} {late}")
     if (years := seconds * t.last_step / 31_557_600) > 10:
-        raise ConfigError(
-            f"train.steps = {t.last_step}: steps of {work:.2g} FLOP on {ranks} x "
-            f"{world.device.type} take at least {years:,.0f} years"
-        )
+        raise ConfigError(f"train.steps = {t.last_step}: {each}, {years:,.0f} years at least")
 
 
 def memory_of(device: torch.device) -> float:
@@ -112,11 +104,6 @@ def estimate(
     """Return the largest candidate that needs at most 60 % of the memory; 1 if none does."""
     m, dtype = model.config, model.compute_dtype
 
-    def needed(n: int) -> int:
-        every, none = (activations.kept(m, seq_len, B, dtype, recompute) for B in (n, 0))
-        # B = 0 leaves only weights cast to `dtype`, which FSDP2 gathers in `dtype`
-        return sum(every) - sum(none) + activations.chunk_bytes(m, n * seq_len, dtype)
-
     parameters = sum(p.numel() for p in model.parameters())
     free = torch.cuda.mem_get_info(world.device)[0]
     free -= 12 * parameters // shards  # weights, gradients, NorMuon's momentum
@@ -124,9 +111,12 @@ def estimate(
         free -= parameters * dtype.itemsize
 
     def fits(n: int) -> bool:
+        every, none = (activations.kept(m, seq_len, B, dtype, recompute) for B in (n, 0))
+        # B = 0 leaves only weights cast to `dtype`, which FSDP2 gathers in `dtype`
+        needed = sum(every) - sum(none) + activations.chunk_bytes(m, n * seq_len, dtype)
         # several micro-batches accumulate unsharded float32 gradients
         whole = 4 * parameters if n < candidates[-1] else 0
-        return needed(n) <= int(0.6 * (free - whole))
+        return needed <= int(0.6 * (free - whole))
 
     return max(filter(fits, candidates), default=1)
 
@@ -162,11 +152,9 @@ def probe(
         free = torch.cuda.mem_get_info(device)[0]
         spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
     if not fits(candidates[0], update=True):
-        raise OutOfMemory(
-            f"out of memory: {candidates[0]} sequence of {seq_len} tokens and an update do not "
-            "fit: set train.activation_checkpointing=true, use more GPUs with "
-            "train.parallel=fsdp, or reduce the model or data.seq_len"
-        )
+        problem = f"{candidates[0]} sequence of {seq_len} tokens and an update do not fit"
+        hint = f"set {LESS_MEMORY}, or reduce the model or data.seq_len"
+        raise OutOfMemory(f"out of memory: {problem}: {hint}")
     too_large = bisect.bisect_left(candidates, True, lo=1, key=lambda n: not fits(n))
     del spare
     return candidates[too_large - 1]
@@ -218,19 +206,15 @@ class MicroBatch:
         if not everywhere or self.fixed or fewer == self.size:
             advice = f"continue with: {self.again} train.micro_batch={fewer}"
             if fewer == self.size:
-                advice = (
-                    "the micro-batch is one sequence already; continue with: "
-                    f"{self.again} train.activation_checkpointing=true, on more GPUs with "
-                    "train.parallel=fsdp, or on a machine with more memory"
-                )
+                advice = f"the micro-batch is one sequence already; continue with: {self.again} "
+                advice += f"{LESS_MEMORY}, or a machine with more memory"
             error = OutOfMemory(f"out of memory{cause and ': '}{cause}; {advice}")
             error.everywhere = everywhere
             raise error
         if self.world.first:
-            log.warning(
-                f"step {self.watch.step}: out of memory with micro-batches of {self.size}; "
-                f"repeating the step and continuing with {fewer}; the batch size is unchanged"
-            )
+            problem = f"step {self.watch.step}: out of memory with micro-batches of {self.size}"
+            now = f"repeating the step and continuing with {fewer}; the batch size is unchanged"
+            log.warning(f"{problem}; {now}")
         self.size = fewer
 
 
@@ -247,13 +231,12 @@ def together(work: Callable[[], Result], alone: bool = False) -> Result:
     """
     if alone:
         return work()
-    result, short = None, False
+    result, short = None, True
     try:
-        result = work()
+        result, short = work(), False
     except Exception as error:
         if not out_of_memory(error):
             raise
-        short = True
     if distributed.any_rank(short):
         raise Shortage  # outside `except`, whose traceback keeps tensors alive
     return result  # type: ignore[return-value]

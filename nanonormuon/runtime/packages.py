@@ -12,7 +12,5 @@ def need(module: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise MissingPackage(
-            f"{purpose} needs the package {package}, whose import fails ({error}): "
-            f"pip install {package}"
-        ) from None
+        needed = f"{purpose} needs the package {package}, whose import fails ({error})"
+        raise MissingPackage(f"{needed}: pip install {package}") from None

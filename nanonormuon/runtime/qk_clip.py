@@ -3,8 +3,7 @@
 After an update in which a head's largest logit S exceeds the threshold t, the product of its query
 and key weights is scaled by t / S. If a head has its own key, each side takes the square root.
 Query heads that share a key head scale it by the smallest of their factors' roots, and each query
-takes the rest. Latent attention's rotary key, shared by all heads, is not scaled. Optimizer state
-does not change.
+takes the rest. Latent attention's shared rotary key and the optimizer's state do not change.
 """
 
 from functools import partial
@@ -32,9 +31,7 @@ class QkClip:
     def __init__(self, model: GPT, threshold: float, device: torch.device):
         c = model.config
         if c.qk_norm and c.attention == "full":  # latent attention does not normalise q and k
-            raise ConfigError(
-                "optim.qk_clip needs model.qk_norm=false: norms hide the weights of q and k"
-            )
+            raise ConfigError("optim.qk_clip needs model.qk_norm=false: a norm hides their size")
         self.layers, self.threshold, self.shared = model.layers, threshold, c.n_head // c.n_kv_head
         self.peaks = torch.full((c.n_layer, c.n_head), -torch.inf, device=device)
         self.seen = self.peaks  # of the last step

@@ -1,5 +1,4 @@
-"""Metrics for TensorBoard and Weights & Biases. A failing tracker is dropped with a warning, and
-the run continues."""
+"""Metrics for TensorBoard and Weights & Biases. A tracker that fails is dropped with a warning."""
 
 import logging
 import os

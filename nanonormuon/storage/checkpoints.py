@@ -88,9 +88,8 @@ def verify(path: Path) -> dict[str, Any]:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest != entry["sha256"]:
             raise CheckpointError(f"{file}: sha256 {digest}, expected {entry['sha256']} (manifest)")
-    for name in REQUIRED:
-        if name not in files:
-            raise CheckpointError(f"{listing}: does not list {name}")
+    if missing := [name for name in REQUIRED if name not in files]:
+        raise CheckpointError(f"{listing}: does not list {missing[0]}")
     state = read_json(path / "state.json")
     if state.get("step") != manifest["step"]:
         found = f"step {state.get('step')!r}, expected {manifest['step']}"
@@ -159,9 +158,6 @@ def check_space(folder: Path, size: int, keep_last: int, saves: int) -> None:
     copies = min(saves, max(1, (keep_last or 1) + 1 - len(all_steps(folder))))
     place = next(p for p in (folder, *folder.parents) if p.exists())
     if (free := shutil.disk_usage(place).free) < copies * size:
-        raise OSError(
-            errno.ENOSPC,
-            f"{in_units(free)} free, expected room for {copies} checkpoints of {in_units(size)}; "
-            "free some space, lower train.keep_last, or choose another --out",
-            str(folder),
-        )
+        expected = f"expected room for {copies} checkpoints of {in_units(size)}"
+        hint = "free some space, lower train.keep_last, or choose another --out"
+        raise OSError(errno.ENOSPC, f"{in_units(free)} free, {expected}; {hint}", str(folder))

@@ -147,37 +147,28 @@ def publish(target: Path) -> Iterator[Path]:
     sync_directory(target.parent)
 
 
-def lock(path: Path, wait: bool = False) -> int | None:
-    """Take an exclusive lock on a file, created if missing, or on an existing directory.
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock on a file, created if missing, or on an existing directory.
 
-    Returns a descriptor that holds the lock until it is closed or the process ends; None where
-    locking is not supported: on Windows, or for a directory on NFS. Raises BlockingIOError if
-    another process holds the lock, unless `wait`.
+    Does nothing where locking is not supported: on Windows, or for a directory on NFS. Raises
+    BlockingIOError if another process holds the lock, unless `wait`.
     """
     try:
         import fcntl
     except ImportError:
-        return None
+        yield
+        return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        os.close(handle)
-        if path.is_dir() and not isinstance(error, BlockingIOError):
-            return None
-        raise
-    return handle
-
-
-@contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Lock a path within a `with` block."""
-    handle = lock(path, wait)
-    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if isinstance(error, BlockingIOError) or not path.is_dir():
+                raise
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 def progress(doing: str, total: float | None, unit: str, **more: Any) -> tqdm:

@@ -49,6 +49,7 @@ LATENT = {  # for DeepSeek-V3 only
     "kv_rank": "kv_lora_rank",
     "q_rank": "q_lora_rank",  # null: 0
 }
+SIZES_OF = dict.fromkeys(ARCHITECTURES, SIZES) | {"deepseek_v3": SIZES | LATENT}
 OF_EXPERTS = {  # for every architecture with experts
     "n_expert_used": "num_experts_per_tok",
     "expert_hidden": "moe_intermediate_size",
@@ -74,9 +75,7 @@ QWEN3_MOE = {"router": "softmax", "balance_rate": 0.0, "n_expert_shared": 0, "ro
 FIXED = {
     "decoder_sparse_step": 1,
     "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), False),
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
     "num_nextn_predict_layers": 0,  # DeepSeek-V3's layers that predict further tokens
@@ -207,10 +206,9 @@ def modeling() -> bytes:
         for node in imports:
             names_it = isinstance(node, ast.ImportFrom) and file(node.module).is_file()
             if not names_it or any(name.asname for name in node.names):
-                raise ConfigError(
-                    f"{path}, line {node.lineno}: {ast.unparse(node)}: expected from nanonormuon.X "
-                    f"import NAME, because {MODELING} joins these files into one"
-                )
+                where = f"{path}, line {node.lineno}: {ast.unparse(node)}"
+                why = f"because {MODELING} joins these files into one"
+                raise ConfigError(f"{where}: expected from nanonormuon.X import NAME, {why}")
             lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
             if node.col_offset:
                 lines[node.lineno - 1] = " " * node.col_offset + "pass"
@@ -233,8 +231,7 @@ def modeling() -> bytes:
 
 
 def to_hf(name: str) -> str:
-    """Translate a parameter's name. In a stack of experts, "#" stands for the expert's index
-    (storage.tensors.entries)."""
+    """Translate a parameter's name. "#" is the index in a stack of experts (tensors.entries)."""
     name = re.sub(r"\.experts\.(\w+)$", r".experts.#.\1.weight", name)
     return name if name.startswith("lm_head.") else f"model.{name}"
 
@@ -277,10 +274,8 @@ def usage(config: GPTConfig, seq_len: int, eot: int | None, dtype: str) -> dict[
         "max_position_embeddings": seq_len,
         "tie_word_embeddings": config.tied,
         "use_cache": True,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "dtype": dtype,
-        "torch_dtype": dtype,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), eot),
+        **dict.fromkeys(("dtype", "torch_dtype"), dtype),
     }
 
 
@@ -300,7 +295,7 @@ def plain_config(
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        **{theirs: getattr(config, ours) or None for ours, theirs in sizes(kind).items()},
+        **{theirs: getattr(config, ours) or None for ours, theirs in SIZES_OF[kind].items()},
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -312,14 +307,8 @@ def plain_config(
     }
 
 
-def sizes(kind: str) -> dict[str, str]:
-    """Map our names to Hugging Face's for the sizes of a model_type."""
-    return {**SIZES, **LATENT} if kind == "deepseek_v3" else SIZES
-
-
 def gpt_config(content: dict[str, Any]) -> GPTConfig:
-    """Parse config.json, our own or one of ARCHITECTURES'. Raises ValueError listing all that our
-    model does not support."""
+    """Parse config.json, our own or of ARCHITECTURES. Raises ValueError listing what we lack."""
     if "nanonormuon" in content:
         try:
             return GPTConfig(**content["nanonormuon"])
@@ -336,7 +325,7 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
     if "sliding_attention" in (content.get("layer_types") or []):
         odd.append("layer_types: sliding_attention")
     numbers, optional = {}, {"num_key_value_heads", "head_dim", *({"q_lora_rank"} & content.keys())}
-    for ours, theirs in sizes(kind).items():
+    for ours, theirs in SIZES_OF[kind].items():
         size = content.get(theirs)
         if size is None and theirs in optional:
             size = 128 if (kind, theirs) == ("qwen3", "head_dim") else 0  # transformers' defaults

@@ -21,17 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm import tqdm
 
 from nanonormuon.errors import DataError, RunError, explained
-from nanonormuon.storage import checkpoints
-from nanonormuon.storage.files import (
-    check_plain,
-    in_shell,
-    locked,
-    optimizer_file,
-    read_file,
-    read_jsonl,
-    replace_file,
-    settle,
-)
+from nanonormuon.storage import checkpoints, files
 
 if TYPE_CHECKING:
     import torch  # slow to import; --help must not wait for it
@@ -85,18 +75,14 @@ class RunDirectory:
         self.hold(self.path)  # a user may delete .lock during the run
         if (self.path / "config.toml").exists() or self.checkpoints.exists():
             if not resume:
-                raise RunError(
-                    f"{self.path} already holds a run: continue it with --resume, "
-                    "or choose another --out"
-                )
+                hint = "continue it with --resume, or choose another --out"
+                raise RunError(f"{self.path} already holds a run: {hint}")
         elif foreign := {n for n in os.listdir(self.path) if n[0] != "." and n != "errors"}:
-            raise RunError(
-                f"{self.path}: expected a run or an empty directory, found {min(foreign)}, which a "
-                "run could overwrite: choose another --out"
-            )
+            found = f"found {min(foreign)}, which a run could overwrite: choose another --out"
+            raise RunError(f"{self.path}: expected a run or an empty directory, {found}")
         file = self.path / ".lock"
         logs = [p for names in ("*.log", "*.jsonl", "errors/*") for p in self.path.glob(names)]
-        check_plain([file, *logs])
+        files.check_plain([file, *logs])
         self.hold(file)  # for file systems that cannot lock directories, and earlier versions
         file.write_text(f"{os.getpid()}\n")
         self.owned = True
@@ -105,15 +91,13 @@ class RunDirectory:
     def hold(self, path: Path) -> None:
         """Lock a path until the `with` block ends. Raises RunError naming the locking process."""
         try:
-            self.resources.enter_context(locked(path))
+            self.resources.enter_context(files.locked(path))
         except BlockingIOError:
             owner = ""
             with suppress(OSError, DataError):
-                owner = read_file(self.path / ".lock", 99).decode(errors="replace").strip()
-            raise RunError(
-                f"{self.path} is in use by process {owner or 'unknown'}: wait, or choose another "
-                "--out"
-            ) from None
+                owner = files.read_file(self.path / ".lock", 99).decode(errors="replace").strip()
+            user = f"in use by process {owner or 'unknown'}"
+            raise RunError(f"{self.path} is {user}: wait, or choose another --out") from None
 
     def open(
         self, config_toml: str, environment: dict[str, Any], step: int
@@ -162,7 +146,7 @@ class RunDirectory:
     def settle(self) -> None:
         """Wait until the metrics are on disk, before a checkpoint follows them."""
         if self.metrics is not None:
-            settle(self.metrics)
+            files.settle(self.metrics)
 
     def tidy(self, step: int) -> None:
         """Close the metrics and merge their lines to one per step."""
@@ -174,18 +158,18 @@ class RunDirectory:
     def add_sample(self, row: dict[str, Any]) -> None:
         with open(self.path / "samples.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            settle(file)
+            files.settle(file)
 
     def write(self, name: str, content: str) -> None:
         """Replace a file of the run, on rank 0."""
         if self.first:  # JSON lines may contain a lone surrogate, written as \udXXX
-            replace_file(self.path / name, content.encode(errors="backslashreplace"))
+            files.replace_file(self.path / name, content.encode(errors="backslashreplace"))
 
     def again(self, optimizer: str) -> str:
         """Return the command that continues the run. It names an optimizer of another package,
         since a file alone may not (optim.check_trusted)."""
         named = f" {shlex.quote(f'optim.name={optimizer}')}" if ":" in optimizer else ""
-        return f"normuon-train run --resume --out {in_shell(self.path)}{named}"
+        return f"normuon-train run --resume --out {files.in_shell(self.path)}{named}"
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -203,12 +187,9 @@ class RunDirectory:
 
 
 def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
-    """Show a step as a log line or, on a terminal, in the progress bar, with lines only for
-    evaluations."""
-    line = (
-        f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
-        f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"
-    )
+    """Log a step or, on a terminal, show it in the progress bar, and log evaluations only."""
+    line = f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
+    line += f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"
     measures = (key for key in ("val_loss", "val_bpb") if row.get(key) is not None)
     line += "".join(f"  {key} {row[key]:.4f}" for key in measures)
     if "expert_load_max" in row:
@@ -224,11 +205,15 @@ def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
 def aligned(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
     """Format rows of cells as a table. numbers: right-align all columns but the first."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for first, *others in ([*zip(row, widths)] for row in rows):
-        cells = [c.rjust(w) if numbers else c.ljust(w) for c, w in others]
-        lines.append("  ".join([first[0].ljust(first[1]), *cells]).rstrip())
-    return "\n".join(lines)
+    sides = "<" + (">" if numbers else "<") * len(widths)
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths))
+    return "\n".join(form.format(*row).rstrip() for row in rows)
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows of cells as a Markdown table; the first is the header."""
+    head, *lines = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *lines))
 
 
 class Validations(dict[int, dict[str, float | None]]):
@@ -276,7 +261,7 @@ def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, An
     """
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     amiss = []
-    for number, row in read_jsonl(file, cut=True) if file.is_file() else ():
+    for number, row in files.read_jsonl(file, cut=True) if file.is_file() else ():
         step = row.get("step") if isinstance(row, dict) else None
         if type(step) is not int or not 0 <= step < 10**15:
             amiss.append(f"line {number}")
@@ -330,26 +315,24 @@ def environment(device: "torch.device", ranks: int, optimizer: str = "") -> dict
 
 def git_commit(checkout: Path) -> str | None:
     """Return the current commit from git's files, None if there are none."""
+    git = checkout / ".git"
     with suppress(OSError):
-        head = (checkout / ".git" / "HEAD").read_text().strip()
-        if " " not in head:  # a detached HEAD
-            return head
-        return (checkout / ".git" / head.split()[1]).read_text().strip()
+        head = (git / "HEAD").read_text().strip()  # a commit if detached, else the branch's file
+        return (git / head.split()[1]).read_text().strip() if " " in head else head
     return None
 
 
 def source_files(optimizer: str = "") -> dict[str, Path]:
-    """List the package's Python files, recipes and templates by relative path, and the file of an
-    optimizer "FILE.py:Class"."""
-    files = [file for file in sorted(PACKAGE.rglob("*.*")) if file.suffix in SOURCES]
-    own = optimizer_file(optimizer)
-    return {f.relative_to(PACKAGE).as_posix(): f for f in files} | ({str(own): own} if own else {})
+    """List the package's sources by relative path, and the file of an optimizer "FILE.py:Class"."""
+    found = [file for file in sorted(PACKAGE.rglob("*.*")) if file.suffix in SOURCES]
+    own = files.optimizer_file(optimizer)
+    return {f.relative_to(PACKAGE).as_posix(): f for f in found} | ({str(own): own} if own else {})
 
 
 def optimizer_hash(optimizer: str) -> dict[str, str]:
     """Return {"optimizer_sha256": ...} for an optimizer "FILE.py:Class", {} for any other."""
-    file = optimizer_file(optimizer)
-    return {"optimizer_sha256": hashlib.sha256(read_file(file)).hexdigest()} if file else {}
+    file = files.optimizer_file(optimizer)
+    return {"optimizer_sha256": hashlib.sha256(files.read_file(file)).hexdigest()} if file else {}
 
 
 def source_hash(optimizer: str = "") -> str:

@@ -24,6 +24,7 @@ from nanonormuon.storage.files import in_shell, progress, replace_file
 MAGIC, HEADER_BYTES = 20240520, 1024
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by shard version
 MANIFEST, FORMAT, PARTIAL = "manifest.json", 1, ".partial"
+AGAIN = "prepare the data again"  # in errors
 SHARD_SHAPE = {"name": str, "tokens": int, "size": int, "sha256": str, "max_token": int}
 _SPLIT = {"documents": int, "tokens": int, "bytes": int, "shards": [SHARD_SHAPE]}
 SOURCE_SHAPE = {"name": str, "documents": int, "bytes": int}  # missing in older manifests
@@ -64,7 +65,7 @@ def read_shard(path: str | Path, headerless: bool = False) -> np.memmap:
     `headerless`: a file of uint16 tokens only, as nanoGPT writes."""
     path = Path(path)
     if not path.is_file():  # reading a pipe could block
-        raise DataError(f"{path}: missing or not a regular file; prepare the data again")
+        raise DataError(f"{path}: missing or not a regular file; {AGAIN}")
     found, first = path.stat().st_size, np.fromfile(path, "<i4", 3).tolist()
     if headerless:
         if found < 2 or found % 2:
@@ -81,10 +82,8 @@ def read_shard(path: str | Path, headerless: bool = False) -> np.memmap:
         raise DataError(f"{path}: offset 4: expected version 1 or 2, found {version}")
     size = HEADER_BYTES + n_tokens * DTYPES[version].itemsize
     if n_tokens < 1 or found != size:
-        raise DataError(
-            f"{path}: offset 8: {n_tokens} tokens: expected a file of {size} bytes, found {found}; "
-            "copy or prepare it again"
-        )
+        problem = f"{n_tokens} tokens: expected a file of {size} bytes, found {found}"
+        raise DataError(f"{path}: offset 8: {problem}; copy or prepare it again")
     return np.memmap(path, DTYPES[version], "r", HEADER_BYTES, (n_tokens,))
 
 
@@ -96,10 +95,9 @@ def check_ids(tokens: np.ndarray, vocab_size: int | None, path: Path, offset: in
         largest = max(largest, int(chunk.max()))
         if vocab_size is not None and (largest >= vocab_size or int(chunk.min()) < 0):
             i = int(np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0])
-            raise DataError(
-                f"{path}: token {offset + start + i}: expected an id below {vocab_size}, found"
-                f" {int(chunk[i])}; prepare the data with this model's tokenizer"
-            )
+            problem = f"expected an id below {vocab_size}, found {int(chunk[i])}"
+            hint = "prepare the data with this model's tokenizer"
+            raise DataError(f"{path}: token {offset + start + i}: {problem}; {hint}")
     return largest
 
 
@@ -129,10 +127,8 @@ class File:
             raise DataError(f"{self.path}: expected a file, found a symbolic link; copy it here")
         for key, value in found.items():
             if self.listed and value != self.listed[key]:
-                raise DataError(
-                    f"{self.path}: {key}: expected {self.listed[key]} ({MANIFEST}), found {value};"
-                    " restore the file or prepare the data again"
-                )
+                problem = f"{key}: expected {self.listed[key]} ({MANIFEST}), found {value}"
+                raise DataError(f"{self.path}: {problem}; restore the file or {AGAIN}")
 
     def verify(self) -> None:
         """Compare the file's hash with the manifest, once. Raises DataError."""
@@ -141,13 +137,10 @@ class File:
             self.listed = None
 
     def check(self) -> None:
-        """Raise DataError if the file has changed or failed verification. The first call starts
-        the verification in a thread."""
+        """Raise DataError if the file has changed or failed verification, which this may start."""
         if (now := _state(self.path)) != self.found:
-            raise DataError(
-                f"{self.path}: changed while in use: expected (bytes, time in ns) {self.found},"
-                f" found {now}; restore it and resume"
-            )
+            problem = f"expected (bytes, time in ns) {self.found}, found {now}"
+            raise DataError(f"{self.path}: changed while in use: {problem}; restore it and resume")
         if self._error:
             raise self._error
         if self.listed and self._thread is None:  # a daemon, so a failing run need not wait for it
@@ -182,10 +175,6 @@ class Split:
         self.files = self.files or [File(path) for path in self.paths]
 
     @property
-    def names(self) -> list[str]:
-        return [path.name for path in self.paths]
-
-    @property
     def tokens(self) -> int:
         return sum(len(shard) for shard in self.shards)
 
@@ -211,10 +200,14 @@ class Split:
             tokens = max(0, tokens - len(shard))
         return self._of(first), self._of(rest)
 
-    def count_bytes(self, token_lengths: np.ndarray | None, max_tokens: int = 0) -> int | None:
-        """Count the UTF-8 bytes of the targets, or of the first `max_tokens`, from each token's
-        length; None if tokens have no lengths."""
-        if token_lengths is None:
+    def text_bytes(self, tokenizer: Any, max_tokens: int = 0) -> int | None:
+        """Return the UTF-8 bytes of the targets, or of the first `max_tokens`; None if unknown."""
+        known = self.bytes is not None and not max_tokens
+        return self.bytes if known else self.count_bytes(tokenizer, max_tokens)
+
+    def count_bytes(self, tokenizer: Any, max_tokens: int = 0) -> int | None:
+        """Count the bytes that `text_bytes` returns, from each token's length."""
+        if tokenizer is None or (lengths := tokenizer.lengths) is None:
             return None
         total, left = 0, max_tokens or self.tokens
         for path, shard in zip(self.paths, self.shards):
@@ -222,12 +215,11 @@ class Split:
                 part = shard[start : min(len(shard), start + CHUNK, start + left)]
                 if not len(part):
                     return total
-                if int(part.max()) >= len(token_lengths):
-                    raise DataError(
-                        f"{path.name}: found id {int(part.max())}, expected ids below "
-                        f"{len(token_lengths)}: data.tokenizer did not make these shards"
-                    )
-                total += int(token_lengths[part].sum())
+                if (largest := int(part.max())) >= len(lengths):
+                    problem = f"found id {largest}, expected ids below {len(lengths)}"
+                    hint = "data.tokenizer did not make these shards"
+                    raise DataError(f"{path.name}: {problem}: {hint}")
+                total += int(lengths[part].sum())
                 left -= len(part)
         return total
 
@@ -236,16 +228,14 @@ class Split:
         self.files[shard].check()
 
     def settle(self) -> None:
-        """Finish the verification of shards read so far, before using results computed from them.
-        Raises DataError."""
+        """Finish verifying shards read so far, before their results are used. Raises DataError."""
         for file in self.files:
             file.settle()
 
 
 @dataclass
 class Data:
-    """An open data directory. `fingerprint` identifies its content or, without a manifest, its
-    files' names and sizes."""
+    """An open data directory. `fingerprint`: of its content or, without a manifest, its files."""
 
     path: Path
     train: Split
@@ -262,14 +252,12 @@ class Data:
         keys = ("hash", "vocab_size", "eot")
         pairs = {key: (self.manifest["tokenizer"][key], getattr(tokenizer, key)) for key in keys}
         if "sha256" not in self.manifest:  # an older one: check val.bytes by counting
-            counted = self.val.count_bytes(tokenizer.token_lengths())
+            counted = self.val.count_bytes(tokenizer)
             pairs["val.bytes"] = self.val.bytes, self.val.bytes if counted is None else counted
         for key, (expected, found) in pairs.items():
             if found != expected:
-                raise DataError(
-                    f"{self.path}: {key}: expected {expected} ({MANIFEST}), found {found} (its"
-                    " tokenizer); prepare the data again"
-                )
+                problem = f"expected {expected} ({MANIFEST}), found {found} (the tokenizer)"
+                raise DataError(f"{self.path}: {key}: {problem}; {AGAIN}")
 
 
 def open_data(
@@ -295,17 +283,14 @@ def open_data(
         manifest = read_manifest(path)
         made_for = manifest["tokenizer"]["vocab_size"]
         if vocab_size is not None and made_for > vocab_size:
-            raise DataError(
-                f"{path / MANIFEST}: expected at most {vocab_size} token ids (the model's), found "
-                f"{made_for}; set model.vocab_size, or prepare with the model's tokenizer"
-            )
+            problem = f"expected at most {vocab_size} token ids (the model's), found {made_for}"
+            hint = "set model.vocab_size, or prepare with the model's tokenizer"
+            raise DataError(f"{path / MANIFEST}: {problem}; {hint}")
         vocab_size = made_for
     elif (path / PARTIAL).exists():
         raise DataError(f"{path}: preparation is unfinished; run normuon-train prepare again")
-    train, val = (
-        _open_split(path, name, manifest and manifest[name], vocab_size, headerless)
-        for name in ("train", "val")
-    )
+    parts = ((name, manifest and manifest[name]) for name in ("train", "val"))
+    train, val = (_open_split(path, *part, vocab_size, headerless) for part in parts)
     shards, files = train.shards + val.shards, train.files + val.files
     if verify == "full" or sum(shard.nbytes for shard in shards) <= FULL_CHECK_LIMIT:
         for shard, file in zip(shards, progress("verifying", None, "file", iterable=files)):
@@ -341,7 +326,7 @@ def _open_split(
     listed = {shard["name"]: shard for shard in entry["shards"]} if entry else {}
     if entry and (wrong := sorted({p.name for p in paths} ^ listed.keys())):
         problem = "missing, but listed" if wrong[0] in listed else "found, but not listed"
-        raise DataError(f"{path / wrong[0]}: {problem} in {MANIFEST}; prepare the data again")
+        raise DataError(f"{path / wrong[0]}: {problem} in {MANIFEST}; {AGAIN}")
     if not paths:
         hint = "prepare it again" if entry or any(path.glob("*_*.bin")) else _absent(path)
         if not headerless and (path / f"{name}.bin").exists():
@@ -352,10 +337,8 @@ def _open_split(
     for file, shard in zip(files, shards):
         file.compare(tokens=len(shard), size=file.found[0])
         if entry and shard.dtype != DTYPES[1 if vocab_size <= 65_536 else 2]:
-            raise DataError(
-                f"{file.path}: {shard.dtype} tokens do not fit the {vocab_size} ids of {MANIFEST};"
-                " prepare the data again"
-            )
+            problem = f"{shard.dtype} tokens do not fit the {vocab_size} ids of {MANIFEST}"
+            raise DataError(f"{file.path}: {problem}; {AGAIN}")
     return Split(paths, shards, vocab_size, entry and entry["bytes"], files)
 
 
@@ -388,7 +371,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             if (largest := max((s["max_token"] for s in shards), default=0)) >= vocab_size:
                 raise ValueError(f"{split}: token id {largest} in a vocabulary of {vocab_size}")
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {error}; prepare the data again") from None
+        raise DataError(f"{path}: {error}; {AGAIN}") from None
     return manifest
 
 
@@ -402,12 +385,10 @@ def too_few(**tokens: int) -> list[str]:
     """Return a warning for each split with too few tokens."""
     share = math.ceil(100 * FEW / max(sum(tokens.values()), 1)) / 100
     larger = f", or prepare it with --val {share:g}" if share <= 0.2 else ""
-    return [
-        f"{name}: {count:,} tokens are too few, expected at least {FEW:,}: "
-        + f"add text{larger if name == 'val' else ''}"
-        for name, count in tokens.items()
-        if count < FEW
-    ]
+    few = {name: count for name, count in tokens.items() if count < FEW}
+    hints = {name: larger if name == "val" else "" for name in few}
+    problem = f"tokens are too few, expected at least {FEW:,}: add text"
+    return [f"{name}: {count:,} {problem}{hints[name]}" for name, count in few.items()]
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:

@@ -1,5 +1,4 @@
-"""Tensors on disk and across ranks: safetensors files, processed tensor by tensor, and conversion
-between whole tensors and shards."""
+"""Tensors on disk and across ranks: safetensors files, read tensor by tensor; whole and sharded."""
 
 import json
 import math

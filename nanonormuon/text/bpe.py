@@ -2,8 +2,7 @@
 
 A regex splits the text. Within each piece, the adjacent pair whose union has the lowest id is
 merged until no pair is left, so a vocabulary is a pattern and a table bytes -> id. tiktoken encodes
-and rustbpe trains. On disk it is a Hugging Face `tokenizer.json`, for transformers, vLLM and
-llama.cpp.
+and rustbpe trains. On disk it is a Hugging Face `tokenizer.json`.
 """
 
 import codecs
@@ -74,8 +73,7 @@ Piece = str | bytes | None  # text; bytes that are not UTF-8; the start of a doc
 
 def pieces(text: str | bytes) -> Iterator[str | bytes]:
     """Cut a text into pieces whose ids are those of the whole, except for runs of at least RUN / 2
-    characters. Yields `str` (valid Unicode, about PIECE characters) and, for what is not UTF-8,
-    `bytes` to be encoded one by one."""
+    characters. Yields `str` (about PIECE characters) and, for what is not UTF-8, `bytes`."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     # "surrogateescape" only turns bytes b >= 128 that are not UTF-8 into U+DC00 + b
     for i, part in enumerate(_SURROGATES.split(data.decode("utf-8", "surrogateescape"))):
@@ -109,10 +107,9 @@ class LostText(ValueError):
     def __init__(self, whole: bytes | str, found: bytes | str) -> None:
         differ = (i for i, (a, b) in enumerate(zip(whole, found)) if a != b)
         self.offset = at = next(differ, min(len(whole), len(found)))
-        super().__init__(
-            f"encoding loses text: expected {whole[at : at + 20]!r}, found {found[at : at + 20]!r};"
-            f" restore {FILE} or use another tokenizer"
-        )
+        lost = f"expected {whole[at : at + 20]!r}, found {found[at : at + 20]!r}"
+        hint = f"restore {FILE} or use another tokenizer"
+        super().__init__(f"encoding loses text: {lost}; {hint}")
 
 
 def gave_up(error: BaseException) -> bool:
@@ -143,8 +140,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def check(self, text: str, ids: np.ndarray) -> None:
-        """Raise LostText unless `ids` cover the whole text. Each token is a part of the text, so
-        comparing lengths suffices."""
+        """Raise LostText unless `ids` cover the text. Each is a part of it, so lengths suffice."""
         if self.lengths[ids].sum() != len(whole := text.encode()):
             raise LostText(whole, self.decode_bytes(ids))
 
@@ -174,10 +170,8 @@ class Tokenizer:
             return np.array([self.eot], np.uint32)
         if isinstance(piece, bytes):
             if not self.byte_ids:
-                raise ValueError(
-                    f"byte 0x{piece[0]:02x} is not UTF-8 and cannot be encoded; convert the text or"
-                    " use a byte-level tokenizer"
-                )
+                hint = "cannot be encoded; convert the text or use a byte-level tokenizer"
+                raise ValueError(f"byte 0x{piece[0]:02x} is not UTF-8 and {hint}")
             return np.array([self.byte_ids[b] for b in piece], np.uint32)
         ids = np.asarray(next(found), np.uint32)
         self.check(piece, ids)
@@ -199,9 +193,8 @@ class Tokenizer:
         try:
             return b"".join(self.table[int(i)] for i in ids)
         except KeyError as error:
-            raise TokenizerError(
-                f"decode: id {error}: {self.name} has {len(self.table)} ids below {self.vocab_size}"
-            ) from None
+            known = f"{self.name} has {len(self.table)} ids below {self.vocab_size}"
+            raise TokenizerError(f"decode: id {error}: {known}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to text, with U+FFFD for bytes that are not UTF-8."""
@@ -212,16 +205,13 @@ class Tokenizer:
         return Stream(self)
 
     @cached_property
-    def lengths(self) -> np.ndarray:
-        """Bytes of text of each id (vocab_size,), 0 for special tokens."""
+    def lengths(self) -> np.ndarray | None:
+        """Bytes of text of each id (vocab_size,), 0 for special tokens; None if tokens have none,
+        so that a part's bits per byte are unknown."""
         lengths = np.zeros(self.vocab_size, np.int64)
         for i in self.table.keys() - self.special_ids:
             lengths[i] = len(self.table[i])
         return lengths
-
-    def token_lengths(self) -> np.ndarray | None:
-        """Return `lengths`; None if tokens have none, so a part's bits per byte are unknown."""
-        return self.lengths
 
     def files(self) -> dict[str, bytes]:
         """Return the content of tokenizer.json and tokenizer_config.json."""
@@ -230,10 +220,8 @@ class Tokenizer:
             "nanonormuon_name": self.name,
             "nanonormuon_hash": self.hash,
             **({"nanonormuon_foreign": True} if self.foreign else {}),
-            "bos_token": self.end,
-            "eos_token": self.end,
-            "add_bos_token": False,
-            "add_eos_token": False,
+            **dict.fromkeys(("bos_token", "eos_token"), self.end),
+            **dict.fromkeys(("add_bos_token", "add_eos_token"), False),
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,
         }
@@ -299,9 +287,8 @@ class BPE(Tokenizer):
         if {t for t, i in self.ranks.items() if i < 256} != {bytes([b]) for b in range(256)}:
             raise TokenizerError(f"tokenizer {name}: ids 0..255 are not the 256 single bytes")
         if type(eot) is not int or not len(self.ranks) <= eot <= MAX_ID:
-            raise TokenizerError(
-                f"tokenizer {name}: {EOT} has the id {eot}, expected {len(self.ranks)} to {MAX_ID}"
-            )
+            expected = f"expected {len(self.ranks)} to {MAX_ID}"
+            raise TokenizerError(f"tokenizer {name}: {EOT} has the id {eot}, {expected}")
         self.vocab_size, self.special_ids = eot + 1, {eot}
         self.table = {i: token for token, i in self.ranks.items()} | {eot: EOT.encode()}
 
@@ -314,12 +301,8 @@ class BPE(Tokenizer):
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding(
-            self.name,
-            pat_str=self.pattern,
-            mergeable_ranks=self.ranks,
-            special_tokens={EOT: self.eot},
-        )
+        table = {"mergeable_ranks": self.ranks, "special_tokens": {EOT: self.eot}}
+        return tiktoken.Encoding(self.name, pat_str=self.pattern, **table)
 
     def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
         return (self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)
@@ -390,18 +373,12 @@ def read(content: dict[str, Any], name: str) -> BPE:
 def train(vocab_size: int, texts: Iterable[str | bytes]) -> BPE:
     """Learn vocab_size - 257 merges from UTF-8 text; the last id is <|endoftext|>.
 
-    A short text gives a smaller vocabulary, named by its actual size. Tokens have at most LONGEST
-    characters.
+    A short text gives a smaller vocabulary, named by its size. Tokens: up to LONGEST characters.
     """
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it logs every percent
     trainer = rustbpe.Tokenizer()
-    words = (
-        word
-        for text in texts
-        for piece in pieces(text)
-        if isinstance(piece, str)
-        for word in cut_runs(piece, LONGEST)
-    )
+    valid = (piece for text in texts for piece in pieces(text) if isinstance(piece, str))
+    words = (word for piece in valid for word in cut_runs(piece, LONGEST))
     # holds only 512 pieces of up to 64 Ki characters in memory
     trainer.train_from_iterator(words, vocab_size - 1, buffer_size=512, pattern=PATTERN)
     tokens = [bytes(token) for token, _ in trainer.get_mergeable_ranks()]  # in order of id

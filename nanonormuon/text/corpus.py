@@ -35,10 +35,8 @@ def open_corpus(config: Config, world: World) -> tuple[Data, Tokenizer | None]:
     if share := config.data.tuning:
         data.train, data.val = data.train.cut(round((1 - share) * data.train.tokens))
         if min(data.train.tokens, data.val.tokens) < 2:
-            raise DataError(
-                f"data.tuning = {share}: leaves {data.train.tokens} tokens of {path} for training "
-                f"and {data.val.tokens} for validation, expected at least 2 each"
-            )
+            left = f"{data.train.tokens} tokens for training and {data.val.tokens} for validation"
+            raise DataError(f"data.tuning = {share}: {path}: {left}, expected at least 2 each")
     mix(config, data, tokenizer)
     return data, tokenizer
 
@@ -64,10 +62,9 @@ def mix(config: Config, data: Data, tokenizer: Tokenizer | None) -> None:
     for name, share in mixture(config.data.mix):
         other, its, _ = open_directory(config, Path(name))
         if (its and its.hash) != (tokenizer and tokenizer.hash):
-            raise DataError(
-                f"{name}: tokenizer {its and its.hash[:12]}, expected that of {data.path},"
-                f" {tokenizer and tokenizer.hash[:12]}; prepare it with --tokenizer {data.path}"
-            )
+            found, expected = (words and words.hash[:12] for words in (its, tokenizer))
+            problem = f"tokenizer {found}, expected that of {data.path}, {expected}"
+            raise DataError(f"{name}: {problem}; prepare it with --tokenizer {data.path}")
         data.mix.append((other.train, share))
         identity.append([other.fingerprint, share])
     if data.mix:
@@ -83,16 +80,6 @@ def separator(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | 
     if tokenizer is None:
         raise ConfigError("data.document_mask = true: expected a data.tokenizer")
     return tokenizer.eot
-
-
-def bytes_of_validation(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | None:
-    """Count the UTF-8 bytes of the text that validation predicts; None if unknown."""
-    limit = config.data.val_tokens
-    if data.val.bytes is not None and not limit:
-        return data.val.bytes
-    if tokenizer is None:
-        return None
-    return data.val.count_bytes(tokenizer.token_lengths(), limit)
 
 
 def compressors(config: Config, data: Data, tokenizer: Tokenizer | None) -> dict[str, float]:

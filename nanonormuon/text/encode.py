@@ -64,9 +64,8 @@ def encode(
         plan |= {"tokenizer": vocabulary.hash, "shards": []}
     finished = {entry["name"]: entry for entry in plan["shards"]}
     replace_file(directory / PLAN, json.dumps(plan).encode())
-    splits: dict[str, dict[str, Any]] = {
-        split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in ("train", "val")
-    }
+    none = {"documents": 0, "tokens": 0, "bytes": 0}
+    splits: dict[str, dict[str, Any]] = {s: {**none, "shards": []} for s in ("train", "val")}
     writers: dict[str, Writer] = {}
     workers = workers or os.cpu_count() or 1
     bar = progress("encoding", total, "B")

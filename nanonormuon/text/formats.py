@@ -99,11 +99,12 @@ def _field(record: Any, text_field: str, where: str) -> bytes:
     if record is None:
         return b""
     if not isinstance(record, str):
-        raise DataError(
-            f"{where}: expected text in {text_field!r}, found {type(record).__name__}; name another"
-            " field with --text-field"
-        )
+        raise DataError(_no_text(where, text_field, type(record).__name__))
     return record.encode("utf-8", "surrogatepass")
+
+
+def _no_text(where: str, text_field: str, kind: Any) -> str:
+    return f"{where}: expected text in {text_field!r}, found {kind}; name another with --text-field"
 
 
 def _missing(where: str, text_field: str, found: Iterable[str]) -> str:
@@ -132,9 +133,7 @@ def _csv(
         for row in rows:
             left = limit
             if row and len(row) != len(header):
-                raise DataError(
-                    f"{name}:{rows.line_num}: expected {len(header)} columns, found {len(row)}"
-                )
+                raise csv.Error(f"expected {len(header)} columns, found {len(row)}")
             if row:
                 yield row[column].encode()
     except csv.Error as error:
@@ -163,19 +162,14 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
         column = table.schema_arrow.field(_column(table.schema_arrow.names, text_field, name))
         kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
         if str(kind) not in ("string", "large_string", "string_view", "null"):
-            raise DataError(
-                f"{name}: expected text in {text_field!r}, found {column.type};"
-                " name another field with --text-field"
-            )
+            raise DataError(_no_text(name, text_field, column.type))
         for group in range(table.num_row_groups):
             largest = 1
             for packed, size in _pages(file, table.metadata.row_group(group), text_field):
                 largest = max(largest, size)
                 if (needed := packed + 2 * size) > PAGE * limit:
-                    raise _too_large(
-                        f"{name}: row group {group}: a page of {size >> 20} MB of text",
-                        f"{-(-needed // (PAGE << 20))} allows it",
-                    )
+                    what = f"{name}: row group {group}: a page of {size >> 20} MB of text"
+                    raise _too_large(what, f"{-(-needed // (PAGE << 20))} allows it")
             rows = max(1, min(128, 2 * limit // largest))  # a row may fill a page
             for batch in table.iter_batches(rows, [group], [text_field], use_threads=False):
                 for value in batch.column(0).cast(kind):
@@ -193,8 +187,7 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
 
 def _pages(file: Any, group: Any, text_field: str) -> Iterator[tuple[int, int]]:
     """Yield the compressed and uncompressed bytes of each page of a column from its header
-    (PageHeader in parquet.thrift). A page is decompressed as a whole, and the file's footer does
-    not give its size."""
+    (PageHeader in parquet.thrift): a page is decompressed whole, and the footer lacks its size."""
     for chunk in map(group.column, range(group.num_columns)):
         if chunk.path_in_schema == text_field:
             at = chunk.dictionary_page_offset or chunk.data_page_offset

@@ -131,11 +131,10 @@ class OtherKind(ByteLevel):
     def stream(self, before: Sequence[int] = ()) -> Stream:
         return WindowStream(self, before)
 
-    def token_lengths(self) -> None:
-        warn_once(
-            f"tokenizer {self.name}: no bits per byte for a part of a split, because its tokens"
-            " have no length in bytes"
-        )
+    @cached_property
+    def lengths(self) -> None:
+        why = "because its tokens have no length in bytes"
+        warn_once(f"tokenizer {self.name}: no bits per byte for a part of a split, {why}")
 
 
 class WindowStream(Stream):
@@ -191,11 +190,9 @@ def read(content: dict[str, Any], config: dict[str, Any], path: Path) -> Tokeniz
     named = named.get("content") if isinstance(named, dict) else named
     end = next((t for t in (named, *ENDS) if t in tokens), None)
     if end is None:
-        added = [t["content"] for t in content["added_tokens"]]
-        raise TokenizerError(
-            f"no token that ends a text (eos_token = {named!r} in tokenizer_config.json, or one of"
-            f" {', '.join(ENDS)}) among the added tokens {added[:20]}"
-        )
+        added = [t["content"] for t in content["added_tokens"]][:20]
+        looked_for = f"eos_token = {named!r} in tokenizer_config.json, or one of {', '.join(ENDS)}"
+        raise TokenizerError(f"no token that ends a text ({looked_for}) among the added {added}")
     try:
         library = tokenizers.Tokenizer.from_str(json.dumps(content))
     except BaseException as error:

@@ -60,8 +60,7 @@ def inspect(directory: Path, tokenizer: str = "", headerless: bool = False) -> d
 def describe(
     split: Split, eot: int | None, words: Tokenizer | None
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Return a split's counts, longest documents and first windows; and the first eight bytes of
-    each document's hash."""
+    """Return a split's counts, longest documents and first windows, and each document's digest."""
     found: dict[str, Any] = {
         "shards": len(split.shards), "tokens": split.tokens, "bytes": split.bytes,
         "largest_id": max(int(shard.max()) for shard in split.shards),
@@ -80,27 +79,21 @@ def describe(
         found["documents"] = len(digests)
         found["copies"] = len(digests) - len(np.unique(np.asarray(digests)))
     if words is not None:
-        if (text_bytes := split.bytes) is None:
-            text_bytes = split.count_bytes(words.token_lengths())
-        if text_bytes is not None:
+        if (text_bytes := split.text_bytes(words)) is not None:
             found["bytes_per_token"] = round(text_bytes / split.tokens, 3)
-        found["longest"] = [
-            {"tokens": len(tokens), "begins": words.decode(tokens[:24])} for tokens in longest
-        ]
-        found["windows"] = [
-            words.decode(split.shards[0][i * WINDOW : (i + 1) * WINDOW]) for i in range(WINDOWS)
-        ]
+        found["longest"] = [{"tokens": len(t), "begins": words.decode(t[:24])} for t in longest]
+        first = split.shards[0]
+        windows = (first[i * WINDOW : (i + 1) * WINDOW] for i in range(WINDOWS))
+        found["windows"] = [*map(words.decode, windows)]
     return found, np.asarray(digests)
 
 
 def documents(split: Split, eot: int) -> Iterator[np.ndarray]:
     """Yield each document's tokens (n,) without separator, also those before the first one."""
     for shard in split.shards:
-        chunks = ((at, shard[at : at + CHUNK]) for at in range(0, len(shard), CHUNK))
-        ends = chain.from_iterable(
-            (at + np.flatnonzero(part == eot)).tolist() for at, part in chunks
-        )
-        for before, end in pairwise(chain([-1], ends, [len(shard)])):
+        starts = range(0, len(shard), CHUNK)
+        ends = (at + np.flatnonzero(shard[at : at + CHUNK] == eot) for at in starts)
+        for before, end in pairwise(chain([-1], *map(np.ndarray.tolist, ends), [len(shard)])):
             if end > 0:  # the separator at index 0 ends no document
                 yield shard[before + 1 : end]
 
@@ -114,10 +107,8 @@ def find_problems(result: dict[str, Any]) -> list[str]:
             share = part["copies"] / part["documents"]
             problems.append(f"{name}: {share:.0%} of the documents are duplicates")
     if shared := result["val"]["also_in_train"]:
-        problems.append(
-            f"val: {shared} of {result['val']['documents']} documents are also in train, which"
-            " lowers the validation loss"
-        )
+        documents = f"{shared} of {result['val']['documents']} documents"
+        problems.append(f"val: {documents} are also in train, which lowers the validation loss")
     return problems
 
 

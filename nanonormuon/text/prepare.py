@@ -78,10 +78,9 @@ def prepare(
         opened = [stack.enter_context(_spool(out)) if str(t) == "-" else t for t in texts]
 
         def read() -> Iterator[Document]:
-            first = next(readings) == 0
-            return documents(
-                opened, out, text_field, separator.encode(), first, skip_bad, max_record
-            )
+            first = next(readings) == 0  # which is logged
+            options = text_field, separator.encode(), first, skip_bad, max_record
+            return documents(opened, out, *options)
 
         return prepare_documents(read, names, out, tokenizer, val, workers, shard_bytes)
 
@@ -96,8 +95,7 @@ def prepare_documents(
     shard_bytes: int = SHARD_BYTES,
     whole: bool = False,
 ) -> dict[str, Any]:
-    """Prepare documents that `read()` yields from the beginning at each call. whole: split by hash
-    alone (see Survey)."""
+    """Prepare documents that `read()` yields anew at each call. whole: see Survey."""
     if not 0 < val < 1:
         raise DataError(f"prepare: --val {val:g}: expected a share between 0 and 1, as 0.02")
     assert shard_bytes > 0 <= workers, (shard_bytes, workers)
@@ -164,9 +162,7 @@ class Survey:
         self.val, self.bound = val, ceil(val * 2**64)  # numbers below it are validation
         self.numbers = array("Q")  # first eight bytes of each document's sha256
         self.sizes, self.of = array("Q"), array("I")  # bytes and source of each document
-        self.sources: list[dict[str, Any]] = [
-            {"name": n, "documents": 0, "bytes": 0} for n in names
-        ]
+        self.sources: list[dict] = [{"name": n, "documents": 0, "bytes": 0} for n in names]
         longest: dict[int, tuple[int, int, str]] = {}  # by source: bytes, number, name
         hashes = [sha256() for _ in names]  # over the documents' sha256 (binary, in order)
         with progress("reading", None, "B") as bar:
@@ -183,8 +179,8 @@ class Survey:
                 self.of.append(index)
                 bar.update(size)
         if not longest:
-            names = names or ["prepare"]
-            raise DataError(f"{', '.join(names)}: no text found; name files with text")
+            where = ", ".join(names) or "prepare"
+            raise DataError(f"{where}: no text found; name files with text")
         for source, digests in zip(self.sources, hashes):
             source["sha256"] = digests.hexdigest()
         self.bytes = sum(source["bytes"] for source in self.sources)
@@ -192,8 +188,9 @@ class Survey:
         self.cut: set[int] = set()
         self.moved: set[int] = set()
         if not whole and len(self.numbers) > 1:
-            for index in longest:
-                self._cut_large(*self._source(index))
+            for numbers, sizes, share in map(self._source, longest):
+                large = (sizes > 2 * share) & (val * sizes >= TAIL_BYTES)
+                self.cut.update(numbers[large].tolist())
             for index in longest:
                 self._balance(*self._source(index))
         self.method = "hash of each document"
@@ -211,10 +208,6 @@ class Survey:
         here = np.asarray(self.of) == index
         sizes = np.asarray(self.sizes)[here]
         return np.asarray(self.numbers)[here], sizes, self.val * sizes.sum()
-
-    def _cut_large(self, numbers: np.ndarray, sizes: np.ndarray, share: float) -> None:
-        large = (sizes > 2 * share) & (self.val * sizes >= TAIL_BYTES)
-        self.cut.update(numbers[large].tolist())
 
     def _balance(self, numbers: np.ndarray, sizes: np.ndarray, share: float) -> None:
         """Move uncut documents until validation has half to twice its share."""
@@ -244,15 +237,12 @@ class Survey:
     def log_split(self) -> None:
         """Log copies and cut documents."""
         if self.copies:
-            log.info(
-                "prepare: %d of %d documents are exact copies of another; copies are in one split,"
-                " or cut alike", self.copies, len(self.numbers),
-            )  # fmt: skip
+            copies = f"{self.copies} of {len(self.numbers)} documents are exact copies of another"
+            log.info("prepare: %s; copies are in one split, or cut alike", copies)
         if self.cut:
-            log.info(
-                "prepare: the last %g of each large document becomes validation; %d cut: %s",
-                self.val, len(self.cut), ", ".join(self.tails[:3]),
-            )  # fmt: skip
+            what = f"the last {self.val:g} of each large document becomes validation"
+            tails = ", ".join(self.tails[:3])
+            log.info("prepare: %s; %d cut: %s", what, len(self.cut), tails)
 
     def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
         """Yield each document with its split. Raises DataError if they differ from the survey."""
@@ -312,9 +302,8 @@ def alone(directory: Path, wait: bool = False) -> Iterator[None]:
         try:
             stack.enter_context(locked(directory, wait))
         except BlockingIOError:
-            raise DataError(
-                f"{directory}: another process is preparing here; wait, or choose another --out"
-            ) from None
+            what = "another process is preparing here; wait, or choose another --out"
+            raise DataError(f"{directory}: {what}") from None
         yield
 
 
@@ -340,9 +329,8 @@ def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
             raise DataError("the sources differ, or their content has changed")
         shards.open_data(out, verify="full").check_tokenizer(load(out))
     except DataError as error:
-        raise DataError(
-            f"{out}: already holds prepared data; remove it or choose another --out: {error}"
-        ) from None
+        hint = "already holds prepared data; remove it or choose another --out"
+        raise DataError(f"{out}: {hint}: {error}") from None
     shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left by a run that stopped at its end
     log.info("prepare: %s is already prepared, verified", out)
     _warn(manifest)

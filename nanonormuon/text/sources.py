@@ -152,10 +152,8 @@ def walk(root: Path, skip: Path | None, passed: Tally) -> list[Path]:
     system, and add others to `passed`. Does not follow links to directories. Raises DataError."""
 
     def fail(error: OSError) -> None:
-        raise DataError(
-            f"{error.filename}: cannot be read: {error.strerror}; change its permissions or name"
-            " other sources"
-        )
+        hint = "change its permissions or name other sources"
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}; {hint}")
 
     def problem(path: Path) -> str:
         """Return why a path is skipped, "" if it is not."""
@@ -236,9 +234,8 @@ def _unpacked(raw: IO[bytes], name: str) -> Any:
         packed = pyarrow.PythonFile(raw, mode="r")
         return io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"), 1 << 20)
     if name.lower().endswith(PACKED):
-        raise NotText(
-            f"{name}: expected gzip or zstd by its name, found {start!r}; rename it or leave it out"
-        )
+        found = f"found {start!r}; rename it or leave it out"
+        raise NotText(f"{name}: expected gzip or zstd by its name, {found}")
     return raw
 
 
@@ -287,10 +284,8 @@ def _checked(file: Any, name: str) -> Iterator[bytes]:
         if nul >= 0 or bad > BAD_SHARE * (done + len(block)):
             at = first if nul < 0 else done + nul
             found = f"byte 0x{block[at - done]:02x}" if at >= done else f"{bad} other bytes"
-            raise (DataError if done else NotText)(
-                f"{name}: offset {at}: expected UTF-8 text, found {found};"
-                " convert the file or leave it out"
-            )
+            what = f"expected UTF-8 text, found {found}; convert the file or leave it out"
+            raise (DataError if done else NotText)(f"{name}: offset {at}: {what}")
         yield block if done else block.removeprefix(codecs.BOM_UTF8)
         done += len(block)
 

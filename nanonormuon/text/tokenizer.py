@@ -47,32 +47,19 @@ class Published:
 
 
 HOST = "https://openaipublic.blob.core.windows.net/"
+GPT2_FILE = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+CL100K_FILE = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+O200K_FILE = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 PUBLISHED = {
-    "gpt2": Published(
-        HOST + "gpt-2/encodings/main/vocab.bpe",
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-        GPT2,
-        50256,
-    ),
-    "cl100k_base": Published(
-        HOST + "encodings/cl100k_base.tiktoken",
-        "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
-        CL100K,
-        100257,
-    ),
-    "o200k_base": Published(
-        HOST + "encodings/o200k_base.tiktoken",
-        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
-        O200K,
-        199999,
-    ),
+    "gpt2": Published(HOST + "gpt-2/encodings/main/vocab.bpe", GPT2_FILE, GPT2, 50256),
+    "cl100k_base": Published(HOST + "encodings/cl100k_base.tiktoken", CL100K_FILE, CL100K, 100257),
+    "o200k_base": Published(HOST + "encodings/o200k_base.tiktoken", O200K_FILE, O200K, 199999),
 }
 
 
 def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokenizer:
-    """Make the tokenizer `spec`: `byte`; `gpt2`, `cl100k_base` or `o200k_base` (from tiktoken's
-    cache directory, never from the network); `bpe:N`, with N ids in all, trained on `texts`; or a
-    path. Raises TokenizerError."""
+    """Make a tokenizer: `byte`; `gpt2`, `cl100k_base`, `o200k_base` (from tiktoken's cache, never
+    the network); `bpe:N`, with N ids, trained on `texts`; or a path. Raises TokenizerError."""
     spec = str(spec)
     if spec == "byte":
         return bpe.BPE("byte", PATTERN, [bytes([b]) for b in range(256)], 256)
@@ -88,10 +75,9 @@ def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokeniz
     if match := re.fullmatch("bpe[^0-9]*([0-9]*)(k?).*", spec, re.IGNORECASE):
         size = int(f"0{match[1]}"[:9]) * (1024 if match[2] else 1)
         near = [f"bpe:{size if 257 <= size <= MAX_IDS else 4096}"]
-    raise TokenizerError(
-        f"tokenizer {spec!r}: expected byte, {', '.join(PUBLISHED)}, bpe:N or an existing path"
-        + (f"; did you mean {near[0]}?" if near else "")
-    )
+    hint = f"; did you mean {near[0]}?" if near else ""
+    names = ", ".join(["byte", *PUBLISHED])
+    raise TokenizerError(f"tokenizer {spec!r}: expected {names}, bpe:N or an existing path{hint}")
 
 
 def trained_size(spec: str | Path) -> int | None:
@@ -99,9 +85,7 @@ def trained_size(spec: str | Path) -> int | None:
     if not (match := re.fullmatch("bpe:([0-9]+)", str(spec))):
         return None
     if len(match[1]) > len(str(MAX_IDS)) or not 257 <= int(match[1]) <= MAX_IDS:
-        raise TokenizerError(
-            f"tokenizer {spec}: expected 257 (256 bytes and {EOT}) to {MAX_IDS} ids"
-        )
+        raise TokenizerError(f"tokenizer {spec}: expected 257 (bytes and {EOT}) to {MAX_IDS} ids")
     return int(match[1])
 
 
@@ -109,9 +93,8 @@ def load(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json, the directory that contains it, or a published vocabulary file
     (vocab.bpe, *.tiktoken), recognised by its sha256.
 
-    A file by `BPE.save` must equal what its vocabulary would be saved as; any other file goes to
-    the `tokenizers` library. The hash must match tokenizer_config.json's, if any. Raises
-    TokenizerError, OSError.
+    A file by `BPE.save` must equal what its vocabulary would be saved as; others go to the library
+    `tokenizers`. A hash in tokenizer_config.json must match. Raises TokenizerError, OSError.
     """
     path = Path(path, FILE) if Path(path).is_dir() else Path(path)
     try:
@@ -125,9 +108,7 @@ def load(path: str | Path) -> Tokenizer:
         found = _read(json.loads(data), config, path)
         expected = config.get("nanonormuon_hash", found.hash)
         if found.hash != expected:
-            raise TokenizerError(
-                f"hash {found.hash}, expected {expected} ({CONFIG}); restore the file"
-            )
+            raise TokenizerError(f"hash {found.hash}, expected {expected} ({CONFIG}); restore it")
         # the name appears in messages and files
         found.name = "".join(c if c.isprintable() else "?" for c in found.name)
         found.path = path
@@ -166,16 +147,13 @@ def _from_cache(name: str) -> Tokenizer:
     try:
         data = read_file(path, LARGEST_OTHER)
     except FileNotFoundError:
-        raise TokenizerError(
-            f"tokenizer {name}: {path} is missing and is not downloaded automatically; save"
-            f" {published.address} under this name (TIKTOKEN_CACHE_DIR sets the directory), or"
-            " anywhere, and give its path"
-        ) from None
+        hint = "under this name (TIKTOKEN_CACHE_DIR sets its place), or anywhere, and give its path"
+        problem = f"{path} is missing and not downloaded automatically; save {published.address}"
+        raise TokenizerError(f"tokenizer {name}: {problem} {hint}") from None
     except ValueError as error:
         raise TokenizerError(f"tokenizer {name}: {error}") from None
     if (found := hashlib.sha256(data).hexdigest()) != published.sha256:
-        raise TokenizerError(
-            f"tokenizer {name}: {path} is damaged: expected sha256 {published.sha256}, found"
-            f" {found}; save {published.address} there again"
-        )
+        problem = f"expected sha256 {published.sha256}, found {found}"
+        hint = f"save {published.address} there again"
+        raise TokenizerError(f"tokenizer {name}: {path} is damaged: {problem}; {hint}")
     return published.build(name, data)

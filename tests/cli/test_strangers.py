@@ -21,7 +21,7 @@ from nanonormuon.errors import ConfigError, RunError
 from nanonormuon.lab.processes import Job, Runner
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.optim import make_optimizers
-from nanonormuon.storage.files import lock
+from nanonormuon.storage.files import locked
 from nanonormuon.storage.run import RunDirectory
 from nanonormuon.train import train
 
@@ -204,10 +204,12 @@ def test_a_lock_outlives_its_file(tmp_path):
             (run.path / ".lock").unlink(missing_ok=True)
     old = tmp_path / "old"  # an earlier version locks this file alone
     old.mkdir()
-    handle = lock(old / ".lock")
-    with pytest.raises(RunError, match="in use by"), RunDirectory(old) as run:
+    with (
+        locked(old / ".lock"),
+        pytest.raises(RunError, match="in use by"),
+        RunDirectory(old) as run,
+    ):
         run.acquire(resume=False)
-    os.close(handle)
     assert (old / ".lock").exists()
     with RunDirectory(old) as run:
         run.acquire(resume=False)

@@ -2,6 +2,7 @@
 twice, choices that never see the validation split, any optimizer by its import path."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -34,7 +35,7 @@ from nanonormuon.normuon import NorMuon
 from nanonormuon.optim import make_optimizers, optimizer_class
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints as checkpoint
-from nanonormuon.storage.files import lock
+from nanonormuon.storage.files import locked
 from nanonormuon.storage.run import PACKAGE, read_metrics, source_hash
 from nanonormuon.storage.shards import open_data
 from nanonormuon.text import corpus
@@ -509,11 +510,12 @@ def test_a_run_that_outlives_its_race_is_waited_for(smaller, tmp_path, here):
     job = Job(tmp_path / "a", (*smaller,))
     train(load(smaller)[0], job.path)
     later = (job.path / "summary.json").rename(tmp_path / "later.json")
-    writer = lock(job.path / ".lock")
+    writer = contextlib.ExitStack()
+    writer.enter_context(locked(job.path / ".lock"))
 
     def end():
         later.rename(job.path / "summary.json")
-        os.close(writer)
+        writer.close()
 
     threading.Timer(0.2, end).start()
     assert Runner().carry_out(job)["steps"] == 4 and not here

@@ -19,7 +19,7 @@ from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import breakdown, judge, models
 from nanonormuon.pretrained import multiple_choice as choices
 from nanonormuon.runtime.distributed import World
-from nanonormuon.storage.files import lock
+from nanonormuon.storage.files import locked
 from nanonormuon.storage.shards import open_data
 from nanonormuon.text import tokenizer
 
@@ -109,8 +109,8 @@ def test_of_two_evaluations_at_once_the_second_waits_to_keep_its_results(tmp_pat
 
     def alone(work):
         def then(*arguments):
-            with pytest.raises(BlockingIOError):
-                lock(tmp_path / ".kept.json.lock")
+            with pytest.raises(BlockingIOError), locked(tmp_path / ".kept.json.lock"):
+                pass
             seen.append(work.__name__)
             return work(*arguments)
 
@@ -120,7 +120,8 @@ def test_of_two_evaluations_at_once_the_second_waits_to_keep_its_results(tmp_pat
         monkeypatch.setattr(judge, work.__name__, alone(work))
     judge.keep(tmp_path / "kept.json", [{"set": "a", "loss": 1.0}])
     assert seen == ["kept", "replace_file"]
-    os.close(lock(tmp_path / ".kept.json.lock"))  # which is free again
+    with locked(tmp_path / ".kept.json.lock"):  # which is free again
+        pass
 
 
 def test_raw_text_is_tokenized_whole_and_counted_in_bytes(trained, tmp_path):

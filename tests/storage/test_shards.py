@@ -160,7 +160,7 @@ def test_not_a_regular_file(directory: Path) -> None:
 def test_open(directory: Path) -> None:
     opened = shards.open_data(directory)
     assert (opened.train.tokens, opened.val.tokens, opened.vocab_size) == (800, 200, 100)
-    assert opened.train.names == ["train_000000.bin", "train_000001.bin"]
+    assert [path.name for path in opened.train.paths] == ["train_000000.bin", "train_000001.bin"]
     assert (opened.train.bytes, opened.val.bytes) == (3200, 800)
     assert shards.open_data(directory, vocab_size=128).vocab_size == 100
     refused(directory, "expected at most 99 token ids .* found 100", vocab_size=99)
@@ -171,7 +171,10 @@ def test_without_manifest(directory: Path) -> None:
     for path in list(directory.glob("*.bin")):
         path.rename(directory / f"fineweb_{path.name}")
     opened = shards.open_data(directory, vocab_size=100)
-    assert opened.train.names == ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
+    assert [path.name for path in opened.train.paths] == [
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+    ]
     assert opened.manifest is None and opened.train.bytes is None and opened.vocab_size == 100
     assert shards.open_data(directory).vocab_size is None
     refused(directory, r"000000\.bin: token 7: expected an id below 99, found 99", vocab_size=99)
@@ -328,11 +331,9 @@ def test_any_change_of_a_sealed_manifest_is_refused(directory: Path) -> None:
 def test_an_older_manifest_is_compared_with_its_tokenizer(directory: Path, key: str) -> None:
     class Words:
         hash, vocab_size, eot = "0", 100, 99
+        lengths = np.where(np.arange(100) == 99, 0, 4)
 
-        def token_lengths(self) -> np.ndarray:
-            return np.where(np.arange(100) == 99, 0, 4)
-
-    lengths = Words().token_lengths()
+    lengths = Words.lengths
     text_bytes = int(lengths[shards.open_data(directory).val.shards[0]].sum())
     text_bytes -= int(lengths[shards.open_data(directory).val.shards[0][0]])
     edit(directory, lambda m: m["val"].update(bytes=text_bytes))

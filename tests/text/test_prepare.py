@@ -287,7 +287,7 @@ def test_a_tokenizer_whose_tokens_are_no_bytes(corpus: Path, tmp_path: Path) -> 
     files = {p.read_bytes() for p in corpus.rglob("*.txt") if p.stem.isdigit()}
     assert {*texts(tmp_path / "out", "train"), *texts(tmp_path / "out", "val")} == files
     data = shards.open_data(tmp_path / "out")
-    assert data.val.count_bytes(words.token_lengths(), 100) is None
+    assert data.val.count_bytes(words, 100) is None
     found = inspection.inspect(tmp_path / "out")
     assert all("too few" in p for p in found["problems"]) and found["train"]["bytes_per_token"] > 0
     (corpus / "sub" / "bad.txt").write_bytes(b"x" * 5000 + b"\xff and more")

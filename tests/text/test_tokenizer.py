@@ -578,7 +578,7 @@ def test_other_peoples_byte_level_bpe(
         assert theirs.encode(text).ids == ours.encode(text), text
     assert ours.decode_bytes(ours.encode(b"a\xff\xfe")) == b"a\xff\xfe"
     assert ours.encode_job([None, "a"]).tolist() == [ours.eot, *ours.encode("a")]
-    lengths = ours.token_lengths()
+    lengths = ours.lengths
     assert lengths[ours.eot] == 0 and lengths[ours.encode("a")[0]] == 1
     stream = ours.stream()
     assert [stream.add(i) for i in ours.encode("\u5b57".encode()[:2])] == ["", ""]
@@ -606,7 +606,7 @@ def test_other_kinds_of_tokenizer(
     if kind == "llama2":
         assert ours.decode(ours.encode(ADVERSARIAL[-1])) == ADVERSARIAL[-1]
         assert ours.decode_bytes(ours.encode(PLAIN)) == PLAIN.encode()
-    assert ours.token_lengths() is None
+    assert ours.lengths is None
     assert "bits per byte" in caplog.text
     with pytest.raises(TokenizerError, match=r"offset 2: byte 0xff"):
         ours.encode(b"ab\xff")
@@ -692,7 +692,7 @@ def test_gpt2_through_the_library_is_tiktokens(gpt2: Tokenizer, tmp_path: Path) 
         ids = theirs.encode(text)
         assert ids == gpt2.encode(text)
         assert theirs.decode_bytes(ids) == gpt2.decode_bytes(ids)
-    assert (theirs.token_lengths() == gpt2.token_lengths()).all()
+    assert (theirs.lengths == gpt2.lengths).all()
 
 
 def test_llama_3s_way_to_list_every_pair(gpt2: Tokenizer, tmp_path: Path) -> None:
