@@ -10,6 +10,7 @@ from typing import Any
 
 from nanonormuon.lab.significance import interval, spread
 from nanonormuon.runs.pictures import picture
+from nanonormuon.storage.run import as_markdown
 
 
 @dataclass
@@ -151,12 +152,6 @@ def with_spread(values: Sequence[float | None]) -> str:
         return "-"
     sd = spread(known)
     return f"{mean(known):.4f}" + ("" if sd is None else f" ± {sd:.4f}")
-
-
-def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Format rows as a table; the first is the header."""
-    head, *lines = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *lines))
 
 
 def reached(row: Mapping[str, Any]) -> str:

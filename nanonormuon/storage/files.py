@@ -18,15 +18,19 @@ from tqdm import tqdm
 from nanonormuon.errors import DataError
 
 
-def write_durably(path: Path, content: bytes | Iterable[Any]) -> dict[str, Any]:
+def write_durably(
+    path: Path, content: bytes | Iterable[Any], bar: tqdm | None = None
+) -> dict[str, Any]:
     """Write a file, whole or piece by piece, and wait until it is on disk. Returns its size and
-    sha256, computed from the content in memory."""
+    sha256, computed from the content in memory. bar: to advance by each piece's bytes."""
     size, digest = 0, hashlib.sha256()
     with open(path, "wb") as file, naming(path):
         for piece in [content] if isinstance(content, bytes) else content:
             file.write(piece)
             digest.update(piece)
             size += len(piece)
+            if bar is not None:
+                bar.update(len(piece))
         settle(file)
     return {"size": size, "sha256": digest.hexdigest()}
 
@@ -180,9 +184,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             os.close(handle)
 
 
-def progress(doing: str, total: float | None, unit: str, **more: Any) -> tqdm:
-    """A bar on standard error, with the time left; nothing where that is no terminal."""
-    scale, off = unit in ("B", "token"), {"disable": None} | more
+def progress(doing: str, total: float | None, unit: str, show: bool = True, **more: Any) -> tqdm:
+    """A bar on standard error, with the time left, if `show`; nothing where that is no terminal, or
+    on ranks other than 0."""
+    hidden, scale = not show or os.environ.get("RANK", "0") != "0", unit in ("B", "token")
+    off = {"disable": hidden or None} | more
     return tqdm(desc=doing, total=total, unit=unit, unit_scale=scale, leave=False, **off)
 
 

@@ -231,6 +231,12 @@ def aligned(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
     return "\n".join(lines)
 
 
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows as a table; the first is the header."""
+    head, *lines = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *lines))
+
+
 class Validations(dict[int, dict[str, float | None]]):
     """The validations of a run: step -> {"val_loss", "val_bpb"}."""
 
