@@ -277,6 +277,21 @@ def test_help_and_a_misspelt_option_do_not_wait_for_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_a_shell_completes_commands_options_and_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # without runs
+    monkeypatch.setattr(sys, "argv", ["normuon-train"])  # as the console script has it
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)
+    monkeypatch.setenv("_NORMUON_TRAIN_COMPLETE", "complete_bash")
+    typed = {"ru": "run", "run optim.l": "optim.lr=", "export --o": "--out"}
+    for words, completed in typed.items():
+        monkeypatch.setenv("COMP_WORDS", f"normuon-train {words}")
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+        with pytest.raises(SystemExit):
+            cli.main([])
+        found = capsys.readouterr()
+        assert (found.out.split(), found.err) == ([completed], "")
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"nanonormuon {__version__}\n"
