@@ -185,16 +185,11 @@ def show(settings: Settings = None) -> None:
     lines, meanings = config.to_toml(*config.load(settings or ())).splitlines(), {}
     for i, line in enumerate(lines):
         if line.startswith("["):
-            meanings = comments(config.SECTIONS[line[1:-1]])
+            source = inspect.getsource(config.SECTIONS[line[1:-1]])
+            meanings = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
         elif meaning := meanings.get(line.partition(" ")[0]):
             lines[i] = f"{line:<54}  {meaning}"
     typer.echo("\n".join(lines))
-
-
-def comments(table: type) -> dict[str, str]:
-    """Each setting's comment in the source of its dataclass."""
-    found = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(table), re.MULTILINE)
-    return dict(found)
 
 
 def doctor(as_json: options.AsJson = False) -> None:

@@ -72,8 +72,8 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
         return verify(partial, transformers, model, tokenizer, tokens, own)
 
     with publish(target) as partial:
-        with progress("writing", sum(t.nbytes for t in weights.values()), "B") as bar:
-            write_durably(partial / "model.safetensors", stream(weights), bar)
+        pieces = progress("writing", 1 + len(weights), "tensor", iterable=stream(weights))
+        write_durably(partial / "model.safetensors", pieces)
         for file, content in files.items():
             write_durably(partial / file, content)
         own = ", ".join(hf.obstacles(config))

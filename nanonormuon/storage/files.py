@@ -18,19 +18,15 @@ from tqdm import tqdm
 from nanonormuon.errors import DataError
 
 
-def write_durably(
-    path: Path, content: bytes | Iterable[Any], bar: tqdm | None = None
-) -> dict[str, Any]:
+def write_durably(path: Path, content: bytes | Iterable[Any]) -> dict[str, Any]:
     """Write a file, whole or piece by piece, and wait until it is on disk. Returns its size and
-    sha256, computed from the content in memory. bar: to advance by each piece's bytes."""
+    sha256, computed from the content in memory."""
     size, digest = 0, hashlib.sha256()
     with open(path, "wb") as file, naming(path):
         for piece in [content] if isinstance(content, bytes) else content:
             file.write(piece)
             digest.update(piece)
             size += len(piece)
-            if bar is not None:
-                bar.update(len(piece))
         settle(file)
     return {"size": size, "sha256": digest.hexdigest()}
 
