@@ -50,6 +50,13 @@ def command(*arguments, cwd=None, env=None, timeout=WAIT):
     return done.returncode, done.stdout, done.stderr
 
 
+def serialise(tensors):
+    """A safetensors file's content."""
+    from nanonormuon.storage.tensors import stream
+
+    return b"".join(stream(tensors))
+
+
 class Ranks:
     """The processes of one training run, one per rank."""
 

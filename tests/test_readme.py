@@ -72,6 +72,8 @@ def parse(words):
     elif program == "normuon-train":
         known = typer.main.get_command(cli.app).commands
         assert words[0] in known, words
+        for file, kind in re.findall(r"([\w./-]+\.py):(\w+)", " ".join(words)):
+            assert re.search(rf"^class {kind}\b", Path(file).read_text(), re.M), (file, kind)
         name, *words = words
         given = known[name].make_context("", words).params
         argument = [p.name for p in known[name].params if p.param_type_name == "argument"]

@@ -28,6 +28,12 @@ GROUPS = {
 class Groups(typer.core.TyperGroup):
     """Lists the commands by group in plain text too, as rich does at a terminal."""
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)
+        for flag in (p for p in params if getattr(p, "is_flag", False) and p.default is None):
+            flag.default = False  # --help and other flags of typer, which loads pydantic for None
+        return params
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         limit = formatter.width - 6 - max(map(len, self.commands))
         for group, members in GROUPS.items():

@@ -90,7 +90,7 @@ def trials(
 
 
 def speedrun(
-    track: Annotated[str, Argument(metavar="[TRACK|FILE.toml]", help="Else a list.")] = "",
+    track: Annotated[str, Argument(metavar="[TRACK|FILE.toml]", help="Track; else a list.")] = "",
     chosen: Annotated[Strings, Argument(metavar="[RECORD|KEY=VALUE]...", help=CHOSEN)] = None,
     n: Count = 10,
     out: Out = Path("runs/speedrun"),

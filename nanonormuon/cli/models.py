@@ -15,9 +15,9 @@ def sample(
     file: Annotated[Path | None, Option(help="Read the prompt from a file.")] = None,
     interactive: Annotated[bool, Option("--interactive", "-i", help="Ask for prompts.")] = False,
     max_tokens: Annotated[int, Option(min=1, help="Tokens per sample.")] = 256,
-    temperature: Annotated[float, Option(min=0, help="Lower is safer; 0: likeliest token.")] = 0.8,
+    temperature: Annotated[float, Option(min=0, help="Randomness; 0: likeliest token.")] = 0.8,
     top_k: Annotated[int, Option(min=0, help="Draw from the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, Option(min=0.01, max=1, help="Share of likeliest tokens kept.")] = 0.95,
+    top_p: Annotated[float, Option(min=0.01, max=1, help="Probability mass to draw from.")] = 0.95,
     stop: Annotated[list[str] | None, Option(help="Stop before this text; repeatable.")] = None,
     seed: Annotated[int, Option(help="Seed of the first sample; sample i has seed + i.")] = 0,
     num: Annotated[int, Option(min=1, help="Number of samples.")] = 1,
@@ -26,8 +26,7 @@ def sample(
 ) -> None:
     """Generate text with a trained model.
 
-    Without RUN, the newest run below runs/ answers. The same seed gives the same text; with
-    --interactive, each prompt uses the next seeds.
+    The same seed gives the same text; with --interactive, each prompt uses the next seeds.
 
     \b
     normuon-train sample runs/demo-20260101-120000 --prompt "def main():" --num 3
@@ -53,7 +52,7 @@ def sample(
         settings["seed"] = (settings["seed"] + num) % (1 << 63)
 
 
-DATA = "Prepared data, of which the val split is read; repeatable."
+DATA = "Prepared data: measure on its validation split; repeatable."
 TEXT = "Text file or directory, in any format that `prepare` reads; repeatable."
 Paths = list[Path] | None
 CHOICES = (
@@ -104,7 +103,7 @@ def export(
     data: Annotated[Path | None, Option(help="Data to verify on; default: the run's own.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Export a model to Hugging Face's format, verified.
+    """Export a model to Hugging Face's format, and verify it.
 
     Keeps the directory only if transformers computes the run's logits from it.
 

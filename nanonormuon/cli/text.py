@@ -13,7 +13,7 @@ SOURCES = "Files, directories, quoted patterns, or - for standard input."
 TOKENIZER = "byte, gpt2, cl100k_base, o200k_base, bpe:N (trained here), or a tokenizer's file."
 RECORD = "Largest JSON, CSV or Parquet record, in MB; reading takes about 30 times as much memory."
 SKIP = "Skip unreadable files, with a warning for each."
-SEPARATOR = "Text between documents in a file; \\n stands for a line break."
+SEPARATOR = "Text that separates documents in a file; \\n and \\t for line break and tab."
 
 
 def prepare(

@@ -143,7 +143,7 @@ class Runner:
         mean = f"{statistics.fmean(losses[best]):.4f} (n = {len(losses[best])})"
         leader = f"{best} leads with {mean}" if len(losses) > 1 else f"mean {mean}"
         self.bar.n, self.bar.total = self.known, total
-        self.bar.set_postfix_str(leader)
+        self.bar.refresh()
         seconds = (time.perf_counter() - self.began) / self.carried_out * (total - self.known)
         left = f"; about {tqdm.format_interval(seconds)} to go" if total > self.known else ""
         log.info(f"{self.known}/{total} {job.path.name}: val_loss {loss:.4f}; {leader}{left}")
@@ -151,6 +151,8 @@ class Runner:
     def carry_out(self, job: Job) -> dict[str, Any]:
         """Run a job in its own process, from its newest checkpoint if there is one."""
         place = self.places.get()
+        if self.bar is not None:
+            self.bar.set_postfix_str(job.path.name)
         try:
             job.path.parent.mkdir(parents=True, exist_ok=True)
             # a run whose race was killed may still be saving
@@ -250,7 +252,7 @@ def resolve(arguments: Sequence[str]) -> config.Config:
 def cost(settings: config.Config, runs: int, at_once: int) -> str:
     """Describe the cost of `runs` runs in one line."""
     steps, tokens = settings.train.last_step, settings.train.batch_tokens
-    total = f"{runs * steps * tokens / 1e6:,.4g}M tokens"
+    total = f"{runs * steps * tokens:,} tokens"
     each = f"{runs} runs of {steps:,} steps of {tokens:,} tokens"
     return f"{each}: {total}, {at_once} at a time; a time estimate follows the first run"
 

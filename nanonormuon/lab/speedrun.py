@@ -21,8 +21,8 @@ from nanonormuon import config
 from nanonormuon.errors import ConfigError, DataError
 from nanonormuon.lab import trials
 from nanonormuon.lab.processes import Runner, resolve
-from nanonormuon.lab.results import as_markdown
 from nanonormuon.storage.files import replace_file
+from nanonormuon.storage.run import as_markdown
 from nanonormuon.text.corpus import open_directory
 
 LEAST, LEVEL = 10, 0.001  # a record has at least so many runs, and a lower p-value

@@ -19,10 +19,10 @@ from nanonormuon.parts.config import GPTConfig
 from nanonormuon.pretrained import judge, models
 from nanonormuon.runtime.packages import need
 from nanonormuon.storage import huggingface as hf
-from nanonormuon.storage.files import publish, read_file, write_durably
+from nanonormuon.storage.files import progress, publish, read_file, write_durably
 from nanonormuon.storage.run import as_markdown, read_metrics
 from nanonormuon.storage.shards import Data
-from nanonormuon.storage.tensors import serialise
+from nanonormuon.storage.tensors import stream
 from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,6 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     sampling = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "temperature": 0.8}
     files = {
         "generation_config.json": as_json(sampling),
-        "model.safetensors": serialise(weights),
         **tokenizer.files(),
     }
     described = (config, context, eot, str(stored).removeprefix("torch."))
@@ -72,6 +71,8 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
         return verify(partial, transformers, model, tokenizer, tokens, own)
 
     with publish(target) as partial:
+        pieces = progress("writing", 1 + len(weights), "tensor", iterable=stream(weights))
+        write_durably(partial / "model.safetensors", pieces)
         for file, content in files.items():
             write_durably(partial / file, content)
         own = ", ".join(hf.obstacles(config))
@@ -120,12 +121,16 @@ def verify(
     """Load `folder` with transformers and with nanonormuon, and compare float32 logits and token
     ids on validation text. own: why it contains the model's source, which is run; "" if it does
     not. Raises UsageError if they differ."""
+    exported = models.load_model(folder, torch.float32, torch.device("cpu"))
     transformers.utils.logging.disable_progress_bar()
     kinds = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
-    loaded, other = (kind.from_pretrained(folder, trust_remote_code=bool(own)) for kind in kinds)
-    exported = models.load_model(folder, torch.float32, torch.device("cpu"))
-    ours, theirs = exported(tokens), loaded.float().eval()(tokens).logits
-    original = model(tokens)[..., : ours.size(-1)]
+    loaded, other = (
+        kind.from_pretrained(folder, trust_remote_code=bool(own))
+        for kind in progress("loading", None, "part", iterable=kinds)
+    )
+    three = exported, lambda tokens: loaded.float().eval()(tokens).logits, model
+    logits = [each(tokens) for each in progress("comparing", None, "model", iterable=three)]
+    ours, theirs, original = (each[..., : logits[0].size(-1)] for each in logits)
     difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
     allowed = TOLERANCE * max(1.0, largest)
     if not difference <= allowed:  # also if it is NaN

@@ -14,6 +14,7 @@ from nanonormuon.model import GPT
 from nanonormuon.parts.config import GPTConfig
 from nanonormuon.storage import checkpoints
 from nanonormuon.storage import huggingface as hf
+from nanonormuon.storage.files import progress
 from nanonormuon.storage.run import known_runs
 from nanonormuon.storage.shards import Data, open_data
 from nanonormuon.storage.tensors import TensorFile, check_names, check_shape, entries, placed_like
@@ -128,10 +129,10 @@ def tensor_files(path: Path) -> list[TensorFile]:
 
 def read_weights(path: Path, tied: bool) -> dict[str, Tensor]:
     """Read a model directory's tensors in float32. tied: drop a head that equals the embedding."""
+    stored = [(file, name) for file in tensor_files(path) for name in file.entries]
     tensors = {
         name: file.read(name)
-        for file in tensor_files(path)
-        for name in file.entries
+        for file, name in progress("reading", None, "tensor", iterable=stored)
         if not name.endswith("rotary_emb.inv_freq")  # redundant, in some Llama files
     }
     head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")

@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from nanonormuon.errors import CheckpointError, DataError
-from nanonormuon.storage.files import in_units, publish, read_file, sync_directory, write_durably
+from nanonormuon.storage.files import (
+    in_units,
+    progress,
+    publish,
+    read_file,
+    sync_directory,
+    write_durably,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +70,9 @@ def write(folder: Path, step: int, files: Mapping[str, bytes | Iterable]) -> Pat
     return target
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Check every byte of a checkpoint and return its state.json. Raises CheckpointError."""
+def verify(path: Path, show: bool = True) -> dict[str, Any]:
+    """Check every byte of a checkpoint, with a progress bar if `show`, and return its state.json.
+    Raises CheckpointError."""
     listing = path / "manifest.json"
     if path.is_symlink() or listing.is_symlink():
         raise CheckpointError(f"{path}: the directory or its manifest.json is a symbolic link")
@@ -84,10 +92,13 @@ def verify(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: missing, but listed in the manifest")
         if (size := file.stat().st_size) != entry["size"]:
             raise CheckpointError(f"{file}: {size} bytes, expected {entry['size']} (manifest)")
-        with open(file, "rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        if digest != entry["sha256"]:
-            raise CheckpointError(f"{file}: sha256 {digest}, expected {entry['sha256']} (manifest)")
+        digest = hashlib.sha256()
+        with open(file, "rb") as content, progress("verifying", size, "B", show) as bar:
+            while piece := content.read(1 << 20):
+                digest.update(piece)
+                bar.update(len(piece))
+        if (found := digest.hexdigest()) != entry["sha256"]:
+            raise CheckpointError(f"{file}: sha256 {found}, expected {entry['sha256']} (manifest)")
     if missing := [name for name in REQUIRED if name not in files]:
         raise CheckpointError(f"{listing}: does not list {missing[0]}")
     state = read_json(path / "state.json")
@@ -145,7 +156,7 @@ def retain(
     old = ((p, step_of(p)) for p in (ours[:-keep_last] if keep_last else []))
     doomed = [p for p, n in old if n != best and (not keep_every or n % keep_every)]
     if doomed:
-        verify(ours[-1])
+        verify(ours[-1], show=False)  # training has a bar
     for path in doomed:
         hidden = folder / f".deleting-{path.name}"
         os.replace(path, hidden)

@@ -171,9 +171,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
-def progress(doing: str, total: float | None, unit: str, **more: Any) -> tqdm:
-    """A bar on standard error, with the time left; nothing where that is no terminal."""
-    scale, off = unit in ("B", "token"), {"disable": None} | more
+def progress(doing: str, total: float | None, unit: str, show: bool = True, **more: Any) -> tqdm:
+    """A bar on standard error, with the time left, if `show`; nothing where that is no terminal, or
+    on ranks other than 0."""
+    hidden, scale = not show or os.environ.get("RANK", "0") != "0", unit in ("B", "token")
+    off = {"disable": hidden or None} | more
     return tqdm(desc=doing, total=total, unit=unit, unit_scale=scale, leave=False, **off)
 
 

@@ -123,10 +123,6 @@ def stream(tensors: Mapping[str, Tensor], keep: bool = True) -> Iterator[Any]:
             t.full_tensor()
 
 
-def serialise(tensors: Mapping[str, Tensor]) -> bytes:
-    return b"".join(stream(tensors))
-
-
 class TensorFile:
     """Reads a safetensors file tensor by tensor, after checking its header against its size. Raises
     CheckpointError.

@@ -268,11 +268,28 @@ def test_help_and_a_misspelt_option_do_not_wait_for_torch():
     code = """if True:
         import sys
         from nanonormuon.cli import app as cli
-        for name in [c.__name__ for group in cli.GROUPS.values() for c in group]:
-            assert (cli.main([name, "--help"]), cli.main([name, "--no-such-option"])) == (0, 2)
+        names = [c.__name__ for group in cli.GROUPS.values() for c in group]
+        assert {cli.main([name, "--help"]) for name in names} == {0}
+        assert "pydantic" not in sys.modules  # typer's; it takes as long as all else
+        assert {cli.main([name, "--no-such-option"]) for name in names} == {2}
         assert cli.main(["--version"]) == 0
         assert "torch" not in sys.modules"""
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_shell_completes_commands_options_and_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # without runs
+    monkeypatch.setattr(sys, "argv", ["normuon-train"])  # as the console script has it
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)
+    monkeypatch.setenv("_NORMUON_TRAIN_COMPLETE", "complete_bash")
+    typed = {"ru": "run", "run optim.l": "optim.lr=", "export --o": "--out"}
+    for words, completed in typed.items():
+        monkeypatch.setenv("COMP_WORDS", f"normuon-train {words}")
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+        with pytest.raises(SystemExit):
+            cli.main([])
+        found = capsys.readouterr()
+        assert (found.out.split(), found.err) == ([completed], "")
 
 
 def test_version(capsys):

@@ -2,8 +2,10 @@
 and generates the same tokens, alone in a process too; its Qwen3 and Llama directories train on; and
 what does not fit is named."""
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import serialise
 
 from nanonormuon import param_groups, sample
 from nanonormuon.checkpoint import named_for_hf, weights_of
@@ -21,7 +24,6 @@ from nanonormuon.errors import CheckpointError, ConfigError, UsageError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import export, models
 from nanonormuon.storage import huggingface as hf
-from nanonormuon.storage.tensors import serialise
 from nanonormuon.text import tokenizer
 from nanonormuon.train import train
 
@@ -407,6 +409,18 @@ def test_what_only_its_full_size_shows_goes_with_its_source_too(trained, tmp_pat
     report = export.export(trained, tmp_path / "hf")
     assert report["own_source"] == "transformers computes other logits"
     assert report["architecture"] == "NanonormuonForCausalLM"
+
+
+def test_an_export_shows_its_progress_at_a_terminal_only(trained, tmp_path, monkeypatch):
+    shown = []
+    for terminal in (True, False):
+        stream = io.StringIO()
+        stream.isatty = lambda terminal=terminal: terminal
+        monkeypatch.setattr(sys, "stderr", stream)
+        export.export(trained, tmp_path / str(terminal))
+        shown.append(stream.getvalue())
+    assert {"verifying", "reading", "writing", "comparing"} <= {*re.findall(r"\r(\w+):", shown[0])}
+    assert "\r" not in shown[1]
 
 
 ALONE = """

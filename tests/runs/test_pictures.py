@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support import serialise
 
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
@@ -20,7 +21,7 @@ from nanonormuon.runs import compare, report, spectra
 from nanonormuon.runtime import health
 from nanonormuon.storage.checkpoints import all_steps, read_json, write
 from nanonormuon.storage.run import read_metrics
-from nanonormuon.storage.tensors import read_tensors, serialise
+from nanonormuon.storage.tensors import read_tensors
 from nanonormuon.train import train
 
 

@@ -10,7 +10,7 @@ import stat
 
 import pytest
 import torch
-from support import TINY
+from support import TINY, serialise
 
 from nanonormuon import checkpoint as snapshot
 from nanonormuon import optim
@@ -18,7 +18,7 @@ from nanonormuon.config import load
 from nanonormuon.errors import CheckpointError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.storage import checkpoints as checkpoint
-from nanonormuon.storage.tensors import read_tensors, serialise
+from nanonormuon.storage.tensors import read_tensors
 from nanonormuon.train import train
 
 FILES = {"model.safetensors": b"weights", "optimizer.safetensors": b"buffers", "config.json": b"{}"}

@@ -20,7 +20,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from support import TINY
+from support import TINY, serialise
 
 from nanonormuon import checkpoint as snapshot
 from nanonormuon import config, optim
@@ -31,7 +31,7 @@ from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import models
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage.shards import open_data
-from nanonormuon.storage.tensors import TensorFile, serialise
+from nanonormuon.storage.tensors import TensorFile
 from nanonormuon.train import train
 
 HOSTILE = [None, True, -1, 0, 2**31, 2**62, 2**64, 10**30, 1e308, -0.5, float("nan"), "", "x",

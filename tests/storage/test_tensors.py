@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
+from support import serialise
 
 from nanonormuon.errors import CheckpointError
-from nanonormuon.storage.tensors import TensorFile, serialise
+from nanonormuon.storage.tensors import TensorFile
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_an_error_not_a_signal(tmp_path):
