@@ -49,6 +49,15 @@ def pytest_xdist_auto_num_workers():
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each process a stretch of the tests, so that few files are cut and what the tests of a
+    file share is made once; one that is done takes over the end of another's stretch."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 LONGEST = (
     "test_the_check_for_a_gpu_runs_in_small_and_does_only_what_is_missing",
     "test_killed_at_random_moments", "test_many_runs_of_two_ranks_end_cleanly",

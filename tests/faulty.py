@@ -227,7 +227,7 @@ def serve():
         code = 70
         try:
             others = {"worker.py": worker.main, "zoo_worker.py": zoo_worker.main, "launch": launch,
-                      "-c": lambda: exec(sys.argv[1], {})}  # fmt: skip
+                      "-c": lambda: sys.exit(exec(sys.argv[1], {}) or 0)}  # fmt: skip
             others.get(sys.argv[0], main)()
         except SystemExit as error:
             code = error.code
