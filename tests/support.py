@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+FSYNC = os.fsync  # the real one; conftest.py puts another in its place
 WAIT = 900  # seconds for what takes some: a limit for what hangs, on a busy machine too
 
 TINY = [

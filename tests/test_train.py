@@ -505,12 +505,12 @@ FSDP = ["train.parallel=fsdp"]
 )
 def test_several_processes_follow_one(ranks, more, tolerance, tiny, uninterrupted, forks, tmp_path):
     """The same stream of tokens, the same losses, and checkpoints that one process resumes."""
-    out, (one, wanted) = tmp_path / "run", uninterrupted
+    out, (alone, wanted) = tmp_path / "run", uninterrupted
     quiet = [*tiny, "train.sample_tokens=0"]
     codes, said = forks.run([*quiet, *more, "train.stop_at=6", "--out", out], ranks)
     assert codes == [0] * ranks, said
     summary = run([*quiet, *(m for m in more if "dtype" in m)], out, resume=True)
-    a, b = (read_metrics(path / "metrics.jsonl") for path in (one, out))
+    a, b = (read_metrics(path / "metrics.jsonl") for path in (alone, out))
     for one, many in zip(a, b, strict=True):
         assert many["loss"] == pytest.approx(one["loss"], abs=tolerance), one["step"]
         for key in ("neuron_rms_min", "neuron_rms_mean", "neuron_rms_max", "update_ratio"):
@@ -518,7 +518,9 @@ def test_several_processes_follow_one(ranks, more, tolerance, tiny, uninterrupte
         if "val_loss" in one:
             assert many["val_loss"] == pytest.approx(one["val_loss"], abs=tolerance), one["step"]
     assert len(b) == 8 and summary["val_loss"] == pytest.approx(wanted["val_loss"], abs=tolerance)
-    ours, theirs = (load_file(p / "checkpoints/step-000008/model.safetensors") for p in (one, out))
+    ours, theirs = (
+        load_file(p / "checkpoints/step-000008/model.safetensors") for p in (alone, out)
+    )
     for name, value in ours.items():
         assert torch.allclose(value, theirs[name], atol=10 * tolerance), name
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import soak
 from safetensors.torch import load_file
-from support import LATENT, ROOT, WAIT, Forks, alive, final, outcome
+from support import FSYNC, LATENT, ROOT, WAIT, Forks, alive, final, outcome
 
 from nanonormuon.checkpoint import Saver
 from nanonormuon.runtime.distributed import World
@@ -161,7 +161,13 @@ def under_strace(work, inject):
     if not shutil.which("strace"):
         pytest.skip("needs strace")
     go, signal_go = os.pipe()
-    pid = in_child(lambda: (os.read(go, 1), work()), wait=False)
+
+    def work_when_traced():
+        os.fsync = FSYNC
+        os.read(go, 1)
+        work()
+
+    pid = in_child(work_when_traced, wait=False)
     command = ["strace", "-qq", "-o", "/dev/null", "-p", str(pid), "-e", f"inject={inject}"]
     tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text() and tracer.poll() is None:
