@@ -40,6 +40,7 @@ for name in list(os.environ):
         del os.environ[name]
 os.environ.update(SET)
 
+os.fsync = os.fstat  # which fails as well where there is no file, and does not wait for the disk
 defects.apply()
 
 
@@ -47,6 +48,15 @@ defects.apply()
 def pytest_xdist_auto_num_workers():
     """Processes of `pytest -n auto`. Each loads torch, and many tests start several ranks."""
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each process a stretch of the tests, so that few files are cut and what the tests of a
+    file share is made once; one that is done takes over the end of another's stretch."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 LONGEST = (
@@ -140,6 +150,7 @@ def trained(bpe_data, tmp_path_factory):
     settings = ["train.steps=60", "train.batch_tokens=512", "train.eval_every=20"]
     settings += ["model.value_embed=false", "model.bigram_embed=0"]
     settings += ["train.save_every=20", "train.log_every=5", f"data.path={bpe_data}"]
+    settings += ["data.val_tokens=0"]  # all of them
     train(load([*TINY, "optim.momentum_warmup=30", *settings])[0], out)
     return out
 

@@ -48,6 +48,12 @@ KINDS = {
 }
 
 
+# what no command does but those that say so; noted from the first import on
+WATCHED = {"socket.connect", "socket.getaddrinfo", "pickle.find_class", "subprocess.Popen",
+           "os.system", "os.exec"}  # fmt: skip
+SEEN = []
+
+
 class AtImport:
     """A finder that finds nothing, but notices when a module is asked for."""
 
@@ -180,21 +186,31 @@ def serve():
     its id. A negative id in place of that waits for the process and answers with its exit code.
 
     argv[0] is faulty.py for a training run, worker.py for one of test_layouts.py's processes,
-    zoo_worker.py for one of lab/test_zoo.py's, launch for `launch`."""
+    zoo_worker.py for one of lab/test_zoo.py's, launch for `launch`, -c for Python code in argv[1].
+    The first line printed says what `import nanonormuon.train` loads."""
+    sys.addaudithook(lambda event, args: SEEN.append((event, args)) if event in WATCHED else None)
+    import contextlib
+    import io
     import json
     import traceback
 
     import defects
     import torch._dynamo  # noqa: F401, that is slow to import too
 
+    os.fsync = os.fstat  # as in conftest.py
     defects.apply()
+    import nanonormuon.train  # noqa: F401, the reason for all this
+
+    rooms = {name.rpartition(".")[0] for name in sys.modules}  # an __init__.py with more below it
+    loaded = [m for m in sys.modules if m.startswith("nanonormuon.") and m not in rooms]
     import worker
     import zoo_worker
 
-    import nanonormuon.cli.app
-    import nanonormuon.train  # noqa: F401, the reason for all this
+    from nanonormuon.cli import app
 
-    print("ready", flush=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # is refused, once all that parses it is loaded
+        app.main(["run", "--resume"])
+    print(*loaded, flush=True)
     for line in sys.stdin:
         wish = json.loads(line)
         if isinstance(wish, int):
@@ -211,7 +227,8 @@ def serve():
         sys.argv = wish["argv"]
         code = 70
         try:
-            others = {"worker.py": worker.main, "zoo_worker.py": zoo_worker.main, "launch": launch}
+            others = {"worker.py": worker.main, "zoo_worker.py": zoo_worker.main, "launch": launch,
+                      "-c": lambda: sys.exit(exec(sys.argv[1], {}) or 0)}  # fmt: skip
             others.get(sys.argv[0], main)()
         except SystemExit as error:
             code = error.code
@@ -220,6 +237,7 @@ def serve():
         finally:
             sys.stdout.flush()
             os._exit(code)
+    os._exit(0)  # Python's own way out takes a second
 
 
 def launch():

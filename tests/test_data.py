@@ -172,7 +172,7 @@ def test_a_mixture_keeps_shares_and_epochs(
     main, *others = [split_of(*row) for row in lengths]
     mix = list(zip(others, shares, strict=False))
     batches = Batches(main, 5, sequences, seed, mix=mix)
-    steps = -(-300 // sequences)
+    steps = -(-120 // sequences)
     stream = [tuple(w) for step in range(steps) for w in batches.windows(step).tolist()]
     every = [data.SHARES - sum(s for _, s in mix), *(s for _, s in mix)]
     shards = [len(main.shards), *(len(other.shards) for other in others)]

@@ -34,7 +34,7 @@ from nanonormuon.optim import Schedule, make_optimizers
 from nanonormuon.runtime import health
 from nanonormuon.runtime.distributed import World
 
-STEPS = 10
+STEPS = 5
 # name -> shape: more rows than ranks, fewer (so that some shards are empty), one row per shard,
 # uneven shards, wide, tall, and stacks of matrices; several of one shape, and fewer than there are
 # ranks
@@ -81,7 +81,7 @@ def place(value, layout):
     if layout is None:
         return value.clone()
     mesh, placements = layout
-    return distribute_tensor(value, mesh, placements)
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)  # all have all of it
 
 
 def whole(t):
@@ -344,11 +344,11 @@ def batches(world):
 
 
 def first_norms(world, parallel, trial):
-    """The gradient norms of three steps of two micro-batches; trial: compile the engine first."""
+    """The gradient norms of two steps of two micro-batches; trial: compile the engine first."""
     engine, micro_batches = engine_of(world, parallel), batches(world)
     failure = engine.compile(lambda: next(batches(world)))[1] if trial else ""
     norms = []
-    for _ in range(3):
+    for _ in range(2):
         engine.accumulate(micro_batches, 2)
         norms.append(health.norm(p.grad for p in engine.model.parameters()).item())
         engine.update()

@@ -37,7 +37,11 @@ def make(name, params, **options):
 
 
 def place(value, mesh):
-    return value.clone() if mesh is None else distribute_tensor(value, mesh, [Shard(0)])
+    return (
+        value.clone()
+        if mesh is None
+        else distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None)
+    )
 
 
 def whole(t):

@@ -235,14 +235,12 @@ UNTIL_FLUSHED = os.environ | {"PYTHONUNBUFFERED": ""}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_output_that_cannot_be_written_is_an_error(late):
-    with open("/dev/full", "w") as full:
-        found = subprocess.run(
-            show(late), stdout=full, stderr=subprocess.PIPE, text=True, env=UNTIL_FLUSHED
-        )
-    assert found.returncode == 8 and found.stderr.count("\n") == 1
-    assert "No space left on device" in found.stderr
+@pytest.mark.parametrize("late", [False, True])
+def test_output_that_cannot_be_written_is_an_error(late, forks):
+    full = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); "
+    codes, (said,) = forks.run([full + show(late)[-1]], program="-c")
+    assert codes == [8] and said.count("\n") == 1
+    assert "No space left on device" in said
 
 
 @pytest.mark.slow
@@ -417,41 +415,34 @@ def test_a_resumed_run_ends_at_its_stop_and_resumed_from_there_at_its_end(tiny, 
 
 
 AUDIT = """
-import sys
-seen = []
-network = {"socket.connect", "socket.getaddrinfo"}
-watched = network | {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec"}
-sys.addaudithook(lambda event, args: seen.append((event, args)) if event in watched else None)
+import os
+from __main__ import SEEN
 from nanonormuon.cli.app import main
+os.environ["NANONORMUON_CACHE"] = {cache!r}
 for arguments in {commands}:
     assert main(arguments) == 0, arguments
-assert not seen, seen
+assert not SEEN, SEEN
 """
 
 
-def audited(commands, tmp_path):
-    """Run commands in one process that notes whatever AUDIT watches for."""
-    done = subprocess.run(
-        [sys.executable, "-c", AUDIT.replace("{commands}", repr(commands))],
-        env={**os.environ, "NANONORMUON_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def audited(commands, tmp_path, forks):
+    """Run commands in one process that from its first import has noted what faulty.py watches."""
+    code = AUDIT.format(cache=str(tmp_path / "cache"), commands=commands)
+    codes, (said,) = forks.run([code], program="-c")
+    assert codes == [0], said[-3000:]
 
 
 @pytest.mark.slow
-def test_no_command_does_with_the_built_in_corpus(tmp_path):
+def test_no_command_does_with_the_built_in_corpus(forks, tmp_path):
     built_in = [
         "run", "data.path=builtin:python", "train.steps=1", "train.sample_tokens=3",
         "model.n_layer=1", "model.n_embd=32", "model.n_head=2", "data.tokenizer=byte",
         "data.val_tokens=1000", "--out", str(tmp_path / "builtin"),
     ]  # fmt: skip
-    audited([built_in], tmp_path)
+    audited([built_in], tmp_path, forks)
 
 
-def test_no_command_opens_a_connection_a_pickle_or_a_process(tiny, text, tmp_path):
+def test_no_command_opens_a_connection_a_pickle_or_a_process(tiny, text, forks, tmp_path):
     """Also with decoys beside the checkpoint that would run code if anything unpickled them."""
     decoys = tmp_path / "run" / "checkpoints"
     decoys.mkdir(parents=True)
@@ -469,4 +460,4 @@ def test_no_command_opens_a_connection_a_pickle_or_a_process(tiny, text, tmp_pat
         ["diagnose", out[1]],
         ["compare", out[1]],
     ]
-    audited(commands, tmp_path)
+    audited(commands, tmp_path, forks)

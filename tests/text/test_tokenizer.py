@@ -504,7 +504,7 @@ def written(kind: str) -> str:
         theirs.pre_tokenizer, theirs.decoder = pre.BertPreTokenizer(), decoders.WordPiece()
         special, alphabet = ["[UNK]", "[CLS]", "[SEP]"], []
     texts = [p.read_text() for p in sorted(Path(os.__file__).parent.glob("[a-c]*.py"))]
-    if kind == "llama2":  # it would take a whole file for one word
+    if kind in ("llama2", "unigram"):  # one would take a whole file for a word, one is slow
         texts = [line for text in texts for line in text.splitlines()][::20]
     made = {"BPE": trainers.BpeTrainer, "Unigram": trainers.UnigramTrainer,
             "WordPiece": trainers.WordPieceTrainer}[type(theirs.model).__name__]  # fmt: skip
