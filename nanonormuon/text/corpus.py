@@ -36,7 +36,7 @@ def open_corpus(config: Config, world: World) -> tuple[Data, Tokenizer | None]:
         data.train, data.val = data.train.cut(round((1 - share) * data.train.tokens))
         if min(data.train.tokens, data.val.tokens) < 2:
             left = f"{data.train.tokens} tokens for training and {data.val.tokens} for validation"
-            raise DataError(f"data.tuning = {share}: {path}: {left}, expected at least 2 each")
+            raise DataError(f"data.tuning = {share}: {path}: leaves {left}, expected at least 2 each")
     mix(config, data, tokenizer)
     return data, tokenizer
 
