@@ -37,7 +37,7 @@ class Shortage(MemoryError):
 
 
 def refuse_absurd(config: Config, world: distributed.World) -> None:
-    """Raise ConfigError for a run of known vocabulary far above its memory, or ten years."""
+    """Raise ConfigError for a run far beyond its memory or ten years. Needs its vocabulary."""
     t, ranks = config.train, world.size
     with torch.device("meta"):
         first, two = max(1, config.model.n_dense), 1 + config.model.value_embed

@@ -35,8 +35,9 @@ def open_corpus(config: Config, world: World) -> tuple[Data, Tokenizer | None]:
     if share := config.data.tuning:
         data.train, data.val = data.train.cut(round((1 - share) * data.train.tokens))
         if min(data.train.tokens, data.val.tokens) < 2:
-            left = f"{data.train.tokens} tokens for training and {data.val.tokens} for validation"
-            raise DataError(f"data.tuning = {share}: {path}: {left}, expected at least 2 each")
+            left = f"leaves {data.train.tokens} tokens of {path} for training"
+            rest = f"{data.val.tokens} for validation, expected at least 2 each"
+            raise DataError(f"data.tuning = {share}: {left} and {rest}")
     mix(config, data, tokenizer)
     return data, tokenizer
 
