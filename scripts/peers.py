@@ -47,6 +47,8 @@ def optimizers(against: str) -> dict[str, Callable[[list[nn.Parameter]], Optimiz
             found[label] = lambda params, make=make: make([{"params": params, "use_muon": True}])
         else:
             found[label] = make
+        if name == "dion":  # compiles Newton-Schulz anew for each shape, and stops after eight
+            torch._dynamo.config.recompile_limit = 64
     return found
 
 
