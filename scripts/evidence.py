@@ -5,7 +5,9 @@
 
 The results.json of a race is kept as docs/results/NAME.json. All tables and plots are made from
 those files; the text goes between the marks `<!-- races -->` and `<!-- /races -->`. The README's
-table is written by hand, and tests/test_readme.py compares it with the races kept.
+table is written by hand, and tests/test_readme.py compares it with the races kept. Races usually
+run beside other work, so times are left out; --ms normuon=226,adamw=210 adds milliseconds per
+step, measured on an idle machine, to the one race given.
 """
 
 import argparse
@@ -23,14 +25,16 @@ KEPT, RESULTS = ROOT / "docs" / "results", ROOT / "docs" / "results.md"
 FAMILIES = {"width": "model width", "batch": "tokens per step"}  # races named FAMILY-NUMBER
 
 
-def take(folder: Path) -> None:
-    """Keep a race's results, without the path of its data if that is a directory."""
+def take(folder: Path, ms: dict[str, float]) -> None:
+    """Keep a race's results, without the path of its data if that is a directory. ms: milliseconds
+    per step of each optimizer, on an idle machine."""
     text = (folder / "results.json").read_text(encoding="utf-8")
     found = json.loads(text)
     directory = re.compile(r" ?data\.path=(?!builtin:)\S+")
     found["arguments"] = [a for a in found["arguments"] if not directory.match(a)]
     found["command"] = directory.sub("", found["command"])
     for row in found["optimizers"]:
+        row["ms_per_step"] = ms.get(row["optimizer"])
         row["curves"] = [[[x, round(y, 5)] for x, y in curve] for curve in row.get("curves", [])]
     KEPT.mkdir(exist_ok=True)
     lines = json.dumps(found, indent=1)
@@ -131,9 +135,11 @@ def between(file: Path, content: str) -> None:
     file.write_text(new, encoding="utf-8")
 
 
-def main(folders: list[str]) -> None:
+def main(folders: list[str], ms: str) -> None:
+    pairs = (part.partition("=") for part in ms.split(",") if part)
+    times = {name: float(value) for name, _, value in pairs}
     for folder in folders:
-        take(Path(folder))
+        take(Path(folder), times)
     races = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(KEPT.glob("*.json"))}
     groups: dict[str, dict[int, dict[str, Any]]] = {}
     for name, found in races.items():
@@ -149,4 +155,6 @@ def main(folders: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("races", nargs="*", help="directories that `normuon-train race` left")
-    main(parser.parse_args().races)
+    parser.add_argument("--ms", default="", help="OPTIMIZER=MILLISECONDS,... per step")
+    options = parser.parse_args()
+    main(options.races, options.ms)

@@ -168,12 +168,14 @@ def ranged(
     return text if between is None else f"{text} ({between[0]:{form}} to {between[1]:{form}})"
 
 
-def draw(results: Mapping[str, Any], file: Path) -> None:
-    """Draw the validation loss over steps, shaded by one standard deviation over seeds, and the
-    loss on the tuning split over the learning rates."""
-    with picture(file, 1, 2, 6, 4.2) as axes:
-        curves, tuning = axes[0]
-        for r in results["optimizers"]:
+def draw(results: Mapping[str, Any], file: Path, times: bool = True) -> None:
+    """Draw the validation loss over steps, shaded by one standard deviation over seeds, and over
+    seconds (times: of an idle machine), and the loss on the tuning split over learning rates."""
+    rows = results["optimizers"]
+    times = times and all(r.get("ms_per_step") for r in rows)
+    with picture(file, 1, 2 + times, 6, 4.2) as axes:
+        curves, *clock, tuning = axes[0]
+        for r in rows:
             points = [dict(curve) for curve in r.get("curves", []) if curve]
             shared = sorted(set.intersection(*map(set, points))) if points else []
             late = [step for step in shared if step >= 0.2 * results["steps"]]
@@ -182,15 +184,20 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
             label = f"{r['optimizer']}, n = {len(points)}" if points else r["optimizer"]
             marker = "." if len(late) < 40 else None  # one point makes no line
             (line,) = curves.plot(late, means, marker=marker, label=label)
+            color = line.get_color()
             low, high = ([m + sign * s for m, s in zip(means, sds)] for sign in (-1, 1))
-            curves.fill_between(late, low, high, alpha=0.25, color=line.get_color())
+            curves.fill_between(late, low, high, alpha=0.25, color=color)
+            for axis in clock:
+                seconds = [step * r["ms_per_step"] / 1000 for step in late]
+                axis.plot(seconds, means, marker=marker, color=color)
             best: dict[float, float] = {}  # by rate, over the other axes
             for t in r["tuning"]:
                 best[t["lr"]] = min(mean(t["val_loss"]), best.get(t["lr"], math.inf))
             shown = {rate: loss for rate, loss in sorted(best.items()) if math.isfinite(loss)}
-            tuning.plot(shown.keys(), shown.values(), marker="o", label=r["optimizer"],
-                        color=line.get_color())  # fmt: skip
+            tuning.plot(shown.keys(), shown.values(), marker="o", label=r["optimizer"], color=color)
         curves.set(xlabel="step", ylabel="validation loss")
+        for axis in clock:
+            axis.set(xlabel="seconds of training", ylabel="validation loss")
         tuning.set(xlabel="learning rate of the matrices", ylabel="loss on the tuning split")
         by_rates(tuning)
         tuning.legend()
