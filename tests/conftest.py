@@ -56,6 +56,8 @@ def pytest_xdist_make_scheduler(config, log):
     file share is made once; one that is done takes over the end of another's stretch."""
     from xdist.scheduler import WorkStealingScheduling
 
+    if config.getvalue("dist") != "load":
+        return None  # the user's own choice
     return WorkStealingScheduling(config, log)
 
 
@@ -69,8 +71,12 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest tests, so that none of them is left to one process at the end."""
-    items.sort(key=lambda item: getattr(item, "originalname", "") not in LONGEST)
+    """Spread the longest tests evenly, since each process begins with a stretch of its own."""
+    longest = [item for item in items if getattr(item, "originalname", "") in LONGEST]
+    others = [item for item in items if item not in longest]
+    for i, item in enumerate(longest):
+        others.insert(i * len(items) // len(longest), item)
+    items[:] = others
 
 
 @pytest.hookimpl(wrapper=True)

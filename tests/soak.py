@@ -5,9 +5,10 @@ usage: scripts/soak.sh [KILLS] [DIR]
 Short runs, every fourth on two ranks, save, evaluate and sample often; every second one saves in
 the background. They are killed by SIGKILL, half of the time at a file-system call of a save, else
 at a random moment, and resumed until they complete. Then weights, optimizer state, metrics, samples
-and summary must be those of a run that nothing happened to, but for times. DIR/state.json counts,
-so that the command can be stopped and repeated. What is left of a run that differs is moved to
-DIR/differs-N.
+and summary must be those of a run that nothing happened to, but for times. No process waits for the
+disk (os.fsync is replaced), since a killed process loses nothing it has written. DIR/state.json
+counts, so that the command can be stopped and repeated. What is left of a run that differs is moved
+to DIR/differs-N.
 """
 
 import json

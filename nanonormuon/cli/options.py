@@ -45,7 +45,7 @@ def newest(having: str = "checkpoints") -> Path:
     return run
 
 
-SETTINGS = {"metavar": "RECIPE|FILE.toml|SECTION.KEY=VALUE...", "autocompletion": completions}
+SETTINGS = {"metavar": "RECIPE|FILE.toml|SECTION.KEY=VALUE", "autocompletion": completions}
 RUN = {"metavar": "RUN", "show_default": False, "parser": named}
 MODEL = "Run, checkpoint or model directory; by default the newest run in runs/."
 Run = Annotated[Path, Argument(default_factory=newest, help=MODEL, **RUN)]

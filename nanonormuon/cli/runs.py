@@ -40,7 +40,7 @@ def report(
     """Write runs as one HTML page.
 
     The page shows curves, samples over time, configuration and environment, and is a single file.
-    It replaces an existing page only of the same runs.
+    An existing page is replaced only if it shows the same runs.
 
     \b
     normuon-train report RUN --out report.html

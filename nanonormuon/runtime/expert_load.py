@@ -41,7 +41,8 @@ class ExpertLoad:
 
     def row(self) -> dict[str, float]:
         """Return metrics. expert_load_min, _max: fewest and most visits of an expert, over its
-        layer's mean. router_entropy: of a token's normalised scores, over its maximum."""
+        layer's mean. experts_idle: how many had none. router_entropy: of a token's normalised
+        scores, over its maximum."""
         load = self.visits / self.visits.double().mean(1, keepdim=True)
         entropy = self.entropy / math.log(load.size(1))
         found = torch.stack([load.min(), load.max(), (load == 0).sum(), entropy]).tolist()

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 CPU_TOKENS = 8192  # larger micro-batches are no faster on a CPU
-LESS_MEMORY = "train.activation_checkpointing=true, use more GPUs with train.parallel=fsdp"
+LESS_MEMORY = "train.activation_checkpointing=true, more GPUs with train.parallel=fsdp"
 SPARE = 0.05  # share of the free memory that a probe leaves for fragmentation and libraries
 # an upper limit of any such device's FLOP per second
 FASTEST = {"cpu": 1e14, "cuda": 1e16}
@@ -153,7 +153,7 @@ def probe(
         spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
     if not fits(candidates[0], update=True):
         problem = f"{candidates[0]} sequence of {seq_len} tokens and an update do not fit"
-        hint = f"set {LESS_MEMORY}, or reduce the model or data.seq_len"
+        hint = f"try {LESS_MEMORY}, a smaller model or a smaller data.seq_len"
         raise OutOfMemory(f"out of memory: {problem}: {hint}")
     too_large = bisect.bisect_left(candidates, True, lo=1, key=lambda n: not fits(n))
     del spare

@@ -31,7 +31,7 @@ class QkClip:
     def __init__(self, model: GPT, threshold: float, device: torch.device):
         c = model.config
         if c.qk_norm and c.attention == "full":  # latent attention does not normalise q and k
-            raise ConfigError("optim.qk_clip needs model.qk_norm=false: a norm hides their size")
+            raise ConfigError("optim.qk_clip needs model.qk_norm=false: QK-norm bounds the logits")
         self.layers, self.threshold, self.shared = model.layers, threshold, c.n_head // c.n_kv_head
         self.peaks = torch.full((c.n_layer, c.n_head), -torch.inf, device=device)
         self.seen = self.peaks  # of the last step

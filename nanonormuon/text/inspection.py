@@ -93,7 +93,8 @@ def documents(split: Split, eot: int) -> Iterator[np.ndarray]:
     for shard in split.shards:
         starts = range(0, len(shard), CHUNK)
         ends = (at + np.flatnonzero(shard[at : at + CHUNK] == eot) for at in starts)
-        for before, end in pairwise(chain([-1], *map(np.ndarray.tolist, ends), [len(shard)])):
+        each = chain.from_iterable(map(np.ndarray.tolist, ends))
+        for before, end in pairwise(chain([-1], each, [len(shard)])):
             if end > 0:  # the separator at index 0 ends no document
                 yield shard[before + 1 : end]
 

@@ -108,7 +108,8 @@ def load(path: str | Path) -> Tokenizer:
         found = _read(json.loads(data), config, path)
         expected = config.get("nanonormuon_hash", found.hash)
         if found.hash != expected:
-            raise TokenizerError(f"hash {found.hash}, expected {expected} ({CONFIG}); restore it")
+            problem = f"hash {found.hash}, expected {expected} ({CONFIG})"
+            raise TokenizerError(f"{problem}; restore the file")
         # the name appears in messages and files
         found.name = "".join(c if c.isprintable() else "?" for c in found.name)
         found.path = path

@@ -30,7 +30,7 @@ def sized(name):
 
 @pytest.mark.parametrize("name", sorted(set(recipes()) - {"finetune"}))
 def test_headers_say_what_the_code_computes(name, monkeypatch):
-    if re.search(r"-(mini|adamw|muon|tuned-aux)$", name):  # another's model: measured there
+    if re.search(r"-(adamw|muon|tuned-aux)$|^track3-normuon-mini$", name):  # another's model
         monkeypatch.setattr(dry_run, "kept", lambda *_: (0, 0))
     header = " ".join(
         line.lstrip("# ") for line in recipes()[name].read_text().splitlines() if line[:1] == "#"
