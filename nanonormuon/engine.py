@@ -77,8 +77,11 @@ class Engine:
         if self.sharded:
             shard(self.model, self.mesh, dtype, reshard)
         elif distributed.grouped():
+            known = inspect.signature(DistributedDataParallel).parameters
+            new, old = "forward_sync_buffers", "broadcast_buffers"  # renamed in torch 2.13
+            unsynced = {new if new in known else old: False}
             self.replica = DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.model, gradient_as_bucket_view=True, **unsynced
             )
             self.replica.require_backward_grad_sync = False  # see sync
 
