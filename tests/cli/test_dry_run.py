@@ -89,7 +89,7 @@ def test_a_dry_run_says_it_and_stays_readable(capsys, monkeypatch):
     monkeypatch.setattr(dry_run, "TRIAL_SECONDS", 0.01)
     assert cli.main(["run", "demo", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert tomllib.loads(said)["train"]["steps"] == 400
+    assert tomllib.loads(said)["train"]["steps"] == 440
     total = sum(dry_run.estimate(sized("demo"), 1).parameters.values())
     assert f"\n# parameters: {total:,} (" in said and f"{total:,}".startswith("3,2")
     words = ["memory, 1 rank", "optimizer", "checkpoint: ", "minutes of training"]
