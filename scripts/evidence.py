@@ -85,7 +85,7 @@ def draw_variants(found: dict[str, Any], file: Path) -> None:
             versus = row["against"][first["optimizer"]]
             low, high = versus["difference_interval"]
             label = "95 % interval" if y == 0 else None
-            axis.plot([low, high], [y, y], color="C0", label=label)
+            axis.plot([low, high], [y, y], "-", color="C0", label=label)
             axis.plot([versus["difference"]], [y], marker="o", color="C0")
         axis.axvline(0, color="grey", linewidth=1)
         axis.set_yticks(range(len(rest)), [row["optimizer"] for row in reversed(rest)], fontsize=8)

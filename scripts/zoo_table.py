@@ -11,13 +11,13 @@ gives true ones.
 import argparse
 import json
 import re
-import shutil
 import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from evidence import draw_variants
 
 from nanonormuon.config import load
 from nanonormuon.lab.results import as_markdown, ranged, with_spread
@@ -92,7 +92,9 @@ def main() -> None:
         rows.append([r["optimizer"], f"{r['lr']:g}", loss, str(r["n"]), *cells, *figures])
     TARGET.mkdir(parents=True, exist_ok=True)
     (TARGET / f"{options.text}.json").write_text(json.dumps(results, indent=1) + "\n")
-    shutil.copy(options.folder / "race.png", TARGET / f"{options.text}.png")
+    others = [r for r in ranked if r["optimizer"] != "normuon"]
+    first = [r for r in ranked if r["optimizer"] == "normuon"]
+    draw_variants({"optimizers": first + others}, TARGET / f"{options.text}.png")
     page = TARGET / "README.md"
     before, heading, text = page.read_text().partition(HEADINGS[options.text])
     text = re.sub(r"\| optimizer .*?\n(?!\|)", lambda _: as_markdown(rows) + "\n", text, count=1,
