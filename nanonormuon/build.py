@@ -127,16 +127,21 @@ class Maker:
         )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------
-# Starting point
+# ----------------------------------------------------------------------------------- Starting point
 
 
 def load_checkpoint(
     path: Path, state: dict[str, Any], config: Config, data: Data, tokenizer: Tokenizer | None,
     engine: Engine,
 ) -> None:  # fmt: skip
-    """Fill the engine from a verified checkpoint, if it is this run's. Raises ConfigError."""
-    refuse_other_run(config, state, data, tokenizer)
+    """Fill the engine from a verified checkpoint. Raises ConfigError with every difference if it is
+    another run's."""
+    lines = differences(from_dict(state["config"]), config)
+    if state["data"] != data.fingerprint:
+        lines.append(f"data: fingerprint {state['data'][:12]} -> {data.fingerprint[:12]}")
+    if tokenizer is not None and state["tokenizer"] not in (None, tokenizer.hash):
+        lines.append(f"tokenizer: hash {state['tokenizer'][:12]} -> {tokenizer.hash[:12]}")
+    refuse(lines)
     steps, before = config.train.steps, state["config"]["train"]["steps"]
     if state["step"] > (last := config.train.last_step):
         name = "steps" if last == steps else "stop_at"
@@ -169,18 +174,6 @@ def refuse_other_settings(file: Path, config: Config) -> None:
         refuse(differences(load([str(file)])[0], config), f" than {file} says")
 
 
-def refuse_other_run(
-    config: Config, state: dict[str, Any], data: Data, tokenizer: Tokenizer | None
-) -> None:
-    """Raise ConfigError with every difference from the run whose state.json this is."""
-    lines = differences(from_dict(state["config"]), config)
-    if state["data"] != data.fingerprint:
-        lines.append(f"data: fingerprint {state['data'][:12]} -> {data.fingerprint[:12]}")
-    if tokenizer is not None and state["tokenizer"] not in (None, tokenizer.hash):
-        lines.append(f"tokenizer: hash {state['tokenizer'][:12]} -> {tokenizer.hash[:12]}")
-    refuse(lines)
-
-
 def refuse(lines: Sequence[str], than: str = "") -> None:
     if lines:
         raise ConfigError(
@@ -189,8 +182,7 @@ def refuse(lines: Sequence[str], than: str = "") -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------
-# Compilation, introduction
+# ------------------------------------------------------------------------ Compilation, introduction
 
 
 def work(config: Config, model: GPT) -> float:

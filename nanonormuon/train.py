@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from nanonormuon import build, checkpoint, evaluate, optim
 from nanonormuon.config import Config, flat, to_toml
 from nanonormuon.data import Batches, Loader
-from nanonormuon.errors import ConfigError, Interrupted, NonFinite, OutOfMemory
+from nanonormuon.errors import ConfigError, Interrupted, OutOfMemory
 from nanonormuon.optim import Schedule, group_rows
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.faults import Stopping, Watch
@@ -67,7 +66,10 @@ def train(
             try:
                 summary = trainer.loop()
             except BadStep as bad:
-                raise trainer.report(bad) from None
+                from nanonormuon.runtime import crash  # hardly a run comes here
+
+                state = checkpoint.named_state(trainer.engine.model, trainer.engine.optimizers)
+                raise crash.report(bad, trainer, *state) from None
             except OutOfMemory as error:
                 if error.everywhere and trainer.step:
                     trainer.save()
@@ -183,8 +185,7 @@ class Trainer:
             self.run.sink = trackers.start(settings.track, self.run.path, asdict(self.config))
         return found
 
-    # ---------------------------------------------------------------------------------------------
-    # A step
+    # --------------------------------------------------------------------------------------- A step
 
     def take_step(self) -> tuple[Tensor, Verdict]:
         """One optimizer step. Returns this rank's mean loss, a 0-d tensor, and what all ranks found
@@ -221,8 +222,7 @@ class Trainer:
         row = sampling or saving or evaluating or at(settings.log_every)
         return Due(row, saving, evaluating, sampling)
 
-    # ---------------------------------------------------------------------------------------------
-    # The loop
+    # ------------------------------------------------------------------------------------- The loop
 
     def loop(self) -> dict[str, Any]:
         """Take every step and do what follows it; returns the content of summary.json."""
@@ -359,8 +359,7 @@ class Trainer:
                 lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())
                 log.log(level, "sample %s:\n%s", when, lines)
 
-    # ---------------------------------------------------------------------------------------------
-    # How far the run is
+    # --------------------------------------------------------------------------- How far the run is
 
     @property
     def tokens(self) -> int:
@@ -382,10 +381,9 @@ class Trainer:
         return {checkpoints.step_of(p) for p in checkpoints.all_steps(self.run.checkpoints)}
 
     def save(self, retain: bool = True, wait: bool = True) -> None:
-        """Publish a checkpoint of this step, unless there is one, and delete those that need not be
-        kept; every rank takes part. Raises NonFinite or Diverged rather than save bad state.
-
-        wait: return only once it is on disk, even if it is written in the background.
+        """Publish a checkpoint of this step, unless there is one, and, if `retain`, delete those
+        that need not be kept; every rank takes part. Raises NonFinite or Diverged rather than save
+        bad state. wait: return only once it is on disk, even if it is written in the background.
         """
         with self.watch.section("save"):
             self.saver.settle()
@@ -394,20 +392,14 @@ class Trainer:
                 self.run.settle()
                 weights, buffers = checkpoint.named_state(self.engine.model, self.engine.optimizers)
                 health.check_state(weights | buffers, self.step, self.world)
-                retention = self.retention(retain)
-                self.saver.save(self.step, weights, buffers, self.description, retention)
+                keep, folder = self.config.train, self.run.checkpoints
+                best = self.validations.best({*self.kept, self.step}) if keep.keep_best else None
+                last = keep.keep_last if retain else 0
+                clear = partial(checkpoints.retain, folder, last, self.step, keep.keep_every, best)
+                self.saver.save(self.step, weights, buffers, self.description, clear)
                 self.saved = self.step
             if wait:
                 self.saver.settle()
-
-    def retention(self, delete: bool) -> Callable[[], None]:
-        """Return a function that deletes what need not be kept beside this step's checkpoint."""
-        keep = self.config.train
-        best = self.validations.best({*self.kept, self.step}) if keep.keep_best else None
-        last = keep.keep_last if delete else 0
-        return partial(
-            checkpoints.retain, self.run.checkpoints, last, self.step, keep.keep_every, best
-        )
 
     def description(self) -> dict[str, bytes]:
         """A checkpoint's files beside its tensors, by name."""
@@ -449,22 +441,3 @@ class Trainer:
         self.run.tidy(self.step)
         self.run.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
-
-    def report(self, bad: BadStep) -> NonFinite:
-        """Write crash-NNNNNN.json on a refused step; returns the error for all ranks to raise.
-
-        If the state before the step is sound it is saved, so that a resumed run repeats the step.
-        """
-        from nanonormuon.runtime import crash  # hardly a run comes here
-
-        engine, verdict = self.engine, bad.verdict
-        weights, buffers = checkpoint.named_state(engine.model, engine.optimizers)
-        found = crash.examine(verdict, bad.loss, weights, buffers, engine.optimizers, self.world)
-        windows = self.batches.windows(self.step).tolist()  # (shard, offset) per sequence
-        seed, config = self.config.train.seed, asdict(self.config)
-        report = {"step": self.step, **found, "seed": seed, "windows": windows, "config": config}
-        self.run.write(f"crash-{self.step:06d}.json", json.dumps(report) + "\n")
-        if verdict.amiss != "state" and self.step:
-            self.save(retain=False)
-        message = crash.explain(report, weights, self.per_rank, self.saved, self.again)
-        return NonFinite(message, follows=self.world.rank != verdict.rank)

@@ -31,6 +31,7 @@ UPWARD = {  # imported in a function
     ("model", "parts.bigram"),  # only with model.bigram_embed
     ("model", "parts.experts"),  # only with model.mlp = experts
     ("model", "parts.latent"),  # only with model.attention = latent
+    ("optim", "lab.external"),  # only with optim.name = zoo:NAME, FILE.py:Class or module:Class
 }
 
 

@@ -22,8 +22,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanonormuon import config, optim
+from nanonormuon import config
 from nanonormuon.errors import ConfigError, MissingPackage
+from nanonormuon.lab.external import default_lr
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
 from nanonormuon.lab.results import Entry, draw, judge, markdown
 from nanonormuon.pretrained.judge import evaluate
@@ -88,7 +89,7 @@ def entry_of(
         refuse(f"--sweep or --wd, and {where}", combination, SHARED | taken)
         usual = resolve([*arguments, *settings, *combination]).optim.lr
     if "optim.lr" not in keys and name not in ("normuon", "muon"):
-        own = optim.default_lr(name) or ADAMW_LR
+        own = default_lr(name) or ADAMW_LR
         usual = usual if own == config.OptimConfig.lr else own  # the recipe's, for the kin of Muon
     return Entry(label, settings, rates(label, grid, usual, "optim.lr" in keys), others)
 

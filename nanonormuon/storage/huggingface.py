@@ -84,8 +84,7 @@ FIXED = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Which architecture of transformers matches model.py
+# ---------------------------------------------- Which architecture of transformers matches model.py
 
 # Sizes of a small model, and some logits that transformers computes for it in each architecture.
 # Settings that are not listed keep the run's values.
@@ -175,8 +174,7 @@ def without_field(config: GPTConfig) -> list[str]:
     return odd if config.n_expert_shared else [*odd, "n_expert_shared"]
 
 
-# ------------------------------------------------------------------------------------------------
-# The model's source, beside its weights
+# ----------------------------------------------------------- The model's source, beside its weights
 
 MODELING = "modeling_nanonormuon.py"
 
