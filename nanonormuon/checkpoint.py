@@ -4,7 +4,6 @@ Tensors are saved unsharded, so a run can resume on any number of ranks and in a
 storage/checkpoints.py writes the directory atomically.
 """
 
-import json
 import logging
 import math
 import signal
@@ -25,7 +24,9 @@ from nanonormuon.runtime import distributed
 from nanonormuon.runtime.faults import Stopping
 from nanonormuon.runtime.health import Spikes
 from nanonormuon.storage import checkpoints, tensors
+from nanonormuon.storage.files import as_json
 from nanonormuon.storage.huggingface import MODELING, config_json, modeling, to_hf
+from nanonormuon.storage.shards import check_shape
 from nanonormuon.storage.tensors import TensorFile, placed_like
 from nanonormuon.text.tokenizer import Tokenizer
 
@@ -192,7 +193,7 @@ def load_optimizers(optimizers: Sequence[Optimizer], path: Path) -> None:
 # ---------------------------------------------------------------------------- The run's description
 
 STATE = {"step": int, "seconds": float, "total_seconds": float, "ranks": int, "micro_batch": int,
-         "config": dict, "data": str}  # fmt: skip
+         "config": {}, "data": str}  # fmt: skip
 
 
 def describe(
@@ -209,10 +210,6 @@ def describe(
         **({MODELING: modeling()} if "auto_map" in hf else {}),
         **(tokenizer.files() if tokenizer else {}),
     }
-
-
-def as_json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]] | None:
@@ -232,13 +229,8 @@ def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]
 
 def check_state(file: Path, state: dict[str, Any]) -> None:
     """Raise CheckpointError for a state.json that no run can have written."""
-    for key, kind in STATE.items():
-        value, number = state.get(key), kind in (int, float)
-        fits = type(value) in (kind, int if number else kind)
-        if not fits or (number and not 0 <= value < 1e15):
-            expected = kind.__name__ + " from 0 to 1e15" * number
-            raise CheckpointError(f"{file}: {key} = {value!s:.80}, expected {expected}")
     try:
+        check_shape(state, STATE, "state")
         Spikes(0.0, **state.get("spikes", {})).skip(1.0)
         from_dict(state["config"])
         train, T = state["config"]["train"], state["config"]["data"]["seq_len"]

@@ -201,10 +201,8 @@ def is_setting(argument: str) -> bool:
 
 
 def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
-    """Build the configuration from recipes, TOML files and key=value arguments.
-
-    Also returns the origin of each key that is set. Raises ConfigError.
-    """
+    """Build the configuration from recipes, TOML files and key=value arguments. Also returns the
+    origin of each key that is set. Raises ConfigError."""
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for source in [a for a in arguments if not is_setting(a)]:
@@ -224,11 +222,7 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
             near = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
             hint = f'did you mean "{near[0]}"?' if near else nearest(name, KINDS)
             raise ConfigError(f'{origin[name]}: unknown key "{name}": {hint}')
-        where = f"{origin[name]}: {name}"
-        changed[section][key] = found = coerce(value, KINDS[name], where)
-        possible, expected = LIMITS.get(name, AT_LEAST_0)
-        if not possible(found):
-            raise ConfigError(f"{where} = {found!s:.60}: expected {expected}")
+        changed[section][key] = convert(name, value, f"{origin[name]}: ")
     named, where = changed["optim"].get("name", ""), origin.get("optim.name")
     # "zoo:a.py:C" names a class of a file
     if where != "command line" and ":" in named and named.rpartition(":")[0] not in TRUSTED:
@@ -252,6 +246,16 @@ def read_toml(source: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also 5,000 digits
         hint = "" if source.endswith(".toml") else "; name a data directory with data.path=DIR"
         raise ConfigError(f"{source}: not a readable TOML file: {error}{hint}") from None
+
+
+def convert(name: str, value: Any, where: str = "") -> Any:
+    """Convert the value of the setting `name` to its type. Raises ConfigError, whose message begins
+    with `where`, for another type or an impossible value."""
+    found = coerce(value, KINDS[name], where + name)
+    possible, expected = LIMITS.get(name, AT_LEAST_0)
+    if not possible(found):
+        raise ConfigError(f"{where}{name} = {found!s:.60}: expected {expected}")
+    return found
 
 
 def coerce(value: Any, kind: Any, where: str) -> Any:

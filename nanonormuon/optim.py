@@ -201,10 +201,8 @@ def by_parameter(cls: type[Optimizer]) -> bool:
 
 
 def group_rows(optimizers: Sequence[Optimizer], fold: bool = False) -> list[tuple[str, ...]]:
-    """Tabulate the parameters, with a header row: shape, role, optimizer, lr, weight decay.
-
-    fold: merge the rows of all layers, with their number in the column "n".
-    """
+    """Tabulate the parameters, with a header row: shape, role, optimizer, lr, weight decay. fold:
+    merge the rows of all layers, with their number in the column "n"."""
     counts: Counter[tuple[str, ...]] = Counter()
     for optimizer in optimizers:
         for g in optimizer.param_groups:

@@ -24,7 +24,7 @@ from nanonormuon.errors import ConfigError, Interrupted, OutOfMemory
 from nanonormuon.optim import Schedule, group_rows
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.faults import Stopping, Watch
-from nanonormuon.runtime.health import BadStep, Guard, Spikes, Verdict, WeightStats
+from nanonormuon.runtime.health import BadStep, Spikes, Verdict, WeightStats, judge
 from nanonormuon.runtime.memory import MicroBatch
 from nanonormuon.storage import checkpoints, huggingface
 from nanonormuon.storage.files import progress
@@ -112,16 +112,15 @@ class Trainer:
         self.found = checkpoint.newest(run.checkpoints, world) if resume else None
         if resume and not self.found:
             build.refuse_other_settings(run.path / "config.toml", config)
-        maker = build.Maker(config, self.data, self.tokenizer, world)
-        size = maker.micro_batch(self.per_rank, self.found and self.found[1])
-        self.engine = maker.engine()
+        state = self.found and self.found[1]
+        self.engine, size = build.make_engine(config, self.tokenizer, world, self.per_rank, state)
         self.again = run.again(config.optim.name)
         self.memory = MicroBatch(
             size, self.per_rank, self.engine.model, world, watch, self.again, self.engine.dealt
         )
         self.loader = Loader(self.batches, self.per_rank, world, self.engine.dealt)
         self.schedule = Schedule(config.train.steps, config.optim)
-        self.guard = Guard(Spikes(config.train.skip_spikes), watch.stopping)
+        self.spikes = Spikes(config.train.skip_spikes)
         self.weight_stats = WeightStats(self.engine.optimizers, world.device)
         wish, gpu = config.train.save_async, world.device.type == "cuda"
         background = wish == "on" or (wish == "auto" and gpu)
@@ -169,7 +168,7 @@ class Trainer:
         """Restore the run's progress from a checkpoint's state.json."""
         self.step = self.saved = self.watch.step = state["step"]
         self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
-        self.guard.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
+        self.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
 
     def open_logs(self, described: dict[str, Any]) -> tuple[list[dict], list[tuple[int, str]]]:
         """On rank 0, check the room on the disk and open the logs, as RunDirectory.open does."""
@@ -192,7 +191,7 @@ class Trainer:
         before the update. Raises BadStep on every rank before an update that would spread NaN."""
         self.schedule.set(self.engine.optimizers, self.step)
         loss = self.memory.retry(self.accumulate)
-        verdict = self.guard.check(loss, self.engine)
+        verdict = judge(loss, self.engine, self.spikes, self.watch.stopping.number)
         if not verdict.skip:
             self.engine.clip(verdict.grad_norm)
             with self.weight_stats.around(self.due(self.step + 1, verdict.stop).row):
@@ -297,7 +296,6 @@ class Trainer:
         since, seconds = self.logged
         rate = (self.step - since) * self.config.train.batch_tokens / (self.seconds - seconds)
         self.logged = (self.step, self.seconds)
-        spikes = self.guard.spikes
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -308,7 +306,7 @@ class Trainer:
             **self.weight_stats.row(),
             **(self.engine.expert_load.row() if self.engine.expert_load else {}),
             "tokens_per_second": round(rate, 1),
-            **({"skipped": spikes.skipped} if spikes.factor else {}),
+            **({"skipped": self.spikes.skipped} if self.spikes.factor else {}),
             **(self.engine.qk_clip.row() if self.engine.qk_clip else {}),
         }
 
@@ -317,9 +315,8 @@ class Trainer:
         step's row. Raises Interrupted if a rank receives a signal meanwhile."""
         data, T = self.config.data, self.config.data.seq_len
         # in training all layers' activations are kept, here one layer's
-        at_once = max(
-            self.memory.size, min(8192 // T, self.memory.size * self.config.model.n_layer)
-        )
+        size = self.memory.size
+        at_once = max(size, min(8192 // T, size * self.config.model.n_layer))
 
         def forward(*batch: Tensor, **more: Any) -> Tensor:
             if number := self.agree():
@@ -403,7 +400,7 @@ class Trainer:
 
     def description(self) -> dict[str, bytes]:
         """A checkpoint's files beside its tensors, by name."""
-        spikes = asdict(self.guard.spikes)
+        spikes = asdict(self.spikes)
         spikes.pop("factor")
         state = {
             "step": self.step,

@@ -24,6 +24,8 @@ LIMITS = (
     "indentation, closing brackets), not what a program does; that takes larger models and data"
 )
 HELP = "Recipes, TOML files and settings; later ones override earlier ones."
+SOURCE = "Run or Hugging Face model to start from."
+COST = "Print settings and cost, then stop."
 Settings = Annotated[list[str] | None, Argument(help=HELP, **options.SETTINGS)]
 OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings of NorMuon alone
 OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
@@ -35,12 +37,8 @@ def run(
     settings: Settings = None,
     out: Annotated[Path | None, Option(help="Run directory; else runs/RECIPE-DATE-TIME.")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
-    init_from: Annotated[
-        Path | None, Option(help="Run or Hugging Face model to start from.")
-    ] = None,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Print settings and cost, then stop.")
-    ] = False,
+    init_from: Annotated[Path | None, Option(help=SOURCE)] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help=COST)] = False,
 ) -> None:
     """Train a model.
 
@@ -114,10 +112,8 @@ def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
 
 
 def without_effect(config: Any, origin: dict[str, str]) -> list[str]:
-    """List the settings from the command line that a run of a config.Config ignores, and why.
-
-    Those from a recipe are not listed: they may be for an optimizer that has been replaced.
-    """
+    """List the settings from the command line that a run of a config.Config ignores, and why. Those
+    from a recipe are not listed: they may be for an optimizer that has been replaced."""
     name = config.optim.name
     others = {"normuon": (), "muon": OF_NORMUON}.get(name, OF_NORMUON + OF_MUON)
     if name.startswith("zoo:") or optimizer_file(name):  # unknown for a class of a file
