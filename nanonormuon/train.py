@@ -140,8 +140,7 @@ class Trainer:
             self.take_up(self.found[1])
         elif config.train.init_from:
             build.begin_with(config, engine, self.tokenizer)
-        described = environment(self.world.device, self.world.size, config.optim.name)
-        rows, sampled = distributed.first_does(lambda: self.open_logs(described), self.world.device)
+        rows, sampled = distributed.first_does(self.open_logs, self.world.device)
         self.validations.take_up(rows)
         self.sampled = set(map(tuple, sampled))  # (step, prompt)
         self.row = {"step": self.step, "tokens": self.tokens}  # the latest of metrics.jsonl
@@ -170,13 +169,14 @@ class Trainer:
         self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
         self.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
 
-    def open_logs(self, described: dict[str, Any]) -> tuple[list[dict], list[tuple[int, str]]]:
+    def open_logs(self) -> tuple[list[dict], list[tuple[int, str]]]:
         """On rank 0, check the room on the disk and open the logs, as RunDirectory.open does."""
         settings = self.config.train
         size = checkpoint.size_of(self.engine.model, self.engine.optimizers)
         every, last = settings.save_every or self.last_step, self.last_step
         saves = -(-last // every) - self.step // every if self.step < last else 0
         checkpoints.check_space(self.run.checkpoints, size, settings.keep_last, saves)
+        described = environment(self.world.device, self.world.size, self.config.optim.name)
         found = self.run.open(to_toml(self.config), described, self.step)
         if settings.track:
             from nanonormuon.runtime import trackers  # few runs have one

@@ -40,9 +40,8 @@ DEFECTS = {
         "storage.checkpoints", "all_steps", "step_of(p) or 0", "p.name",
         "tests/storage/test_checkpoint.py::test_retention_counts_steps"),
     "digests not compared": (
-        "storage.checkpoints", "verify", 'digest.hexdigest()) != entry["sha256"]',
-        "digest.hexdigest()) is None", "tests/storage/test_checkpoint.py"
-        "::test_every_corruption_of_every_file_is_named[model.safetensors-flip]"),
+        "storage.checkpoints", "verify", 'digest.hexdigest()) != entry["sha256"]', "None) is entry",
+        "tests/storage/test_checkpoint.py::test_every_corruption_of_every_file_is_named[model.safetensors-flip]"),
     "no verdict on the weights": (
         "runtime.health", "judge", '"gradient"), flags)', '"gradient"), (0, *flags[1:]))',
         "tests/runtime/test_faults.py::test_a_nan_on_one_rank_stops_all_before_the_update[weight-ddp]"),
