@@ -397,10 +397,11 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
     elif isinstance(shape, list) and isinstance(value, list):
         for i, part in enumerate(value):
             check_shape(part, shape[0], f"{where}[{i}]")
-    elif type(value) not in {float: (float, int)}.get(shape, (shape,)) or (
+    elif type(value) not in ((float, int) if shape is float else (shape,)) or (
         shape in (int, float) and not 0 <= value < 2**62
     ):
         kind = shape.__name__ if isinstance(shape, type) else type(shape).__name__
+        kind += " from 0 to 2**62" if shape in (int, float) else ""
         raise ValueError(f"{where}: expected {kind}, found {str(value)[:80]!r}")
 
 
