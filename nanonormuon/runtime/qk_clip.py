@@ -71,20 +71,26 @@ class QkClip:
 def noting(
     peaks: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 ) -> Tensor:
-    """Call model.attend and, in training, raise `peaks` (H,) to each head's largest logit of causal
-    queries (B, H, T, D) and keys (B, G, T, D), or of those where mask (B, 1, T, T) is true."""
-    (B, H, T, D), G = q.shape, k.size(1)
-    for start in range(0, T, ROWS) if torch.is_grad_enabled() else ():
-        with torch.no_grad():
-            rows = slice(start, min(T, start + ROWS))
-            part = q[:, :, rows].reshape(B, G, -1, D)  # heads that share a key: rows of one matmul
-            logits = (part @ k[:, :, : rows.stop].mT).view(B, H, -1, rows.stop)
-            seen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril(start)
-            if mask is not None:
-                seen = mask[:, :, rows, : rows.stop]
-            highest = logits.masked_fill(~seen, -torch.inf).amax((0, 2, 3))
-            torch.maximum(peaks, highest.float() * scale, out=peaks)
+    """Call model.attend and, in training, raise `peaks` (H,) to each head's largest logit."""
+    if torch.is_grad_enabled():
+        note(peaks, q.detach(), k.detach(), scale, mask)
     return attend(q, k, v, scale, mask)
+
+
+@torch.no_grad()
+def note(peaks: Tensor, q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> None:
+    """Raise `peaks` (H,) to the largest logit of queries (B, H, T, D) and keys (B, G, T, D), causal
+    or where mask (B, 1, T, T) is true."""
+    (B, H, T, D), G = q.shape, k.size(1)
+    for start in range(0, T, ROWS):
+        rows = slice(start, min(T, start + ROWS))
+        part = q[:, :, rows].reshape(B, G, -1, D)  # heads that share a key are rows of one matmul
+        logits = (part @ k[:, :, : rows.stop].mT).view(B, H, -1, rows.stop)
+        seen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril(start)
+        if mask is not None:
+            seen = mask[:, :, rows, : rows.stop]
+        highest = logits.masked_fill(~seen, -torch.inf).amax((0, 2, 3))
+        torch.maximum(peaks, highest.float() * scale, out=peaks)
 
 
 def scale_rows(p: Tensor, rows: Tensor) -> None:
