@@ -60,10 +60,8 @@ def complete(config: Config, data: Data) -> Config:
 
 
 def split_batch(config: Config, ranks: int) -> int:
-    """Sequences per rank and step.
-
-    Raises ConfigError, with the nearest sizes that work, if batch_tokens does not divide.
-    """
+    """Sequences per rank and step. Raises ConfigError, with the nearest sizes that work, if
+    batch_tokens does not divide."""
     T, tokens, micro = config.data.seq_len, config.train.batch_tokens, config.train.micro_batch
     unit = T * ranks * (1 if micro == "auto" else micro)
     if tokens % unit:
@@ -75,68 +73,67 @@ def split_batch(config: Config, ranks: int) -> int:
     return tokens // T // ranks
 
 
-class Maker:
-    """Makes a run's model and optimizers, and lays them out over the ranks."""
+def make_engine(
+    config: Config, tokenizer: Tokenizer | None, world: World, per_rank: int, state: dict | None
+) -> tuple[Engine, int]:
+    """Make the initialised model and its optimizers, and lay them out over the ranks.
 
-    def __init__(self, config: Config, data: Data, tokenizer: Tokenizer | None, world: World):
-        self.config, self.world = config, world
-        self.dtype = distributed.compute_dtype(config.train.dtype, world.device)
-        self.separator = corpus.separator(config, data, tokenizer)
-        if huggingface.carried(config.model):
-            huggingface.modeling()  # keep the source of this moment, not that of the first save
+    Also returns the micro-batch, in sequences per device: equal on every rank, and a divisor of
+    per_rank. state: of the checkpoint to resume from.
+    """
+    train, dtype = config.train, distributed.compute_dtype(config.train.dtype, world.device)
+    separator = corpus.separator(config, tokenizer)
+    if huggingface.carried(config.model):
+        huggingface.modeling()  # keep the source of this moment, not that of the first save
 
-    def model(self) -> GPT:
-        model = GPT(self.config.model, self.dtype)
-        model.separator = self.separator
-        if self.config.train.activation_checkpointing:
+    def make_model() -> GPT:
+        model = GPT(config.model, dtype)
+        model.separator = separator
+        if train.activation_checkpointing:
             checkpoint_activations(model)
         return model
 
-    def optimizers(self, model: nn.Module) -> list[Optimizer]:
-        return optim.make_optimizers(model, self.config.optim, self.dtype)
+    def make_optimizers(model: nn.Module) -> list[Optimizer]:
+        return optim.make_optimizers(model, config.optim, dtype)
 
-    def engine(self) -> Engine:
-        """The initialised model, its optimizers and their layout."""
-        train, kind = self.config.train, Bitwise if self.config.train.canonical else Engine
-        model = self.model().init_weights(train.seed).to(self.world.device)
-        return kind(
-            model, self.optimizers, self.world,
-            parallel=train.parallel, dtype=self.dtype, reshard=train.reshard,
-            grad_clip=self.config.optim.grad_clip, qk_clip=self.config.optim.qk_clip,
-        )  # fmt: skip
+    def on_trial() -> tuple[GPT, list[Optimizer]]:
+        with world.device:
+            model = make_model()
+        return model, make_optimizers(model)
 
-    def micro_batch(self, per_rank: int, state: dict[str, Any] | None) -> int:
-        """Sequences per device at a time: equal on every rank, and a divisor of per_rank.
-
-        state: of the checkpoint to resume from. Called before `engine`: a GPU's probe needs memory.
-        """
-        train, world = self.config.train, self.world
-        if train.micro_batch != "auto":
-            return train.micro_batch
-        if state and state["ranks"] == world.size:
-            return state["micro_batch"]  # for equal roundings, also on a device with less room
-
-        def make() -> tuple[GPT, list[Optimizer]]:
-            with world.device:
-                model = self.model()
-            return model, self.optimizers(model)
-
-        return memory.choose(
-            make, self.config.data.seq_len, per_rank, world, distributed.shards(train.parallel),
+    if train.micro_batch != "auto":
+        size = train.micro_batch
+    elif state and state["ranks"] == world.size:
+        size = state["micro_batch"]  # for equal roundings, also on a device with less room
+    else:  # before there is an engine: a GPU's probe needs memory
+        size = memory.choose(
+            on_trial, config.data.seq_len, per_rank, world, distributed.shards(train.parallel),
             train.activation_checkpointing, train.reshard,
         )  # fmt: skip
+    kind = Bitwise if train.canonical else Engine
+    engine = kind(
+        make_model().init_weights(train.seed).to(world.device), make_optimizers, world,
+        parallel=train.parallel, dtype=dtype, reshard=train.reshard,
+        grad_clip=config.optim.grad_clip, qk_clip=config.optim.qk_clip,
+    )  # fmt: skip
+    return engine, size
 
 
-# ------------------------------------------------------------------------------------------------
-# Starting point
+# ----------------------------------------------------------------------------------- Starting point
 
 
 def load_checkpoint(
     path: Path, state: dict[str, Any], config: Config, data: Data, tokenizer: Tokenizer | None,
     engine: Engine,
 ) -> None:  # fmt: skip
-    """Fill the engine from a verified checkpoint, if it is this run's. Raises ConfigError."""
-    refuse_other_run(config, state, data, tokenizer)
+    """Fill the engine from a verified checkpoint. Raises ConfigError with every difference if it is
+    another run's."""
+    lines = differences(from_dict(state["config"]), config)
+    if state["data"] != data.fingerprint:
+        lines.append(f"data: fingerprint {state['data'][:12]} -> {data.fingerprint[:12]}")
+    if tokenizer is not None and state["tokenizer"] not in (None, tokenizer.hash):
+        lines.append(f"tokenizer: hash {state['tokenizer'][:12]} -> {tokenizer.hash[:12]}")
+    refuse(lines)
     steps, before = config.train.steps, state["config"]["train"]["steps"]
     if state["step"] > (last := config.train.last_step):
         name = "steps" if last == steps else "stop_at"
@@ -169,18 +166,6 @@ def refuse_other_settings(file: Path, config: Config) -> None:
         refuse(differences(load([str(file)])[0], config), f" than {file} says")
 
 
-def refuse_other_run(
-    config: Config, state: dict[str, Any], data: Data, tokenizer: Tokenizer | None
-) -> None:
-    """Raise ConfigError with every difference from the run whose state.json this is."""
-    lines = differences(from_dict(state["config"]), config)
-    if state["data"] != data.fingerprint:
-        lines.append(f"data: fingerprint {state['data'][:12]} -> {data.fingerprint[:12]}")
-    if tokenizer is not None and state["tokenizer"] not in (None, tokenizer.hash):
-        lines.append(f"tokenizer: hash {state['tokenizer'][:12]} -> {tokenizer.hash[:12]}")
-    refuse(lines)
-
-
 def refuse(lines: Sequence[str], than: str = "") -> None:
     if lines:
         raise ConfigError(
@@ -189,8 +174,7 @@ def refuse(lines: Sequence[str], than: str = "") -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------
-# Compilation, introduction
+# ------------------------------------------------------------------------ Compilation, introduction
 
 
 def work(config: Config, model: GPT) -> float:

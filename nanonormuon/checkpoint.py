@@ -4,7 +4,6 @@ Tensors are saved unsharded, so a run can resume on any number of ranks and in a
 storage/checkpoints.py writes the directory atomically.
 """
 
-import json
 import logging
 import math
 import signal
@@ -24,16 +23,11 @@ from nanonormuon.optim import by_parameter
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.faults import Stopping
 from nanonormuon.runtime.health import Spikes
-from nanonormuon.storage import checkpoints
+from nanonormuon.storage import checkpoints, tensors
+from nanonormuon.storage.files import as_json
 from nanonormuon.storage.huggingface import MODELING, config_json, modeling, to_hf
-from nanonormuon.storage.tensors import (
-    TensorFile,
-    copied,
-    flatten_tree,
-    placed_like,
-    stream,
-    unflatten_tree,
-)
+from nanonormuon.storage.shards import check_shape
+from nanonormuon.storage.tensors import TensorFile, placed_like
 from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -55,7 +49,7 @@ def named_state(
     buffers: dict[str, Tensor] = {}
     for optimizer in optimizers:
         if not by_parameter(type(optimizer)):
-            buffers |= flatten_tree(optimizer.state_dict(), OTHER)
+            buffers |= tensors.flatten_tree(optimizer.state_dict(), OTHER)
             continue
         for name, p in named_parameters(optimizer):
             buffers |= {f"{name}.{key}": t for key, t in sorted(optimizer.state[p].items())}
@@ -90,8 +84,7 @@ def size_of(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
     return buffers + sum(p.numel() * p.element_size() for p in weights_of(model).values())
 
 
-# ------------------------------------------------------------------------------------------------
-# Saving and loading tensors
+# ----------------------------------------------------------------------- Saving and loading tensors
 
 
 class Saver:
@@ -116,10 +109,10 @@ class Saver:
         writing fails: here, or in the next `settle` if it happens in the background.
         """
         first, failure = self.world.first, None
-        tensors = {"model": named_for_hf(weights), "optimizer": buffers}
+        groups = {"model": named_for_hf(weights), "optimizer": buffers}
         if self.background:
-            tensors = {name: copied(group, keep=first) for name, group in tensors.items()}
-        streams = {f"{k}.safetensors": stream(group, keep=first) for k, group in tensors.items()}
+            groups = {name: tensors.copied(group, keep=first) for name, group in groups.items()}
+        streams = {f"{k}.safetensors": tensors.stream(g, keep=first) for k, g in groups.items()}
         if first:
             try:
                 files = streams | description()
@@ -182,7 +175,7 @@ def load_optimizers(optimizers: Sequence[Optimizer], path: Path) -> None:
     for optimizer in optimizers:
         if not by_parameter(type(optimizer)):
             try:
-                optimizer.load_state_dict(unflatten_tree(file.read, OTHER))
+                optimizer.load_state_dict(tensors.unflatten_tree(file.read, OTHER))
             except (KeyError, TypeError, ValueError, RecursionError) as error:
                 name = type(optimizer).__name__
                 raise CheckpointError(f"{file.path}: no state of {name}: {error}") from None
@@ -197,11 +190,10 @@ def load_optimizers(optimizers: Sequence[Optimizer], path: Path) -> None:
         optimizer.load_state_dict(content)
 
 
-# ------------------------------------------------------------------------------------------------
-# The run's description
+# ---------------------------------------------------------------------------- The run's description
 
 STATE = {"step": int, "seconds": float, "total_seconds": float, "ranks": int, "micro_batch": int,
-         "config": dict, "data": str}  # fmt: skip
+         "config": {}, "data": str}  # fmt: skip
 
 
 def describe(
@@ -218,10 +210,6 @@ def describe(
         **({MODELING: modeling()} if "auto_map" in hf else {}),
         **(tokenizer.files() if tokenizer else {}),
     }
-
-
-def as_json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]] | None:
@@ -241,13 +229,8 @@ def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]
 
 def check_state(file: Path, state: dict[str, Any]) -> None:
     """Raise CheckpointError for a state.json that no run can have written."""
-    for key, kind in STATE.items():
-        value, number = state.get(key), kind in (int, float)
-        fits = type(value) in (kind, int if number else kind)
-        if not fits or (number and not 0 <= value < 1e15):
-            expected = kind.__name__ + " from 0 to 1e15" * number
-            raise CheckpointError(f"{file}: {key} = {value!s:.80}, expected {expected}")
     try:
+        check_shape(state, STATE, "state")
         Spikes(0.0, **state.get("spikes", {})).skip(1.0)
         from_dict(state["config"])
         train, T = state["config"]["train"], state["config"]["data"]["seq_len"]

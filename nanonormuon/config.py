@@ -121,9 +121,6 @@ KINDS: dict[str, Any] = {  # "section.key" of every setting -> its type
 SHARES = 1_000_000  # data.mix is resolved to millionths
 OPTIMIZERS = ("normuon", "muon", "adamw")
 TRUSTED = ("torch.optim", "zoo")  # modules whose classes even a file may name
-OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings of NorMuon alone
-OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
-           "ns_coefficients", "ns_steps", "cautious")  # fmt: skip
 # What may change on resume. Data are compared by content.
 MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
     "steps", "stop_at", "micro_batch", "log_every", "eval_every", "patience", "save_every",
@@ -204,10 +201,8 @@ def is_setting(argument: str) -> bool:
 
 
 def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
-    """Build the configuration from recipes, TOML files and key=value arguments.
-
-    Also returns the origin of each key that is set. Raises ConfigError.
-    """
+    """Build the configuration from recipes, TOML files and key=value arguments. Also returns the
+    origin of each key that is set. Raises ConfigError."""
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for source in [a for a in arguments if not is_setting(a)]:
@@ -227,18 +222,12 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
             near = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
             hint = f'did you mean "{near[0]}"?' if near else nearest(name, KINDS)
             raise ConfigError(f'{origin[name]}: unknown key "{name}": {hint}')
-        where = f"{origin[name]}: {name}"
-        changed[section][key] = found = coerce(value, KINDS[name], where)
-        possible, expected = LIMITS.get(name, AT_LEAST_0)
-        if not possible(found):
-            raise ConfigError(f"{where} = {found!s:.60}: expected {expected}")
-        # "zoo:a.py:C" names a class of a file
-        elsewhere = (
-            name == "optim.name" and ":" in found and found.rpartition(":")[0] not in TRUSTED
-        )
-        if elsewhere and origin[name] != "command line":
-            changed[section][key] = FromFile(found)
-            changed[section][key].file = origin[name]
+        changed[section][key] = convert(name, value, f"{origin[name]}: ")
+    named, where = changed["optim"].get("name", ""), origin.get("optim.name")
+    # "zoo:a.py:C" names a class of a file
+    if where != "command line" and ":" in named and named.rpartition(":")[0] not in TRUSTED:
+        changed["optim"]["name"] = FromFile(named)
+        changed["optim"]["name"].file = where
     try:
         config = Config(**{section: kind(**changed[section]) for section, kind in SECTIONS.items()})
     except ValueError as error:  # GPTConfig checks itself
@@ -257,6 +246,16 @@ def read_toml(source: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also 5,000 digits
         hint = "" if source.endswith(".toml") else "; name a data directory with data.path=DIR"
         raise ConfigError(f"{source}: not a readable TOML file: {error}{hint}") from None
+
+
+def convert(name: str, value: Any, where: str = "") -> Any:
+    """Convert the value of the setting `name` to its type. Raises ConfigError, whose message begins
+    with `where`, for another type or an impossible value."""
+    found = coerce(value, KINDS[name], where + name)
+    possible, expected = LIMITS.get(name, AT_LEAST_0)
+    if not possible(found):
+        raise ConfigError(f"{where}{name} = {found!s:.60}: expected {expected}")
+    return found
 
 
 def coerce(value: Any, kind: Any, where: str) -> Any:
@@ -307,21 +306,6 @@ def mixture(mix: str) -> list[tuple[str, int]]:
     return found
 
 
-def without_effect(config: Config, origin: dict[str, str]) -> list[str]:
-    """List the settings from the command line that this run ignores, and why.
-
-    Those from a recipe are not listed: they may be for an optimizer that has been replaced.
-    """
-    name = config.optim.name
-    others = {"normuon": (), "muon": OF_NORMUON}.get(name, OF_NORMUON + OF_MUON)
-    if name.startswith("zoo:") or optimizer_file(name):  # unknown for a class of a file
-        others = () if optimizer_file(name) else (*OF_NORMUON, "cautious")
-    reasons = {f"optim.{key}": f"{name} does not have this setting" for key in others}
-    if not config.train.eval_every:
-        reasons["train.patience"] = "train.eval_every = 0 evaluates only the last step"
-    return [f"{k}: {reason}" for k, reason in reasons.items() if origin.get(k) == "command line"]
-
-
 def check(config: Config, origin: dict[str, str]) -> None:
     """Raise ConfigError for settings that are impossible on any device and data."""
 
@@ -329,9 +313,7 @@ def check(config: Config, origin: dict[str, str]) -> None:
         value = attrgetter(name)(config)
         raise ConfigError(f"{origin.get(name, 'default')}: {name} = {value}: expected {expected}")
 
-    from nanonormuon.normuon import (
-        coefficients,
-    )  # and torch, which a list of settings need not load
+    from nanonormuon.normuon import coefficients  # loads torch, which a list of settings need not
 
     o, t, T = config.optim, config.train, config.data.seq_len
     if t.canonical and t.micro_batch == "auto":

@@ -205,7 +205,7 @@ def _gather(split: Split, windows: np.ndarray, seq_len: int) -> tuple[torch.Tens
     tokens = np.zeros((len(windows), seq_len), np.int64)
     targets = np.full_like(tokens, -1)
     for shard in set(windows[:, 0].tolist()) - {-1}:
-        split.check(shard)
+        split.files[shard].check()
     for row, (shard, offset) in enumerate(windows.tolist()):
         if shard >= 0:
             window = split.shards[shard][offset : offset + seq_len + 1]

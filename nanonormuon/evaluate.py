@@ -37,7 +37,7 @@ def validation_loss(
         losses.append(forward(tokens, targets, reduction="sum"))
     split.settle()
     # float32 suffices for the sum of a batch; batches and ranks are summed in float64
-    nats = float(torch.stack(losses).cpu().double().sum()) if losses else 0.0
+    nats = float(torch.stack(losses).cpu().double().sum())
     sums = torch.tensor([nats, float(targets_seen)], dtype=torch.float64)
     if world.size > 1:
         sums = distributed.total(sums.to(world.device))

@@ -93,9 +93,7 @@ def document_mask(tokens: Tensor, separator: int) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """Attend from (B, H, T, D) to keys (B, G, S, D) and values (B, G, S, V); returns (B, H, T, V).
-
-    Causal, unless there is a mask (B, 1, T, S). T is 1, a query that sees all S keys, or S.
-    """
+    Causal, unless there is a mask (B, 1, T, S). T is 1, a query that sees all S keys, or S."""
     (B, H, T, D), G = q.shape, k.size(1)
     plain = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if not plain or T == 1 or T > 512 or mask is not None:

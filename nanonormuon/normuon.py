@@ -66,8 +66,7 @@ def coefficients(setting: str | Sequence, steps: int) -> tuple[tuple[float, ...]
     return (*triples, *[triples[-1]] * steps)[:steps]
 
 
-# ------------------------------------------------------------------------------------------------
-# The maths, on stacks of K matrices
+# --------------------------------------------------------------- The maths, on stacks of K matrices
 
 
 def newton_schulz(X: Tensor, triples: Sequence[Sequence[float]] = MUON) -> Tensor:
@@ -145,8 +144,7 @@ def neuron_factors(
     return inverse * (0.2 * math.sqrt(m * n) / U_norm)
 
 
-# ------------------------------------------------------------------------------------------------
-# The step
+# ----------------------------------------------------------------------------------------- The step
 
 
 @dataclass(eq=False)
@@ -325,8 +323,7 @@ def unstack(stacked: Tensor, like: list[Tensor]) -> Sequence[Tensor]:
     return stacked.unflatten(0, (len(like), *like[0].shape[:-2])).unbind()
 
 
-# ------------------------------------------------------------------------------------------------
-# The layouts: how to gather whole matrices, and how to sum over the ranks that share them
+# --------- The layouts: how to gather whole matrices, and how to sum over the ranks that share them
 
 
 class Layout:

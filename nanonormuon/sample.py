@@ -1,6 +1,7 @@
 """Text from a model, token by token, with a cache."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -88,33 +89,22 @@ class Text:
         self.stream = tokenizer.stream()
         self.held, self.tokens = "", 0
 
-    def add(self, token: int) -> str:
-        """What can be printed after one more token; nothing once the text has ended."""
+    def add(self, token: int | None) -> str:
+        """What can be printed after one more token, or, if it is None, when no token follows;
+        nothing once the text has ended."""
         if self.ended:
             return ""
-        self.tokens += 1
-        if token == self.tokenizer.eot:
-            return self.finish()
-        try:
-            return self._pass(self.stream.add(token))
-        except TokenizerError:
-            return self.finish()
-
-    def finish(self) -> str:
-        """The rest, when no token follows."""
-        if self.ended:
-            return ""
-        text = self._pass(self.stream.finish())
-        if not self.ended:
-            text, self.held, self.ended = text + self.held, "", True
-        return text
-
-    def _pass(self, text: str) -> str:
-        """What can be printed of the text so far, up to a stop string."""
-        text = self.held + text
-        if found := [text.index(stop) for stop in self.stops if stop in text]:
+        self.tokens += token is not None
+        new = None
+        if token not in (None, self.tokenizer.eot):
+            with suppress(TokenizerError):
+                new = self.stream.add(token)
+        last = new is None
+        text = self.held + (self.stream.finish() if last else new)
+        found = [text.index(stop) for stop in self.stops if stop in text]
+        if found or last:
             self.ended = True
-            return text[: min(found)]
+            return text[: min(found, default=len(text))]
         begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
         keep = len(text) - max(begun, default=0)
         self.held = text[keep:]
@@ -134,7 +124,7 @@ def write(
         yield [row.add(token) for row, token in zip(rows, choices.tolist())]
         if all(row.ended for row in rows):
             return
-    yield [row.finish() for row in rows]
+    yield [row.add(None) for row in rows]
 
 
 def stream(

@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,11 @@ from torch import Tensor
 from nanonormuon import build, checkpoint, evaluate, optim
 from nanonormuon.config import Config, flat, to_toml
 from nanonormuon.data import Batches, Loader
-from nanonormuon.errors import ConfigError, Interrupted, NonFinite, OutOfMemory
+from nanonormuon.errors import ConfigError, Interrupted, OutOfMemory
 from nanonormuon.optim import Schedule, group_rows
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.faults import Stopping, Watch
-from nanonormuon.runtime.health import BadStep, Guard, Spikes, Verdict, WeightStats
+from nanonormuon.runtime.health import BadStep, Spikes, Verdict, WeightStats, judge
 from nanonormuon.runtime.memory import MicroBatch
 from nanonormuon.storage import checkpoints, huggingface
 from nanonormuon.storage.files import progress
@@ -67,7 +66,10 @@ def train(
             try:
                 summary = trainer.loop()
             except BadStep as bad:
-                raise trainer.report(bad) from None
+                from nanonormuon.runtime import crash  # hardly a run comes here
+
+                state = checkpoint.named_state(trainer.engine.model, trainer.engine.optimizers)
+                raise crash.report(bad, trainer, *state) from None
             except OutOfMemory as error:
                 if error.everywhere and trainer.step:
                     trainer.save()
@@ -110,16 +112,15 @@ class Trainer:
         self.found = checkpoint.newest(run.checkpoints, world) if resume else None
         if resume and not self.found:
             build.refuse_other_settings(run.path / "config.toml", config)
-        maker = build.Maker(config, self.data, self.tokenizer, world)
-        size = maker.micro_batch(self.per_rank, self.found and self.found[1])
-        self.engine = maker.engine()
+        state = self.found and self.found[1]
+        self.engine, size = build.make_engine(config, self.tokenizer, world, self.per_rank, state)
         self.again = run.again(config.optim.name)
         self.memory = MicroBatch(
             size, self.per_rank, self.engine.model, world, watch, self.again, self.engine.dealt
         )
         self.loader = Loader(self.batches, self.per_rank, world, self.engine.dealt)
         self.schedule = Schedule(config.train.steps, config.optim)
-        self.guard = Guard(Spikes(config.train.skip_spikes), watch.stopping)
+        self.spikes = Spikes(config.train.skip_spikes)
         self.weight_stats = WeightStats(self.engine.optimizers, world.device)
         wish, gpu = config.train.save_async, world.device.type == "cuda"
         background = wish == "on" or (wish == "auto" and gpu)
@@ -139,8 +140,7 @@ class Trainer:
             self.take_up(self.found[1])
         elif config.train.init_from:
             build.begin_with(config, engine, self.tokenizer)
-        described = environment(self.world.device, self.world.size, config.optim.name)
-        rows, sampled = distributed.first_does(lambda: self.open_logs(described), self.world.device)
+        rows, sampled = distributed.first_does(self.open_logs, self.world.device)
         self.validations.take_up(rows)
         self.sampled = set(map(tuple, sampled))  # (step, prompt)
         self.row = {"step": self.step, "tokens": self.tokens}  # the latest of metrics.jsonl
@@ -167,15 +167,16 @@ class Trainer:
         """Restore the run's progress from a checkpoint's state.json."""
         self.step = self.saved = self.watch.step = state["step"]
         self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
-        self.guard.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
+        self.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
 
-    def open_logs(self, described: dict[str, Any]) -> tuple[list[dict], list[tuple[int, str]]]:
+    def open_logs(self) -> tuple[list[dict], list[tuple[int, str]]]:
         """On rank 0, check the room on the disk and open the logs, as RunDirectory.open does."""
         settings = self.config.train
         size = checkpoint.size_of(self.engine.model, self.engine.optimizers)
         every, last = settings.save_every or self.last_step, self.last_step
         saves = -(-last // every) - self.step // every if self.step < last else 0
         checkpoints.check_space(self.run.checkpoints, size, settings.keep_last, saves)
+        described = environment(self.world.device, self.world.size, self.config.optim.name)
         found = self.run.open(to_toml(self.config), described, self.step)
         if settings.track:
             from nanonormuon.runtime import trackers  # few runs have one
@@ -183,15 +184,14 @@ class Trainer:
             self.run.sink = trackers.start(settings.track, self.run.path, asdict(self.config))
         return found
 
-    # ---------------------------------------------------------------------------------------------
-    # A step
+    # --------------------------------------------------------------------------------------- A step
 
     def take_step(self) -> tuple[Tensor, Verdict]:
         """One optimizer step. Returns this rank's mean loss, a 0-d tensor, and what all ranks found
         before the update. Raises BadStep on every rank before an update that would spread NaN."""
         self.schedule.set(self.engine.optimizers, self.step)
         loss = self.memory.retry(self.accumulate)
-        verdict = self.guard.check(loss, self.engine)
+        verdict = judge(loss, self.engine, self.spikes, self.watch.stopping.number)
         if not verdict.skip:
             self.engine.clip(verdict.grad_norm)
             with self.weight_stats.around(self.due(self.step + 1, verdict.stop).row):
@@ -221,8 +221,7 @@ class Trainer:
         row = sampling or saving or evaluating or at(settings.log_every)
         return Due(row, saving, evaluating, sampling)
 
-    # ---------------------------------------------------------------------------------------------
-    # The loop
+    # ------------------------------------------------------------------------------------- The loop
 
     def loop(self) -> dict[str, Any]:
         """Take every step and do what follows it; returns the content of summary.json."""
@@ -297,7 +296,6 @@ class Trainer:
         since, seconds = self.logged
         rate = (self.step - since) * self.config.train.batch_tokens / (self.seconds - seconds)
         self.logged = (self.step, self.seconds)
-        spikes = self.guard.spikes
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -308,7 +306,7 @@ class Trainer:
             **self.weight_stats.row(),
             **(self.engine.expert_load.row() if self.engine.expert_load else {}),
             "tokens_per_second": round(rate, 1),
-            **({"skipped": spikes.skipped} if spikes.factor else {}),
+            **({"skipped": self.spikes.skipped} if self.spikes.factor else {}),
             **(self.engine.qk_clip.row() if self.engine.qk_clip else {}),
         }
 
@@ -317,9 +315,8 @@ class Trainer:
         step's row. Raises Interrupted if a rank receives a signal meanwhile."""
         data, T = self.config.data, self.config.data.seq_len
         # in training all layers' activations are kept, here one layer's
-        at_once = max(
-            self.memory.size, min(8192 // T, self.memory.size * self.config.model.n_layer)
-        )
+        size = self.memory.size
+        at_once = max(size, min(8192 // T, size * self.config.model.n_layer))
 
         def forward(*batch: Tensor, **more: Any) -> Tensor:
             if number := self.agree():
@@ -359,8 +356,7 @@ class Trainer:
                 lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())
                 log.log(level, "sample %s:\n%s", when, lines)
 
-    # ---------------------------------------------------------------------------------------------
-    # How far the run is
+    # --------------------------------------------------------------------------- How far the run is
 
     @property
     def tokens(self) -> int:
@@ -382,10 +378,9 @@ class Trainer:
         return {checkpoints.step_of(p) for p in checkpoints.all_steps(self.run.checkpoints)}
 
     def save(self, retain: bool = True, wait: bool = True) -> None:
-        """Publish a checkpoint of this step, unless there is one, and delete those that need not be
-        kept; every rank takes part. Raises NonFinite or Diverged rather than save bad state.
-
-        wait: return only once it is on disk, even if it is written in the background.
+        """Publish a checkpoint of this step, unless there is one, and, if `retain`, delete those
+        that need not be kept; every rank takes part. Raises NonFinite or Diverged rather than save
+        bad state. wait: return only once it is on disk, even if it is written in the background.
         """
         with self.watch.section("save"):
             self.saver.settle()
@@ -394,24 +389,18 @@ class Trainer:
                 self.run.settle()
                 weights, buffers = checkpoint.named_state(self.engine.model, self.engine.optimizers)
                 health.check_state(weights | buffers, self.step, self.world)
-                retention = self.retention(retain)
-                self.saver.save(self.step, weights, buffers, self.description, retention)
+                keep, folder = self.config.train, self.run.checkpoints
+                best = self.validations.best({*self.kept, self.step}) if keep.keep_best else None
+                last = keep.keep_last if retain else 0
+                clear = partial(checkpoints.retain, folder, last, self.step, keep.keep_every, best)
+                self.saver.save(self.step, weights, buffers, self.description, clear)
                 self.saved = self.step
             if wait:
                 self.saver.settle()
 
-    def retention(self, delete: bool) -> Callable[[], None]:
-        """Return a function that deletes what need not be kept beside this step's checkpoint."""
-        keep = self.config.train
-        best = self.validations.best({*self.kept, self.step}) if keep.keep_best else None
-        last = keep.keep_last if delete else 0
-        return partial(
-            checkpoints.retain, self.run.checkpoints, last, self.step, keep.keep_every, best
-        )
-
     def description(self) -> dict[str, bytes]:
         """A checkpoint's files beside its tensors, by name."""
-        spikes = asdict(self.guard.spikes)
+        spikes = asdict(self.spikes)
         spikes.pop("factor")
         state = {
             "step": self.step,
@@ -449,22 +438,3 @@ class Trainer:
         self.run.tidy(self.step)
         self.run.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
-
-    def report(self, bad: BadStep) -> NonFinite:
-        """Write crash-NNNNNN.json on a refused step; returns the error for all ranks to raise.
-
-        If the state before the step is sound it is saved, so that a resumed run repeats the step.
-        """
-        from nanonormuon.runtime import crash  # hardly a run comes here
-
-        engine, verdict = self.engine, bad.verdict
-        weights, buffers = checkpoint.named_state(engine.model, engine.optimizers)
-        found = crash.examine(verdict, bad.loss, weights, buffers, engine.optimizers, self.world)
-        windows = self.batches.windows(self.step).tolist()  # (shard, offset) per sequence
-        seed, config = self.config.train.seed, asdict(self.config)
-        report = {"step": self.step, **found, "seed": seed, "windows": windows, "config": config}
-        self.run.write(f"crash-{self.step:06d}.json", json.dumps(report) + "\n")
-        if verdict.amiss != "state" and self.step:
-            self.save(retain=False)
-        message = crash.explain(report, weights, self.per_rank, self.saved, self.again)
-        return NonFinite(message, follows=self.world.rank != verdict.rank)

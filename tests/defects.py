@@ -43,7 +43,7 @@ DEFECTS = {
         "storage.checkpoints", "verify", 'digest.hexdigest()) != entry["sha256"]', "None) is entry",
         "tests/storage/test_checkpoint.py::test_every_corruption_of_every_file_is_named[model.safetensors-flip]"),
     "no verdict on the weights": (
-        "runtime.health", "judge", "(flags[2], flags[0], flags[1])", "(0, flags[0], flags[1])",
+        "runtime.health", "judge", '"gradient"), flags)', '"gradient"), (0, *flags[1:]))',
         "tests/runtime/test_faults.py::test_a_nan_on_one_rank_stops_all_before_the_update[weight-ddp]"),
     "signals forgotten in a save": (
         "train", "Trainer.follow_up", "if due.save or due.evaluate:", "if False:",

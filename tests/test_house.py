@@ -31,6 +31,7 @@ UPWARD = {  # imported in a function
     ("model", "parts.bigram"),  # only with model.bigram_embed
     ("model", "parts.experts"),  # only with model.mlp = experts
     ("model", "parts.latent"),  # only with model.attention = latent
+    ("optim", "lab.external"),  # only with optim.name = zoo:NAME, FILE.py:Class or module:Class
 }
 
 
@@ -220,7 +221,7 @@ def test_the_package_stays_small():
     top = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert len(top) <= 12, sorted(top)
     counted = [p for p in PACKAGE.rglob("*.py") if p.parent.name != "zoo" and p.name not in BESIDE]
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in counted) <= 12_600
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in counted) <= 12_470
 
 
 def test_functions_stay_short():

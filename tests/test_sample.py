@@ -100,7 +100,7 @@ def spelt(text, stops, piece=1):
     pieces = [rows.add(b) for b in text.encode()]
     assert all(p == "" for p in pieces[rows.tokens :])
     ended = rows.ended
-    return "".join(pieces) + rows.finish(), ended
+    return "".join(pieces) + rows.add(None), ended
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_stop_strings(text, stops, expected, ended):
 def test_nothing_of_a_stop_string_is_printed_before_it_is_ruled_out():
     rows = sample.Text(tokenizer.get("byte"), ["END."])
     assert [rows.add(b) for b in b"xENDyEND."] == ["x", "", "", "", "ENDy", "", "", "", ""]
-    assert rows.ended and rows.finish() == ""
+    assert rows.ended and rows.add(None) == ""
 
 
 def test_the_first_of_several_stop_strings_in_one_token_counts(monkeypatch):

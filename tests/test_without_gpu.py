@@ -23,8 +23,7 @@ from nanonormuon.model import GPT, HeadLoss
 from nanonormuon.optim import make_optimizers
 from nanonormuon.runtime.activations import checkpoint_activations
 from nanonormuon.runtime.distributed import World
-from nanonormuon.runtime.faults import Stopping
-from nanonormuon.runtime.health import Guard, Spikes, WeightStats
+from nanonormuon.runtime.health import Spikes, WeightStats, judge
 
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -97,11 +96,11 @@ def fake_engine(config, compute=torch.bfloat16):
 def step(engine, sequences, seq_len, count=2):
     """A training step as Trainer.take_step makes it, and what a row of metrics measures."""
     stats = WeightStats(engine.optimizers, engine.world.device)
-    guard = Guard(Spikes(10.0), Stopping())
+    spikes = Spikes(10.0)
     with Waits() as waits:
         tokens = torch.zeros(sequences, seq_len, dtype=torch.int64, device="cuda")
         loss = engine.accumulate(iter([(tokens, tokens)] * count), count)
-        verdict = guard.check(loss, engine)
+        verdict = judge(loss, engine, spikes, 0)
         engine.clip(verdict.grad_norm)
         with stats.around(True):
             engine.update()

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from nanonormuon import config
-from nanonormuon.optim import optimizer_class
+from nanonormuon.lab.external import optimizer_class
 
 LR, DECAY, MU, STEPS, RANK = 0.02, 0.1, 0.95, 10, 3
 # even, uneven and empty shards; more and fewer equal matrices than ranks

@@ -65,15 +65,15 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+QUIET = "Print results, warnings and errors only."
+AT_ONCE = {"callback": print_version, "is_eager": True}
+
+
 @app.callback()
 def common(
     debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False,
-    quiet: Annotated[
-        bool, Option("--quiet", help="Print results, warnings and errors only.")
-    ] = False,
-    version: Annotated[
-        bool, Option("--version", callback=print_version, is_eager=True, help="Print the version.")
-    ] = False,
+    quiet: Annotated[bool, Option("--quiet", help=QUIET)] = False,
+    version: Annotated[bool, Option("--version", help="Print the version.", **AT_ONCE)] = False,
 ) -> None:
     if getattr(sys.stdout, "errors", "") == "strict":  # print ? for what an ASCII terminal lacks
         sys.stdout.reconfigure(errors="replace")
@@ -119,10 +119,8 @@ def hint(error: Exception, arguments: list[str]) -> str:
 
 
 def entry(arguments: list[str] | None = None) -> NoReturn:
-    """Run `main` and end the process; the entry point for the shell and torchrun.
-
-    Once torch is loaded, skip Python's cleanup: 0.4 s, and lost ranks or gloo's threads spoil it.
-    """
+    """Run `main` and end the process; the entry point for the shell and torchrun. Once torch is
+    loaded, skip Python's cleanup: 0.4 s, and lost ranks or gloo's threads spoil it."""
     # None if they were closed from the start
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -16,7 +16,7 @@ from typer import Argument, Option
 from nanonormuon import errors
 from nanonormuon.cli import options
 from nanonormuon.runtime import faults
-from nanonormuon.storage.files import in_shell, in_units
+from nanonormuon.storage.files import in_shell, in_units, optimizer_file
 
 log = logging.getLogger("nanonormuon")
 LIMITS = (
@@ -24,7 +24,12 @@ LIMITS = (
     "indentation, closing brackets), not what a program does; that takes larger models and data"
 )
 HELP = "Recipes, TOML files and settings; later ones override earlier ones."
+SOURCE = "Run or Hugging Face model to start from."
+COST = "Print settings and cost, then stop."
 Settings = Annotated[list[str] | None, Argument(help=HELP, **options.SETTINGS)]
+OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings of NorMuon alone
+OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
+           "ns_coefficients", "ns_steps", "cautious")  # fmt: skip
 
 
 def run(
@@ -32,12 +37,8 @@ def run(
     settings: Settings = None,
     out: Annotated[Path | None, Option(help="Run directory; else runs/RECIPE-DATE-TIME.")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
-    init_from: Annotated[
-        Path | None, Option(help="Run or Hugging Face model to start from.")
-    ] = None,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Print settings and cost, then stop.")
-    ] = False,
+    init_from: Annotated[Path | None, Option(help=SOURCE)] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help=COST)] = False,
 ) -> None:
     """Train a model.
 
@@ -63,7 +64,7 @@ def run(
         arguments.append(f"train.init_from={init_from}")
     loaded, origin = config.load(arguments)
     first = os.environ.get("RANK", "0") == "0"
-    for line in config.without_effect(loaded, origin) if first else ():
+    for line in without_effect(loaded, origin) if first else ():
         log.warning(f"{line}; it does nothing")
     if dry_run:
         from nanonormuon.cli.dry_run import report, with_model
@@ -108,6 +109,19 @@ def of_resumed(out: Path | None, arguments: list[str]) -> list[str]:
     if max(steps, default=0) >= config.load([saved])[0].train.stop_at:
         resumed.insert(1, "train.stop_at=0")
     return resumed
+
+
+def without_effect(config: Any, origin: dict[str, str]) -> list[str]:
+    """List the settings from the command line that a run of a config.Config ignores, and why. Those
+    from a recipe are not listed: they may be for an optimizer that has been replaced."""
+    name = config.optim.name
+    others = {"normuon": (), "muon": OF_NORMUON}.get(name, OF_NORMUON + OF_MUON)
+    if name.startswith("zoo:") or optimizer_file(name):  # unknown for a class of a file
+        others = () if optimizer_file(name) else (*OF_NORMUON, "cautious")
+    reasons = {f"optim.{key}": f"{name} does not have this setting" for key in others}
+    if not config.train.eval_every:
+        reasons["train.patience"] = "train.eval_every = 0 evaluates only the last step"
+    return [f"{k}: {reason}" for k, reason in reasons.items() if origin.get(k) == "command line"]
 
 
 def describe(summary: dict, out: Path, prompts: str) -> str:

@@ -12,6 +12,8 @@ from nanonormuon.cli import options
 SOURCES = "Files, directories, quoted patterns, or - for standard input."
 TOKENIZER = "byte, gpt2, cl100k_base, o200k_base, bpe:N (trained here), or a tokenizer's file."
 RECORD = "Largest JSON, CSV or Parquet record, in MB; reading takes about 30 times as much memory."
+DIR = {"metavar": "DIR", "parser": options.named}
+FORMAT = "shards, or nanogpt's train.bin."
 SKIP = "Skip unreadable files, with a warning for each."
 SEPARATOR = "Text that separates documents in a file; \\n and \\t for line break and tab."
 
@@ -53,13 +55,9 @@ def prepare(
 
 
 def inspect(
-    directory: Annotated[
-        Path, Argument(metavar="DIR", help="Data directory.", parser=options.named)
-    ],
+    directory: Annotated[Path, Argument(help="Data directory.", **DIR)],
     tokenizer: Annotated[str, Option(help="Tokenizer, for shards that do not name theirs.")] = "",
-    data_format: Annotated[
-        str, Option("--format", help="shards, or nanogpt's train.bin.")
-    ] = "shards",
+    data_format: Annotated[str, Option("--format", help=FORMAT)] = "shards",
     as_json: options.AsJson = False,
 ) -> None:
     """Describe prepared data and report problems.

@@ -29,8 +29,8 @@ from nanonormuon.model import GPT
 from nanonormuon.optim import make_optimizers
 from nanonormuon.pretrained import models
 from nanonormuon.runs import compare
+from nanonormuon.storage import files
 from nanonormuon.storage.checkpoints import read_json
-from nanonormuon.storage.files import check_plain, locked, open_regular, read_file, replace_file
 from nanonormuon.storage.run import optimizer_hash
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class Runner:
             job.path.parent.mkdir(parents=True, exist_ok=True)
             # a run whose race was killed may still be saving
             if job.path.is_dir():
-                with locked(job.path / ".lock", wait=True):
+                with files.locked(job.path / ".lock", wait=True):
                     pass
             if job.result() is None and (job.path / "config.toml").exists():
                 # --resume clears it once it is reached
@@ -213,10 +213,10 @@ class Runner:
             code = child.wait()
             self.children.discard(child)
         if any(job.path.glob("crash-*.json")):
-            replace_file(job.path / "summary.json", b'{"diverged": true}\n')
+            files.replace_file(job.path / "summary.json", b'{"diverged": true}\n')
         elif code and self.stopped:
             raise Interrupted(self.stopped, f"in {job.path.name}; the same command continues it")
-        with open_regular(job.log_file) as output:
+        with files.open_regular(job.log_file) as output:
             output.seek(begin)
             return outcome(output.read().decode(errors="replace"), code)
 
@@ -266,7 +266,7 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
         if argument.partition("=")[0].strip() == "train.seed":
             raise ConfigError(f"{argument}: {seeds}")
     out = file.parent
-    check_plain([*out.glob("*.log"), *out.glob("*/*.log")])
+    files.check_plain([*out.glob("*.log"), *out.glob("*/*.log")])
     loaded = config.load(arguments)[0]
     settings = json.loads(json.dumps(config.flat(loaded)))
     content = {"arguments": [*arguments], "steps": loaded.train.steps, "settings": settings}
@@ -274,9 +274,9 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
         if out.is_dir() and any(out.iterdir()):
             raise RunError(f"{out}: not empty, but without {file.name}; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        replace_file(file, (json.dumps(content, indent=1) + "\n").encode())
+        files.replace_file(file, files.as_json(content))
         return
-    text = read_file(file)
+    text = files.read_file(file)
     try:
         found = {**json.loads(text)}
     except (ValueError, TypeError):

@@ -12,7 +12,6 @@ while its best rate is its lowest or highest.
 
 import hashlib
 import itertools
-import json
 import logging
 import math
 import re
@@ -22,13 +21,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanonormuon import config, optim
+from nanonormuon import config
 from nanonormuon.errors import ConfigError, MissingPackage
+from nanonormuon.lab.external import default_lr
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
 from nanonormuon.lab.results import Entry, draw, judge, markdown
 from nanonormuon.pretrained.judge import evaluate
 from nanonormuon.storage.checkpoints import read_json
-from nanonormuon.storage.files import replace_file
+from nanonormuon.storage.files import as_json, replace_file
 
 log = logging.getLogger(__name__)
 COMMA = r",(?! )"  # a separator; a comma before a space is part of a value
@@ -88,7 +88,7 @@ def entry_of(
         refuse(f"--sweep or --wd, and {where}", combination, SHARED | taken)
         usual = resolve([*arguments, *settings, *combination]).optim.lr
     if "optim.lr" not in keys and name not in ("normuon", "muon"):
-        own = optim.default_lr(name) or ADAMW_LR
+        own = default_lr(name) or ADAMW_LR
         usual = usual if own == config.OptimConfig.lr else own  # the recipe's, for the kin of Muon
     return Entry(label, settings, rates(label, grid, usual, "optim.lr" in keys), others)
 
@@ -221,7 +221,7 @@ class Race:
         kinds = {(e.get("source_sha256"), e.get("optimizer_sha256")) for e in environments}
         if (count := len(kinds) - len({kind[1] for kind in kinds}) + 1) > 1:
             log.warning(f"{self.out}: its runs come from {count} versions of the source")
-        replace_file(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        replace_file(self.out / "results.json", as_json(results))
         replace_file(self.out / "results.md", (markdown(results) + "\n").encode())
         try:
             draw(results, self.out / "race.png")

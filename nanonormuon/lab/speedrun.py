@@ -4,7 +4,6 @@ A track is a TOML file: what all its runs share, what a record may change, the t
 records with their measured results. Those of the package are in recipes/speedrun/.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from nanonormuon import config
 from nanonormuon.errors import ConfigError, DataError
 from nanonormuon.lab import trials
 from nanonormuon.lab.processes import Runner, resolve
-from nanonormuon.storage.files import replace_file
+from nanonormuon.storage.files import as_json, replace_file
 from nanonormuon.storage.run import as_markdown
 from nanonormuon.text.corpus import open_directory
 
@@ -101,7 +100,7 @@ def run(track: Track, chosen: Sequence[str], n: int, out: Path, runner: Runner) 
         "time": statistics.fmean(seconds) / unit if runner.parallel == 1 and all(seconds) else None,
         "arguments": [a for a in found["arguments"] if not a.startswith("data.path")],
     }
-    replace_file(out / "record.json", (json.dumps(found, indent=1) + "\n").encode())
+    replace_file(out / "record.json", as_json(found))
     return found
 
 

@@ -11,7 +11,7 @@ from nanonormuon import config
 from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
 from nanonormuon.lab.significance import verdict
 from nanonormuon.storage.checkpoints import read_json
-from nanonormuon.storage.files import read_file, replace_file
+from nanonormuon.storage.files import as_json, read_file, replace_file
 from nanonormuon.storage.run import read_metrics, source_files
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def run(
         "arguments": [*arguments],
         **{key: environment.get(key) for key in ("device", "source_sha256")},
     }
-    replace_file(out / "trials.json", (json.dumps(found, indent=1) + "\n").encode())
+    replace_file(out / "trials.json", as_json(found))
     return found
 
 

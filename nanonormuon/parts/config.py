@@ -10,6 +10,9 @@ CHOICES = {
     "rope": ("full", "half"),
     "router": ("sigmoid", "softmax"),
 }
+LEAST = dict.fromkeys(("n_layer", "n_head", "n_embd"), 1) | dict.fromkeys(
+    ("vocab_size", "n_kv_head", "head_dim", "n_hidden", "norm_eps", "embed_std", "q_rank",
+     "kv_rank", "rope_head_dim", "v_head_dim", "bigram_embed"), 0)  # fmt: skip
 EXPERTS = ("n_expert", "n_expert_used", "n_expert_shared", "expert_hidden", "n_dense", "router",
            "router_norm", "router_scale", "n_expert_group", "n_group_used", "balance_rate",
            "balance_loss")  # fmt: skip
@@ -70,14 +73,9 @@ class GPTConfig:
         def refuse(name: str, expected: str) -> NoReturn:
             raise ValueError(f"{name} = {getattr(self, name)}: expected {expected}")
 
-        for name in ("n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                refuse(name, "at least 1")
-        for name in ("vocab_size", "n_kv_head", "head_dim", "n_hidden", "norm_eps", "embed_std",
-                     "q_rank", "kv_rank", "rope_head_dim", "v_head_dim",
-                     "bigram_embed"):  # fmt: skip
-            if getattr(self, name) < 0:
-                refuse(name, "0 or more")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                refuse(name, "0 or more" if least == 0 else "at least 1")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 refuse(name, " or ".join(choices))

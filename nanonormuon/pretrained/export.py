@@ -1,6 +1,5 @@
 """Exports a run's model as a Hugging Face directory, if transformers computes equal logits."""
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from nanonormuon.parts.config import GPTConfig
 from nanonormuon.pretrained import judge, models
 from nanonormuon.runtime.packages import need
 from nanonormuon.storage import huggingface as hf
-from nanonormuon.storage.files import progress, publish, read_file, write_durably
+from nanonormuon.storage.files import as_json, progress, publish, read_file, write_durably
 from nanonormuon.storage.run import as_markdown, read_metrics
 from nanonormuon.storage.shards import Data
 from nanonormuon.storage.tensors import stream
@@ -56,16 +55,13 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     weights = {n: p[: cut[n]].detach().to(stored) for n, p in model.named_parameters()}
     weights = {hf.to_hf(n): t for n, t in (*weights.items(), *model.named_buffers())}
     sampling = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "temperature": 0.8}
-    files = {
-        "generation_config.json": as_json(sampling),
-        **tokenizer.files(),
-    }
+    files = {"generation_config.json": as_json(sampling, 2), **tokenizer.files()}
     described = (config, context, eot, str(stored).removeprefix("torch."))
 
     def attempt(partial: Path, own: str) -> dict[str, Any]:
         """Write config.json, and the model's source if `own`, and verify the directory."""
         build = hf.own_config if own else hf.plain_config
-        write_durably(partial / "config.json", as_json(build(*described)))
+        write_durably(partial / "config.json", as_json(build(*described), 2))
         if own:
             write_durably(partial / hf.MODELING, hf.modeling())
         return verify(partial, transformers, model, tokenizer, tokens, own)
@@ -100,10 +96,6 @@ def check_source(found: Path, config: GPTConfig) -> None:
         other = f"{source} differs from this package's model.py and parts, which are exported"
         hint = "if they compute other results, use the version that trained the model"
         log.warning(f"warning: {other}: {hint}")
-
-
-def as_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def some_tokens(data: Data, context: int) -> Tensor:

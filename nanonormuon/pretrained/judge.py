@@ -1,6 +1,5 @@
 """Evaluates a trained model: loss on any text, accuracy on multiple-choice questions."""
 
-import json
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ from nanonormuon.model import GPT, IGNORE
 from nanonormuon.pretrained import breakdown, models, multiple_choice
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints
-from nanonormuon.storage.files import check_plain, locked, progress, replace_file
+from nanonormuon.storage.files import as_json, check_plain, locked, progress, replace_file
 from nanonormuon.storage.shards import Split
 from nanonormuon.text.sources import documents
 from nanonormuon.text.tokenizer import Tokenizer
@@ -189,6 +188,6 @@ def keep(file: Path, results: Sequence[dict[str, Any]]) -> None:
         check_plain([guard])
         with locked(guard, wait=True):
             merged = [*(result for result in kept(file) if key(result) not in new), *results]
-            replace_file(file, (json.dumps({"results": merged}, indent=1) + "\n").encode())
+            replace_file(file, as_json({"results": merged}))
     except (OSError, CheckpointError, DataError) as error:
         log.warning(f"warning: the results are not saved: {error}")

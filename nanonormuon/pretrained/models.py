@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from nanonormuon.checkpoint import named_for_hf, weights_of
-from nanonormuon.config import AT_LEAST_0, KINDS, LIMITS, SECTIONS, coerce
+from nanonormuon.config import KINDS, LIMITS, SECTIONS, convert
 from nanonormuon.errors import CheckpointError, DataError
 from nanonormuon.model import GPT
 from nanonormuon.parts.config import GPTConfig
-from nanonormuon.storage import checkpoints
+from nanonormuon.storage import checkpoints, shards
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.files import progress
 from nanonormuon.storage.run import known_runs
@@ -58,10 +58,9 @@ def state_of(path: Path) -> dict[str, Any] | None:
         return None
     state = checkpoints.read_json(file)
     try:
-        if not all(type(state.get(key)) is int for key in ("step", "tokens")):
-            raise ValueError("expected numbers of steps and tokens")
-        if not isinstance(state["data"], str) or not isinstance(state["tokenizer"], str | None):
-            raise ValueError("expected the fingerprints of data and tokenizer")
+        shards.check_shape(state, {"step": int, "tokens": int, "data": str}, "state")
+        if not isinstance(state["tokenizer"], str | None):
+            raise ValueError("expected the tokenizer's hash")
         settings = state["config"]
         for section, kind in SECTIONS.items():
             table = asdict(kind()) | settings[section]
@@ -73,14 +72,10 @@ def state_of(path: Path) -> dict[str, Any] | None:
 
 def checked(name: str, value: Any) -> Any:
     """Convert a setting's value to its type. Raises ValueError if it is impossible."""
-    if name not in KINDS or name.startswith("model."):  # another version's, or in config.json
-        possible, expected = isinstance(value, bool | int | float | str), "a number or text"
-    else:
-        value = coerce(value, KINDS[name], name)
-        fits, expected = LIMITS.get(name, AT_LEAST_0)
-        possible = fits(value)
-    if not possible:
-        raise ValueError(f"{name} = {value!s:.60}: expected {expected}")
+    if name in KINDS and not name.startswith("model."):
+        return convert(name, value)
+    if not isinstance(value, bool | int | float | str):  # another version's, or in config.json
+        raise ValueError(f"{name} = {value!s:.60}: expected a number or text")
     return value
 
 
@@ -90,7 +85,7 @@ def model_config(path: Path) -> GPTConfig:
     file = path / "config.json"
     content = checkpoints.read_json(file)
     try:
-        config = hf.gpt_config(content).resolved()
+        config = hf.gpt_config(content)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from None
     shapes = {n: e[1] for f in tensor_files(path) for n, e in f.entries.items()}

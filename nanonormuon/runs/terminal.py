@@ -3,13 +3,14 @@
 import math
 import os
 import shutil
-from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 from unicodedata import combining, east_asian_width
+
+import numpy as np
 
 from nanonormuon.storage.run import read_metrics, read_samples
 
@@ -77,11 +78,8 @@ def curve(loss: Points, val_loss: Points, look: Look) -> list[str]:
         return round((high - y) / ((high - low) or 1) * (rows - 1))
 
     cells, before = [[0x2800] * width for _ in labels], row(loss[0][1], 4 * HEIGHT)
-    for x in range(2 * width):
-        at = first + (last - first) * x / (2 * width - 1)
-        i = min(len(loss) - 1, bisect(loss, (at, math.inf)))
-        (x0, y0), (x1, y1) = loss[i - 1 : i + 1]
-        y = row(y0 + (y1 - y0) * (at - x0) / (x1 - x0), 4 * HEIGHT)
+    for x, y in enumerate(np.interp(np.linspace(first, last, 2 * width), *zip(*loss))):
+        y = row(y, 4 * HEIGHT)
         for dot in range(min(y, before), max(y, before) + 1):
             cells[dot // 4][x // 2] |= BRAILLE[dot % 4][x % 2]
         before = y

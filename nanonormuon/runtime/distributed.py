@@ -54,10 +54,8 @@ def shards(parallel: str) -> int:
 
 
 def start(device: str = "auto", timeout: float = 1800.0) -> World:
-    """Choose this rank's device and join the process group, if any.
-
-    timeout: of collectives, in seconds. Raises ValueError if the device is not available.
-    """
+    """Choose this rank's device and join the process group, if any. timeout: of collectives, in
+    seconds. Raises ValueError if the device is not available."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise ValueError(f'device "{device}": expected one of auto, cpu, cuda, mps')
@@ -87,10 +85,8 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep large freed blocks instead of returning them to the system.
-
-    Otherwise every step maps and zeroes its pages again, a third of an eager step's time on a CPU.
-    """
+    """Make glibc keep large freed blocks instead of returning them to the system. Otherwise every
+    step maps and zeroes its pages again, a third of an eager step's time on a CPU."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL(None)
@@ -100,10 +96,8 @@ def keep_freed_memory() -> None:
 
 
 def finish() -> None:
-    """Wait for all ranks at the end of a run.
-
-    Does not destroy the process group: stopping gloo's threads can abort the process.
-    """
+    """Wait for all ranks at the end of a run. Does not destroy the process group: stopping gloo's
+    threads can abort the process."""
     if grouped():
         dist.barrier()
 

@@ -7,7 +7,7 @@ Every rank must call the functions that communicate, and all get equal results.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from nanonormuon.errors import Diverged, NonFinite
 from nanonormuon.runtime import distributed
-from nanonormuon.runtime.faults import Stopping
 from nanonormuon.storage.tensors import local
 
 SPIKE_MEMORY = 50  # steps over which the gradient norm is averaged
@@ -46,48 +45,37 @@ class BadStep(Exception):
         self.verdict, self.loss = verdict, loss
 
 
-class Guard:
-    """Decides before an update whether to make it."""
-
-    def __init__(self, spikes: "Spikes", stopping: Stopping):
-        self.spikes, self.stopping = spikes, stopping
-
-    def check(self, loss: Tensor, engine: Any) -> Verdict:
-        """Judge this rank's loss (0-d) and the gradients and state of an engine.Engine. Raises
-        BadStep on every rank if any value is not finite, unless the update is skipped."""
-        grad_norm = norm(p.grad for p in engine.model.parameters())
-        verdict = judge(loss, grad_norm, engine.state(), self.stopping.number, engine.world)
-        skip = verdict.amiss != "state" and self.spikes.skip(verdict.grad_norm)
-        if verdict.amiss and not skip:
-            raise BadStep(verdict, loss)
-        return replace(verdict, skip=skip)
-
-
 def norm(tensors: Iterable[Tensor | None]) -> Tensor:
     """Return the total norm of tensors, sharded or not; 0-d, on the device."""
     total = get_total_norm([t for t in tensors if t is not None])
     return total.full_tensor() if isinstance(total, DTensor) else total
 
 
-def judge(
-    loss: Tensor, grad_norm: Tensor, state: Iterable[Tensor], stop: int, world: distributed.World
-) -> Verdict:
-    """Reach a verdict with one reduction over ranks and one transfer from the device.
+def judge(loss: Tensor, engine: Any, spikes: "Spikes", stop: int) -> Verdict:
+    """Decide on all ranks whether to make an update, with one reduction over ranks and one transfer
+    from the device. Raises BadStep on every rank if any value is not finite, unless the update is
+    skipped as a spike.
 
-    All values of the state are finite if their norm is; the converse fails only above 1e19.
+    loss: this rank's (0-d). engine: an engine.Engine, with its gradients and state. stop: a signal
+    that this rank has received; 0: none. All values of the state are finite if their norm is; the
+    converse fails only above 1e19.
     """
-    state_norm = get_total_norm([local(t) for t in state if t.is_floating_point()])
-    values = torch.stack([loss, grad_norm, state_norm]).float()
+    world, grad_norm = engine.world, norm(p.grad for p in engine.model.parameters())
+    state_norm = get_total_norm([local(t) for t in engine.state() if t.is_floating_point()])
+    values = torch.stack([state_norm, loss, grad_norm]).float()
     flags = torch.isfinite(values).logical_not() * (world.size - world.rank)
-    more = torch.stack([values[1].nan_to_num(nan=math.inf), torch.full_like(loss, stop)])
+    more = torch.stack([values[2].nan_to_num(nan=math.inf), torch.full_like(loss, stop)])
     found = torch.cat([flags, more]).float()
     if world.size > 1:
         dist.all_reduce(found, dist.ReduceOp.MAX)
     *flags, grad_size, signal = found.tolist()
-    for what, flag in zip(("state", "loss", "gradient"), (flags[2], flags[0], flags[1])):
-        if flag:
-            return Verdict(what, world.size - int(flag), int(signal), grad_size)
-    return Verdict("", 0, int(signal), grad_size)
+    odd = [(n, f) for n, f in zip(("state", "loss", "gradient"), flags) if f]
+    amiss, flag = odd[0] if odd else ("", world.size)
+    skip = amiss != "state" and spikes.skip(grad_size)
+    verdict = Verdict(amiss, world.size - int(flag), int(signal), grad_size, skip)
+    if amiss and not skip:
+        raise BadStep(verdict, loss)
+    return verdict
 
 
 def not_finite(tensors: Mapping[str, Tensor | None], device: torch.device) -> list[str]:

@@ -168,9 +168,7 @@ def free_cache(device: torch.device) -> None:
 
 class MicroBatch:
     """The current micro-batch size in sequences: equal on all ranks, a divisor of `per_rank`.
-
-    again: the command that continues the run. fixed: never shrink (for train.canonical).
-    """
+    again: the command that continues the run. fixed: never shrink (for train.canonical)."""
 
     def __init__(
         self, size: int, per_rank: int, model: GPT, world: distributed.World, watch: Watch,

@@ -24,14 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nanonormuon.errors import CheckpointError, DataError
-from nanonormuon.storage.files import (
-    in_units,
-    progress,
-    publish,
-    read_file,
-    sync_directory,
-    write_durably,
-)
+from nanonormuon.storage import files
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +45,19 @@ def all_steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: step_of(p) or 0)
 
 
-def write(folder: Path, step: int, files: Mapping[str, bytes | Iterable]) -> Path:
-    """Publish `files`, each whole or in pieces, as folder/step-NNNNNN.
+def write(folder: Path, step: int, content: Mapping[str, bytes | Iterable]) -> Path:
+    """Publish the files `content`, each whole or in pieces, as folder/step-NNNNNN.
 
     Data, manifest and rename reach the disk in this order, so that a crash cannot publish a partial
     checkpoint. Raises OSError.
     """
     target = folder / f"step-{step:06d}"
-    with publish(target) as partial:
-        entries = {name: write_durably(partial / name, files[name]) for name in files}
-        sync_directory(partial)
+    with files.publish(target) as partial:
+        entries = {n: files.write_durably(partial / n, data) for n, data in content.items()}
+        files.sync_directory(partial)
         manifest = {"format": FORMAT, "step": step, "files": entries}
-        write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
+        text = json.dumps(manifest, indent=1)
+        files.write_durably(partial / "manifest.json", text.encode())
         if target.exists():  # damaged, or the run would have resumed from it
             os.replace(target, aside := folder / f".damaged-{target.name}-{os.getpid()}")
             log.warning("%s: a damaged checkpoint, moved to %s", target, aside)
@@ -77,12 +71,12 @@ def verify(path: Path, show: bool = True) -> dict[str, Any]:
     if path.is_symlink() or listing.is_symlink():
         raise CheckpointError(f"{path}: the directory or its manifest.json is a symbolic link")
     manifest = read_json(listing)
-    files = manifest.get("files")
-    if manifest.get("format") != FORMAT or not isinstance(files, dict):
+    listed = manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(listed, dict):
         raise CheckpointError(f"{listing}: format {manifest.get('format')!r}, expected {FORMAT}")
     if manifest.get("step") != step_of(path):
         raise CheckpointError(f"{listing}: step {manifest.get('step')!r}, expected {step_of(path)}")
-    for name, entry in files.items():
+    for name, entry in listed.items():
         file = path / name
         if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
             raise CheckpointError(f"{listing}: no size and sha256 for {name!r}")
@@ -93,13 +87,13 @@ def verify(path: Path, show: bool = True) -> dict[str, Any]:
         if (size := file.stat().st_size) != entry["size"]:
             raise CheckpointError(f"{file}: {size} bytes, expected {entry['size']} (manifest)")
         digest = hashlib.sha256()
-        with open(file, "rb") as content, progress("verifying", size, "B", show) as bar:
+        with open(file, "rb") as content, files.progress("verifying", size, "B", show) as bar:
             while piece := content.read(1 << 20):
                 digest.update(piece)
                 bar.update(len(piece))
         if (found := digest.hexdigest()) != entry["sha256"]:
             raise CheckpointError(f"{file}: sha256 {found}, expected {entry['sha256']} (manifest)")
-    if missing := [name for name in REQUIRED if name not in files]:
+    if missing := [name for name in REQUIRED if name not in listed]:
         raise CheckpointError(f"{listing}: does not list {missing[0]}")
     state = read_json(path / "state.json")
     if state.get("step") != manifest["step"]:
@@ -111,7 +105,7 @@ def verify(path: Path, show: bool = True) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a regular file of limited size. Raises CheckpointError, OSError."""
     try:
-        content = json.loads(read_file(path, JSON_LIMIT))
+        content = json.loads(files.read_file(path, JSON_LIMIT))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete") from None
     except DataError as error:
@@ -169,6 +163,6 @@ def check_space(folder: Path, size: int, keep_last: int, saves: int) -> None:
     copies = min(saves, max(1, (keep_last or 1) + 1 - len(all_steps(folder))))
     place = next(p for p in (folder, *folder.parents) if p.exists())
     if (free := shutil.disk_usage(place).free) < copies * size:
-        expected = f"expected room for {copies} checkpoints of {in_units(size)}"
+        expected = f"expected room for {copies} checkpoints of {files.in_units(size)}"
         hint = "free some space, lower train.keep_last, or choose another --out"
-        raise OSError(errno.ENOSPC, f"{in_units(free)} free, {expected}; {hint}", str(folder))
+        raise OSError(errno.ENOSPC, f"{files.in_units(free)} free, {expected}; {hint}", str(folder))

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -184,6 +184,11 @@ def in_units(size: float) -> str:
     units = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
     unit = next((unit for unit, scale in units.items() if size >= scale), "kB")
     return f"{size / units[unit]:.3g} {unit}"
+
+
+def as_json(content: Mapping[str, Any], indent: int = 1) -> bytes:
+    """Format the content of a JSON file."""
+    return (json.dumps(content, indent=indent) + "\n").encode()
 
 
 def in_shell(path: Path) -> str:

@@ -84,8 +84,7 @@ FIXED = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Which architecture of transformers matches model.py
+# ---------------------------------------------- Which architecture of transformers matches model.py
 
 # Sizes of a small model, and some logits that transformers computes for it in each architecture.
 # Settings that are not listed keep the run's values.
@@ -153,7 +152,11 @@ def architecture(config: GPTConfig) -> str | None:
 
 def obstacles(config: GPTConfig) -> list[str]:
     """List the settings that transformers does not support, or a changed model.py."""
-    odd = [f"{name} = {getattr(config, name)}" for name in without_field(config)]
+    odd, fixed = [], QWEN3_MOE if kind_of(config) == "qwen3_moe" else {"router": "sigmoid"}
+    if config.mlp == "experts":  # what config.json cannot express for the model's kind
+        odd = [f"{n} = {getattr(config, n)}" for n, v in fixed.items() if getattr(config, n) != v]
+        if fixed is not QWEN3_MOE and not config.n_expert_shared:
+            odd.append("n_expert_shared = 0")
     if architecture(mine := small(config)) == kind_of(config):
         return odd
     chosen = {"n_layer", "attention", *LATENT}
@@ -165,18 +168,7 @@ def obstacles(config: GPTConfig) -> list[str]:
     return odd or ["a changed model.py"]
 
 
-def without_field(config: GPTConfig) -> list[str]:
-    """List the settings of experts that config.json cannot express for the model's kind."""
-    if config.mlp != "experts":
-        return []
-    if kind_of(config) == "qwen3_moe":
-        return [name for name, value in QWEN3_MOE.items() if getattr(config, name) != value]
-    odd = ["router"] if config.router != "sigmoid" else []
-    return odd if config.n_expert_shared else [*odd, "n_expert_shared"]
-
-
-# ------------------------------------------------------------------------------------------------
-# The model's source, beside its weights
+# ----------------------------------------------------------- The model's source, beside its weights
 
 MODELING = "modeling_nanonormuon.py"
 
@@ -244,12 +236,13 @@ def carried(config: GPTConfig) -> bool:
 
 def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, Any]:
     """Build config.json for a resolved config, with our own fields under "nanonormuon"."""
-    ours = {"nanonormuon": asdict(config)}
     if carried(config):
         return own_config(config, seq_len, eot)
     if obstacles(config):
-        return {"model_type": "nanonormuon", "max_position_embeddings": seq_len, **ours}
-    return {**plain_config(config, seq_len, eot), **ours}
+        plain = {"model_type": "nanonormuon", "max_position_embeddings": seq_len}
+    else:
+        plain = plain_config(config, seq_len, eot)
+    return plain | {"nanonormuon": asdict(config)}
 
 
 def own_config(
@@ -311,7 +304,7 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
     """Parse config.json, our own or of ARCHITECTURES. Raises ValueError listing what we lack."""
     if "nanonormuon" in content:
         try:
-            return GPTConfig(**content["nanonormuon"])
+            return GPTConfig(**content["nanonormuon"]).resolved()
         except TypeError as error:
             raise ValueError(f'invalid section "nanonormuon": {error}') from None
     kind = content.get("model_type")

@@ -50,10 +50,8 @@ def to_console(level: int = logging.INFO) -> None:
 
 
 class RunDirectory:
-    """The files of one run. Only rank 0 writes them; other ranks only know the path.
-
-    Leaving the `with` block unlocks the directory, and removes it if it is still empty.
-    """
+    """The files of one run. Only rank 0 writes them; other ranks only know the path. Leaving the
+    `with` block unlocks the directory, and removes it if it is still empty."""
 
     def __init__(self, path: Path, first: bool = True):
         self.path, self.first = path, first
@@ -133,10 +131,8 @@ class RunDirectory:
         return kept
 
     def record(self, row: dict[str, Any], more: dict[str, Any] | None = None) -> None:
-        """Append one step's metrics, on the rank that opened the logs.
-
-        more: metrics measured after the row was recorded; the new line repeats the row.
-        """
+        """Append one step's metrics, on the rank that opened the logs. more: metrics measured after
+        the row was recorded; the new line repeats the row."""
         if self.metrics is not None:
             self.metrics.write(json.dumps(row | (more or {})) + "\n")
             self.metrics.flush()

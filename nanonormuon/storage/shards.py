@@ -137,7 +137,8 @@ class File:
             self.listed = None
 
     def check(self) -> None:
-        """Raise DataError if the file has changed or failed verification, which this may start."""
+        """Raise DataError if the file has changed or failed verification, which this may start.
+        Called before a shard is read; costs a stat()."""
         if (now := _state(self.path)) != self.found:
             problem = f"expected (bytes, time in ns) {self.found}, found {now}"
             raise DataError(f"{self.path}: changed while in use: {problem}; restore it and resume")
@@ -222,10 +223,6 @@ class Split:
                 total += int(lengths[part].sum())
                 left -= len(part)
         return total
-
-    def check(self, shard: int) -> None:
-        """Call File.check before reading a shard; costs a stat()."""
-        self.files[shard].check()
 
     def settle(self) -> None:
         """Finish verifying shards read so far, before their results are used. Raises DataError."""
@@ -392,15 +389,19 @@ def too_few(**tokens: int) -> list[str]:
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:
-    """Raise ValueError unless `value` has the keys and types of `shape`; int: 0 <= x < 2**62."""
+    """Raise ValueError unless `value` has the keys and types of `shape`. Numbers: 0 <= x < 2**62; a
+    float may be written as an int."""
     if isinstance(shape, dict) and isinstance(value, dict):
         for key, part in shape.items():
             check_shape(value.get(key), part, f"{where}.{key}")
     elif isinstance(shape, list) and isinstance(value, list):
         for i, part in enumerate(value):
             check_shape(part, shape[0], f"{where}[{i}]")
-    elif type(value) is not shape or (shape is int and not 0 <= value < 2**62):
+    elif type(value) not in ((float, int) if shape is float else (shape,)) or (
+        shape in (int, float) and not 0 <= value < 2**62
+    ):
         kind = shape.__name__ if isinstance(shape, type) else type(shape).__name__
+        kind += " from 0 to 2**62" if shape in (int, float) else ""
         raise ValueError(f"{where}: expected {kind}, found {str(value)[:80]!r}")
 
 

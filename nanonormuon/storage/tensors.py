@@ -24,10 +24,8 @@ def whole(t: Tensor) -> Tensor:
 
 
 def copied(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Copy full tensors to host memory, which is pinned for asynchronous copies from a GPU.
-
-    If any tensor is sharded, every rank must call this; keep=False gathers but copies nothing.
-    """
+    """Copy full tensors to host memory, which is pinned for asynchronous copies from a GPU. If any
+    tensor is sharded, every rank must call this; keep=False gathers but copies nothing."""
     copies = {}
     for name, t in tensors.items():
         full = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()

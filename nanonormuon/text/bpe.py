@@ -156,26 +156,23 @@ class Tokenizer:
         try:
             found = iter(self.encode_texts([piece for piece in job if isinstance(piece, str)]))
             for piece in job:
-                parts.append(self._encode_piece(piece, found))
+                if piece is None:
+                    ids = np.array([self.eot], np.uint32)
+                elif isinstance(piece, str):
+                    ids = np.asarray(next(found), np.uint32)
+                    self.check(piece, ids)
+                elif self.byte_ids:
+                    ids = np.array([self.byte_ids[b] for b in piece], np.uint32)
+                else:
+                    hint = "cannot be encoded; convert the text or use a byte-level tokenizer"
+                    raise ValueError(f"byte 0x{piece[0]:02x} is not UTF-8 and {hint}")
+                parts.append(ids)
         except BaseException as error:
             if not gave_up(error):
                 raise
             place = _place(job, len(parts) - 1, getattr(error, "offset", 0), names, offset)
             raise TokenizerError(f"{place}: {error} ({self})") from None
         return np.concatenate(parts)
-
-    def _encode_piece(self, piece: Piece, found: Iterator[Any]) -> np.ndarray:
-        """Return the ids of a piece; those of a text are the next in `found`."""
-        if piece is None:
-            return np.array([self.eot], np.uint32)
-        if isinstance(piece, bytes):
-            if not self.byte_ids:
-                hint = "cannot be encoded; convert the text or use a byte-level tokenizer"
-                raise ValueError(f"byte 0x{piece[0]:02x} is not UTF-8 and {hint}")
-            return np.array([self.byte_ids[b] for b in piece], np.uint32)
-        ids = np.asarray(next(found), np.uint32)
-        self.check(piece, ids)
-        return ids
 
     @cached_property
     def byte_ids(self) -> dict[int, int]:
@@ -371,10 +368,8 @@ def read(content: dict[str, Any], name: str) -> BPE:
 
 
 def train(vocab_size: int, texts: Iterable[str | bytes]) -> BPE:
-    """Learn vocab_size - 257 merges from UTF-8 text; the last id is <|endoftext|>.
-
-    A short text gives a smaller vocabulary, named by its size. Tokens: up to LONGEST characters.
-    """
+    """Learn vocab_size - 257 merges from UTF-8 text; the last id is <|endoftext|>. A short text
+    gives a smaller vocabulary, named by its size. Tokens: up to LONGEST characters."""
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it logs every percent
     trainer = rustbpe.Tokenizer()
     valid = (piece for text in texts for piece in pieces(text) if isinstance(piece, str))

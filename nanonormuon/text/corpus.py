@@ -72,12 +72,10 @@ def mix(config: Config, data: Data, tokenizer: Tokenizer | None) -> None:
         data.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def separator(config: Config, data: Data, tokenizer: Tokenizer | None) -> int | None:
+def separator(config: Config, tokenizer: Tokenizer | None) -> int | None:
     """Return the token that attention does not cross, if any."""
     if not config.data.document_mask:
         return None
-    if data.manifest:
-        return data.manifest["tokenizer"]["eot"]
     if tokenizer is None:
         raise ConfigError("data.document_mask = true: expected a data.tokenizer")
     return tokenizer.eot

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 SHARD_BYTES = 256 << 20  # of text; a shard ends with the document that reaches this size
 TAIL_BYTES = 256  # minimum of a document's tail that becomes validation
 SPLIT = 2  # version of Survey's rule; shards of other versions are not reused
+Read = Callable[[], Iterable[Document]]  # yields all documents anew at each call
 OURS = re.compile(r"(plan|manifest|tokenizer(_config)?)\.json|(train|val)_\d+\.bin|\..*\.tmp")
 SAMPLE_BYTES = 64 << 20  # maximum text for training BPE, evenly spread over the training split
 
@@ -86,7 +87,7 @@ def prepare(
 
 
 def prepare_documents(
-    read: Callable[[], Iterable[Document]],
+    read: Read,
     names: list[str],
     out: Path,
     spec: str | Path,
@@ -95,7 +96,7 @@ def prepare_documents(
     shard_bytes: int = SHARD_BYTES,
     whole: bool = False,
 ) -> dict[str, Any]:
-    """Prepare documents that `read()` yields anew at each call. whole: see Survey."""
+    """Prepare the documents of `read`. whole: see Survey."""
     if not 0 < val < 1:
         raise DataError(f"prepare: --val {val:g}: expected a share between 0 and 1, as 0.02")
     assert shard_bytes > 0 <= workers, (shard_bytes, workers)
@@ -265,11 +266,7 @@ class Survey:
 
 
 def _trained(
-    spec: str,
-    survey: Survey,
-    read: Callable[[], Iterable[Document]],
-    partial: Path,
-    plan: dict[str, Any],
+    spec: str, survey: Survey, read: Read, partial: Path, plan: dict[str, Any]
 ) -> Tokenizer:
     """Train the tokenizer, or load the one that an interrupted run saved."""
     with contextlib.suppress(TokenizerError):

@@ -16,7 +16,7 @@ from support import command
 from nanonormuon import __version__, config
 from nanonormuon.cli import app as cli
 from nanonormuon.cli import dry_run
-from nanonormuon.cli.run import describe
+from nanonormuon.cli.run import describe, without_effect
 from nanonormuon.storage.shards import write_shard
 from nanonormuon.train import train
 
@@ -113,7 +113,7 @@ def test_mistakes(arguments, code, words, tmp_path, capsys, monkeypatch):
 )
 def test_a_setting_that_does_nothing_is_named(arguments, idle, tiny, capsys, monkeypatch):
     monkeypatch.setattr(dry_run, "TRIAL_SECONDS", 0.01)
-    found = config.without_effect(*config.load(arguments))
+    found = without_effect(*config.load(arguments))
     assert [line.partition(":")[0] for line in found] == idle
     if "optim.name=adamw" in arguments and idle:
         code, message = called(["run", *tiny, *arguments, "--dry-run"], capsys)

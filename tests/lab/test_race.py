@@ -28,11 +28,12 @@ from nanonormuon.cli import app as cli
 from nanonormuon.config import OptimConfig, load
 from nanonormuon.errors import ConfigError, RunError
 from nanonormuon.lab import processes, race, results, trials
+from nanonormuon.lab.external import optimizer_class
 from nanonormuon.lab.processes import Job, Runner
 from nanonormuon.lab.significance import interval, student_cdf, student_quantile, verdict
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.normuon import NorMuon
-from nanonormuon.optim import make_optimizers, optimizer_class
+from nanonormuon.optim import make_optimizers
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage.files import locked

@@ -16,11 +16,12 @@ from support import ROOT, final, relative, run
 from nanonormuon import checkpoint, config
 from nanonormuon.config import load
 from nanonormuon.errors import CheckpointError
+from nanonormuon.lab.external import default_lr, optimizer_class
 from nanonormuon.lab.zoo import muon8bit
 from nanonormuon.lab.zoo.lipschitz import LARGEST, Lipschitz
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.normuon import NorMuon
-from nanonormuon.optim import Schedule, default_lr, make_optimizers, optimizer_class
+from nanonormuon.optim import Schedule, make_optimizers
 from nanonormuon.runs import spectra
 from nanonormuon.storage.tensors import read_tensors
 

@@ -231,14 +231,14 @@ def test_flipped_byte(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "FULL_CHECK_LIMIT", 0)  # as if the directory were large
     refused(directory, "sha256", verify="full")
     opened = shards.open_data(directory)
-    opened.train.check(1)
+    opened.train.files[1].check()
     opened.train.settle()
     opened.val.settle()  # nothing of it was read
     list(validation_batches(opened.val, 10, 20))  # one batch
     listed = opened.manifest["val"]["shards"][0]["sha256"]
     says = rf"{path}: sha256: expected {listed} \(manifest\.json\), found {shards.sha256(path)}"
     whole = Split.joined([opened.train, opened.val])  # as in a mixture
-    for read in (opened.val.settle, whole.settle, lambda: whole.check(2)):
+    for read in (opened.val.settle, whole.settle, lambda: whole.files[2].check()):
         with pytest.raises(DataError, match=says):
             read()
 
