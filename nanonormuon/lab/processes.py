@@ -151,7 +151,7 @@ class Runner:
     def carry_out(self, job: Job) -> dict[str, Any]:
         """Run a job in its own process, from its newest checkpoint if there is one."""
         place = self.places.get()
-        if self.bar is not None:
+        if self.bar is not None and self.parallel == 1:
             self.bar.set_postfix_str(job.path.name)
         try:
             job.path.parent.mkdir(parents=True, exist_ok=True)
