@@ -191,7 +191,7 @@ class Trainer:
         before the update. Raises BadStep on every rank before an update that would spread NaN."""
         self.schedule.set(self.engine.optimizers, self.step)
         loss = self.memory.retry(self.accumulate)
-        verdict = judge(loss, self.engine, self.spikes, self.watch.stopping.number)
+        verdict = judge(loss, self.engine, self.spikes, self.watch.stopping)
         if not verdict.skip:
             self.engine.clip(verdict.grad_norm)
             with self.weight_stats.around(self.due(self.step + 1, verdict.stop).row):

@@ -23,6 +23,7 @@ from nanonormuon.model import GPT, HeadLoss
 from nanonormuon.optim import make_optimizers
 from nanonormuon.runtime.activations import checkpoint_activations
 from nanonormuon.runtime.distributed import World
+from nanonormuon.runtime.faults import Stopping
 from nanonormuon.runtime.health import Spikes, WeightStats, judge
 
 GUARD = """
@@ -100,7 +101,7 @@ def step(engine, sequences, seq_len, count=2):
     with Waits() as waits:
         tokens = torch.zeros(sequences, seq_len, dtype=torch.int64, device="cuda")
         loss = engine.accumulate(iter([(tokens, tokens)] * count), count)
-        verdict = judge(loss, engine, spikes, 0)
+        verdict = judge(loss, engine, spikes, Stopping())
         engine.clip(verdict.grad_norm)
         with stats.around(True):
             engine.update()

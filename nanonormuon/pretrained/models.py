@@ -193,7 +193,8 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
     if path is None:
         settings = (state or {}).get("config", {}).get("data")
         if settings is None:
-            raise DataError("the model's training data are unknown: give --data (evaluate: or --text)")
+            hint = "give --data (evaluate: or --text)"
+            raise DataError(f"the model's training data are unknown: {hint}")
         path, headerless = Path(settings["path"]), settings.get("format") == "nanogpt"
         if settings["path"].startswith("builtin:"):
             path = builtin_data(settings["path"], settings["tokenizer"])

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from nanonormuon.errors import Diverged, NonFinite
 from nanonormuon.runtime import distributed
+from nanonormuon.runtime.faults import Stopping
 from nanonormuon.storage.tensors import local
 
 SPIKE_MEMORY = 50  # steps over which the gradient norm is averaged
@@ -51,20 +52,20 @@ def norm(tensors: Iterable[Tensor | None]) -> Tensor:
     return total.full_tensor() if isinstance(total, DTensor) else total
 
 
-def judge(loss: Tensor, engine: Any, spikes: "Spikes", stop: int) -> Verdict:
+def judge(loss: Tensor, engine: Any, spikes: "Spikes", stopping: Stopping) -> Verdict:
     """Decide on all ranks whether to make an update, with one reduction over ranks and one transfer
     from the device. Raises BadStep on every rank if any value is not finite, unless the update is
     skipped as a spike.
 
-    loss: this rank's (0-d). engine: an engine.Engine, with its gradients and state. stop: a signal
-    that this rank has received; 0: none. All values of the state are finite if their norm is; the
-    converse fails only above 1e19.
+    loss: this rank's (0-d). engine: an engine.Engine, with its gradients and state. stopping: has
+    the signal that this rank has received. All values of the state are finite if their norm is;
+    the converse fails only above 1e19.
     """
     world, grad_norm = engine.world, norm(p.grad for p in engine.model.parameters())
     state_norm = get_total_norm([local(t) for t in engine.state() if t.is_floating_point()])
     values = torch.stack([state_norm, loss, grad_norm]).float()
     flags = torch.isfinite(values).logical_not() * (world.size - world.rank)
-    more = torch.stack([values[2].nan_to_num(nan=math.inf), torch.full_like(loss, stop)])
+    more = torch.stack([values[2].nan_to_num(nan=math.inf), torch.full_like(loss, stopping.number)])
     found = torch.cat([flags, more]).float()
     if world.size > 1:
         dist.all_reduce(found, dist.ReduceOp.MAX)

@@ -187,7 +187,7 @@ def test_a_run_whose_data_are_gone_asks_for_others():
     state = {"config": {"data": {"path": "/nonexistent/data", "format": "shards"}}}
     with pytest.raises(DataError, match="missing: give --data"):
         models.data_of(state, tokenizer.get("byte"))
-    with pytest.raises(DataError, match=r"training data are unknown: give --data \(evaluate: or --text\)"):
+    with pytest.raises(DataError, match=r"data are unknown: give --data \(evaluate: or --text\)"):
         models.data_of(None, tokenizer.get("byte"))
 
 
