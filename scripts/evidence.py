@@ -135,7 +135,7 @@ def between(file: Path, content: str) -> None:
     file.write_text(new, encoding="utf-8")
 
 
-def main(folders: list[str], ms: str) -> None:
+def main(folders: list[str], ms: str = "") -> None:
     pairs = (part.partition("=") for part in ms.split(",") if part)
     times = {name: float(value) for name, _, value in pairs}
     for folder in folders:

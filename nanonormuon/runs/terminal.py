@@ -78,7 +78,8 @@ def curve(loss: Points, val_loss: Points, look: Look) -> list[str]:
         return round((high - y) / ((high - low) or 1) * (rows - 1))
 
     cells, before = [[0x2800] * width for _ in labels], row(loss[0][1], 4 * HEIGHT)
-    for x, y in enumerate(np.interp(np.linspace(first, last, 2 * width), *zip(*loss))):
+    points = np.array(loss, float).T  # an int may have more than 64 bits
+    for x, y in enumerate(np.interp(np.linspace(first, last, 2 * width), *points)):
         y = row(y, 4 * HEIGHT)
         for dot in range(min(y, before), max(y, before) + 1):
             cells[dot // 4][x // 2] |= BRAILLE[dot % 4][x % 2]

@@ -388,9 +388,12 @@ def too_few(**tokens: int) -> list[str]:
     return [f"{name}: {count:,} {problem}{hints[name]}" for name, count in few.items()]
 
 
+MOST = {int: 2**62, float: 1e9}  # numbers are below; 1e9 seconds are 32 years
+
+
 def check_shape(value: Any, shape: Any, where: str) -> None:
-    """Raise ValueError unless `value` has the keys and types of `shape`. Numbers: 0 <= x < 2**62; a
-    float may be written as an int."""
+    """Raise ValueError unless `value` has the keys and types of `shape`. Numbers are from 0 to
+    MOST; a float may be written as an int."""
     if isinstance(shape, dict) and isinstance(value, dict):
         for key, part in shape.items():
             check_shape(value.get(key), part, f"{where}.{key}")
@@ -398,10 +401,10 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
         for i, part in enumerate(value):
             check_shape(part, shape[0], f"{where}[{i}]")
     elif type(value) not in ((float, int) if shape is float else (shape,)) or (
-        shape in (int, float) and not 0 <= value < 2**62
+        shape in (int, float) and not 0 <= value < MOST[shape]
     ):
         kind = shape.__name__ if isinstance(shape, type) else type(shape).__name__
-        kind += " from 0 to 2**62" if shape in (int, float) else ""
+        kind += f" from 0 to {MOST[shape]:.3g}" if shape in (int, float) else ""
         raise ValueError(f"{where}: expected {kind}, found {str(value)[:80]!r}")
 
 

@@ -57,6 +57,7 @@ def test_a_curve_falls_as_the_loss_does(width, unicode):
 def test_no_curve_of_one_point_and_a_flat_one():
     assert terminal.curve(LOSS[:1], [], PLAIN) == []
     assert len(terminal.curve([(1, 2.0), (9, 2.0)], [(9, 2.0)], PLAIN)) == 11
+    assert len(terminal.curve([(1, 2.0), (5, 10**30), (9, 2.0)], [], PLAIN)) == 11
 
 
 SAMPLES = [
