@@ -1,4 +1,4 @@
-"""Optimizers of others: "module:Class", "FILE.py:Class", and "zoo:NAME", a file in lab/zoo."""
+"""Other people's optimizers: "module:Class", "FILE.py:Class", and "zoo:NAME", a file in lab/zoo."""
 
 import ast
 import hashlib

@@ -131,7 +131,7 @@ class Race:
     def __init__(self, arguments: Sequence[str], field: Sequence[Entry], seeds: int, out: Path,
                  tuning_seeds: int = 1, baseline: str = "", grow: bool = True,
                  breakdown: bool = False):  # fmt: skip
-        """baseline, grow: see results.judge, `beyond`. breakdown: add pretrained.breakdown's."""
+        """baseline, grow: see results.judge, `beyond`. breakdown: of the final losses."""
         self.arguments, self.field, self.out = tuple(arguments), field, out
         self.baseline, self.longer = baseline, LONGER if grow else 0
         self.breakdown = breakdown
