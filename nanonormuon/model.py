@@ -3,8 +3,8 @@
 The default config is the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention, per-head
 QK-norm with gains, SwiGLU, no biases). Parameters have Hugging Face's names without the prefix
 `model.`. The settings under "departures" make it Llama (qk_norm) or the GPT of modded-nanogpt's
-track 3 (all others but value_embed and bigram_embed); storage/huggingface.py knows which models
-transformers can load. parts/ has latent attention, experts and a bigram table.
+track 3 (all others but value_embed, bigram_embed and key_shift); storage/huggingface.py knows which
+models transformers can load. parts/ has latent attention, experts and a bigram table.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
 """
@@ -109,6 +109,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
     return (scores.softmax(-1) @ v).view(B, H, T, -1)
 
 
+def shift(k: Tensor, before: Tensor, mask: Tensor | None) -> Tensor:
+    """Give each token of k (B, G, T, D) the key of the token before it; the first one gets `before`
+    (B, G, 1, D). With a mask of documents (B, 1, T, T) a document's first token keeps its own."""
+    shifted = torch.cat((before, k[:, :, :-1]), 2)
+    if mask is None:
+        return shifted
+    first = F.pad(~mask.diagonal(-1, 2, 3), (1, 0))  # a token that cannot attend to the last
+    return torch.where(first[..., None], k, shifted)
+
+
 class Attention(nn.Module):
     attend = staticmethod(attend)  # runtime/qk_clip.py replaces it to see the logits
 
@@ -118,6 +128,7 @@ class Attention(nn.Module):
         self.head_dim, self.scale = D, config.attn_scale
         self.cached = ((G, D), (G, D))  # (heads, width) of what Cache holds per token
         self.products = H * 2 * D  # multiplications per pair of query and key
+        self.n_shifted = G // 2 if config.key_shift else 0
         # not one fused matrix: NorMuon orthogonalises each projection separately
         self.q_proj = Linear(C, H * D, bias=config.bias)
         self.k_proj = Linear(C, G * D, bias=config.bias)
@@ -139,7 +150,14 @@ class Attention(nn.Module):
             v = v + value.to(v.dtype).view(heads).transpose(1, 2)
         if x.device.type == "cpu":  # mixed memory layouts are slow there
             q, k = q.contiguous(), k.contiguous()
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.n_shifted:
+            # a token that followed an equal one is found by its key: copying takes one layer, where
+            # it takes two otherwise, of which one learns to look at the token before
+            own, late = k.tensor_split((-self.n_shifted,), 1)
+            before = late[:, :, :1] if cache is None else cache.replace(self, late)
+            k = torch.cat((own, shift(late, before, mask if cache is None else None)), 1)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = self.attend(q, k, v, self.scale, mask)
@@ -402,6 +420,7 @@ class Cache:
         def room(heads: int, width: int) -> Tensor:  # zeros: a mask cannot hide NaN
             return torch.zeros(batch, heads, size, width, dtype=dtype, device=device)
 
+        self.latest: dict[nn.Module, Tensor] = {}  # of key_shift, the last token's keys
         each = [layer.self_attn for layer in model.layers]
         self.kept = {attention: [room(*of) for of in attention.cached] for attention in each}
 
@@ -414,6 +433,13 @@ class Cache:
         if self.block == 1:
             return None
         return (torch.arange(self.shown(), device=self.device) <= self.length)[None, None, None]
+
+    def replace(self, attention: nn.Module, k: Tensor) -> Tensor:
+        """Keep the last of the keys k (B, heads, T, D), which are neither shifted nor rotated;
+        returns (B, heads, 1, D), the key before the first, which stands for itself at the start."""
+        before = self.latest[attention] if self.length else k[:, :, :1]
+        self.latest[attention] = k[:, :, -1:]
+        return before
 
     def extend(self, attention: nn.Module, *new: Tensor) -> list[Tensor]:
         """Append tensors (B, heads, T, width), in the order of attention.cached; returns those to

@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanonormuon.model import GPT, IGNORE, Cache, GPTConfig, HeadLoss, RMSNorm, attend
+from nanonormuon.model import (
+    GPT,
+    IGNORE,
+    Cache,
+    GPTConfig,
+    HeadLoss,
+    RMSNorm,
+    attend,
+    rope_tables,
+    rotate,
+)
 from nanonormuon.optim import param_groups
 from nanonormuon.sample import cache_bytes
 
@@ -28,7 +38,7 @@ TRACK3 = {
 LATENT = {"attention": "latent", "n_kv_head": 0}
 ODD = {**LATENT, "q_rank": 20, "v_head_dim": 10, "rope_head_dim": 6, "rope_interleave": False}
 VARIANTS = [{}, {"tied": True}, {"n_kv_head": 4, "head_dim": 12}, TRACK3, {"value_embed": True},
-            {"bigram_embed": 251}, LATENT, ODD]  # fmt: skip
+            {"bigram_embed": 251}, {"key_shift": True}, LATENT, ODD]  # fmt: skip
 
 
 class Watch(TorchDispatchMode):
@@ -297,6 +307,8 @@ def test_the_cache_holds_as_many_bytes_per_token_as_it_says(settings):
         ({**LATENT, "qk_norm": False}, "qk_norm = False: expected True.*attention = latent"),
         ({**LATENT, "bias": True}, "bias = True: expected False.*attention = latent"),
         ({**LATENT, "rope_head_dim": 3}, "rope_head_dim = 3: expected an even number"),
+        ({**LATENT, "key_shift": True}, "key_shift = True: expected False.*attention = latent"),
+        ({"key_shift": True, "n_kv_head": 1}, "key_shift = True: expected false.*single key head"),
         ({**LATENT, "kv_rank": -1}, "kv_rank = -1: expected 0 or more"),
     ],
 )
@@ -317,3 +329,18 @@ def test_a_bigrams_row_is_that_of_a_token_and_the_one_before_it():
     assert [
         g["role"] for g in param_groups(model) if model.bigram_embed.weight in set(g["params"])
     ] == ["value"]
+
+
+def test_half_of_the_key_heads_show_a_token_the_key_of_the_one_before_it():
+    plain, shifted = filled(), filled({"key_shift": True})
+    seen = []
+    for model in (plain, shifted):
+        first = model.layers[0].self_attn
+        first.attend = lambda q, k, v, scale, mask: seen.append(k) or attend(q, k, v, scale, mask)
+        model(torch.tensor([[7, 3, 9, 3]]))
+    k, found = seen
+    cos, sin = rope_tables(plain.config, 4, k.device)
+    unrotated = rotate(k, cos, -sin)  # rotated back
+    wanted = rotate(unrotated[:, 1, [0, 0, 1, 2]], cos, sin)  # the first one has none before it
+    assert torch.equal(found[:, 0], k[:, 0])
+    torch.testing.assert_close(found[:, 1], wanted)

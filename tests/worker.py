@@ -275,7 +275,10 @@ def filled(model):
 
 RECIPES = {  # to run on a small model, and what of its model is another
     "track3": ("track3-normuon", {"embed_dtype": "fp32", "value_embed": True, "bigram_embed": 96}),
-    "track3-bf16": ("track3-normuon", {"embed_dtype": "bf16", "value_embed": True}),
+    "track3-bf16": (
+        "track3-normuon",
+        {"embed_dtype": "bf16", "value_embed": True, "key_shift": True},
+    ),
     "latent": ("latent-demo", {"q_rank": 20}),
 }
 

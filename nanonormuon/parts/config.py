@@ -19,7 +19,8 @@ EXPERTS = ("n_expert", "n_expert_used", "n_expert_shared", "expert_hidden", "n_d
 # values that full attention requires of latent attention's settings, and those that latent
 # attention requires: it normalises the latents instead of q and k, always with gains
 LATENT = {"q_rank": 0, "kv_rank": 0, "rope_head_dim": 0, "v_head_dim": 0, "rope_interleave": True}
-PLAIN = {"qk_norm": True, "qk_gain": True, "bias": False, "value_embed": False}
+PLAIN = {"qk_norm": True, "qk_gain": True, "bias": False, "value_embed": False,
+         "key_shift": False}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class GPTConfig:
     embed_norm: bool = False  # an RMSNorm after the embedding
     value_embed: bool = False  # every second layer adds a learnt vector per token to its values
     bigram_embed: int = 0  # rows of a table of learnt vectors for pairs of tokens (hashed); 0: none
+    key_shift: bool = False  # half of the key heads show a token the key of the one before it
     logit_cap: float = 0.0  # c > 0: soft cap on the logits, c x / sqrt(x^2 + c^2); 0: none
     embed_dtype: str = "fp32"  # fp32 | bf16: dtype of the embedding and its optimizer state
     # with mlp = "experts"
@@ -87,6 +89,8 @@ class GPTConfig:
                 "n_embd",
                 f"a multiple of n_head = {self.n_head}: set n_head = {near}, or set head_dim",
             )
+        if self.key_shift and (self.n_kv_head or self.n_head) < 2:
+            refuse("key_shift", "false with a single key head: none would be left without a shift")
         if head_dim % 4:
             raise ValueError(f"head_dim = {head_dim}: expected a multiple of 4")
         if self.n_kv_head and self.n_head % self.n_kv_head:

@@ -95,7 +95,7 @@ DOTS1 = {**EXPERTS, "n_dense": 1, "n_expert_group": 4, "n_group_used": 2, "route
         (DEEPSEEK, "DeepseekV3"),
         ({"value_embed": True}, "Nanonormuon"),
         ({"value_embed": True, "tied": True, "n_kv_head": 2}, "Nanonormuon"),
-        ({"bigram_embed": 300}, "Nanonormuon"),
+        ({"bigram_embed": 300, "key_shift": True}, "Nanonormuon"),
         ({**LATENT, "logit_cap": 15.0}, "Nanonormuon"),
         (TRACK3, "Nanonormuon"),
     ],
@@ -470,7 +470,8 @@ def test_a_process_with_transformers_alone_generates_our_tokens(changed, trained
         source = (package / "model.py").read_text()
         assert source.count("F.silu(") == 1
         (package / "model.py").write_text(source.replace("F.silu(", "F.gelu("))
-    runs = {"plain": {}, "value": {"value_embed": True, "bigram_embed": 300}, "track3": TRACK3}
+    tables = {"value_embed": True, "bigram_embed": 300, "key_shift": True}
+    runs = {"plain": {}, "value": tables, "track3": TRACK3}
     for name, settings in runs.items():
         with_noise(trained, tmp_path / name, vocab_size=300, **settings)
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
