@@ -5,15 +5,13 @@ Later sources override earlier ones: the defaults below, recipes and TOML files 
 raises ConfigError before any device or data file is touched.
 """
 
-import difflib
 import json
 import math
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from decimal import Decimal, InvalidOperation
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from typing import Any, Literal
 from nanonormuon.errors import ConfigError
 from nanonormuon.parts.config import GPTConfig
 from nanonormuon.storage.files import optimizer_file, read_file
+from nanonormuon.storage.values import coerce, mixture, nearest
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ KINDS: dict[str, Any] = {  # "section.key" of every setting -> its type
     for section, table in SECTIONS.items()
     for key, kind in typing.get_type_hints(table).items()
 }
-SHARES = 1_000_000  # data.mix is resolved to millionths
 OPTIMIZERS = ("normuon", "muon", "adamw")
 TRUSTED = ("torch.optim", "zoo")  # modules whose classes even a file may name
 # What may change on resume. Data are compared by content.
@@ -129,51 +127,24 @@ MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
     "activation_checkpointing", "parallel", "reshard",
 )))  # fmt: skip
 
-Limit = tuple[Callable[[Any], bool], str]
-
-
-def within(low: int, high: int) -> Limit:
-    return lambda value: low <= value <= high, f"{low} to {high}"
-
-
-AT_LEAST_0: Limit = (
-    lambda v: isinstance(v, str) or (v >= 0 and (isinstance(v, float) or v < 1 << 63)),
-    "0 or more and below 2^63",
-)
-AT_LEAST_1: Limit = (lambda value: 1 <= value < 1 << 63, "at least 1, and below 2^63")
-BELOW_1: Limit = (lambda value: 0 <= value < 1, "0 <= value < 1")
-WIDTH = within(0, 1 << 20)
-LIMITS: dict[str, Limit] = {  # every other setting: AT_LEAST_0
-    **dict.fromkeys(("train.steps", "train.log_every"), AT_LEAST_1),
+LARGEST = 2**63 - 1
+BELOW_1 = (0, 0.999999)
+WIDTH = (0, 1 << 20)  # beyond any model, but parameters are counted quickly and without overflow
+LIMITS: dict[str, tuple[float, float]] = {  # least and largest value; others: 0 and LARGEST
+    **dict.fromkeys(("train.steps", "train.log_every", "train.micro_batch"), (1, LARGEST)),
     **dict.fromkeys(("optim.momentum", "optim.momentum_start", "optim.beta2"), BELOW_1),
-    **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2"), BELOW_1),
-    # larger than any model, but small enough to count parameters quickly and without overflow
+    **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2", "data.tuning"), BELOW_1),
     **{f"model.{key}": WIDTH for key in ("n_head", "n_kv_head", "n_embd", "head_dim")},
     **{f"model.{key}": WIDTH for key in ("q_rank", "kv_rank", "rope_head_dim", "v_head_dim")},
-    "model.vocab_size": within(0, 1 << 32),  # ids in shards have 32 bits
-    "model.n_layer": within(1, 10_000),
-    **dict.fromkeys(("model.n_hidden", "model.expert_hidden"), within(0, 1 << 24)),
-    "model.bigram_embed": within(0, 1 << 32),
-    "model.attn_scale": (lambda value: True, "any number"),
-    "data.seq_len": within(1, 1 << 24),
-    "train.batch_tokens": within(1, 10**12),
-    "data.tuning": (BELOW_1[0], "a share of the training tokens, 0 <= value < 1"),
-    "optim.ns_steps": within(1, 1000),  # a list is that long
-    "optim.decay": (lambda value: 0 <= value <= 1, "a share of the run, 0 to 1"),
-    "train.micro_batch": (lambda value: value == "auto" or value >= 1, "at least 1, or auto"),
+    **dict.fromkeys(("model.n_hidden", "model.expert_hidden"), (0, 1 << 24)),
+    **dict.fromkeys(("model.vocab_size", "model.bigram_embed"), (0, 1 << 32)),  # of a shard's ids
+    "model.n_layer": (1, 10_000),
+    "model.attn_scale": (-math.inf, math.inf),
+    "data.seq_len": (1, 1 << 24),
+    "train.batch_tokens": (1, 10**12),
+    "optim.ns_steps": (1, 1000),  # a list is that long
+    "optim.decay": (0, 1),  # a share of the run
 }
-
-
-def nearest(name: str, valid: Collection[str]) -> str:
-    """Return 'did you mean "X"?' for a misspelt name, else the list of valid names."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f'did you mean "{close[0]}"?' if close else f"expected one of {', '.join(valid)}"
-
-
-def divisors(n: int) -> list[int]:
-    """Return the divisors of n >= 1 in increasing order."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
 
 
 def recipes() -> dict[str, Path]:
@@ -252,57 +223,10 @@ def convert(name: str, value: Any, where: str = "") -> Any:
     """Convert the value of the setting `name` to its type. Raises ConfigError, whose message begins
     with `where`, for another type or an impossible value."""
     found = coerce(value, KINDS[name], where + name)
-    possible, expected = LIMITS.get(name, AT_LEAST_0)
-    if not possible(found):
+    low, high = LIMITS.get(name, (0, LARGEST))
+    if not isinstance(found, str) and not low <= found <= high:
+        expected = f"at least {low}" if found < low else f"at most {high}"
         raise ConfigError(f"{where}{name} = {found!s:.60}: expected {expected}")
-    return found
-
-
-def coerce(value: Any, kind: Any, where: str) -> Any:
-    """Convert a TOML value or text from the command line to a type, without rounding. Raises
-    ConfigError, whose message begins with `where`."""
-    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG), no \\0")
-    choices = typing.get_args(kind)
-    if choices and typing.get_origin(kind) is not Literal:  # a number or a keyword
-        number, words = choices
-        return value if value in typing.get_args(words) else coerce(value, number, where)
-    if choices and value not in choices:
-        raise ConfigError(f'{where} = "{value}": {nearest(str(value), choices)}')
-    if choices or (kind is str and isinstance(value, str)):
-        return value
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if kind in (int, float):
-        found = parse_number(str(value))
-        if found is not None and math.isfinite(found) and (kind is float or found == int(found)):
-            return kind(found)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{where} = {value!r}: expected {names[kind]}")
-
-
-def parse_number(text: str) -> int | float | None:
-    """Parse "524_288", "0.5M" or "1e-3"; None if it is not a number."""
-    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    try:
-        number = Decimal(text if scale == 1 else text[:-1]) * scale  # keeps 1.005M whole
-    except InvalidOperation:
-        return None
-    whole = number.is_finite() and number == number.to_integral_value()
-    return int(number) if whole and abs(number) < 10**19 else float(number)  # 2^63 is exact
-
-
-def mixture(mix: str) -> list[tuple[str, int]]:
-    """Parse data.mix, "DIR=0.2, DIR=0.1", with shares in millionths. Raises ConfigError."""
-    found = []
-    for item in filter(None, map(str.strip, mix.split(","))):
-        name, _, text = (part.strip() for part in item.rpartition("="))
-        share = parse_number(text) or 0
-        if not name or not 0 < share < 1 or not (parts := round(share * SHARES)):
-            raise ConfigError(f'data.mix: "{item}": expected DIRECTORY=SHARE, 0 < share < 1')
-        found.append((name, parts))
-    if sum(parts for _, parts in found) >= SHARES:
-        raise ConfigError(f'data.mix = "{mix}": expected shares that add up to less than 1')
     return found
 
 

@@ -45,10 +45,6 @@ def test_large_numbers_are_exact_or_refused(tmp_path):
             load([str(file)])
 
 
-def test_divisors():
-    assert config.divisors(1) == [1] and config.divisors(12) == [1, 2, 3, 4, 6, 12]
-
-
 @pytest.mark.parametrize("name", config.recipes())
 def test_recipes_load_and_have_a_headline(name):
     load([name])
@@ -180,21 +176,21 @@ def test_printed_configuration_reads_back(tmp_path):
         (["train.steps=true"], "expected a whole number"),
         (["optim.lr=fast"], "expected a number"),
         (["optim.lr=inf"], "expected a number"),
-        (["optim.lr=-0.1"], "expected 0 or more"),
-        (["optim.beta2=1"], "0 <= value < 1"),
-        (["optim.decay=1.5"], "share of the run"),
-        (["optim.ns_steps=2b"], "optim.ns_steps = 2000000000: expected 1 to 1000"),
-        (["optim.ns_steps=1e308"], "expected 1 to 1000"),
+        (["optim.lr=-0.1"], "expected at least 0"),
+        (["optim.beta2=1"], "optim.beta2 = 1.0: expected at most 0.999999"),
+        (["optim.decay=1.5"], "optim.decay = 1.5: expected at most 1"),
+        (["optim.ns_steps=2b"], "optim.ns_steps = 2000000000: expected at most 1000"),
+        (["optim.ns_steps=1e308"], "expected at most 1000"),
         (["optim.nesterov=maybe"], "expected true or false"),
         (["optim.name=normoun"], 'did you mean "normuon"'),
         (["optim.ns_coefficients=1,2"], "three numbers"),
         (["train.micro_batch=all"], "expected a whole number"),
-        (["train.micro_batch=0"], "expected at least 1, or auto"),
-        (["train.micro_batch=-1"], "expected at least 1, or auto"),
+        (["train.micro_batch=0"], "train.micro_batch = 0: expected at least 1"),
+        (["train.micro_batch=-1"], "train.micro_batch = -1: expected at least 1"),
         (["train.canonical=true"], "train.micro_batch = auto: expected a number"),
-        (["train.seed=-1"], "train.seed = -1: expected 0 or more"),
-        (["train.patience=-1"], "train.patience = -1: expected 0 or more"),
-        (["data.tuning=1"], "data.tuning = 1.0: expected a share"),
+        (["train.seed=-1"], "train.seed = -1: expected at least 0"),
+        (["train.patience=-1"], "train.patience = -1: expected at least 0"),
+        (["data.tuning=1"], "data.tuning = 1.0: expected at most"),
         (["optim.options=rho=1"], "optim.options = rho=1: expected none"),
         (["optim.name=torch.optim:SGD", "train.parallel=fsdp"], "train.parallel = fsdp: expected"),
         (["optim.name=torch.optim:SGD", "train.parallel=hsdp"], "train.parallel = hsdp: expected"),

@@ -166,9 +166,10 @@ def recipes(
     """
     from nanonormuon import config
     from nanonormuon.storage.run import aligned
+    from nanonormuon.storage.values import nearest
 
     if name and name not in config.recipes():
-        raise errors.ConfigError(f'no recipe "{name}": {config.nearest(name, config.recipes())}')
+        raise errors.ConfigError(f'no recipe "{name}": {nearest(name, config.recipes())}')
     if name:
         typer.echo(config.recipes()[name].read_text(encoding="utf-8"), nl=False)
         return
