@@ -5,13 +5,12 @@ Later sources override earlier ones: the defaults below, recipes and TOML files 
 raises ConfigError before any device or data file is touched.
 """
 
-import json
 import math
 import re
 import tomllib
 import typing
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -285,20 +284,3 @@ def differences(old: Config, new: Config) -> list[str]:
     """List the changes that a resumed run may not make, one line each."""
     before = flat(old, MAY_CHANGE)
     return [f"{k}: {before[k]} -> {b}" for k, b in flat(new, MAY_CHANGE).items() if before[k] != b]
-
-
-def to_toml(
-    config: Config | dict[str, dict[str, Any]], origin: dict[str, str] | None = None
-) -> str:
-    """Format a configuration (or its dictionary) as TOML; with `origin`, each line shows where its
-    value comes from."""
-    sections = []
-    for section, table in (asdict(config) if isinstance(config, Config) else config).items():
-        lines = [f"[{section}]\n"]
-        for key, value in table.items():
-            line = f"{key} = {json.dumps(value, ensure_ascii=False)}"  # JSON's values are TOML's
-            if origin is not None:
-                line = f"{line:<36}  # {origin.get(f'{section}.{key}', 'default')}"
-            lines.append(f"{line}\n")
-        sections.append("".join(lines))
-    return "\n".join(sections)

@@ -11,6 +11,7 @@ from nanonormuon import config
 from nanonormuon.config import Config, load
 from nanonormuon.errors import ConfigError, exit_code
 from nanonormuon.model import GPT
+from nanonormuon.storage.values import to_toml
 
 
 def test_values_are_parsed_by_type_and_their_origin_is_kept(tmp_path):
@@ -153,11 +154,12 @@ def test_later_sources_win(tmp_path):
 
 def test_printed_configuration_reads_back(tmp_path):
     changed, origin = load(['train.sample_prompt=def "f"\\n\t#é', "optim.lr=1e-7", "train.steps=3"])
-    for text in (config.to_toml(changed), config.to_toml(changed, origin)):
+    settings = dataclasses.asdict(changed)
+    for text in (to_toml(settings), to_toml(settings, origin)):
         (tmp_path / "c.toml").write_text(text, encoding="utf-8")
         assert load([str(tmp_path / "c.toml")])[0] == changed
-    assert config.from_dict(dataclasses.asdict(changed)) == changed
-    assert "optim.lr" in origin and "# command line" in config.to_toml(changed, origin)
+    assert config.from_dict(settings) == changed
+    assert "optim.lr" in origin and "# command line" in to_toml(settings, origin)
 
 
 @pytest.mark.parametrize(

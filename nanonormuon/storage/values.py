@@ -1,10 +1,11 @@
-"""Values of settings, converted from TOML or from the text of a command line without rounding."""
+"""Values of settings: from TOML and the text of a command line, without rounding, and to TOML."""
 
 import difflib
+import json
 import math
 import re
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
@@ -65,3 +66,20 @@ def mixture(mix: str) -> list[tuple[str, int]]:
     if sum(parts for _, parts in found) >= SHARES:
         raise ConfigError(f'data.mix = "{mix}": expected shares that add up to less than 1')
     return found
+
+
+def to_toml(
+    tables: Mapping[str, Mapping[str, Any]], origin: Mapping[str, str] | None = None
+) -> str:
+    """Format tables of settings as TOML. origin: where each "table.key" comes from, "default" if it
+    is not there; shown behind the value."""
+    sections = []
+    for section, table in tables.items():
+        lines = [f"[{section}]\n"]
+        for key, value in table.items():
+            line = f"{key} = {json.dumps(value, ensure_ascii=False)}"  # JSON's values are TOML's
+            if origin is not None:
+                line = f"{line:<36}  # {origin.get(f'{section}.{key}', 'default')}"
+            lines.append(f"{line}\n")
+        sections.append("".join(lines))
+    return "\n".join(sections)
