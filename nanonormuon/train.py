@@ -350,8 +350,9 @@ class Trainer:
                 continue
             self.sampled.add((self.step, prompt))
             with self.watch.section("sample"):
-                pieces = sample.stream(model, self.tokenizer, prompt, seed=seed, **size)
-                text = "".join(pieces)
+                rows = [sample.Text(self.tokenizer)]
+                pieces = sample.write(model, rows, prompt, seed=seed, **size)
+                text = "".join(piece for (piece,) in pieces)
             if self.world.first:
                 self.run.add_sample({"step": self.step, "prompt": prompt, "text": text})
                 lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())
