@@ -46,7 +46,8 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     its parameters as parameter_roles = {name: role}. roles = {name pattern: role} overrides all
     other rules.
 
-    Raises ValueError for parameters without a role and for patterns that match nothing.
+    Raises ConfigError, a ValueError, for parameters without a role and for patterns that match
+    nothing.
     """
     roles, known = roles or {}, known_roles(model)
     unknown: dict[str, str] = {}  # pattern of parameters without a role -> shape of the first
@@ -61,12 +62,12 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
         if role is None:
             unknown.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), str(tuple(p.shape)))
         elif role not in ROLES:
-            raise ValueError(f'role "{role}" for {name}: expected one of {", ".join(ROLES)}')
+            raise ConfigError(f'role "{role}" for {name}: expected one of {", ".join(ROLES)}')
         else:
             found[role]["names"].append(name)
             found[role]["params"].append(p)
     if unknown:
-        raise ValueError(
+        raise ConfigError(
             f"{', '.join(f'{name} {shape}' for name, shape in unknown.items())}: in no nn.Linear, "
             f"Conv1D or nn.Embedding. Give their roles, roles={dict.fromkeys(unknown, 'matrix')}: "
             '"matrix" if rows are output neurons, "columns" if stored (inputs, outputs), '
@@ -74,7 +75,7 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
             "normuon-train change its default in nanonormuon/optim.py)"
         )
     if unused:
-        raise ValueError(f"roles: {', '.join(sorted(unused))} match no parameter of the model")
+        raise ConfigError(f"roles: {', '.join(sorted(unused))} match no parameter of the model")
     if found["columns"]["params"]:
         found["columns"]["neuron_axis"] = "columns"
     return [group for group in found.values() if group["params"]]
@@ -110,7 +111,7 @@ def find_heads(model: nn.Module) -> set[int]:
     wide = {name: m for name, m in layers.items() if m.out_features in rows.values()}
     untied = {name: id(m.weight) for name, m in wide.items() if id(m.weight) not in rows}
     if len(untied) > 1:
-        raise ValueError(
+        raise ConfigError(
             f"expected one head, found {', '.join(untied)}, with as many outputs as an embedding "
             'has rows: define get_output_embeddings(), or pass roles={"NAME.weight": ...}'
         )
@@ -125,21 +126,9 @@ def make_optimizers(
     Each group has `role`, `names` and `initial_lr` beside its optimizer's settings. Raises
     ConfigError for settings that do not fit the optimizer or the model.
     """
-    try:
-        optimizers = assign(param_groups(model), settings, ns_dtype)
-    except ValueError as error:
-        raise ConfigError(f"optim: {error}") from None
-    held = sorted(id(p) for o in optimizers for g in o.param_groups for p in g["params"])
-    assert held == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    return optimizers
-
-
-def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype) -> list[Optimizer]:
-    """Make the optimizers for the result of param_groups. Raises ValueError."""
-    s = settings
+    s, matrices, others = settings, [], []
     lrs = {"embedding": s.embed_lr, "value": s.value_lr, "head": s.head_lr, "vector": s.vector_lr}
-    matrices, others = [], []
-    for group in groups:
+    for group in param_groups(model):
         is_matrix = group["role"] in HIDDEN
         group["lr"] = group["initial_lr"] = s.lr if is_matrix else lrs[group["role"]]
         group["weight_decay"] = s.weight_decay if is_matrix else s.adam_weight_decay
@@ -158,12 +147,14 @@ def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype)
         fused = all(p.device.type in ("cpu", "cuda") for g in others for p in g["params"])
         betas = (s.adam_beta1, s.adam_beta2)
         optimizers.append(AdamW(others, betas=betas, eps=s.adam_eps, fused=fused))
+    held = sorted(id(p) for o in optimizers for g in o.param_groups for p in g["params"])
+    assert held == sorted(id(p) for p in model.parameters() if p.requires_grad)
     return optimizers
 
 
 def split_group(group: dict, pattern: str) -> list[dict]:
     """Split a group of matrices by a name pattern; those that do not match get no second moment.
-    Raises ValueError if none matches."""
+    Raises ConfigError if none matches."""
     parts: dict[bool, dict] = {}
     for name, p in zip(group["names"], group["params"]):
         matches = fnmatchcase(name, pattern)
@@ -171,7 +162,7 @@ def split_group(group: dict, pattern: str) -> list[dict]:
         part["names"].append(name)
         part["params"].append(p)
     if True not in parts:
-        raise ValueError(f'beta2_on = "{pattern}": matches no matrix; the first is {name}')
+        raise ConfigError(f'optim.beta2_on = "{pattern}": matches no matrix; the first is {name}')
     if False in parts:
         parts[False]["beta2"] = None
     return list(parts.values())
