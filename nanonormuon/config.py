@@ -189,8 +189,8 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
     for name, value in values.items():
         section, _, key = name.partition(".")
         if name not in KINDS:
-            near = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
-            hint = f'did you mean "{near[0]}"?' if near else nearest(name, KINDS)
+            alike = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
+            hint = nearest(name, alike or KINDS)
             raise ConfigError(f'{origin[name]}: unknown key "{name}": {hint}')
         changed[section][key] = convert(name, value, f"{origin[name]}: ")
     named, where = changed["optim"].get("name", ""), origin.get("optim.name")
@@ -245,10 +245,9 @@ def check(config: Config, origin: dict[str, str]) -> None:
     if module and ":" in o.name and t.parallel in ("fsdp", "hsdp"):
         refuse("train.parallel", f"ddp: {o.name} needs whole matrices on every rank")
     if mixture(config.data.mix) and config.data.order != "shuffled":
-        raise ConfigError("data.mix needs data.order = shuffled")
+        refuse("data.order", "shuffled with data.mix")
     if module and (":" not in o.name or o.name.startswith("zoo:")):
-        hint = nearest(o.name, our_optimizers())
-        refuse("optim.name", f"{', '.join(OPTIMIZERS)}, FILE.py:Class or module:Class; {hint}")
+        refuse("optim.name", f"FILE.py:Class or module:Class; {nearest(o.name, our_optimizers())}")
     if o.options and o.name in OPTIMIZERS:
         refuse("optim.options", f"none: set the arguments of {o.name} by optim.KEY=VALUE")
     if rest := t.batch_tokens % T:
@@ -256,10 +255,8 @@ def check(config: Config, origin: dict[str, str]) -> None:
         refuse("train.batch_tokens", f"a multiple of data.seq_len = {T}; the nearest are {near}")
     given = [f"{name} ({where})" for name, where in origin.items() if name.startswith("model.")]
     if t.init_from and given and not config.model.vocab_size:
-        raise ConfigError(
-            f"train.init_from = {t.init_from}: the model comes from this directory: leave out "
-            f"{', '.join(given)}, or use the recipe finetune, which has no [model]"
-        )
+        hint = "the model comes from this directory (the recipe finetune has no [model])"
+        refuse("train.init_from", f"no {', '.join(given)}: {hint}")
     try:
         if not all(map(math.isfinite, coefficients(o.ns_coefficients, 1)[0])):
             raise ValueError(f"ns_coefficients = {o.ns_coefficients}: expected finite numbers")

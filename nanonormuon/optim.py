@@ -105,8 +105,7 @@ def find_heads(model: nn.Module) -> set[int]:
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
         return set() if head is None else {id(head.weight)}
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    rows = {id(m.weight): m.num_embeddings for m in embeddings}
+    rows = {id(m.weight): m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     wide = {name: m for name, m in layers.items() if m.out_features in rows.values()}
     untied = {name: id(m.weight) for name, m in wide.items() if id(m.weight) not in rows}
