@@ -136,7 +136,8 @@ LIMITS: dict[str, tuple[float, float]] = {  # least and largest value; others: 0
     **{f"model.{key}": WIDTH for key in ("n_head", "n_kv_head", "n_embd", "head_dim")},
     **{f"model.{key}": WIDTH for key in ("q_rank", "kv_rank", "rope_head_dim", "v_head_dim")},
     **dict.fromkeys(("model.n_hidden", "model.expert_hidden"), (0, 1 << 24)),
-    **dict.fromkeys(("model.vocab_size", "model.bigram_embed"), (0, 1 << 32)),  # of a shard's ids
+    "model.vocab_size": (0, 1 << 32),  # ids in shards have 32 bits
+    "model.bigram_embed": (0, 1 << 32),
     "model.n_layer": (1, 10_000),
     "model.attn_scale": (-math.inf, math.inf),
     "data.seq_len": (1, 1 << 24),

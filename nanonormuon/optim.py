@@ -161,7 +161,7 @@ def split_group(group: dict, pattern: str) -> list[dict]:
         part["names"].append(name)
         part["params"].append(p)
     if True not in parts:
-        raise ConfigError(f'optim.beta2_on = "{pattern}": matches no matrix; the first is {name}')
+        raise ConfigError(f'optim.beta2_on = "{pattern}": matches no matrix, such as {name}')
     if False in parts:
         parts[False]["beta2"] = None
     return list(parts.values())
