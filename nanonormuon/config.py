@@ -129,7 +129,9 @@ MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
 LARGEST = 2**63 - 1
 BELOW_1 = (0, 0.999999)
 WIDTH = (0, 1 << 20)  # beyond any model, but parameters are counted quickly and without overflow
-LIMITS: dict[str, tuple[float, float]] = {  # least and largest value; others: 0 and LARGEST
+LIMITS: dict[
+    str, tuple[float, float]
+] = {  # least and largest value; others: 0 and, if whole, LARGEST
     **dict.fromkeys(("train.steps", "train.log_every", "train.micro_batch"), (1, LARGEST)),
     **dict.fromkeys(("optim.momentum", "optim.momentum_start", "optim.beta2"), BELOW_1),
     **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2", "data.tuning"), BELOW_1),
@@ -223,7 +225,7 @@ def convert(name: str, value: Any, where: str = "") -> Any:
     """Convert the value of the setting `name` to its type. Raises ConfigError, whose message begins
     with `where`, for another type or an impossible value."""
     found = coerce(value, KINDS[name], where + name)
-    low, high = LIMITS.get(name, (0, LARGEST))
+    low, high = LIMITS.get(name, (0, LARGEST if isinstance(found, int) else math.inf))
     if not isinstance(found, str) and not low <= found <= high:
         expected = f"at least {low}" if found < low else f"at most {high}"
         raise ConfigError(f"{where}{name} = {found!s:.60}: expected {expected}")
