@@ -126,12 +126,10 @@ MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
     "activation_checkpointing", "parallel", "reshard",
 )))  # fmt: skip
 
-LARGEST = 2**63 - 1
+LARGEST = 2**63 - 1  # of other whole numbers
 BELOW_1 = (0, 0.999999)
 WIDTH = (0, 1 << 20)  # beyond any model, but parameters are counted quickly and without overflow
-LIMITS: dict[
-    str, tuple[float, float]
-] = {  # least and largest value; others: 0 and, if whole, LARGEST
+LIMITS: dict[str, tuple[float, float]] = {  # least and largest value; others: 0 or more
     **dict.fromkeys(("train.steps", "train.log_every", "train.micro_batch"), (1, LARGEST)),
     **dict.fromkeys(("optim.momentum", "optim.momentum_start", "optim.beta2"), BELOW_1),
     **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2", "data.tuning"), BELOW_1),
