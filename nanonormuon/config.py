@@ -126,7 +126,7 @@ MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
     "activation_checkpointing", "parallel", "reshard",
 )))  # fmt: skip
 
-LARGEST = 2**63 - 1  # of other whole numbers
+LARGEST = 2**63 - 1  # of a whole number
 BELOW_1 = (0, 0.999999)
 WIDTH = (0, 1 << 20)  # beyond any model, but parameters are counted quickly and without overflow
 LIMITS: dict[str, tuple[float, float]] = {  # least and largest value; others: 0 or more
