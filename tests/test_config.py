@@ -196,7 +196,7 @@ def test_printed_configuration_reads_back(tmp_path):
         (["optim.options=rho=1"], "optim.options = rho=1: expected none"),
         (["optim.name=torch.optim:SGD", "train.parallel=fsdp"], "train.parallel = fsdp: expected"),
         (["optim.name=torch.optim:SGD", "train.parallel=hsdp"], "train.parallel = hsdp: expected"),
-        (["demo", "train.init_from=x"], "train.init_from = x: expected no model.n_layer (demo)"),
+        (["demo", "train.init_from=x"], "leave out model.n_layer (demo)"),
         (["data.mix=a=0.1", "data.order=sequential"], "data.order = sequential: expected shuffled"),
         (["train.compile=yes"], "expected one of auto, on, off"),
         (["train.batch_tokens=1000"], "the nearest are 768 or 1024"),
