@@ -256,9 +256,7 @@ def check(config: Config, origin: dict[str, str]) -> None:
         refuse("train.batch_tokens", f"a multiple of data.seq_len = {T}; the nearest are {near}")
     given = [f"{name} ({where})" for name, where in origin.items() if name.startswith("model.")]
     if t.init_from and given and not config.model.vocab_size:
-        refuse(
-            "train.init_from", f"no [model]: leave out {', '.join(given)}, or use recipe finetune"
-        )
+        refuse("train.init_from", f"no [model]: leave out {', '.join(given)}, or take finetune")
     try:
         if not all(map(math.isfinite, coefficients(o.ns_coefficients, 1)[0])):
             raise ValueError(f"ns_coefficients = {o.ns_coefficients}: expected finite numbers")
