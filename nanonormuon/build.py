@@ -18,7 +18,6 @@ from nanonormuon.engine import Bitwise, Engine
 from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPT
 from nanonormuon.runtime import distributed, memory
-from nanonormuon.runtime.activations import checkpoint_activations
 from nanonormuon.runtime.distributed import World
 from nanonormuon.storage import huggingface
 from nanonormuon.storage.run import aligned
@@ -90,6 +89,8 @@ def make_engine(
         model = GPT(config.model, dtype)
         model.separator = separator
         if train.activation_checkpointing:
+            from nanonormuon.runtime.activations import checkpoint_activations  # few runs need it
+
             checkpoint_activations(model)
         return model
 

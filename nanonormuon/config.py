@@ -5,15 +5,12 @@ Later sources override earlier ones: the defaults below, recipes and TOML files 
 raises ConfigError before any device or data file is touched.
 """
 
-import difflib
-import json
 import math
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from decimal import Decimal, InvalidOperation
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +18,7 @@ from typing import Any, Literal
 from nanonormuon.errors import ConfigError
 from nanonormuon.parts.config import GPTConfig
 from nanonormuon.storage.files import optimizer_file, read_file
+from nanonormuon.storage.values import coerce, mixture, nearest
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,6 @@ KINDS: dict[str, Any] = {  # "section.key" of every setting -> its type
     for section, table in SECTIONS.items()
     for key, kind in typing.get_type_hints(table).items()
 }
-SHARES = 1_000_000  # data.mix is resolved to millionths
 OPTIMIZERS = ("normuon", "muon", "adamw")
 TRUSTED = ("torch.optim", "zoo")  # modules whose classes even a file may name
 # What may change on resume. Data are compared by content.
@@ -129,51 +126,25 @@ MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
     "activation_checkpointing", "parallel", "reshard",
 )))  # fmt: skip
 
-Limit = tuple[Callable[[Any], bool], str]
-
-
-def within(low: int, high: int) -> Limit:
-    return lambda value: low <= value <= high, f"{low} to {high}"
-
-
-AT_LEAST_0: Limit = (
-    lambda v: isinstance(v, str) or (v >= 0 and (isinstance(v, float) or v < 1 << 63)),
-    "0 or more and below 2^63",
-)
-AT_LEAST_1: Limit = (lambda value: 1 <= value < 1 << 63, "at least 1, and below 2^63")
-BELOW_1: Limit = (lambda value: 0 <= value < 1, "0 <= value < 1")
-WIDTH = within(0, 1 << 20)
-LIMITS: dict[str, Limit] = {  # every other setting: AT_LEAST_0
-    **dict.fromkeys(("train.steps", "train.log_every"), AT_LEAST_1),
+LARGEST = 2**63 - 1  # of a whole number
+BELOW_1 = (0, 0.999999)
+WIDTH = (0, 1 << 20)  # beyond any model, but parameters are counted quickly and without overflow
+LIMITS: dict[str, tuple[float, float]] = {  # least and largest value; others: 0 or more
+    **dict.fromkeys(("train.steps", "train.log_every", "train.micro_batch"), (1, LARGEST)),
     **dict.fromkeys(("optim.momentum", "optim.momentum_start", "optim.beta2"), BELOW_1),
-    **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2"), BELOW_1),
-    # larger than any model, but small enough to count parameters quickly and without overflow
+    **dict.fromkeys(("optim.adam_beta1", "optim.adam_beta2", "data.tuning"), BELOW_1),
     **{f"model.{key}": WIDTH for key in ("n_head", "n_kv_head", "n_embd", "head_dim")},
     **{f"model.{key}": WIDTH for key in ("q_rank", "kv_rank", "rope_head_dim", "v_head_dim")},
-    "model.vocab_size": within(0, 1 << 32),  # ids in shards have 32 bits
-    "model.n_layer": within(1, 10_000),
-    **dict.fromkeys(("model.n_hidden", "model.expert_hidden"), within(0, 1 << 24)),
-    "model.bigram_embed": within(0, 1 << 32),
-    "model.attn_scale": (lambda value: True, "any number"),
-    "data.seq_len": within(1, 1 << 24),
-    "train.batch_tokens": within(1, 10**12),
-    "data.tuning": (BELOW_1[0], "a share of the training tokens, 0 <= value < 1"),
-    "optim.ns_steps": within(1, 1000),  # a list is that long
-    "optim.decay": (lambda value: 0 <= value <= 1, "a share of the run, 0 to 1"),
-    "train.micro_batch": (lambda value: value == "auto" or value >= 1, "at least 1, or auto"),
+    **dict.fromkeys(("model.n_hidden", "model.expert_hidden"), (0, 1 << 24)),
+    "model.vocab_size": (0, 1 << 32),  # ids in shards have 32 bits
+    "model.bigram_embed": (0, 1 << 32),
+    "model.n_layer": (1, 10_000),
+    "model.attn_scale": (-math.inf, math.inf),
+    "data.seq_len": (1, 1 << 24),
+    "train.batch_tokens": (1, 10**12),
+    "optim.ns_steps": (1, 1000),  # a list is that long
+    "optim.decay": (0, 1),  # a share of the run
 }
-
-
-def nearest(name: str, valid: Collection[str]) -> str:
-    """Return 'did you mean "X"?' for a misspelt name, else the list of valid names."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f'did you mean "{close[0]}"?' if close else f"expected one of {', '.join(valid)}"
-
-
-def divisors(n: int) -> list[int]:
-    """Return the divisors of n >= 1 in increasing order."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
 
 
 def recipes() -> dict[str, Path]:
@@ -219,8 +190,8 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
     for name, value in values.items():
         section, _, key = name.partition(".")
         if name not in KINDS:
-            near = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
-            hint = f'did you mean "{near[0]}"?' if near else nearest(name, KINDS)
+            alike = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
+            hint = nearest(name, alike or KINDS)
             raise ConfigError(f'{origin[name]}: unknown key "{name}": {hint}')
         changed[section][key] = convert(name, value, f"{origin[name]}: ")
     named, where = changed["optim"].get("name", ""), origin.get("optim.name")
@@ -252,57 +223,10 @@ def convert(name: str, value: Any, where: str = "") -> Any:
     """Convert the value of the setting `name` to its type. Raises ConfigError, whose message begins
     with `where`, for another type or an impossible value."""
     found = coerce(value, KINDS[name], where + name)
-    possible, expected = LIMITS.get(name, AT_LEAST_0)
-    if not possible(found):
+    low, high = LIMITS.get(name, (0, LARGEST if isinstance(found, int) else math.inf))
+    if not isinstance(found, str) and not low <= found <= high:
+        expected = f"at least {low}" if found < low else f"at most {high}"
         raise ConfigError(f"{where}{name} = {found!s:.60}: expected {expected}")
-    return found
-
-
-def coerce(value: Any, kind: Any, where: str) -> Any:
-    """Convert a TOML value or text from the command line to a type, without rounding. Raises
-    ConfigError, whose message begins with `where`."""
-    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        raise ConfigError(f"{where} = {value!r}: expected UTF-8 (see the locale, LANG), no \\0")
-    choices = typing.get_args(kind)
-    if choices and typing.get_origin(kind) is not Literal:  # a number or a keyword
-        number, words = choices
-        return value if value in typing.get_args(words) else coerce(value, number, where)
-    if choices and value not in choices:
-        raise ConfigError(f'{where} = "{value}": {nearest(str(value), choices)}')
-    if choices or (kind is str and isinstance(value, str)):
-        return value
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if kind in (int, float):
-        found = parse_number(str(value))
-        if found is not None and math.isfinite(found) and (kind is float or found == int(found)):
-            return kind(found)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{where} = {value!r}: expected {names[kind]}")
-
-
-def parse_number(text: str) -> int | float | None:
-    """Parse "524_288", "0.5M" or "1e-3"; None if it is not a number."""
-    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    try:
-        number = Decimal(text if scale == 1 else text[:-1]) * scale  # keeps 1.005M whole
-    except InvalidOperation:
-        return None
-    whole = number.is_finite() and number == number.to_integral_value()
-    return int(number) if whole and abs(number) < 10**19 else float(number)  # 2^63 is exact
-
-
-def mixture(mix: str) -> list[tuple[str, int]]:
-    """Parse data.mix, "DIR=0.2, DIR=0.1", with shares in millionths. Raises ConfigError."""
-    found = []
-    for item in filter(None, map(str.strip, mix.split(","))):
-        name, _, text = (part.strip() for part in item.rpartition("="))
-        share = parse_number(text) or 0
-        if not name or not 0 < share < 1 or not (parts := round(share * SHARES)):
-            raise ConfigError(f'data.mix: "{item}": expected DIRECTORY=SHARE, 0 < share < 1')
-        found.append((name, parts))
-    if sum(parts for _, parts in found) >= SHARES:
-        raise ConfigError(f'data.mix = "{mix}": expected shares that add up to less than 1')
     return found
 
 
@@ -322,10 +246,9 @@ def check(config: Config, origin: dict[str, str]) -> None:
     if module and ":" in o.name and t.parallel in ("fsdp", "hsdp"):
         refuse("train.parallel", f"ddp: {o.name} needs whole matrices on every rank")
     if mixture(config.data.mix) and config.data.order != "shuffled":
-        raise ConfigError("data.mix needs data.order = shuffled")
+        refuse("data.order", "shuffled with data.mix")
     if module and (":" not in o.name or o.name.startswith("zoo:")):
-        hint = nearest(o.name, our_optimizers())
-        refuse("optim.name", f"{', '.join(OPTIMIZERS)}, FILE.py:Class or module:Class; {hint}")
+        refuse("optim.name", f"FILE.py:Class or module:Class; {nearest(o.name, our_optimizers())}")
     if o.options and o.name in OPTIMIZERS:
         refuse("optim.options", f"none: set the arguments of {o.name} by optim.KEY=VALUE")
     if rest := t.batch_tokens % T:
@@ -333,10 +256,7 @@ def check(config: Config, origin: dict[str, str]) -> None:
         refuse("train.batch_tokens", f"a multiple of data.seq_len = {T}; the nearest are {near}")
     given = [f"{name} ({where})" for name, where in origin.items() if name.startswith("model.")]
     if t.init_from and given and not config.model.vocab_size:
-        raise ConfigError(
-            f"train.init_from = {t.init_from}: the model comes from this directory: leave out "
-            f"{', '.join(given)}, or use the recipe finetune, which has no [model]"
-        )
+        refuse("train.init_from", f"no [model]: leave out {', '.join(given)}, or take finetune")
     try:
         if not all(map(math.isfinite, coefficients(o.ns_coefficients, 1)[0])):
             raise ValueError(f"ns_coefficients = {o.ns_coefficients}: expected finite numbers")
@@ -361,20 +281,3 @@ def differences(old: Config, new: Config) -> list[str]:
     """List the changes that a resumed run may not make, one line each."""
     before = flat(old, MAY_CHANGE)
     return [f"{k}: {before[k]} -> {b}" for k, b in flat(new, MAY_CHANGE).items() if before[k] != b]
-
-
-def to_toml(
-    config: Config | dict[str, dict[str, Any]], origin: dict[str, str] | None = None
-) -> str:
-    """Format a configuration (or its dictionary) as TOML; with `origin`, each line shows where its
-    value comes from."""
-    sections = []
-    for section, table in (asdict(config) if isinstance(config, Config) else config).items():
-        lines = [f"[{section}]\n"]
-        for key, value in table.items():
-            line = f"{key} = {json.dumps(value, ensure_ascii=False)}"  # JSON's values are TOML's
-            if origin is not None:
-                line = f"{line:<36}  # {origin.get(f'{section}.{key}', 'default')}"
-            lines.append(f"{line}\n")
-        sections.append("".join(lines))
-    return "\n".join(sections)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanonormuon.config import SHARES
 from nanonormuon.errors import DataError
 from nanonormuon.runtime.distributed import World
 from nanonormuon.storage.shards import Split, check_ids
+from nanonormuon.storage.values import SHARES
 
 # ------------------------------------------------------------------------------ the training order
 

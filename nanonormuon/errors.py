@@ -39,10 +39,6 @@ class CheckpointError(ValueError):
 class NonFinite(ValueError):
     """A loss, gradient, weight or optimizer buffer is NaN or infinite, or the run has diverged."""
 
-    def __init__(self, message: str, follows: bool = False):
-        super().__init__(message)
-        self.follows = follows  # the fault is another rank's, which reports the details
-
 
 class Diverged(RuntimeError):
     """Replicas that should hold equal weights do not."""
@@ -105,10 +101,8 @@ def describe(error: BaseException) -> str:
     if exit_code(error) is None:
         text = f"{type(error).__name__}: {text} (--debug shows the traceback)"
     elif out_of_memory(error) and not isinstance(error, OutOfMemory):
-        text = (
-            f"out of memory: {text or 'not even a message'}; a smaller model, vocabulary or input "
-            "needs less, as does a run with a lower train.micro_batch, which keeps its batch"
-        )
+        hint = "a smaller model, input or train.micro_batch (which keeps the batch) needs less"
+        text = f"out of memory: {text or 'not even a message'}; {hint}"
     elif lost_peer(error):
         which = getattr(error, "lost", "another rank")
         text = f"{which} failed or is gone: see that rank's log ({text})"
@@ -116,7 +110,8 @@ def describe(error: BaseException) -> str:
 
 
 def follows(error: BaseException) -> bool:
-    """Whether the error is a consequence of another rank's."""
+    """Whether the error is a consequence of another rank's, which reports the details. Whoever
+    raises an error on several ranks says so in its attribute `follows`."""
     return getattr(error, "follows", False) or lost_peer(error)
 
 
@@ -143,5 +138,5 @@ def lost_peer(error: BaseException) -> bool:
     if torch is None or explained(error):
         return False
     failed = getattr(torch.distributed, "DistError", ())
-    gone = "Connection closed by peer", "Connection reset by peer"
-    return isinstance(error, failed) or any(words in str(error) for words in gone)
+    gone = re.search("Connection (closed|reset) by peer", str(error))
+    return isinstance(error, failed) or gone is not None

@@ -245,10 +245,8 @@ class NorMuon(torch.optim.Optimizer):
                 raise ValueError(f"{key} = {group[key]}: expected {' or '.join(choices)}")
         for p in group["params"]:
             if p.ndim not in (2, 3) or min(p.shape[-2:]) < 2:
-                raise ValueError(
-                    f"NorMuon got a parameter of shape {tuple(p.shape)}: expected matrices of at "
-                    "least 2 x 2, or a stack of them; give anything else to AdamW"
-                )
+                expected = "a matrix of at least 2 x 2, or a stack of them; give others to AdamW"
+                raise ValueError(f"a parameter of shape {tuple(p.shape)}: expected {expected}")
             where = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
             alike.setdefault((p.shape, p.dtype, p.device, where), []).append(p)
         for params in alike.values():

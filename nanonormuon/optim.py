@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nanonormuon.config import FromFile, OptimConfig
@@ -46,43 +46,28 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
     its parameters as parameter_roles = {name: role}. roles = {name pattern: role} overrides all
     other rules.
 
-    Raises ValueError for parameters without a role and for patterns that match nothing.
+    Raises ConfigError, a ValueError, for parameters without a role and for patterns that match
+    nothing.
     """
-    roles = roles or {}
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    tables = {id(m.weight): m.num_embeddings for m in embeddings}
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    linear = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
-    transposed = {id(m.weight) for m in model.modules() if is_conv1d(m)}
-    stated = stated_roles(model)
-    heads = find_heads(model, tables)
+    roles, known = roles or {}, known_roles(model)
     unknown: dict[str, str] = {}  # pattern of parameters without a role -> shape of the first
     found: dict[str, dict] = {role: {"role": role, "names": [], "params": []} for role in ROLES}
     unused = set(roles)
     for name, p in model.named_parameters():  # a tied weight comes once
         if not p.requires_grad:
             continue
-        if pattern := next((k for k in roles if fnmatchcase(name, k)), ""):
-            unused.discard(pattern)
-            if (role := roles[pattern]) not in ROLES:
-                raise ValueError(f'role "{role}" for {name}: expected one of {", ".join(ROLES)}')
-        elif id(p) in stated:
-            role = stated[id(p)]
-        elif id(p) in tables:
-            role = "embedding"
-        elif p.ndim < 2 or (p.ndim == 2 and min(p.shape) < 2):
-            role = "vector"
-        elif id(p) in linear:
-            role = "head" if id(p) in heads else "matrix"
-        elif id(p) in transposed:
-            role = "columns"
-        else:
+        pattern = next((k for k in roles if fnmatchcase(name, k)), "")
+        unused.discard(pattern)
+        role = roles[pattern] if pattern else known.get(id(p))
+        if role is None:
             unknown.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), str(tuple(p.shape)))
-            continue
-        found[role]["names"].append(name)
-        found[role]["params"].append(p)
+        elif role not in ROLES:
+            raise ConfigError(f'role "{role}" for {name}: expected one of {", ".join(ROLES)}')
+        else:
+            found[role]["names"].append(name)
+            found[role]["params"].append(p)
     if unknown:
-        raise ValueError(
+        raise ConfigError(
             f"{', '.join(f'{name} {shape}' for name, shape in unknown.items())}: in no nn.Linear, "
             f"Conv1D or nn.Embedding. Give their roles, roles={dict.fromkeys(unknown, 'matrix')}: "
             '"matrix" if rows are output neurons, "columns" if stored (inputs, outputs), '
@@ -90,35 +75,42 @@ def param_groups(model: nn.Module, roles: Mapping[str, str] | None = None) -> li
             "normuon-train change its default in nanonormuon/optim.py)"
         )
     if unused:
-        raise ValueError(f"roles: {', '.join(sorted(unused))} match no parameter of the model")
+        raise ConfigError(f"roles: {', '.join(sorted(unused))} match no parameter of the model")
     if found["columns"]["params"]:
         found["columns"]["neuron_axis"] = "columns"
     return [group for group in found.values() if group["params"]]
 
 
-def stated_roles(model: nn.Module) -> dict[int, str]:
-    """Return the roles that modules state in parameter_roles, by parameter id."""
-    modules = ((m, getattr(m, "parameter_roles", {})) for m in model.modules())
-    return {id(m.get_parameter(name)): role for m, found in modules for name, role in found.items()}
+def known_roles(model: nn.Module) -> dict[int, str]:
+    """Return the roles that the modules give to parameters, by id. A later rule prevails."""
+    known: dict[int, str] = {}
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            known |= {id(p): "matrix" for p in m.parameters(recurse=False)}
+        elif type(m).__name__ == "Conv1D" and hasattr(m, "nf") and m.weight.shape[1:] == (m.nf,):
+            known[id(m.weight)] = "columns"
+    known |= dict.fromkeys(find_heads(model), "head")
+    for p in model.parameters():
+        if p.ndim < 2 or (p.ndim == 2 and min(p.shape) < 2):
+            known[id(p)] = "vector"
+    known |= {id(m.weight): "embedding" for m in model.modules() if isinstance(m, nn.Embedding)}
+    for m in model.modules():
+        stated = getattr(m, "parameter_roles", {})
+        known |= {id(m.get_parameter(name)): role for name, role in stated.items()}
+    return known
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, a linear layer with a weight (inputs, outputs)."""
-    weight = getattr(module, "weight", None)
-    known = type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2
-    return known and getattr(module, "nf", None) == weight.size(1)
-
-
-def find_heads(model: nn.Module, tables: Mapping[int, int]) -> set[int]:
-    """Return the id of the head's weight, if any. tables: rows of each embedding by its id."""
+def find_heads(model: nn.Module) -> set[int]:
+    """Return the id of the head's weight, if any."""
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
         return set() if head is None else {id(head.weight)}
+    rows = {id(m.weight): m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    wide = {name: m for name, m in layers.items() if m.out_features in tables.values()}
-    untied = {name: id(m.weight) for name, m in wide.items() if id(m.weight) not in tables}
+    wide = {name: m for name, m in layers.items() if m.out_features in rows.values()}
+    untied = {name: id(m.weight) for name, m in wide.items() if id(m.weight) not in rows}
     if len(untied) > 1:
-        raise ValueError(
+        raise ConfigError(
             f"expected one head, found {', '.join(untied)}, with as many outputs as an embedding "
             'has rows: define get_output_embeddings(), or pass roles={"NAME.weight": ...}'
         )
@@ -133,21 +125,9 @@ def make_optimizers(
     Each group has `role`, `names` and `initial_lr` beside its optimizer's settings. Raises
     ConfigError for settings that do not fit the optimizer or the model.
     """
-    try:
-        optimizers = assign(param_groups(model), settings, ns_dtype)
-    except ValueError as error:
-        raise ConfigError(f"optim: {error}") from None
-    held = sorted(id(p) for o in optimizers for g in o.param_groups for p in g["params"])
-    assert held == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    return optimizers
-
-
-def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype) -> list[Optimizer]:
-    """Make the optimizers for the result of param_groups. Raises ValueError."""
-    s = settings
+    s, matrices, others = settings, [], []
     lrs = {"embedding": s.embed_lr, "value": s.value_lr, "head": s.head_lr, "vector": s.vector_lr}
-    matrices, others = [], []
-    for group in groups:
+    for group in param_groups(model):
         is_matrix = group["role"] in HIDDEN
         group["lr"] = group["initial_lr"] = s.lr if is_matrix else lrs[group["role"]]
         group["weight_decay"] = s.weight_decay if is_matrix else s.adam_weight_decay
@@ -166,12 +146,14 @@ def assign(groups: Sequence[dict], settings: OptimConfig, ns_dtype: torch.dtype)
         fused = all(p.device.type in ("cpu", "cuda") for g in others for p in g["params"])
         betas = (s.adam_beta1, s.adam_beta2)
         optimizers.append(AdamW(others, betas=betas, eps=s.adam_eps, fused=fused))
+    held = sorted(id(p) for o in optimizers for g in o.param_groups for p in g["params"])
+    assert held == sorted(id(p) for p in model.parameters() if p.requires_grad)
     return optimizers
 
 
 def split_group(group: dict, pattern: str) -> list[dict]:
     """Split a group of matrices by a name pattern; those that do not match get no second moment.
-    Raises ValueError if none matches."""
+    Raises ConfigError if none matches."""
     parts: dict[bool, dict] = {}
     for name, p in zip(group["names"], group["params"]):
         matches = fnmatchcase(name, pattern)
@@ -179,7 +161,7 @@ def split_group(group: dict, pattern: str) -> list[dict]:
         part["names"].append(name)
         part["params"].append(p)
     if True not in parts:
-        raise ValueError(f'beta2_on = "{pattern}": matches no matrix; the first is {name}')
+        raise ConfigError(f'optim.beta2_on = "{pattern}": matches no matrix, such as {name}')
     if False in parts:
         parts[False]["beta2"] = None
     return list(parts.values())

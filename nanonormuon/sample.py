@@ -125,18 +125,3 @@ def write(
         if all(row.ended for row in rows):
             return
     yield [row.add(None) for row in rows]
-
-
-def stream(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_tokens: int,
-    stops: Sequence[str] = (),
-    **settings: Any,
-) -> Iterator[str]:
-    """Yield the continuation of `prompt` in printable pieces, up to the end of the document, a stop
-    string or max_tokens. settings: those of `generate`."""
-    for (piece,) in write(model, [Text(tokenizer, stops)], prompt, max_tokens, **settings):
-        if piece:
-            yield piece

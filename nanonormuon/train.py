@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanonormuon import build, checkpoint, evaluate, optim
-from nanonormuon.config import Config, flat, to_toml
+from nanonormuon.config import Config, flat
 from nanonormuon.data import Batches, Loader
 from nanonormuon.errors import ConfigError, Interrupted, OutOfMemory
 from nanonormuon.optim import Schedule, group_rows
@@ -29,6 +29,7 @@ from nanonormuon.runtime.memory import MicroBatch
 from nanonormuon.storage import checkpoints, huggingface
 from nanonormuon.storage.files import progress
 from nanonormuon.storage.run import RunDirectory, Validations, aligned, announce, environment
+from nanonormuon.storage.values import to_toml
 from nanonormuon.text.corpus import compressors, open_corpus
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ class Trainer:
         saves = -(-last // every) - self.step // every if self.step < last else 0
         checkpoints.check_space(self.run.checkpoints, size, settings.keep_last, saves)
         described = environment(self.world.device, self.world.size, self.config.optim.name)
-        found = self.run.open(to_toml(self.config), described, self.step)
+        found = self.run.open(to_toml(asdict(self.config)), described, self.step)
         if settings.track:
             from nanonormuon.runtime import trackers  # few runs have one
 
@@ -349,8 +350,9 @@ class Trainer:
                 continue
             self.sampled.add((self.step, prompt))
             with self.watch.section("sample"):
-                pieces = sample.stream(model, self.tokenizer, prompt, seed=seed, **size)
-                text = "".join(pieces)
+                rows = [sample.Text(self.tokenizer)]
+                pieces = sample.write(model, rows, prompt, seed=seed, **size)
+                text = "".join(piece for (piece,) in pieces)
             if self.world.first:
                 self.run.add_sample({"step": self.step, "prompt": prompt, "text": text})
                 lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())

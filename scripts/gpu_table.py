@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanonormuon import NorMuon
 from nanonormuon import model as model_module
 from nanonormuon.cli import dry_run
-from nanonormuon.config import divisors, load
+from nanonormuon.config import load
 from nanonormuon.model import GPT
 from nanonormuon.optim import make_optimizers
 from nanonormuon.runtime import activations
+from nanonormuon.runtime.memory import divisors
 
 RECIPES = ("gpt2-124m", "gpt2-350m", "paper-1.1b", "track3-normuon")
 PEAK, HBM, NVLINK, ROOM = 989e12, 3.35e12, 450e9, 72e9  # FLOP/s in bf16, bytes/s, bytes

@@ -11,6 +11,7 @@ from nanonormuon import config
 from nanonormuon.config import Config, load
 from nanonormuon.errors import ConfigError, exit_code
 from nanonormuon.model import GPT
+from nanonormuon.storage.values import to_toml
 
 
 def test_values_are_parsed_by_type_and_their_origin_is_kept(tmp_path):
@@ -43,10 +44,6 @@ def test_large_numbers_are_exact_or_refused(tmp_path):
         file.write_text(f"[optim]\nlr = {value}\n")
         with pytest.raises(ConfigError, match=words):
             load([str(file)])
-
-
-def test_divisors():
-    assert config.divisors(1) == [1] and config.divisors(12) == [1, 2, 3, 4, 6, 12]
 
 
 @pytest.mark.parametrize("name", config.recipes())
@@ -157,11 +154,12 @@ def test_later_sources_win(tmp_path):
 
 def test_printed_configuration_reads_back(tmp_path):
     changed, origin = load(['train.sample_prompt=def "f"\\n\t#é', "optim.lr=1e-7", "train.steps=3"])
-    for text in (config.to_toml(changed), config.to_toml(changed, origin)):
+    settings = dataclasses.asdict(changed)
+    for text in (to_toml(settings), to_toml(settings, origin)):
         (tmp_path / "c.toml").write_text(text, encoding="utf-8")
         assert load([str(tmp_path / "c.toml")])[0] == changed
-    assert config.from_dict(dataclasses.asdict(changed)) == changed
-    assert "optim.lr" in origin and "# command line" in config.to_toml(changed, origin)
+    assert config.from_dict(settings) == changed
+    assert "optim.lr" in origin and "# command line" in to_toml(settings, origin)
 
 
 @pytest.mark.parametrize(
@@ -180,25 +178,26 @@ def test_printed_configuration_reads_back(tmp_path):
         (["train.steps=true"], "expected a whole number"),
         (["optim.lr=fast"], "expected a number"),
         (["optim.lr=inf"], "expected a number"),
-        (["optim.lr=-0.1"], "expected 0 or more"),
-        (["optim.beta2=1"], "0 <= value < 1"),
-        (["optim.decay=1.5"], "share of the run"),
-        (["optim.ns_steps=2b"], "optim.ns_steps = 2000000000: expected 1 to 1000"),
-        (["optim.ns_steps=1e308"], "expected 1 to 1000"),
+        (["optim.lr=-0.1"], "expected at least 0"),
+        (["optim.beta2=1"], "optim.beta2 = 1.0: expected at most 0.999999"),
+        (["optim.decay=1.5"], "optim.decay = 1.5: expected at most 1"),
+        (["optim.ns_steps=2b"], "optim.ns_steps = 2000000000: expected at most 1000"),
+        (["optim.ns_steps=1e308"], "expected at most 1000"),
         (["optim.nesterov=maybe"], "expected true or false"),
         (["optim.name=normoun"], 'did you mean "normuon"'),
         (["optim.ns_coefficients=1,2"], "three numbers"),
         (["train.micro_batch=all"], "expected a whole number"),
-        (["train.micro_batch=0"], "expected at least 1, or auto"),
-        (["train.micro_batch=-1"], "expected at least 1, or auto"),
+        (["train.micro_batch=0"], "train.micro_batch = 0: expected at least 1"),
+        (["train.micro_batch=-1"], "train.micro_batch = -1: expected at least 1"),
         (["train.canonical=true"], "train.micro_batch = auto: expected a number"),
-        (["train.seed=-1"], "train.seed = -1: expected 0 or more"),
-        (["train.patience=-1"], "train.patience = -1: expected 0 or more"),
-        (["data.tuning=1"], "data.tuning = 1.0: expected a share"),
+        (["train.seed=-1"], "train.seed = -1: expected at least 0"),
+        (["train.patience=-1"], "train.patience = -1: expected at least 0"),
+        (["data.tuning=1"], "data.tuning = 1.0: expected at most"),
         (["optim.options=rho=1"], "optim.options = rho=1: expected none"),
         (["optim.name=torch.optim:SGD", "train.parallel=fsdp"], "train.parallel = fsdp: expected"),
         (["optim.name=torch.optim:SGD", "train.parallel=hsdp"], "train.parallel = hsdp: expected"),
         (["demo", "train.init_from=x"], "leave out model.n_layer (demo)"),
+        (["data.mix=a=0.1", "data.order=sequential"], "data.order = sequential: expected shuffled"),
         (["train.compile=yes"], "expected one of auto, on, off"),
         (["train.batch_tokens=1000"], "the nearest are 768 or 1024"),
         (["model.n_head=7"], "n_head = 6"),

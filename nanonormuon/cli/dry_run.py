@@ -10,7 +10,7 @@ from torch.utils.benchmark import Timer
 
 from nanonormuon import checkpoint, optim
 from nanonormuon.build import split_batch
-from nanonormuon.config import Config, divisors, our_optimizers
+from nanonormuon.config import Config, our_optimizers
 from nanonormuon.model import GPT
 from nanonormuon.pretrained import models
 from nanonormuon.runtime import distributed, health, memory
@@ -118,7 +118,7 @@ def report(config: Config) -> list[str]:
     t, T, ranks = config.train, config.data.seq_len, distributed.size()
     per_rank, micro = split_batch(config, ranks), t.micro_batch
     if micro == "auto":  # a GPU takes more, which only a probe can find
-        fitting = (n for n in divisors(per_rank) if n * T <= memory.CPU_TOKENS)
+        fitting = (n for n in memory.divisors(per_rank) if n * T <= memory.CPU_TOKENS)
         micro = max(fitting, default=1)
     found = estimate(config, micro)
     assumed = f"; {config.optim.name} is not imported, and counted as AdamW"

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,7 @@ def run(
     """
     stopping = context.with_resource(faults.Stopping())  # from now on, also while torch loads
     from nanonormuon import config
+    from nanonormuon.storage.values import to_toml
 
     arguments = list(settings or ())
     if resume:
@@ -70,7 +72,7 @@ def run(
         from nanonormuon.cli.dry_run import report, with_model
 
         loaded, origin = with_model(loaded, origin)
-        typer.echo(config.to_toml(loaded, origin))
+        typer.echo(to_toml(asdict(loaded), origin))
         typer.echo("\n".join(f"# {line}" for line in report(loaded)))
         return
     if out is None:
@@ -166,9 +168,10 @@ def recipes(
     """
     from nanonormuon import config
     from nanonormuon.storage.run import aligned
+    from nanonormuon.storage.values import nearest
 
     if name and name not in config.recipes():
-        raise errors.ConfigError(f'no recipe "{name}": {config.nearest(name, config.recipes())}')
+        raise errors.ConfigError(f'no recipe "{name}": {nearest(name, config.recipes())}')
     if name:
         typer.echo(config.recipes()[name].read_text(encoding="utf-8"), nl=False)
         return
@@ -183,8 +186,10 @@ def show(settings: Settings = None) -> None:
     normuon-train show demo optim.lr=0.01
     """
     from nanonormuon import config
+    from nanonormuon.storage.values import to_toml
 
-    lines, meanings = config.to_toml(*config.load(settings or ())).splitlines(), {}
+    loaded, origin = config.load(settings or ())
+    lines, meanings = to_toml(asdict(loaded), origin).splitlines(), {}
     for i, line in enumerate(lines):
         if line.startswith("["):  # a setting's meaning is its comment in the source
             source = inspect.getsource(config.SECTIONS[line[1:-1]])

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from nanonormuon.config import OptimConfig
-from nanonormuon.errors import out_of_memory
+from nanonormuon.errors import ConfigError, out_of_memory
 from nanonormuon.optim import check_trusted
 from nanonormuon.storage.files import optimizer_file, read_file
 
@@ -23,7 +23,7 @@ SHARED = ("momentum", "nesterov", "adjust_lr_fn", "ns_coefficients", "ns_steps")
 
 def make(s: OptimConfig, groups: list[dict], ns_dtype: torch.dtype) -> Optimizer:
     """Make an optimizer from the class that s.name names; one of the zoo's kind shares NorMuon's
-    settings. Raises ValueError if it does not fit its arguments or the parameters' layout."""
+    settings. Raises ConfigError if it does not fit its arguments or the parameters' layout."""
     name, options, cls = s.name, s.options, optimizer_class(s.name)
     try:
         call = ast.parse(f"f({options})", mode="eval").body
@@ -31,29 +31,29 @@ def make(s: OptimConfig, groups: list[dict], ns_dtype: torch.dtype) -> Optimizer
             raise SyntaxError("positional")
         arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # the last: nesting
-        raise ValueError(f'options = "{options}": expected KEY=VALUE, KEY=VALUE, ...') from None
+        raise ConfigError(f'optim.options = "{options}": expected KEY=VALUE, ...') from None
     known = inspect.signature(cls).parameters  # a **kwargs would swallow a misspelt name
     if unknown := arguments.keys() - known.keys():
-        raise ValueError(f"options: {name} has no {min(unknown)}; it has {', '.join(known)}")
+        raise ConfigError(f"optim.options: {name} has no {min(unknown)}; it has {', '.join(known)}")
     for group in groups:
         group["use_muon"] = True  # some packages' Muons require it; others ignore it
         if getattr(cls, "state_by_parameter", False):  # the zoo's base, or its copy
             group |= {key: getattr(s, key) for key in SHARED} | {"ns_dtype": ns_dtype}
         elif any(isinstance(p, DTensor) for p in group["params"]):
-            raise ValueError(f"{name} needs whole matrices: expected train.parallel=ddp")
+            raise ConfigError(f"{name} needs whole matrices: expected train.parallel=ddp")
     try:
         optimizer = cls(groups, lr=groups[0]["lr"], **arguments)
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise ValueError(f"{name}({options}): {type(error).__name__}: {error}") from None
+        raise ConfigError(f"{name}({options}): {type(error).__name__}: {error}") from None
     if "weight_decay" not in known and groups[0]["weight_decay"]:
-        raise ValueError(f"{name} has no weight decay: expected optim.weight_decay=0")
+        raise ConfigError(f"{name} has no weight decay: expected optim.weight_decay=0")
     return optimizer
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """Import the class of "module:Class", "FILE.py:Class" or "zoo:NAME". Raises ValueError."""
+    """Import the class of "module:Class", "FILE.py:Class" or "zoo:NAME". Raises ConfigError."""
     check_trusted(name)
     module, _, attribute = name.rpartition(":")
     try:
@@ -70,7 +70,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
         expected = f"expected module:Class of an optimizer ({type(error).__name__}: {error})"
         if isinstance(error, ModuleNotFoundError):
             expected += "; for your own file, use optim.name=FILE.py:Class"
-        raise ValueError(f'name = "{name}": {expected}') from None
+        raise ConfigError(f'optim.name = "{name}": {expected}') from None
 
 
 def run_file(file: Path) -> ModuleType:

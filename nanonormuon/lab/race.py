@@ -29,6 +29,7 @@ from nanonormuon.lab.results import Entry, draw, judge, markdown
 from nanonormuon.pretrained.judge import evaluate
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import as_json, replace_file
+from nanonormuon.storage.values import nearest, parse_number
 
 log = logging.getLogger(__name__)
 COMMA = r",(?! )"  # a separator; a comma before a space is part of a value
@@ -68,7 +69,7 @@ def entries(
     grids = {text.rpartition("=")[0]: text for text in (GRID, *lr)}  # the last one for each name
     for name in grids:
         if name and name not in labels:
-            hint = config.nearest(name, labels)
+            hint = nearest(name, labels)
             raise ConfigError(f'--lr "{grids[name]}": not in --optimizers; {hint}')
     return [entry_of(e, arguments, grids.get(e, grids[""]), others) for e in labels]
 
@@ -115,7 +116,7 @@ def rates(label: str, text: str, usual: float, has_rate: bool) -> tuple[float, .
     only multiples of that rate are allowed."""
     grid = set()
     for part in map(str.strip, text.rpartition("=")[2].split(",")):
-        number, multiple = config.parse_number(part.removesuffix("x")), part.endswith("x")
+        number, multiple = parse_number(part.removesuffix("x")), part.endswith("x")
         if number is None or not 0 < number < math.inf:
             raise ConfigError(f'--lr "{text}": expected numbers above 0, as 0.01,0.02 or {GRID}')
         if has_rate and not multiple:
@@ -140,7 +141,7 @@ class Race:
         self.settings = config.load(arguments)[0]
         self.steps = self.settings.train.last_step
         if baseline and baseline not in (labels := [entry.label for entry in field]):
-            hint = config.nearest(baseline, labels)
+            hint = nearest(baseline, labels)
             raise ConfigError(f'--baseline "{baseline}": not in --optimizers; {hint}')
 
     def job(self, kind: str, entry: Entry, trial: Mapping[str, Any], seed: int) -> Job:

@@ -22,6 +22,7 @@ from nanonormuon.lab import trials
 from nanonormuon.lab.processes import Runner, resolve
 from nanonormuon.storage.files import as_json, replace_file
 from nanonormuon.storage.run import as_markdown
+from nanonormuon.storage.values import coerce, nearest
 from nanonormuon.text.corpus import open_directory
 
 LEAST, LEVEL = 10, 0.001  # a record has at least so many runs, and a lower p-value
@@ -53,11 +54,11 @@ def tracks() -> dict[str, Path]:
 def load(name: str) -> Track:
     """Read a track of the package, or a TOML file. Raises ConfigError."""
     if name not in tracks() and not name.endswith(".toml"):
-        raise ConfigError(f'no track "{name}": {config.nearest(name, tracks())}, or a FILE.toml')
+        raise ConfigError(f'no track "{name}": {nearest(name, tracks())}, or a FILE.toml')
     try:
         track = Track(**config.read_toml(str(tracks().get(name, name))))
-        config.coerce(track.target, float, f"{name}: target")
-        config.coerce(track.metric, Metric, f"{name}: metric")
+        coerce(track.target, float, f"{name}: target")
+        coerce(track.metric, Metric, f"{name}: metric")
         for record in track.records:
             resolve(arguments(track, [record]))
     except (TypeError, KeyError, AttributeError) as error:
@@ -71,7 +72,7 @@ def arguments(track: Track, chosen: Sequence[str]) -> list[str]:
     own: list[str] = []
     for part in chosen:
         if not config.is_setting(part) and part not in track.records:
-            raise ConfigError(f'no record "{part}": {config.nearest(part, track.records)}')
+            raise ConfigError(f'no record "{part}": {nearest(part, track.records)}')
         own += [part] if config.is_setting(part) else track.records[part]["settings"]
     for setting in own:
         key = setting.partition("=")[0].strip()

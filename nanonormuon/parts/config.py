@@ -1,6 +1,5 @@
 """The model's settings. Imports nothing but the standard library."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -9,10 +8,8 @@ CHOICES = {
     "mlp": ("swiglu", "relu2", "experts"),
     "rope": ("full", "half"),
     "router": ("sigmoid", "softmax"),
+    "embed_dtype": ("fp32", "bf16"),
 }
-LEAST = dict.fromkeys(("n_layer", "n_head", "n_embd"), 1) | dict.fromkeys(
-    ("vocab_size", "n_kv_head", "head_dim", "n_hidden", "norm_eps", "embed_std", "q_rank",
-     "kv_rank", "rope_head_dim", "v_head_dim", "bigram_embed"), 0)  # fmt: skip
 EXPERTS = ("n_expert", "n_expert_used", "n_expert_shared", "expert_hidden", "n_dense", "router",
            "router_norm", "router_scale", "n_expert_group", "n_group_used", "balance_rate",
            "balance_loss")  # fmt: skip
@@ -72,51 +69,49 @@ class GPTConfig:
     balance_loss: float = 0.0  # weight of the auxiliary load-balancing loss
 
     def __post_init__(self) -> None:
-        def refuse(name: str, expected: str) -> NoReturn:
-            raise ValueError(f"{name} = {getattr(self, name)}: expected {expected}")
-
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                refuse(name, "0 or more" if least == 0 else "at least 1")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                refuse(name, " or ".join(choices))
+        for name, value in vars(self).items():
+            least = 1 if name in ("n_layer", "n_head", "n_embd") else 0
+            if name in CHOICES:
+                if value not in CHOICES[name]:
+                    self._refuse(name, " or ".join(CHOICES[name]))
+            elif value < least and name != "attn_scale":
+                self._refuse(name, "at least 1" if least else "0 or more")
         head_dim = self.head_dim or self.n_embd // self.n_head
         if self.head_dim == 0 and self.n_embd % self.n_head:
-            least = min(self.n_head, self.n_embd)
-            near = max(n for n in range(1, least + 1) if self.n_embd % n == 0)
-            refuse(
-                "n_embd",
-                f"a multiple of n_head = {self.n_head}: set n_head = {near}, or set head_dim",
-            )
+            most = min(self.n_head, self.n_embd)
+            near = max(n for n in range(1, most + 1) if self.n_embd % n == 0)
+            hint = f"set n_head = {near}, or set head_dim"
+            self._refuse("n_embd", f"a multiple of n_head = {self.n_head}: {hint}")
         if self.key_shift and (self.n_kv_head or self.n_head) < 2:
-            refuse("key_shift", "false with a single key head: none would be left without a shift")
+            expected = "false with a single key head: none would be left without a shift"
+            self._refuse("key_shift", expected)
         if head_dim % 4:
             raise ValueError(f"head_dim = {head_dim}: expected a multiple of 4")
         if self.n_kv_head and self.n_head % self.n_kv_head:
-            refuse("n_head", f"a multiple of n_kv_head = {self.n_kv_head}")
-        if self.embed_dtype not in ("fp32", "bf16") or (self.tied and self.embed_dtype != "fp32"):
-            refuse("embed_dtype", "fp32 with tied = true" if self.tied else "fp32 or bf16")
-        self._check_latent(refuse)
-        self._check_experts(refuse)
+            self._refuse("n_head", f"a multiple of n_kv_head = {self.n_kv_head}")
+        if self.tied and self.embed_dtype != "fp32":
+            self._refuse("embed_dtype", "fp32 with tied = true")
+        self._check_latent()
+        self._check_experts()
 
-    def _check_latent(self, refuse: Callable[[str, str], NoReturn]) -> None:
-        """Call `refuse` for an impossible setting of latent attention."""
+    def _refuse(self, name: str, expected: str) -> NoReturn:
+        raise ValueError(f"{name} = {getattr(self, name)}: expected {expected}")
+
+    def _check_latent(self) -> None:
         latent = self.attention == "latent"
         for name, value in (PLAIN if latent else LATENT).items():
             if getattr(self, name) != value:
-                refuse(name, f"{value} with attention = {self.attention}")
+                self._refuse(name, f"{value} with attention = {self.attention}")
         if latent and self.n_kv_head not in (0, self.n_head):
-            refuse("n_kv_head", f"0 or n_head = {self.n_head} with attention = latent")
+            self._refuse("n_kv_head", f"0 or n_head = {self.n_head} with attention = latent")
         if self.rope_head_dim % 2:
-            refuse("rope_head_dim", "an even number")
+            self._refuse("rope_head_dim", "an even number")
 
-    def _check_experts(self, refuse: Callable[[str, str], NoReturn]) -> None:
-        """Call `refuse` for an impossible setting of experts."""
+    def _check_experts(self) -> None:
         if self.mlp != "experts":
             for name in EXPERTS:
                 if getattr(self, name) != getattr(GPTConfig, name):
-                    refuse(name, f"{getattr(GPTConfig, name)}, unless mlp = experts")
+                    self._refuse(name, f"{getattr(GPTConfig, name)}, unless mlp = experts")
             return
         E, used, groups = self.n_expert, self.n_expert_used, self.n_expert_group
         for name, low, high in (
@@ -131,16 +126,16 @@ class GPTConfig:
             ("balance_loss", 0, 1e6),
         ):
             if not low <= getattr(self, name) <= high:
-                refuse(name, f"{low} to {high}")
+                self._refuse(name, f"{low} to {high}")
         if E % groups:
-            refuse("n_expert", f"a multiple of n_expert_group = {groups}")
+            self._refuse("n_expert", f"a multiple of n_expert_group = {groups}")
         if used == 1 and self.router_norm:
-            refuse("router_norm", "false with n_expert_used = 1: the only weight would always be 1")
+            self._refuse("router_norm", "false with n_expert_used = 1, whose weight it makes 1")
         for name in ("n_embd", "expert_hidden"):
             if getattr(self, name) % 8:
-                refuse(name, "a multiple of 8: grouped matmuls need rows aligned to 16 bytes")
+                self._refuse(name, "a multiple of 8: grouped matmuls need rows aligned to 16 bytes")
         if self.bias:
-            refuse("bias", "false with mlp = experts")
+            self._refuse("bias", "false with mlp = experts")
 
     def resolved(self) -> "GPTConfig":
         """Replace every 0 that stands for a derived value by the value."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanonormuon.config import to_toml
 from nanonormuon.data import validation_batches
 from nanonormuon.errors import UsageError
 from nanonormuon.model import GPT
@@ -22,6 +21,7 @@ from nanonormuon.storage.files import as_json, progress, publish, read_file, wri
 from nanonormuon.storage.run import as_markdown, read_metrics
 from nanonormuon.storage.shards import Data
 from nanonormuon.storage.tensors import stream
+from nanonormuon.storage.values import to_toml
 from nanonormuon.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -60,4 +60,6 @@ def report(
     batch = f"rank {verdict.rank}, sequences {first} to {last} of the batch"
     end = f"No update was made; see crash-{step:06d}.json; {advice}"
     message = f"not finite: {what} ({batch}), {where}. {end}"
-    return NonFinite(message, follows=world.rank != verdict.rank)
+    error = NonFinite(message)
+    error.follows = world.rank != verdict.rank  # type: ignore[attr-defined]
+    return error

@@ -15,10 +15,10 @@ from typing import TypeVar
 import torch
 from torch.optim import Optimizer
 
-from nanonormuon.config import Config, divisors
+from nanonormuon.config import Config
 from nanonormuon.errors import ConfigError, OutOfMemory, out_of_memory
 from nanonormuon.model import GPT
-from nanonormuon.runtime import activations, distributed
+from nanonormuon.runtime import distributed
 from nanonormuon.runtime.faults import Watch
 from nanonormuon.storage.files import in_units
 
@@ -102,8 +102,9 @@ def estimate(
     recompute: bool, reshard: bool = True,
 ) -> int:  # fmt: skip
     """Return the largest candidate that needs at most 60 % of the memory; 1 if none does."""
-    m, dtype = model.config, model.compute_dtype
+    from nanonormuon.runtime import activations  # fake tensors, which other runs do not need
 
+    m, dtype = model.config, model.compute_dtype
     parameters = sum(p.numel() for p in model.parameters())
     free = torch.cuda.mem_get_info(world.device)[0]
     free -= 12 * parameters // shards  # weights, gradients, NorMuon's momentum
@@ -214,6 +215,12 @@ class MicroBatch:
             now = f"repeating the step and continuing with {fewer}; the batch size is unchanged"
             log.warning(f"{problem}; {now}")
         self.size = fewer
+
+
+def divisors(n: int) -> list[int]:
+    """Return the divisors of n >= 1 in increasing order."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def smaller(size: int, per_rank: int) -> int:

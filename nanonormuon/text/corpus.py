@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from nanonormuon.config import Config, mixture
+from nanonormuon.config import Config
 from nanonormuon.errors import ConfigError, DataError, TokenizerError
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.distributed import World
 from nanonormuon.storage.shards import MANIFEST, Data, open_data
+from nanonormuon.storage.values import mixture
 from nanonormuon.text.tokenizer import Tokenizer
 from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer

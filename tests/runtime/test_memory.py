@@ -135,6 +135,7 @@ def test_other_errors_of_a_device_are_not_for_want_of_memory():
 
 
 def test_smaller_divides():
+    assert memory.divisors(1) == [1] and memory.divisors(12) == [1, 2, 3, 4, 6, 12]
     assert [memory.smaller(n, 12) for n in (12, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, 1]
     assert memory.smaller(7, 7) == 1
 
