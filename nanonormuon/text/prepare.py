@@ -35,8 +35,8 @@ from nanonormuon.storage import shards
 from nanonormuon.storage.files import locked, progress, replace_file, sync_directory
 from nanonormuon.storage.shards import MANIFEST, PARTIAL
 from nanonormuon.text import formats
-from nanonormuon.text.bpe import CONFIG, FILE, Tokenizer, pieces
-from nanonormuon.text.encode import encode, read_plan
+from nanonormuon.text.bpe import Tokenizer, pieces
+from nanonormuon.text.encode import Plan, encode
 from nanonormuon.text.sources import Document, documents
 from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load, trained_size
@@ -47,7 +47,8 @@ SHARD_BYTES = 256 << 20  # of text; a shard ends with the document that reaches 
 TAIL_BYTES = 256  # minimum of a document's tail that becomes validation
 SPLIT = 2  # version of Survey's rule; shards of other versions are not reused
 Read = Callable[[], Iterable[Document]]  # yields all documents anew at each call
-OURS = re.compile(r"(plan|manifest|tokenizer(_config)?)\.json|(train|val)_\d+\.bin|\..*\.tmp")
+PRODUCT = re.compile(r"tokenizer(_config)?\.json|(train|val)_\d+\.bin")
+OURS = re.compile(rf"{PRODUCT.pattern}|(plan|manifest)\.json|\..*\.tmp")
 SAMPLE_BYTES = 64 << 20  # maximum text for training BPE, evenly spread over the training split
 
 
@@ -106,18 +107,22 @@ def prepare_documents(
     survey = Survey(read(), names, val, whole)
     request = {"tokenizer": vocabulary.hash if vocabulary else str(spec), "val": val}
     asked = {"request": request | {"shard_bytes": shard_bytes}, "sources": survey.sources}
+    partial = out / PARTIAL
     with alone(out):
+        refuse_foreign(out)
+        if (partial / MANIFEST).exists():  # a run stopped while it moved files
+            _publish(out)
         if (out / MANIFEST).exists():
             return _reuse(out, asked)
-        partial, plan = _begin(out, asked)
+        plan = Plan(partial, {"tool": __version__, "split": SPLIT, **asked})
         try:
             survey.log_split()
-            vocabulary = vocabulary or _trained(str(spec), survey, read, partial, plan)
+            vocabulary = vocabulary or _trained(str(spec), survey, read, plan)
             vocabulary.save(partial)
             split = survey.split(read())
-            splits = encode(split, survey.bytes, vocabulary, partial, plan, shard_bytes, workers)
+            splits = encode(split, survey.bytes, vocabulary, plan, shard_bytes, workers)
         except BaseException as error:
-            if isinstance(error, DataError) and not plan["shards"]:
+            if isinstance(error, DataError) and not plan.shards:
                 shutil.rmtree(partial, ignore_errors=True)  # finished shards may still be of use
             if partial.is_dir():
                 log.warning("prepare: stopped; repeat the command to continue from %s", partial)
@@ -132,7 +137,9 @@ def prepare_documents(
             **asked,
         }
         manifest["sha256"] = shards.digest(manifest)
-        _publish(partial, out, manifest)
+        # appears atomically, as it marks that files are being moved
+        replace_file(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _publish(out)
     _warn(manifest)
     return manifest
 
@@ -212,22 +219,18 @@ class Survey:
 
     def _balance(self, numbers: np.ndarray, sizes: np.ndarray, share: float) -> None:
         """Move uncut documents until validation has half to twice its share."""
+        # each document once, in order of its number, with the bytes of all its copies
+        numbers, which = np.unique(numbers, return_inverse=True)
+        total = np.bincount(which, sizes)
         cut, moved = (np.fromiter(found, np.uint64) for found in (self.cut, self.moved))
-        large = np.isin(numbers, cut)
-        held_out = (numbers < self.bound) ^ np.isin(numbers, moved)
-        found = self.val * sizes[large].sum() + sizes[~large & held_out].sum()
-        if share / 2 <= found <= 2 * share:
-            return
-        # each uncut document once, in order of its number, with the bytes of all its copies
-        numbers, which = np.unique(numbers[~large], return_inverse=True)
-        total = np.bincount(which, sizes[~large])
-        held_out = (numbers < self.bound) ^ np.isin(numbers, moved)
-        for i in np.flatnonzero(~held_out & (total <= 2 * share)):
+        whole, held_out = ~np.isin(numbers, cut), (numbers < self.bound) ^ np.isin(numbers, moved)
+        found = self.val * total[~whole].sum() + total[whole & held_out].sum()
+        for i in np.flatnonzero(whole & ~held_out & (total <= 2 * share)):
             if found >= share / 2:
                 break
             self.moved ^= {int(numbers[i])}
             found += total[i]
-        for i in np.flatnonzero(held_out)[::-1]:
+        for i in np.flatnonzero(whole & held_out)[::-1]:
             if found > 2 * share and found - total[i] >= share / 2:
                 self.moved ^= {int(numbers[i])}
                 found -= total[i]
@@ -265,12 +268,10 @@ class Survey:
                 yield side, replace(document, data=part.encode("utf-8", "surrogateescape"))
 
 
-def _trained(
-    spec: str, survey: Survey, read: Read, partial: Path, plan: dict[str, Any]
-) -> Tokenizer:
+def _trained(spec: str, survey: Survey, read: Read, plan: Plan) -> Tokenizer:
     """Train the tokenizer, or load the one that an interrupted run saved."""
     with contextlib.suppress(TokenizerError):
-        if (there := load(partial)).hash == plan["tokenizer"]:
+        if (there := load(plan.directory)).hash == plan.tokenizer:
             return there
     log.info("prepare: training %s", spec)
     training = (document.data for side, document in survey.split(read()) if side == "train")
@@ -341,48 +342,22 @@ def _warn(manifest: dict[str, Any]) -> None:
 
 def refuse_foreign(out: Path) -> None:
     """Raise DataError for a directory with visible files that no preparation has made."""
-    if (out / MANIFEST).exists() or not out.is_dir():
-        return
     partial = out / PARTIAL
-    if partial.is_dir() and all(OURS.fullmatch(path.name) for path in partial.iterdir()):
+    if not out.is_dir() or (out / MANIFEST).exists() or (partial / MANIFEST).exists():
         return
-    if foreign := sorted(p for p in out.iterdir() if p == partial or p.name[0] != "."):
-        raise DataError(f"{foreign[0]}: not made by prepare; use another --out")
+    ours = partial.is_dir() and all(OURS.fullmatch(path.name) for path in partial.iterdir())
+    found = (p for p in out.iterdir() if p.name[0] != "." or (p == partial and not ours))
+    if foreign := sorted(found):
+        raise DataError(f"{foreign[0]}: not made by prepare; move it or use another --out")
 
 
-def _begin(out: Path, asked: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Create OUT/.partial and the plan, or continue what an interrupted run with an equal request
-    left there; anything else there is removed."""
-    refuse_foreign(out)
-    partial, asked = out / PARTIAL, {"tool": __version__, "split": SPLIT, **asked}
-    if (partial / MANIFEST).exists():  # stopped while moving files: move them back
-        for name in _products(shards.read_manifest(partial)):
-            if (out / name).exists():
-                (out / name).replace(partial / name)
-        (partial / MANIFEST).unlink()
-    plan = read_plan(partial, asked)
-    if partial.exists() and not plan:
-        log.info("prepare: removing another run's files in %s", partial)
-        shutil.rmtree(partial)
-    for pattern in ("*train_*.bin", "*val_*.bin", FILE, CONFIG):
-        if foreign := sorted(out.glob(pattern)):
-            raise DataError(f"{foreign[0]}: not made by this preparation; use another --out")
-    partial.mkdir(exist_ok=True)
-    return partial, plan or {"asked": asked, "tokenizer": "", "shards": []}
-
-
-def _publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Move the listed files, then the manifest, from `partial` to `out`."""
-    # marks that files are being moved, so it must appear atomically
-    replace_file(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-    for name in _products(manifest):
-        (partial / name).replace(out / name)
+def _publish(out: Path) -> None:
+    """Move the files of OUT/.partial into OUT, the manifest last."""
+    partial = out / PARTIAL
+    for path in sorted(partial.iterdir()):
+        if PRODUCT.fullmatch(path.name):
+            path.replace(out / path.name)
     sync_directory(out)
     (partial / MANIFEST).replace(out / MANIFEST)
     sync_directory(out)
     shutil.rmtree(partial)
-
-
-def _products(manifest: dict[str, Any]) -> list[str]:
-    listed = [shard["name"] for split in ("train", "val") for shard in manifest[split]["shards"]]
-    return [*listed, FILE, CONFIG]

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,6 @@ def documents(
     log_passed: bool = False,
     skip_bad: bool = False,
     max_record: int = formats.RECORD_LIMIT,
-    advise: bool = True,
 ) -> Iterator[Document]:
     """Yield the documents of all sources in order, without blank ones.
 
@@ -79,12 +79,12 @@ def documents(
     several between `separator`s; a record, of at most `max_record` bytes, has its document in the
     field `text_field`. Hidden, binary and empty files in a directory are skipped. A bad file raises
     DataError or, with `skip_bad`, is skipped. log_passed: log what was read of a directory and what
-    was skipped. advise: name options of `prepare` that help in errors.
+    was skipped.
     """
     for index, source in enumerate(sources):
         walked = isinstance(source, str | Path) and Path(source).is_dir()
-        read, passed = Tally(), Tally()
-        for file in _find(source, skip, passed):
+        read, passed = defaultdict(list), defaultdict(list)  # names of files, by kind
+        for file in walk(Path(source), skip, passed) if walked else _find(source, skip):
             name = str(file) if isinstance(file, Path) else "standard input"
             taken = 0
             try:
@@ -92,44 +92,35 @@ def documents(
                     taken += 1
                     if text.strip():
                         yield Document(name, index, text)
-                read.add(_suffix(Path(name)), name)
+                read[_suffix(Path(name))].append(name)
             except DataError as error:
-                problem = f"{error}{getattr(error, 'advice', '') if advise else ''}"
                 if walked and isinstance(error, NotText):
-                    passed.add("not text", name)
+                    passed["not text"].append(name)
                 elif not skip_bad:
-                    hint = " (prepare --skip-bad skips it)" if walked and advise else ""
-                    raise type(error)(f"{problem}{hint}") from None
+                    hint = " (prepare --skip-bad skips it)" if walked else ""
+                    raise type(error)(f"{error}{hint}") from None
                 elif log_passed:
-                    passed.add("bad", name)
-                    log.warning("prepare: skipped from document %d on: %s", taken + 1, problem)
+                    passed["bad"].append(name)
+                    log.warning("prepare: skipped from document %d on: %s", taken + 1, error)
         if walked and log_passed:
-            log.info("prepare: %s: read %s; skipped %s", source, read, passed)
+            log.info("prepare: %s: read %s; skipped %s", source, _listed(read), _listed(passed))
 
 
-class Tally(dict[str, tuple[int, str]]):
-    """The number of files of each kind, and the first of each."""
-
-    def add(self, kind: str, name: str) -> None:
-        count, first = self.get(kind, (0, name))
-        self[kind] = count + 1, first
-
-    def __str__(self) -> str:
-        shown = sorted(self.items(), key=lambda item: -item[1][0])
-        parts = [f"{count} {kind} ({first})" for kind, (count, first) in shown[:SHOWN]]
-        rest = sum(count for _, (count, _) in shown[SHOWN:])
-        return ", ".join([*parts, *([f"{rest} others"] if rest else [])]) or "nothing"
+def _listed(kinds: dict[str, list[str]]) -> str:
+    """Describe files by kind: their number and the first of them."""
+    shown = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    parts = [f"{len(names)} {kind} ({names[0]})" for kind, names in shown[:SHOWN]]
+    rest = sum(len(names) for _, names in shown[SHOWN:])
+    return ", ".join(parts + [f"{rest} others"] * (rest > 0)) or "nothing"
 
 
-def _find(source: Source, skip: Path | None, passed: Tally) -> Sequence[Path | IO[bytes]]:
-    """List the files of a source, and add skipped ones to `passed`."""
+def _find(source: Source, skip: Path | None) -> Sequence[Path | IO[bytes]]:
+    """List the files of a source that is no directory. Raises DataError if there is none."""
     if not isinstance(source, str | Path):
         return [source]
     path = Path(source)
     if not str(source):
         raise DataError("a source with an empty name; . is the working directory")
-    if path.is_dir():
-        return walk(path, skip, passed)
     if path.exists():
         return [path]
     if glob.has_magic(str(source)):
@@ -147,39 +138,36 @@ def _find(source: Source, skip: Path | None, passed: Tally) -> Sequence[Path | I
     raise DataError(f"{path}: no such file or directory{hint}")
 
 
-def walk(root: Path, skip: Path | None, passed: Tally) -> list[Path]:
-    """List visible, non-empty files of known formats below a directory, in name order on every
+def walk(root: Path, skip: Path | None, passed: dict[str, list[str]]) -> Iterator[Path]:
+    """Yield visible, non-empty files of known formats below a directory, in name order on every
     system, and add others to `passed`. Does not follow links to directories. Raises DataError."""
+    left = [root]
+    while left:
+        path = left.pop()
+        if path != root and (reason := _unwanted(path, skip)):
+            passed[reason].append(str(path))
+        elif path.is_dir():
+            try:
+                left += sorted(path.iterdir(), reverse=True)
+            except OSError as error:
+                hint = "change its permissions or name other sources"
+                raise DataError(f"{path}: cannot be read: {error.strerror}; {hint}") from None
+        else:
+            yield path
 
-    def fail(error: OSError) -> None:
-        hint = "change its permissions or name other sources"
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}; {hint}")
 
-    def problem(path: Path) -> str:
-        """Return why a path is skipped, "" if it is not."""
-        if path.name.startswith("."):
-            return "hidden"
-        if path.is_dir():
-            own = skip is not None and skip.exists() and skip.samefile(path)
-            return "the output" if own else "linked directories" * path.is_symlink()
-        if (suffix := _suffix(path)) not in known:
-            return f"of no known format, {suffix or 'no suffix'}"
-        if not path.is_file():
-            return "no regular file"
-        return "" if path.stat().st_size else "empty"
-
-    files, known = [], {*TEXT, *RECORDS, ".json"}
-    for folder, below, names in os.walk(root, onerror=fail):
-        paths = [Path(folder, name) for name in sorted((*below, *names))]
-        below.clear()
-        for path in paths:
-            if reason := problem(path):
-                passed.add(reason, str(path))
-            elif path.is_dir():
-                below.append(path.name)
-            else:
-                files.append(path)
-    return sorted(files, key=lambda path: path.parts)
+def _unwanted(path: Path, skip: Path | None) -> str:
+    """Return why a walk passes over a path, "" if it does not."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        own = skip is not None and skip.exists() and skip.samefile(path)
+        return "the output" if own else "linked directories" * path.is_symlink()
+    if (suffix := _suffix(path)) not in (*TEXT, *RECORDS, ".json"):
+        return f"of no known format, {suffix or 'no suffix'}"
+    if not path.is_file():
+        return "no regular file"
+    return "" if path.stat().st_size else "empty"
 
 
 def _suffix(path: Path) -> str:
@@ -206,7 +194,7 @@ def _texts(
                 if content.getbuffer().nbytes > PACKED_PARQUET_LIMIT:
                     raise DataError(f"{name}: too large a compressed Parquet file; decompress it")
             for text in formats.READ[kind](content, name, text_field, max_record):
-                yield from _cut(text, 2 * PART) if len(text) > LARGE else [text]
+                yield from _parts(iter([text]), b"")
     except (EOFError, zlib.error, OSError) as error:
         if reason := getattr(error, "strerror", None):  # from the system, not from a library
             raise DataError(f"{name}: cannot be read: {reason}") from None
@@ -215,10 +203,7 @@ def _texts(
 
 def _opened(file: Path | IO[bytes]) -> Any:
     if isinstance(file, Path):
-        try:
-            return open_regular(file, PEEK)
-        except ValueError:  # a pipe cannot be read three times
-            raise NotText(f"{file}: not a regular file; pipe it in with -") from None
+        return open_regular(file, PEEK)  # a pipe could not be read three times
     file.seek(0)
     return io.BufferedReader(io.FileIO(file.fileno(), closefd=False), PEEK)
 
