@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 JOB_SIZE = 1 << 18  # characters that a worker encodes at a time
+AHEAD = (os.cpu_count() or 1) + 2  # maximum number of jobs in flight for each split
 
 
 class Plan:
@@ -78,10 +79,9 @@ def encode(
     if plan.tokenizer != vocabulary.hash:
         plan.tokenizer, plan.shards = vocabulary.hash, {}
     plan.save()
-    workers = workers or os.cpu_count() or 1
-    bar = progress("encoding", total, "B")
-    with ThreadPoolExecutor(workers) as pool, bar:
-        settings = vocabulary, plan, shard_bytes, pool, workers + 2
+    pool, bar = ThreadPoolExecutor(workers or os.cpu_count()), progress("encoding", total, "B")
+    with pool, bar:
+        settings = vocabulary, plan, shard_bytes, pool
         splits = {split: Writer(split, *settings) for split in ("train", "val")}
         for split, document in documents:
             splits[split].add(document)
@@ -92,22 +92,13 @@ def encode(
 
 
 class Writer:
-    """Writes a split's documents into its shards, with at most `ahead` jobs in flight.
-
-    entry: of the split in the manifest, complete after `finish`.
-    """
+    """Writes a split's documents into its shards; `entry` is the split's in the manifest."""
 
     def __init__(
-        self,
-        split: str,
-        vocabulary: Tokenizer,
-        plan: Plan,
-        shard_bytes: int,
-        pool: ThreadPoolExecutor,
-        ahead: int,
+        self, split: str, vocabulary: Tokenizer, plan: Plan, shard_bytes: int, pool: Executor
     ) -> None:
         self.split, self.vocabulary, self.plan = split, vocabulary, plan
-        self.shard_bytes, self.pool, self.ahead = shard_bytes, pool, ahead
+        self.shard_bytes, self.pool = shard_bytes, pool
         self.version = 1 if vocabulary.vocab_size <= 65_536 else 2
         self.entry: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
         self.filled = 0  # bytes of text in the open shard
@@ -132,7 +123,7 @@ class Writer:
                 self.job.append(piece)
                 self.job_size += len(piece.text)
                 if self.job_size >= JOB_SIZE:
-                    self._send_job(self.ahead)
+                    self._send_job(AHEAD)
         if self.filled >= self.shard_bytes:
             self.finish()
 

@@ -7,7 +7,6 @@ documents of more than LARGE bytes are cut at paragraph ends, so memory is a few
 """
 
 import codecs
-import difflib
 import glob
 import gzip
 import io
@@ -86,10 +85,8 @@ def documents(
         read, passed = defaultdict(list), defaultdict(list)  # names of files, by kind
         for file in walk(Path(source), skip, passed) if walked else _find(source, skip):
             name = str(file) if isinstance(file, Path) else "standard input"
-            taken = 0
             try:
                 for text in _texts(file, name, text_field, separator, max_record):
-                    taken += 1
                     if text.strip():
                         yield Document(name, index, text)
                 read[_suffix(Path(name))].append(name)
@@ -101,7 +98,7 @@ def documents(
                     raise type(error)(f"{error}{hint}") from None
                 elif log_passed:
                     passed["bad"].append(name)
-                    log.warning("prepare: skipped from document %d on: %s", taken + 1, error)
+                    log.warning("prepare: skipped the rest of a file: %s", error)
         if walked and log_passed:
             log.info("prepare: %s: read %s; skipped %s", source, _listed(read), _listed(passed))
 
@@ -130,12 +127,7 @@ def _find(source: Source, skip: Path | None) -> Sequence[Path | IO[bytes]]:
         if files := sorted(filter(Path.is_file, found)):
             return files
         raise DataError(f"{source}: the pattern matches no file (directories are named without *)")
-    if path.is_symlink():
-        raise DataError(f"{path}: a broken link")
-    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, 1)
-    hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-    raise DataError(f"{path}: no such file or directory{hint}")
+    raise DataError(f"{path}: no such file or directory, or a broken link")
 
 
 def walk(root: Path, skip: Path | None, passed: dict[str, list[str]]) -> Iterator[Path]:
@@ -257,20 +249,15 @@ def _checked(file: Any, name: str) -> Iterator[bytes]:
     """Yield blocks of a file without its byte order mark. Raises NotText or, after the first block,
     DataError for a NUL or too much invalid UTF-8."""
     done = bad = 0
-    first = None  # offset of the first byte that is not UTF-8
     while block := file.read(LARGE):
-        nul = block.find(0)
-        if nul < 0:
-            try:
-                block.decode()
-            except UnicodeDecodeError as error:
-                first = done + error.start if first is None else first
-                bad += len(block) - len(block.decode("utf-8", "ignore").encode())
-        if nul >= 0 or bad > BAD_SHARE * (done + len(block)):
-            at = first if nul < 0 else done + nul
-            found = f"byte 0x{block[at - done]:02x}" if at >= done else f"{bad} other bytes"
-            what = f"expected UTF-8 text, found {found}; convert the file or leave it out"
-            raise (DataError if done else NotText)(f"{name}: offset {at}: {what}")
+        valid = block.decode(errors="ignore").replace("\0", "").encode()
+        bad += len(block) - len(valid)
+        if 0 in block or bad > BAD_SHARE * (done + len(block)):
+            differ = (i for i, (a, b) in enumerate(zip(block, valid)) if a != b)
+            at = next(differ, len(valid))
+            what = f"expected UTF-8 text, found byte 0x{block[at]:02x}"
+            problem = f"{name}: offset {done + at}: {what}; convert the file or leave it out"
+            raise (DataError if done else NotText)(problem)
         yield block if done else block.removeprefix(codecs.BOM_UTF8)
         done += len(block)
 
