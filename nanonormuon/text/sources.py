@@ -16,7 +16,7 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -83,7 +83,7 @@ def documents(
     for index, source in enumerate(sources):
         walked = isinstance(source, str | Path) and Path(source).is_dir()
         read, passed = defaultdict(list), defaultdict(list)  # names of files, by kind
-        for file in walk(Path(source), skip, passed) if walked else _find(source, skip):
+        for file in _find(source, skip, passed):
             name = str(file) if isinstance(file, Path) else "standard input"
             try:
                 for text in _texts(file, name, text_field, separator, max_record):
@@ -111,13 +111,17 @@ def _listed(kinds: dict[str, list[str]]) -> str:
     return ", ".join(parts + [f"{rest} others"] * (rest > 0)) or "nothing"
 
 
-def _find(source: Source, skip: Path | None) -> Sequence[Path | IO[bytes]]:
-    """List the files of a source that is no directory. Raises DataError if there is none."""
+def _find(
+    source: Source, skip: Path | None, passed: dict[str, list[str]]
+) -> Iterable[Path | IO[bytes]]:
+    """Return the files of a source, and add others in a directory to `passed`. Raises DataError."""
     if not isinstance(source, str | Path):
         return [source]
     path = Path(source)
     if not str(source):
         raise DataError("a source with an empty name; . is the working directory")
+    if path.is_dir():
+        return walk(path, skip, passed)
     if path.exists():
         return [path]
     if glob.has_magic(str(source)):
