@@ -57,10 +57,9 @@ def read_shard(path: str | Path, headerless: bool = False) -> np.memmap:
         raise DataError(f"{path}: missing or not a regular file; {AGAIN}")
     found, first = path.stat().st_size, np.fromfile(path, "<i4", 3).tolist()
     if headerless:
-        if found < 2 or found % 2:
-            raise DataError(f"{path}: expected uint16 tokens, found {found} bytes; copy it again")
-        if first[:1] == [MAGIC]:
-            raise DataError(f"{path}: a shard with a header: set data.format=shards")
+        if found < 2 or found % 2 or first[:1] == [MAGIC]:
+            problem = f"expected uint16 tokens alone, found {found} bytes that begin with {first}"
+            raise DataError(f"{path}: {problem}; shards with a header need data.format=shards")
         return np.memmap(path, DTYPES[1], "r")
     magic, version, n_tokens = first if found >= HEADER_BYTES else (0, 0, 0)
     size = HEADER_BYTES + n_tokens * DTYPES[version].itemsize if version in DTYPES else HEADER_BYTES
@@ -224,15 +223,14 @@ class Data:
         """Raise DataError if there is a manifest that does not fit the tokenizer."""
         if not self.manifest:
             return
-        keys = ("hash", "vocab_size", "eot")
-        pairs = {key: (self.manifest["tokenizer"][key], getattr(tokenizer, key)) for key in keys}
-        if "sha256" not in self.manifest:  # an older one: check val.bytes by counting
-            counted = replace(self.val, bytes=None).text_bytes(tokenizer)
-            pairs["val.bytes"] = self.val.bytes, self.val.bytes if counted is None else counted
-        for key, (expected, found) in pairs.items():
-            if found != expected:
-                problem = f"expected {expected} ({MANIFEST}), found {found} (the tokenizer)"
-                raise DataError(f"{self.path}: {key}: {problem}; {AGAIN}")
+        expected = {key: self.manifest["tokenizer"][key] for key in ("hash", "vocab_size", "eot")}
+        found = {key: getattr(tokenizer, key) for key in expected}
+        if "sha256" not in self.manifest and tokenizer.lengths is not None:  # an older one
+            expected["val.bytes"] = self.val.bytes
+            found["val.bytes"] = replace(self.val, bytes=None).text_bytes(tokenizer)
+        if found != expected:
+            problem = f"expected {expected} ({MANIFEST}), found {found} (the tokenizer)"
+            raise DataError(f"{self.path}: {problem}; {AGAIN}")
 
 
 def open_data(

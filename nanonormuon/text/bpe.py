@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,6 +124,11 @@ def gave_up(error: BaseException) -> bool:
     return type(error) in kinds or type(error).__name__ == "PanicException"
 
 
+@cache
+def warn_once(message: str) -> None:
+    log.warning("%s", message)
+
+
 class Tokenizer:
     """The interface of every tokenizer. A subclass sets these attributes and adds `encode_text`;
     one whose tokens have no bytes of their own overrides what uses `table`."""
@@ -144,10 +149,19 @@ class Tokenizer:
         """Return the ids of a text, unchecked. Releases the GIL."""
         raise NotImplementedError
 
+    def normalize(self, text: str) -> str:
+        """Return the text that `text` is encoded as."""
+        return text
+
     def check(self, text: str, ids: np.ndarray) -> None:
         """Raise LostText unless `ids` cover the text. Each is a part of it, so lengths suffice."""
-        if self.lengths[ids].sum() != len(whole := text.encode()):
-            raise LostText(whole, self.decode_bytes(ids))
+        if (whole := self.normalize(text)) != text:
+            warn_once(f"{self}: its normalizer changes the text")
+        # the second comparison is for added tokens, which match the text before normalization
+        if self.lengths[ids].sum() != len(whole.encode()) and (
+            self.normalize(found := self.decode(ids)) != whole
+        ):
+            raise LostText(whole.encode(), found.encode())
 
     def cut(self, text: str | bytes, name: str) -> Iterator[Piece]:
         """Cut a document into pieces that know their places."""
@@ -245,31 +259,35 @@ class Tokenizer:
 
 
 class Stream:
-    """Decodes tokens one at a time, each in the context of the tokens shown last. A character
-    spread over several tokens comes with the last, and U+FFFD, its possible start, with the next.
-    """
+    """Decodes tokens one at a time, in the context of those shown last. Holds back what may be the
+    start of a character, which decodes to U+FFFD."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
         self.tokenizer, self.window = tokenizer, list(before)
         while tokenizer.eot in self.window:  # a text begins after the last end-of-text token
             del self.window[: self.window.index(tokenizer.eot) + 1]
-        self.shown = len(self.window)  # how many tokens of the window have been shown
+        self._mark()
 
     def add(self, token: int) -> str:
         """Return the text that a token completes. Raises TokenizerError for an unknown id."""
         text = self.tokenizer.decode([*self.window, token])
         self.window.append(token)
-        return "" if text.endswith("\ufffd") else self._advance(text)
+        whole = text.rstrip("\ufffd")
+        new = whole[self.shown :]
+        self.shown += len(new)
+        if whole == text:  # what follows needs only the tokens since the last mark as context
+            del self.window[: self.context]
+            self._mark()
+        return new
 
     def finish(self) -> str:
         """Return the text that is held back."""
-        return self._advance(self.tokenizer.decode(self.window))
+        return self.tokenizer.decode(self.window)[self.shown :]
 
-    def _advance(self, text: str) -> str:
-        before = self.tokenizer.decode(self.window[: self.shown])
-        del self.window[: self.shown]
-        self.shown = len(self.window)
-        return text[len(before) :]
+    def _mark(self) -> None:
+        """Take the window as shown."""
+        self.context = len(self.window)
+        self.shown = len(self.tokenizer.decode(self.window).rstrip("\ufffd"))  # characters
 
 
 # ----------------------------------------------------------------------------------- byte-level BPE

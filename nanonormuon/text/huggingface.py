@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from nanonormuon.errors import TokenizerError
 from nanonormuon.runtime.packages import need
-from nanonormuon.text.bpe import BYTES, MAX_ID, LostText, Tokenizer, gave_up
+from nanonormuon.text.bpe import BYTES, MAX_ID, LostText, Tokenizer, gave_up, warn_once
 
 log = logging.getLogger(__name__)
 
@@ -56,18 +56,8 @@ class ByteLevel(Tokenizer):
         return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def normalize(self, text: str) -> str:
-        """Return a text as the tokenizer's normalizer changes it."""
         normalizer = self._library.normalizer
         return normalizer.normalize_str(text) if normalizer else text
-
-    def check(self, text: str, ids: np.ndarray) -> None:
-        if (whole := self.normalize(text)) != text:
-            warn_once(f"{self}: its normalizer changes the text")
-        # the second comparison is for added tokens, which match the text before normalization
-        if self.lengths[ids].sum() != len(whole.encode()) and (
-            self.normalize(found := self.decode(ids)) != whole
-        ):
-            raise LostText(whole.encode(), found.encode())
 
 
 class OtherKind(ByteLevel):
@@ -193,8 +183,3 @@ def _is_byte_level(content: dict[str, Any], tokens: dict[str, int]) -> bool:
         and not model.get("end_of_word_suffix")
         and tokens.keys() >= BYTES.keys() >= set("".join(tokens.keys() - added))
     )
-
-
-@cache
-def warn_once(message: str) -> None:
-    log.warning("%s", message)

@@ -101,7 +101,6 @@ def prepare_documents(
     """Prepare the documents of `read`. whole: see Survey."""
     if not 0 < val < 1:
         raise DataError(f"prepare: --val {val:g}: expected a share between 0 and 1, as 0.02")
-    assert shard_bytes > 0 <= workers, (shard_bytes, workers)
     # fail early if the tokenizer is wrong
     vocabulary = None if trained_size(spec) else get_tokenizer(spec)
     refuse_foreign(out)
@@ -119,23 +118,22 @@ def prepare_documents(
                 survey.log_split()
                 vocabulary = vocabulary or _trained(str(spec), survey, plan)
                 vocabulary.save(plan.directory)
-                splits = encode(
-                    survey.split(), survey.bytes, vocabulary, plan, shard_bytes, workers
-                )
-            words = {k: getattr(vocabulary, k) for k in ("name", "hash", "vocab_size", "eot")}
-            manifest = {
-                "format": shards.FORMAT,
-                "tool": f"nanonormuon {__version__}",
-                "tokenizer": words,
-                "method": survey.method,
-                "copies": survey.copies,
-                **splits,
-                **asked,
-            }
-            manifest["sha256"] = shards.digest(manifest)
-            # appears atomically, as it marks that files are being moved
-            replace_file(out / PARTIAL / MANIFEST, json.dumps(manifest, indent=1).encode())
-            _publish(out)
+                text, size = survey.split(), survey.bytes
+                splits = encode(text, size, vocabulary, plan, shard_bytes, workers)
+                words = {k: getattr(vocabulary, k) for k in ("name", "hash", "vocab_size", "eot")}
+                manifest = {
+                    "format": shards.FORMAT,
+                    "tool": f"nanonormuon {__version__}",
+                    "tokenizer": words,
+                    "method": survey.method,
+                    "copies": survey.copies,
+                    **splits,
+                    **asked,
+                }
+                manifest["sha256"] = shards.digest(manifest)
+                # appears atomically, as it marks that files are being moved
+                replace_file(plan.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+                _publish(out)
     for problem in shards.too_few(**{name: manifest[name]["tokens"] for name in SPLITS}):
         log.warning("prepare: %s", problem)
     return manifest
@@ -302,12 +300,13 @@ def _sample(texts: Iterable[bytes], total: int) -> Iterator[str | bytes]:
 def alone(directory: Path, wait: bool = False) -> Iterator[None]:
     """Create and lock a directory. Raises DataError if another process has it, unless `wait`."""
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(directory, wait):
-            yield
-    except BlockingIOError:
-        what = "another process is preparing here; wait, or choose another --out"
-        raise DataError(f"{directory}: {what}") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(directory, wait))
+        except BlockingIOError:
+            what = "another process is preparing here; wait, or choose another --out"
+            raise DataError(f"{directory}: {what}") from None
+        yield
 
 
 @contextlib.contextmanager

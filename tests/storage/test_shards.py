@@ -187,11 +187,11 @@ def test_headerless_files_of_nanogpt(directory: Path, tmp_path: Path) -> None:
     refused(directory, r"no train split, expected \*train_\*\.bin; .* data\.format=nanogpt")
     path = directory / "train.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    refused(directory, r"train\.bin: expected uint16 tokens, found 999 bytes", headerless=True)
+    refused(directory, r"train\.bin: .* found 999 bytes", headerless=True)
     path.write_bytes(b"")
-    refused(directory, r"train\.bin: expected uint16 tokens, found 0 bytes", headerless=True)
+    refused(directory, r"train\.bin: .* found 0 bytes", headerless=True)
     write_shard(path, np.arange(9), 100)
-    refused(directory, r"train\.bin: a shard with a header", headerless=True)
+    refused(directory, r"train\.bin: .* begin with \[20240520, .*=shards", headerless=True)
     path.unlink()
     refused(directory, r"no train split, expected train\.bin", headerless=True)
 
@@ -325,7 +325,7 @@ def test_an_older_manifest_is_compared_with_its_tokenizer(directory: Path, key: 
         edit(directory, lambda m: m["val"].update(bytes=10 * text_bytes))
     else:
         setattr(Words, key, 55)
-    with pytest.raises(DataError, match=f"{key}: expected .*manifest"):
+    with pytest.raises(DataError, match=f"expected .*{key}.*manifest.* found .*{key}"):
         shards.open_data(directory).check_tokenizer(Words())
     for path in directory.glob("*.json"):
         path.unlink()
