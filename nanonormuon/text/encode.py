@@ -41,7 +41,7 @@ class Plan:
         self.tokenizer, self.shards = "", {}
         try:
             found = json.loads(read_file(directory / PLAN, 1 << 30))
-            entries = {entry["name"]: entry for entry in found["shards"]}
+            shards.check_shape(found["shards"], [shards.SHARD_SHAPE], "shards")
             fits, self.tokenizer = found["asked"] == asked, found["tokenizer"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             fits = False  # missing or damaged
@@ -51,16 +51,17 @@ class Plan:
                 shutil.rmtree(directory)
             directory.mkdir()
             return
-        for path in sorted(directory.glob("*.bin")):
-            entry = entries.get(path.name)
-            if entry and shards.sha256(path) == entry["sha256"]:
+        for entry in found["shards"]:
+            path = directory / entry["name"]
+            if path.is_file() and shards.sha256(path) == entry["sha256"]:
                 log.info("prepare: keeping %s, finished by an earlier run", path.name)
                 self.shards[path.name] = entry
 
     def save(self) -> None:
-        found = {"asked": self.asked, "tokenizer": self.tokenizer}
-        found["shards"] = [*self.shards.values()]
-        replace_file(self.directory / PLAN, json.dumps(found).encode())
+        """Write plan.json."""
+        content = {"asked": self.asked, "tokenizer": self.tokenizer}
+        content["shards"] = [*self.shards.values()]
+        replace_file(self.directory / PLAN, json.dumps(content).encode())
 
 
 def encode(

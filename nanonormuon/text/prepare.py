@@ -3,7 +3,7 @@
     documents -> split by content -> token ids, in batches -> shards, read back -> manifest
 
 The text is read three times (survey, training the tokenizer, encoding). Memory holds a few
-documents and batches, and some fifty bytes per document.
+documents and batches, and some eighty bytes per document.
 
 Everything is written into OUT/.partial, where `plan.json` records the request and finished shards,
 so that repeating the command continues after an interruption. Then files are moved into OUT,
@@ -73,8 +73,6 @@ def prepare(
     per core. If `out` already contains this preparation, it is verified and kept; a directory with
     other visible files is refused. Raises DataError, TokenizerError, OSError.
     """
-    if "" in (out, tokenizer):  # Path("") is the working directory
-        raise DataError("prepare: expected a name for --out and --tokenizer, found ''")
     out, readings = Path(out), count()
     names = ["standard input" if str(t) == "-" else Path(os.path.realpath(t)).name for t in texts]
     with contextlib.ExitStack() as stack:
@@ -115,7 +113,6 @@ def prepare_documents(
             manifest = _reuse(out, asked)
         else:
             with _working(out / PARTIAL, asked) as plan:
-                survey.log_split()
                 vocabulary = vocabulary or _trained(str(spec), survey, plan)
                 vocabulary.save(plan.directory)
                 text, size = survey.split(), survey.bytes
@@ -175,8 +172,7 @@ class Survey:
 
     def __init__(self, read: Read, names: list[str], val: float, whole: bool = False) -> None:
         self.read, self.val = read, val
-        self.numbers = array("Q")  # first eight bytes of each document's sha256
-        self.sizes, self.of = array("Q"), array("I")  # bytes and source of each document
+        rows = array("Q")  # of each document: first eight bytes of its sha256, bytes, source
         self.sources: list[dict] = [{"name": n, "documents": 0, "bytes": 0} for n in names]
         longest: dict[int, tuple[int, int, str]] = {}  # by source: bytes, number, name
         hashes = [sha256() for _ in names]  # over the documents' sha256 (binary, in order)
@@ -189,9 +185,7 @@ class Survey:
                 hashes[index].update(digest)
                 if size > longest.get(index, (0,))[0]:
                     longest[index] = size, number, document.name
-                self.numbers.append(number)
-                self.sizes.append(size)
-                self.of.append(index)
+                rows.extend((number, size, index))
                 bar.update(size)
         if not longest:
             where = ", ".join(names) or "prepare"
@@ -199,12 +193,14 @@ class Survey:
         for source, digests in zip(self.sources, hashes):
             source["sha256"] = digests.hexdigest()
         self.bytes = sum(source["bytes"] for source in self.sources)
-        self._assign(longest, whole)
+        self.numbers, sizes, of = np.asarray(rows).reshape(-1, 3).T
+        self._assign(sizes, of, longest, whole)
 
-    def _assign(self, longest: dict[int, tuple[int, int, str]], whole: bool) -> None:
+    def _assign(
+        self, sizes: np.ndarray, of: np.ndarray, longest: dict[int, tuple], whole: bool
+    ) -> None:
         """Decide by the documents' numbers, so that copies are treated alike."""
-        sizes, of = np.asarray(self.sizes), np.asarray(self.of)
-        numbers, which = np.unique(np.asarray(self.numbers), return_inverse=True)
+        numbers, which = np.unique(self.numbers, return_inverse=True)
         cut, held_out = np.zeros(len(numbers), bool), numbers < ceil(self.val * 2**64)
         by_hash = held_out.copy()
         balanced = longest if not whole and len(sizes) > 1 else ()
@@ -221,8 +217,13 @@ class Survey:
             self.method = "tail of the longest document"
             cut[numbers == max(longest.values(), key=lambda found: found[0])[1]] = True
         self.sides = np.where(cut, CUT, held_out).astype(np.uint8)[which]
-        self.cut = [name for _, number, name in longest.values() if number in numbers[cut]]
         self.copies = len(sizes) - len(numbers)
+        if self.copies:
+            copies = f"{self.copies} of {len(sizes)} documents are exact copies of another"
+            log.info("prepare: %s; copies are in one split, or cut alike", copies)
+        if tails := [name for _, number, name in longest.values() if number in numbers[cut]]:
+            what = f"the last {self.val:g} of each large document becomes validation"
+            log.info("prepare: %s: %s", what, ", ".join(tails[:3]))
 
     def _balance(
         self, held_out: np.ndarray, cut: np.ndarray, place: np.ndarray, size: np.ndarray
@@ -242,15 +243,6 @@ class Survey:
             if found > 2 * share and found - total[i] >= share / 2:
                 held_out[place[i]] = False
                 found -= total[i]
-
-    def log_split(self) -> None:
-        """Log copies and cut documents."""
-        if self.copies:
-            copies = f"{self.copies} of {len(self.numbers)} documents are exact copies of another"
-            log.info("prepare: %s; copies are in one split, or cut alike", copies)
-        if self.cut:
-            what = f"the last {self.val:g} of each large document becomes validation"
-            log.info("prepare: %s: %s", what, ", ".join(self.cut[:3]))
 
     def split(self) -> Iterator[tuple[str, Document]]:
         """Read anew: yield each document with its split. Raises DataError for other documents."""
