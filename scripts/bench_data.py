@@ -50,16 +50,15 @@ def main() -> None:
     result = {"train_mb": round(size, 1), "train_seconds": round(time.perf_counter() - start, 2)}
     every = max(1, round(size / options.mb))
     part = corpus[::every]
-    job = [piece for text in part for piece in (None, *tokenizer.pieces(text))]
+    job = [piece for text in part for piece in (None, *words.cut(text, ""))]
     words.encode("warm")
     rate = sum(map(len, part)) / 1e6 / seconds(lambda: words.encode_job(job), 3)
     result["encode_mb_per_second_per_core"] = round(rate, 1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train_000000.bin")
-        ids = np.concatenate(
-            [words.encode_job([None, *tokenizer.pieces(t)]) for t in islice(part, 300)]
-        )
-        shards.write_shard(path, np.resize(ids, 20_000_000), words.vocab_size)
+        few = [piece for text in islice(part, 300) for piece in (None, *words.cut(text, ""))]
+        ids = np.resize(words.encode_job(few), 20_000_000).astype(shards.DTYPES[1])
+        path.write_bytes(shards.header(1, len(ids)) + ids.tobytes())
         split = shards.Split([path], [np.asarray(shards.read_shard(path))], words.vocab_size)
         for name, seq_len, sequences in (("demo", 256, 16), ("large", 1024, 64)):
             batches, steps = Batches(split, seq_len, sequences), iter(range(10_000))

@@ -59,6 +59,17 @@ def serialise(tensors):
     return b"".join(stream(tensors))
 
 
+def write_shard(path, tokens, vocab_size):
+    """Write token ids (n,) as one shard of a vocabulary."""
+    import numpy as np
+
+    from nanonormuon.storage import shards
+
+    version = 1 if vocab_size <= 65_536 else 2
+    content = np.asarray(tokens).astype(shards.DTYPES[version]).tobytes()
+    Path(path).write_bytes(shards.header(version, len(tokens)) + content)
+
+
 class Ranks:
     """The processes of one training run, one per rank."""
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import write_shard
 
 from nanonormuon import data
 from nanonormuon.data import Batches, Loader
@@ -259,7 +260,7 @@ def test_bad_arguments(wrong: dict[str, Any]) -> None:
 
 def test_batches_are_fast(tmp_path: Path) -> None:
     """Above what any trainer consumes; 20 million tokens per second on a quiet machine."""
-    shards.write_shard(tmp_path / "train_0.bin", np.arange(4_000_000) % 50_000, 50_257)
+    write_shard(tmp_path / "train_0.bin", np.arange(4_000_000) % 50_000, 50_257)
     split = Split([tmp_path / "train_0.bin"], [shards.read_shard(tmp_path / "train_0.bin")], 50_257)
     batches = Batches(split, 1024, 512)
     seconds = []

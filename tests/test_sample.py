@@ -76,7 +76,9 @@ def test_a_token_that_ends_inside_a_character(monkeypatch):
     """As byte-level BPE makes them: one whole character and the first byte of the next."""
     byte = tokenizer.get("byte")
     parts = {0: "的".encode() + b"\xe4", 1: b"\xb8\xad", 2: b"!"}
-    monkeypatch.setattr(tokenizer.Tokenizer, "decode_bytes", lambda self, ids: parts[ids[0]])
+    monkeypatch.setattr(
+        tokenizer.Tokenizer, "decode_bytes", lambda self, ids: b"".join(parts[i] for i in ids)
+    )
     monkeypatch.setattr(sample, "generate", lambda *a, **k: (torch.tensor([i]) for i in range(3)))
     assert stream(None, byte, "", 3) == ["的", "中", "!"]
 
@@ -135,7 +137,9 @@ def test_nothing_of_a_stop_string_is_printed_before_it_is_ruled_out():
 
 def test_the_first_of_several_stop_strings_in_one_token_counts(monkeypatch):
     byte = tokenizer.get("byte")
-    monkeypatch.setattr(tokenizer.Tokenizer, "decode_bytes", lambda self, ids: b"a STOP b END c")
+    monkeypatch.setattr(
+        tokenizer.Tokenizer, "decode_bytes", lambda self, ids: b"a STOP b END c" * len(ids)
+    )
     for stops in (["END", "STOP"], ["STOP", "END"]):
         assert sample.Text(byte, stops).add(0) == "a "
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import worker
 from safetensors.torch import load_file
-from support import ROOT, agree, relative
+from support import ROOT, agree, relative, write_shard
 from twin import Twin
 
 from nanonormuon import build as plan
@@ -22,7 +22,7 @@ from nanonormuon.config import load
 from nanonormuon.data import Batches, validation_batches
 from nanonormuon.model import GPT, rope_tables, rotate
 from nanonormuon.optim import Schedule, make_optimizers
-from nanonormuon.storage.shards import open_data, write_shard
+from nanonormuon.storage.shards import open_data
 from nanonormuon.train import train
 
 RECIPES = [n for n in config.recipes() if n.startswith("track3-") and not n.endswith("-mini")]

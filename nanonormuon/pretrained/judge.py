@@ -131,7 +131,7 @@ def on_split(
 def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Split:
     """Encode the documents of a file or directory as a split of one shard. Raises DataError."""
     parts, size = [], 0
-    for document in documents([file], text_field=text_field, advise=False):
+    for document in documents([file], text_field=text_field):
         parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data, document.name)]))
         size += len(document.data)
     if not parts:

@@ -10,16 +10,15 @@ import hashlib
 import json
 import math
 import os
-import re
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanonormuon.errors import DataError
-from nanonormuon.storage.files import in_shell, progress, replace_file
+from nanonormuon.storage.files import in_shell, progress
 
 MAGIC, HEADER_BYTES = 20240520, 1024
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # by shard version
@@ -43,16 +42,6 @@ CHUNK = 1 << 22  # tokens read at a time in a scan of a shard
 # ------------------------------------------------------------------------------------------ shards
 
 
-def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Write token ids (n,) as one shard, atomically."""
-    path, tokens = Path(path), np.asarray(tokens)
-    if tokens.ndim != 1 or not 0 < len(tokens) < 2**31 or tokens.dtype.kind not in "iu":
-        raise DataError(f"{path}: a shard takes a vector of 1 to 2**31 - 1 integers")
-    check_ids(tokens, vocab_size, path)
-    version = 1 if vocab_size <= 65_536 else 2
-    replace_file(path, header(version, len(tokens)) + tokens.astype(DTYPES[version]).tobytes())
-
-
 def header(version: int, n_tokens: int) -> bytes:
     """Return the first 1,024 bytes of a shard."""
     fields = np.zeros(256, "<i4")
@@ -68,22 +57,16 @@ def read_shard(path: str | Path, headerless: bool = False) -> np.memmap:
         raise DataError(f"{path}: missing or not a regular file; {AGAIN}")
     found, first = path.stat().st_size, np.fromfile(path, "<i4", 3).tolist()
     if headerless:
-        if found < 2 or found % 2:
-            raise DataError(f"{path}: expected uint16 tokens, found {found} bytes; copy it again")
-        if first[:1] == [MAGIC]:
-            raise DataError(f"{path}: a shard with a header: set data.format=shards")
+        if found < 2 or found % 2 or first[:1] == [MAGIC]:
+            problem = f"expected uint16 tokens alone, found {found} bytes that begin with {first}"
+            raise DataError(f"{path}: {problem}; shards with a header need data.format=shards")
         return np.memmap(path, DTYPES[1], "r")
-    if found < HEADER_BYTES:
-        raise DataError(f"{path}: expected at least {HEADER_BYTES} bytes (a header), found {found}")
-    magic, version, n_tokens = first
-    if magic != MAGIC:
-        raise DataError(f"{path}: offset 0: expected {MAGIC}, found {magic}; this is not a shard")
-    if version not in DTYPES:
-        raise DataError(f"{path}: offset 4: expected version 1 or 2, found {version}")
-    size = HEADER_BYTES + n_tokens * DTYPES[version].itemsize
-    if n_tokens < 1 or found != size:
-        problem = f"{n_tokens} tokens: expected a file of {size} bytes, found {found}"
-        raise DataError(f"{path}: offset 8: {problem}; copy or prepare it again")
+    magic, version, n_tokens = first if found >= HEADER_BYTES else (0, 0, 0)
+    size = HEADER_BYTES + n_tokens * DTYPES[version].itemsize if version in DTYPES else HEADER_BYTES
+    if magic != MAGIC or n_tokens < 1 or found != size:
+        expected = f"[{MAGIC}, 1 (uint16) or 2 (uint32), number of tokens] and {size} bytes"
+        problem = f"expected a shard with {expected}, found {first} and {found} bytes"
+        raise DataError(f"{path}: {problem}; copy or prepare it again")
     return np.memmap(path, DTYPES[version], "r", HEADER_BYTES, (n_tokens,))
 
 
@@ -203,11 +186,8 @@ class Split:
 
     def text_bytes(self, tokenizer: Any, max_tokens: int = 0) -> int | None:
         """Return the UTF-8 bytes of the targets, or of the first `max_tokens`; None if unknown."""
-        known = self.bytes is not None and not max_tokens
-        return self.bytes if known else self.count_bytes(tokenizer, max_tokens)
-
-    def count_bytes(self, tokenizer: Any, max_tokens: int = 0) -> int | None:
-        """Count the bytes that `text_bytes` returns, from each token's length."""
+        if self.bytes is not None and not max_tokens:
+            return self.bytes
         if tokenizer is None or (lengths := tokenizer.lengths) is None:
             return None
         total, left = 0, max_tokens or self.tokens
@@ -216,10 +196,7 @@ class Split:
                 part = shard[start : min(len(shard), start + CHUNK, start + left)]
                 if not len(part):
                     return total
-                if (largest := int(part.max())) >= len(lengths):
-                    problem = f"found id {largest}, expected ids below {len(lengths)}"
-                    hint = "data.tokenizer did not make these shards"
-                    raise DataError(f"{path.name}: {problem}: {hint}")
+                check_ids(part, len(lengths), path, start)
                 total += int(lengths[part].sum())
                 left -= len(part)
         return total
@@ -246,15 +223,14 @@ class Data:
         """Raise DataError if there is a manifest that does not fit the tokenizer."""
         if not self.manifest:
             return
-        keys = ("hash", "vocab_size", "eot")
-        pairs = {key: (self.manifest["tokenizer"][key], getattr(tokenizer, key)) for key in keys}
-        if "sha256" not in self.manifest:  # an older one: check val.bytes by counting
-            counted = self.val.count_bytes(tokenizer)
-            pairs["val.bytes"] = self.val.bytes, self.val.bytes if counted is None else counted
-        for key, (expected, found) in pairs.items():
-            if found != expected:
-                problem = f"expected {expected} ({MANIFEST}), found {found} (the tokenizer)"
-                raise DataError(f"{self.path}: {key}: {problem}; {AGAIN}")
+        expected = {key: self.manifest["tokenizer"][key] for key in ("hash", "vocab_size", "eot")}
+        found = {key: getattr(tokenizer, key) for key in expected}
+        if "sha256" not in self.manifest and tokenizer.lengths is not None:  # an older one
+            expected["val.bytes"] = self.val.bytes
+            found["val.bytes"] = replace(self.val, bytes=None).text_bytes(tokenizer)
+        if found != expected:
+            problem = f"expected {expected} ({MANIFEST}), found {found} (the tokenizer)"
+            raise DataError(f"{self.path}: {problem}; {AGAIN}")
 
 
 def open_data(
@@ -323,7 +299,7 @@ def _open_split(
     listed = {shard["name"]: shard for shard in entry["shards"]} if entry else {}
     if entry and (wrong := sorted({p.name for p in paths} ^ listed.keys())):
         problem = "missing, but listed" if wrong[0] in listed else "found, but not listed"
-        raise DataError(f"{path / wrong[0]}: {problem} in {MANIFEST}; {AGAIN}")
+        raise DataError(f"{path}: {wrong[0][:80]!r}: {problem} in {MANIFEST}; {AGAIN}")
     if not paths:
         hint = "prepare it again" if entry or any(path.glob("*_*.bin")) else _absent(path)
         if not headerless and (path / f"{name}.bin").exists():
@@ -333,9 +309,6 @@ def _open_split(
     shards = [np.asarray(read_shard(p, headerless)) for p in paths]
     for file, shard in zip(files, shards):
         file.compare(tokens=len(shard), size=file.found[0])
-        if entry and shard.dtype != DTYPES[1 if vocab_size <= 65_536 else 2]:
-            problem = f"{shard.dtype} tokens do not fit the {vocab_size} ids of {MANIFEST}"
-            raise DataError(f"{file.path}: {problem}; {AGAIN}")
     return Split(paths, shards, vocab_size, entry and entry["bytes"], files)
 
 
@@ -357,12 +330,6 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             raise ValueError(f"expected eot < vocab_size <= 2**32, found {manifest['tokenizer']}")
         for split in ("train", "val"):
             shards = manifest[split]["shards"]
-            names = [shard["name"] for shard in shards]
-            for name in names:  # a plain file name: no directory, no "..", nothing hidden
-                if not re.fullmatch(rf"(\w[\w.-]*)?{split}_[\w.-]*\.bin", name, re.ASCII):
-                    raise ValueError(f"{split}: invalid shard name {name[:80]!r}")
-            if names != sorted(set(names)):
-                raise ValueError(f"{split}: shards are not unique and in name order")
             if sum(shard["tokens"] for shard in shards) != manifest[split]["tokens"]:
                 raise ValueError(f"{split}: tokens are not the sum over the shards")
             if (largest := max((s["max_token"] for s in shards), default=0)) >= vocab_size:
@@ -382,10 +349,9 @@ def too_few(**tokens: int) -> list[str]:
     """Return a warning for each split with too few tokens."""
     share = math.ceil(100 * FEW / max(sum(tokens.values()), 1)) / 100
     larger = f", or prepare it with --val {share:g}" if share <= 0.2 else ""
-    few = {name: count for name, count in tokens.items() if count < FEW}
-    hints = {name: larger if name == "val" else "" for name in few}
     problem = f"tokens are too few, expected at least {FEW:,}: add text"
-    return [f"{name}: {count:,} {problem}{hints[name]}" for name, count in few.items()]
+    few = (name for name, count in tokens.items() if count < FEW)
+    return [f"{name}: {tokens[name]:,} {problem}{larger * (name == 'val')}" for name in few]
 
 
 MOST = {int: 2**62, float: 1e9}  # numbers are below; 1e9 seconds are 32 years

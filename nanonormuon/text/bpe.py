@@ -5,16 +5,15 @@ merged until no pair is left, so a vocabulary is a pattern and a table bytes -> 
 and rustbpe trains. On disk it is a Hugging Face `tokenizer.json`.
 """
 
-import codecs
 import hashlib
 import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import rustbpe
@@ -68,7 +67,13 @@ _CUT = re.compile(r"(?<=\S\n)(?=[^\s/])")
 _RUN = re.compile(r"[^\W\d_]+|[\W_]+")
 _SURROGATES = re.compile("([\ud800-\udfff]+)")
 
-Piece = str | bytes | None  # text; bytes that are not UTF-8; the start of a document
+
+class Piece(NamedTuple):
+    """A part of a document. text: `str`, or `bytes` that are not UTF-8; offset: in bytes."""
+
+    text: str | bytes
+    name: str  # of the document
+    offset: int
 
 
 def pieces(text: str | bytes) -> Iterator[str | bytes]:
@@ -119,8 +124,13 @@ def gave_up(error: BaseException) -> bool:
     return type(error) in kinds or type(error).__name__ == "PanicException"
 
 
+@cache
+def warn_once(message: str) -> None:
+    log.warning("%s", message)
+
+
 class Tokenizer:
-    """The interface of every tokenizer. A subclass sets these attributes and adds `encode_texts`;
+    """The interface of every tokenizer. A subclass sets these attributes and adds `encode_text`;
     one whose tokens have no bytes of their own overrides what uses `table`."""
 
     name: str  # for messages
@@ -133,46 +143,57 @@ class Tokenizer:
     special_ids: set[int]  # ids that stand for no text
     content: dict[str, Any]  # of tokenizer.json
     foreign = False  # whether another program made the file; stored in tokenizer_config.json
-    pieces = staticmethod(pieces)  # cuts a text for `encode_job`
+    pieces = staticmethod(pieces)  # cuts a text where it may be encoded in parts
 
-    def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
-        """Return the ids of each text. Releases the GIL."""
+    def encode_text(self, text: str) -> Any:
+        """Return the ids of a text, unchecked. Releases the GIL."""
         raise NotImplementedError
+
+    def normalize(self, text: str) -> str:
+        """Return the text that `text` is encoded as."""
+        return text
 
     def check(self, text: str, ids: np.ndarray) -> None:
         """Raise LostText unless `ids` cover the text. Each is a part of it, so lengths suffice."""
-        if self.lengths[ids].sum() != len(whole := text.encode()):
-            raise LostText(whole, self.decode_bytes(ids))
+        if (whole := self.normalize(text)) != text:
+            warn_once(f"{self}: its normalizer changes the text")
+        # the second comparison is for added tokens, which match the text before normalization
+        if self.lengths[ids].sum() != len(whole.encode()) and (
+            self.normalize(found := self.decode(ids)) != whole
+        ):
+            raise LostText(whole.encode(), found.encode())
 
-    def encode_job(
-        self, job: Sequence[Piece], names: Sequence[str] = (), offset: int = 0
-    ) -> np.ndarray:
-        """Encode pieces of text to ids (n,) uint32; None stands for `eot`.
+    def cut(self, text: str | bytes, name: str) -> Iterator[Piece]:
+        """Cut a document into pieces that know their places."""
+        offset = 0
+        for part in self.pieces(text):
+            yield Piece(part, name, offset)
+            offset += len(part.encode() if isinstance(part, str) else part)
 
-        names: of the documents in the job, which begins `offset` bytes into the first. Raises
-        TokenizerError, naming document and offset, for text that ids cannot represent.
-        """
-        parts = [np.zeros(0, np.uint32)]
+    def encode_piece(self, piece: Piece) -> np.ndarray:
+        """Encode a piece to ids (n,) uint32. Raises TokenizerError, naming document and offset, for
+        text that ids cannot represent."""
         try:
-            found = iter(self.encode_texts([piece for piece in job if isinstance(piece, str)]))
-            for piece in job:
-                if piece is None:
-                    ids = np.array([self.eot], np.uint32)
-                elif isinstance(piece, str):
-                    ids = np.asarray(next(found), np.uint32)
-                    self.check(piece, ids)
-                elif self.byte_ids:
-                    ids = np.array([self.byte_ids[b] for b in piece], np.uint32)
-                else:
-                    hint = "cannot be encoded; convert the text or use a byte-level tokenizer"
-                    raise ValueError(f"byte 0x{piece[0]:02x} is not UTF-8 and {hint}")
-                parts.append(ids)
+            if isinstance(piece.text, str):
+                ids = np.asarray(self.encode_text(piece.text), np.uint32)
+                self.check(piece.text, ids)
+                return ids
+            if self.byte_ids:
+                return np.array([self.byte_ids[b] for b in piece.text], np.uint32)
+            hint = "cannot be encoded; convert the text or use a byte-level tokenizer"
+            raise ValueError(f"byte 0x{piece.text[0]:02x} is not UTF-8 and {hint}")
         except BaseException as error:
             if not gave_up(error):
                 raise
-            place = _place(job, len(parts) - 1, getattr(error, "offset", 0), names, offset)
-            raise TokenizerError(f"{place}: {error} ({self})") from None
-        return np.concatenate(parts)
+            document = f"{piece.name}: " if piece.name else ""
+            offset = piece.offset + getattr(error, "offset", 0)
+            raise TokenizerError(f"{document}offset {offset}: {error} ({self})") from None
+
+    def encode_job(self, job: Iterable[Piece | None]) -> np.ndarray:
+        """Encode pieces to ids (n,) uint32; None, before a document, becomes `eot`."""
+        eot, nothing = np.array([self.eot], np.uint32), np.zeros(0, np.uint32)
+        parts = (eot if piece is None else self.encode_piece(piece) for piece in job)
+        return np.concatenate([nothing, *parts])
 
     @cached_property
     def byte_ids(self) -> dict[int, int]:
@@ -183,7 +204,7 @@ class Tokenizer:
         """Encode a text, which messages call `name`. A lone surrogate stands for its three bytes in
         "surrogatepass" encoding. Bytes that are not UTF-8 become single-byte tokens, or raise
         TokenizerError if the vocabulary has none."""
-        return self.encode_job(list(self.pieces(text)), [name] if name else ()).tolist()
+        return self.encode_job(self.cut(text, name)).tolist()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Decode ids to bytes. Raises TokenizerError for an unknown id."""
@@ -199,7 +220,7 @@ class Tokenizer:
 
     def stream(self, before: Sequence[int] = ()) -> "Stream":
         """Make a decoder of single tokens that follow the tokens `before`."""
-        return Stream(self)
+        return Stream(self, before)
 
     @cached_property
     def lengths(self) -> np.ndarray | None:
@@ -237,34 +258,36 @@ class Tokenizer:
         return f"tokenizer {self.name}" + (f", {self.path}" if self.path else "")
 
 
-def _place(
-    job: Sequence[Piece], number: int, offset: int, names: Sequence[str], before: int
-) -> str:
-    """Name the document and offset of what is `offset` bytes into piece `number` of a job of
-    `Tokenizer.encode_job`. before: bytes of the first document that are in earlier jobs."""
-    for piece in reversed(job[:number]):
-        if piece is None:
-            before = 0
-            break
-        offset += len(piece if isinstance(piece, bytes) else piece.encode())
-    document = f"{names[-1 - job[number:].count(None)]}: " if names else ""
-    return f"{document}offset {before + offset}"
-
-
 class Stream:
-    """Decodes tokens one at a time; a character spread over several tokens comes with the last."""
+    """Decodes tokens one at a time, in the context of those shown last. Holds back what may be the
+    start of a character, which decodes to U+FFFD."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
+        self.tokenizer, self.window = tokenizer, list(before)
+        while tokenizer.eot in self.window:  # a text begins after the last end-of-text token
+            del self.window[: self.window.index(tokenizer.eot) + 1]
+        self._mark()
 
     def add(self, token: int) -> str:
         """Return the text that a token completes. Raises TokenizerError for an unknown id."""
-        return self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        text = self.tokenizer.decode([*self.window, token])
+        self.window.append(token)
+        whole = text.rstrip("\ufffd")
+        new = whole[self.shown :]
+        self.shown += len(new)
+        if whole == text:  # what follows needs only the tokens since the last mark as context
+            del self.window[: self.context]
+            self._mark()
+        return new
 
     def finish(self) -> str:
         """Return the text that is held back."""
-        return self.decoder.decode(b"", final=True)
+        return self.tokenizer.decode(self.window)[self.shown :]
+
+    def _mark(self) -> None:
+        """Take the window as shown."""
+        self.context = len(self.window)
+        self.shown = len(self.tokenizer.decode(self.window).rstrip("\ufffd"))  # characters
 
 
 # ----------------------------------------------------------------------------------- byte-level BPE
@@ -301,8 +324,8 @@ class BPE(Tokenizer):
         table = {"mergeable_ranks": self.ranks, "special_tokens": {EOT: self.eot}}
         return tiktoken.Encoding(self.name, pat_str=self.pattern, **table)
 
-    def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
-        return (self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)
+    def encode_text(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     @property
     def content(self) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import hashlib
 import json
 import logging
 import os
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import shutil
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,123 +24,126 @@ from nanonormuon.text.sources import Document
 log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
-PLAN_SHAPE = {"asked": {}, "tokenizer": str, "shards": [shards.SHARD_SHAPE]}
-JOB_BYTES = 1 << 18  # text that a worker encodes at a time
+JOB_SIZE = 1 << 18  # characters that a worker encodes at a time
+AHEAD = (os.cpu_count() or 1) + 2  # maximum number of jobs in flight for each split
 
 
-def read_plan(directory: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """Read an interrupted run's plan: what it was asked for, its tokenizer's hash, and those
-    finished shards that are intact. None if it was asked for something else."""
-    try:
-        plan = json.loads(read_file(directory / PLAN, 1 << 30))
-        shards.check_shape(plan, PLAN_SHAPE, "plan")
-    except (OSError, ValueError, RecursionError):
-        return None
-    if plan["asked"] != asked:
-        return None
-    noted, plan["shards"] = plan["shards"], []
-    for entry in noted:
-        path = directory / entry["name"]
-        if path.is_file() and shards.sha256(path) == entry["sha256"]:
-            log.info("prepare: keeping %s, finished by an earlier run", path.name)
-            plan["shards"].append(entry)
-    return plan
+class Plan:
+    """What a directory of unfinished work holds, kept in its plan.json.
+
+    asked: the request; tokenizer: its hash; shards: entries of finished ones, by name. Continues
+    an earlier run's plan if it was asked for the same, without shards that are no longer intact;
+    empties the directory otherwise.
+    """
+
+    def __init__(self, directory: Path, asked: dict[str, Any]) -> None:
+        self.directory, self.asked = directory, asked
+        self.tokenizer, self.shards = "", {}
+        try:
+            found = json.loads(read_file(directory / PLAN, 1 << 30))
+            shards.check_shape(found["shards"], [shards.SHARD_SHAPE], "shards")
+            fits, self.tokenizer = found["asked"] == asked, found["tokenizer"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            fits = False  # missing or damaged
+        if not fits:
+            if directory.exists():
+                log.info("prepare: removing another run's files in %s", directory)
+                shutil.rmtree(directory)
+            directory.mkdir()
+            return
+        for entry in found["shards"]:
+            path = directory / entry["name"]
+            if path.is_file() and shards.sha256(path) == entry["sha256"]:
+                log.info("prepare: keeping %s, finished by an earlier run", path.name)
+                self.shards[path.name] = entry
+
+    def save(self) -> None:
+        """Write plan.json."""
+        content = {"asked": self.asked, "tokenizer": self.tokenizer}
+        content["shards"] = [*self.shards.values()]
+        replace_file(self.directory / PLAN, json.dumps(content).encode())
 
 
 def encode(
     documents: Iterable[tuple[str, Document]],
     total: int,
     vocabulary: Tokenizer,
-    directory: Path,
-    plan: dict[str, Any],
+    plan: Plan,
     shard_bytes: int,
     workers: int,
 ) -> dict[str, dict[str, Any]]:
-    """Write the unfinished shards; returns each split's entry for the manifest.
+    """Write the shards that the plan lacks; returns each split's entry for the manifest.
 
     documents: in order, each with "train" or "val"; `total` bytes in all. shard_bytes: of text per
     shard, or slightly more. workers: threads; 0: one per core.
     """
-    if plan["tokenizer"] != vocabulary.hash:
-        plan |= {"tokenizer": vocabulary.hash, "shards": []}
-    finished = {entry["name"]: entry for entry in plan["shards"]}
-    replace_file(directory / PLAN, json.dumps(plan).encode())
-    none = {"documents": 0, "tokens": 0, "bytes": 0}
-    splits: dict[str, dict[str, Any]] = {s: {**none, "shards": []} for s in ("train", "val")}
-    writers: dict[str, Writer] = {}
-    workers = workers or os.cpu_count() or 1
-    bar = progress("encoding", total, "B")
-    with ThreadPoolExecutor(workers) as pool, bar:
-        for split, name, document in _in_shards(documents, shard_bytes):
-            found = splits[split]
-            if document is None:
-                if writer := writers.pop(name, None):
-                    finished[name] = writer.finish()
-                    plan["shards"].append(finished[name])
-                    replace_file(directory / PLAN, json.dumps(plan).encode())
-                found["tokens"] += finished[name]["tokens"]
-                found["shards"].append(finished[name])
-                continue
-            if name not in finished:
-                if name not in writers:
-                    writers[name] = Writer(directory / name, vocabulary, pool, workers + 2)
-                writers[name].add(document)
-            found["documents"] += 1
-            found["bytes"] += len(document.data)
+    if plan.tokenizer != vocabulary.hash:
+        plan.tokenizer, plan.shards = vocabulary.hash, {}
+    plan.save()
+    pool, bar = ThreadPoolExecutor(workers or os.cpu_count()), progress("encoding", total, "B")
+    with pool, bar:
+        settings = vocabulary, plan, shard_bytes, pool
+        splits = {split: Writer(split, *settings) for split in ("train", "val")}
+        for split, document in documents:
+            splits[split].add(document)
             bar.update(len(document.data))
-    return splits
-
-
-def _in_shards(
-    documents: Iterable[tuple[str, Document]], shard_bytes: int
-) -> Iterator[tuple[str, str, Document | None]]:
-    """Yield each document with its split and shard; None after a shard's last document."""
-    number, filled = Counter(), Counter()  # per split: index and bytes of text of the open shard
-    for split, document in documents:
-        name = f"{split}_{number[split]:06d}.bin"
-        yield split, name, document
-        filled[split] += len(document.data)
-        if filled[split] >= shard_bytes:
-            yield split, name, None
-            number[split], filled[split] = number[split] + 1, 0
-    for split in filter(filled.get, filled):
-        yield split, f"{split}_{number[split]:06d}.bin", None
+        for writer in splits.values():
+            writer.finish()
+    return {split: writer.entry for split, writer in splits.items()}
 
 
 class Writer:
-    """Encodes documents into one shard, with at most `ahead` jobs in flight."""
+    """Writes a split's documents into its shards; `entry` is the split's in the manifest."""
 
     def __init__(
-        self, path: Path, vocabulary: Tokenizer, pool: ThreadPoolExecutor, ahead: int
+        self, split: str, vocabulary: Tokenizer, plan: Plan, shard_bytes: int, pool: Executor
     ) -> None:
-        self.path, self.vocabulary, self.pool, self.ahead = path, vocabulary, pool, ahead
+        self.split, self.vocabulary, self.plan = split, vocabulary, plan
+        self.shard_bytes, self.pool = shard_bytes, pool
         self.version = 1 if vocabulary.vocab_size <= 65_536 else 2
-        self.job: list[Piece] = []
-        self.job_bytes = 0
-        self.names: list[str] = []  # of the documents in the job
-        self.offset = 0  # bytes of the first document that are in earlier jobs
+        self.entry: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
+        self.filled = 0  # bytes of text in the open shard
+        self.job: list[Piece | None] = []
+        self.job_size = 0
         self.waiting: deque[Future] = deque()
-        self.file, self.digest, self.tokens = path.open("wb"), hashlib.sha256(), 0
-        self.file.write(bytes(shards.HEADER_BYTES))
 
     def add(self, document: Document) -> None:
         """Append a document. Raises TokenizerError if an earlier one cannot be encoded."""
-        self.job.append(None)
-        self.names.append(document.name)
-        done = 0
-        for piece in self.vocabulary.pieces(document.data):
-            self.job.append(piece)
-            size = len(piece.encode() if isinstance(piece, str) else piece)
-            self.job_bytes, done = self.job_bytes + size, done + size
-            if self.job_bytes >= JOB_BYTES:
-                self._send_job(self.ahead)
-                self.names, self.offset = [document.name], done
+        if not self.filled:
+            self.path = self.plan.directory / f"{self.split}_{len(self.entry['shards']):06d}.bin"
+            self.kept = self.path.name in self.plan.shards
+            if not self.kept:
+                self.file, self.digest, self.tokens = self.path.open("wb"), hashlib.sha256(), 0
+                self.file.write(bytes(shards.HEADER_BYTES))
+        self.filled += len(document.data)
+        self.entry["documents"] += 1
+        self.entry["bytes"] += len(document.data)
+        if not self.kept:
+            self.job.append(None)
+            for piece in self.vocabulary.cut(document.data, document.name):
+                self.job.append(piece)
+                self.job_size += len(piece.text)
+                if self.job_size >= JOB_SIZE:
+                    self._send_job(AHEAD)
+        if self.filled >= self.shard_bytes:
+            self.finish()
+
+    def finish(self) -> None:
+        """Finish the open shard, if any. Raises DataError if it reads back differently."""
+        if not self.filled:
+            return
+        if not self.kept:
+            self._send_job(0)
+            self.plan.shards[self.path.name] = self._seal()
+            self.plan.save()
+        self.entry["shards"].append(self.plan.shards[self.path.name])
+        self.entry["tokens"] += self.entry["shards"][-1]["tokens"]
+        self.filled = 0
 
     def _send_job(self, left: int) -> None:
         """Submit the job, and write the oldest results until `left` jobs remain."""
-        job = self.job, self.names, self.offset
-        self.waiting.append(self.pool.submit(self.vocabulary.encode_job, *job))
-        self.job, self.job_bytes, self.names, self.offset = [], 0, [], 0
+        self.waiting.append(self.pool.submit(self.vocabulary.encode_job, self.job))
+        self.job, self.job_size = [], 0
         while len(self.waiting) > left:
             ids = self.waiting.popleft().result()
             content = ids.astype(shards.DTYPES[self.version]).tobytes()
@@ -148,10 +152,8 @@ class Writer:
             self.digest.update(content)
             self.tokens += len(ids)
 
-    def finish(self) -> dict[str, Any]:
-        """Write the remaining jobs and the header, and read the shard back; returns its entry for
-        the manifest. Raises DataError if the bytes differ."""
-        self._send_job(0)
+    def _seal(self) -> dict[str, Any]:
+        """Write the shard's header, read the shard back, and return its entry."""
         with naming(self.path), self.file as file:
             file.seek(0)
             file.write(shards.header(self.version, self.tokens))

@@ -9,7 +9,7 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -25,15 +25,13 @@ DEEPEST = 1000  # maximum nesting in a JSON array
 
 
 def _too_long(where: str, limit: int) -> DataError:
-    more = "MB allows more, for about 30 times as much memory"
-    return _too_large(f"{where}: a record of more than {limit / (1 << 20):g} MB", more)
+    more = "prepare --max-record MB allows more, for about 30 times as much memory"
+    return DataError(f"{where}: a record of more than {limit / (1 << 20):g} MB; {more}")
 
 
-def _too_large(problem: str, allows: str) -> DataError:
-    """Make an error with advice on --max-record, an option only of `prepare`."""
-    error = DataError(problem)
-    error.advice = f"; prepare --max-record {allows}"  # type: ignore[attr-defined]
-    return error
+def _no_text(where: str, text_field: str, found: Any) -> DataError:
+    hint = "name another with --text-field"
+    return DataError(f"{where}: expected text in {text_field!r}, found {str(found)[:200]}; {hint}")
 
 
 def _lines(file: Any, name: str, limit: int) -> Iterator[bytes]:
@@ -94,22 +92,13 @@ def _field(record: Any, text_field: str, where: str) -> bytes:
     """Return the UTF-8 text of a record, a string or an object with a text field; null is empty."""
     if isinstance(record, dict):
         if text_field not in record:
-            raise DataError(_missing(where, text_field, record))
+            raise _no_text(where, text_field, f"only {', '.join(record)}")
         record = record[text_field]
     if record is None:
         return b""
     if not isinstance(record, str):
-        raise DataError(_no_text(where, text_field, type(record).__name__))
+        raise _no_text(where, text_field, type(record).__name__)
     return record.encode("utf-8", "surrogatepass")
-
-
-def _no_text(where: str, text_field: str, kind: Any) -> str:
-    return f"{where}: expected text in {text_field!r}, found {kind}; name another with --text-field"
-
-
-def _missing(where: str, text_field: str, found: Iterable[str]) -> str:
-    names = ", ".join(map(str, found))[:200] or "none"
-    return f"{where}: no field {text_field!r}, found {names}; name one with --text-field"
 
 
 def _csv(
@@ -144,13 +133,11 @@ def _csv(
 
 def _column(names: list[str], text_field: str, name: str) -> int:
     """Return the index of the only column of this name. Raises DataError."""
-    found = [i for i, column in enumerate(names) if column == text_field]
-    if not found:
-        raise DataError(_missing(name, text_field, names))
-    if len(found) > 1:
-        positions = " and ".join(str(i + 1) for i in found)
-        raise DataError(f"{name}: columns {positions} are both {text_field!r}; rename all but one")
-    return found[0]
+    if (count := names.count(text_field)) > 1:
+        raise DataError(f"{name}: {count} columns are {text_field!r}; rename all but one")
+    if not count:
+        raise _no_text(name, text_field, f"only {', '.join(names)}")
+    return names.index(text_field)
 
 
 def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[bytes]:
@@ -162,14 +149,15 @@ def _parquet(file: Any, name: str, text_field: str, limit: int) -> Iterator[byte
         column = table.schema_arrow.field(_column(table.schema_arrow.names, text_field, name))
         kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
         if str(kind) not in ("string", "large_string", "string_view", "null"):
-            raise DataError(_no_text(name, text_field, column.type))
+            raise _no_text(name, text_field, column.type)
         for group in range(table.num_row_groups):
             largest = 1
             for packed, size in _pages(file, table.metadata.row_group(group), text_field):
                 largest = max(largest, size)
                 if (needed := packed + 2 * size) > PAGE * limit:
                     what = f"{name}: row group {group}: a page of {size >> 20} MB of text"
-                    raise _too_large(what, f"{-(-needed // (PAGE << 20))} allows it")
+                    more = f"prepare --max-record {-(-needed // (PAGE << 20))} allows it"
+                    raise DataError(f"{what}; {more}")
             rows = max(1, min(128, 2 * limit // largest))  # a row may fill a page
             for batch in table.iter_batches(rows, [group], [text_field], use_threads=False):
                 for value in batch.column(0).cast(kind):

@@ -9,8 +9,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, cached_property, partial
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,18 +18,13 @@ import numpy as np
 
 from nanonormuon.errors import TokenizerError
 from nanonormuon.runtime.packages import need
-from nanonormuon.text.bpe import BYTES, MAX_ID, LostText, Stream, Tokenizer, gave_up
+from nanonormuon.text.bpe import BYTES, MAX_ID, LostText, Tokenizer, gave_up, warn_once
 
 log = logging.getLogger(__name__)
 
 # tokens that may end a text if tokenizer_config.json names none
 ENDS = "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>"
 ENDS += "[EOS]", "[SEP]"
-# normalizer steps that decoding reverts: SentencePiece's notation of blanks
-REVERSIBLE = (
-    {"type": "Prepend", "prepend": "\u2581"},
-    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-)
 
 
 class ByteLevel(Tokenizer):
@@ -57,23 +52,12 @@ class ByteLevel(Tokenizer):
         parts = [self.content, self.eot]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def encode_texts(self, texts: Sequence[str]) -> Iterable[Any]:
-        # one by one, to assign errors to texts; as fast, since several threads do this
-        encode = partial(self._library.encode_batch_fast, add_special_tokens=False)
-        return (encode([text])[0].ids for text in texts)
+    def encode_text(self, text: str) -> list[int]:
+        return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def normalize(self, text: str) -> str:
-        """Return a text as the tokenizer's normalizer changes it."""
         normalizer = self._library.normalizer
         return normalizer.normalize_str(text) if normalizer else text
-
-    def check(self, text: str, ids: np.ndarray) -> None:
-        whole = self.normalize(text)
-        # the second comparison is for added tokens, which match the text before normalization
-        if self.lengths[ids].sum() != len(whole.encode()) and (
-            self.normalize(found := self.decode(ids)) != whole
-        ):
-            raise LostText(whole.encode(), found.encode())
 
 
 class OtherKind(ByteLevel):
@@ -110,7 +94,12 @@ class OtherKind(ByteLevel):
     def check(self, text: str, ids: np.ndarray) -> None:
         """Find the parts of the decoded text between unknown characters, in order."""
         back, at = self._library.decode(ids.tolist(), skip_special_tokens=False), 0
-        whole = f"\0{self._marks.sub('', self.normalize(text))}\0"
+        whole = self._marks.sub("", self.normalize(text))
+        if whole != self._marks.sub("", text):
+            warn_once(f"{self}: its normalizer changes the text")
+        if self._unknown in back:
+            warn_once(f"{self}: it drops unknown characters")
+        whole = f"\0{whole}\0"
         for part in f"\0{back}\0".split(self._unknown):
             part = self._marks.sub("", part)
             if (found := whole.find(part, at)) < 0:
@@ -128,38 +117,10 @@ class OtherKind(ByteLevel):
                 raise TokenizerError(f"decode: {self.name} has no token {i}")
         return self._library.decode(ids, skip_special_tokens=False).encode()
 
-    def stream(self, before: Sequence[int] = ()) -> Stream:
-        return WindowStream(self, before)
-
     @cached_property
     def lengths(self) -> None:
         why = "because its tokens have no length in bytes"
         warn_once(f"tokenizer {self.name}: no bits per byte for a part of a split, {why}")
-
-
-class WindowStream(Stream):
-    """Decodes tokens one at a time, each in the context of the tokens shown last."""
-
-    def __init__(self, tokenizer: OtherKind, before: Sequence[int]) -> None:
-        self.tokenizer, self.window = tokenizer, list(before)
-        while tokenizer.eot in self.window:  # a text begins after the last end-of-text token
-            del self.window[: self.window.index(tokenizer.eot) + 1]
-        self.shown = len(self.window)  # how many tokens of the window have been shown
-
-    def add(self, token: int) -> str:
-        text = self.tokenizer.decode([*self.window, token])
-        self.window.append(token)
-        # a final U+FFFD may be an incomplete character
-        return "" if text.endswith("\ufffd") else self._advance(text)
-
-    def finish(self) -> str:
-        return self._advance(self.tokenizer.decode(self.window))
-
-    def _advance(self, text: str) -> str:
-        before = self.tokenizer.decode(self.window[: self.shown])
-        del self.window[: self.shown]
-        self.shown = len(self.window)
-        return text[len(before) :]
 
 
 def vocabulary(content: dict[str, Any]) -> dict[str, int]:
@@ -206,20 +167,8 @@ def read(content: dict[str, Any], config: dict[str, Any], path: Path) -> Tokeniz
     library.no_padding()
     library.encode_special_tokens = True  # as ordinary text
     kind = ByteLevel if _is_byte_level(content, tokens) else OtherKind
-    changes = sorted({s["type"] for s in _steps(content.get("normalizer")) if s not in REVERSIBLE})
-    if kind is OtherKind and not model.get("byte_fallback"):
-        changes.append("dropping unknown characters")
-    if changes:
-        warn_once(f"{path}: changes the text by {', '.join(changes)}")
     name = str(config.get("nanonormuon_name") or path.resolve().parent.name)
     return kind(name, content, end, library)
-
-
-def _steps(normalizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    parts = normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else None
-    if parts is None:
-        return [normalizer] if normalizer else []
-    return [step for part in parts for step in _steps(part)]
 
 
 def _is_byte_level(content: dict[str, Any], tokens: dict[str, int]) -> bool:
@@ -234,8 +183,3 @@ def _is_byte_level(content: dict[str, Any], tokens: dict[str, int]) -> bool:
         and not model.get("end_of_word_suffix")
         and tokens.keys() >= BYTES.keys() >= set("".join(tokens.keys() - added))
     )
-
-
-@cache
-def warn_once(message: str) -> None:
-    log.warning("%s", message)

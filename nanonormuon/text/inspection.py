@@ -121,13 +121,10 @@ def as_text(result: dict[str, Any]) -> str:
     for source in result.get("sources", []):
         name, number, size = source["name"], source["documents"], source["bytes"]
         lines.append(f"source: {name}, {number:,} documents, {size:,} bytes")
-    for name in ("train", "val"):
-        if part := result.get(name):
-            shown = [k for k in COUNTS if part.get(k) is not None]
-            counts = ", ".join(f"{part[k]:,} {k.replace('_', ' ')}" for k in shown)
-            lines.append(f"{name}: {counts}")
-    for name in ("train", "val"):
-        part = result.get(name, {})
+    for name in filter(result.get, ("train", "val")):
+        part = result[name]
+        counts = [f"{part[k]:,} {k.replace('_', ' ')}" for k in COUNTS if part.get(k) is not None]
+        lines.append(f"{name}: {', '.join(counts)}")
         for document in part.get("longest", []):
             lines.append(f"{name}, long: {document['tokens']:,} tokens {document['begins']!r}")
         for i, window in enumerate(part.get("windows", [])):

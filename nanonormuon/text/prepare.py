@@ -3,7 +3,7 @@
     documents -> split by content -> token ids, in batches -> shards, read back -> manifest
 
 The text is read three times (survey, training the tokenizer, encoding). Memory holds a few
-documents and batches, and twenty bytes per document.
+documents and batches, and some eighty bytes per document.
 
 Everything is written into OUT/.partial, where `plan.json` records the request and finished shards,
 so that repeating the command continues after an interruption. Then files are moved into OUT,
@@ -35,8 +35,8 @@ from nanonormuon.storage import shards
 from nanonormuon.storage.files import locked, progress, replace_file, sync_directory
 from nanonormuon.storage.shards import MANIFEST, PARTIAL
 from nanonormuon.text import formats
-from nanonormuon.text.bpe import CONFIG, FILE, Tokenizer, pieces
-from nanonormuon.text.encode import encode, read_plan
+from nanonormuon.text.bpe import Tokenizer, pieces
+from nanonormuon.text.encode import Plan, encode
 from nanonormuon.text.sources import Document, documents
 from nanonormuon.text.tokenizer import get as get_tokenizer
 from nanonormuon.text.tokenizer import load, trained_size
@@ -45,9 +45,11 @@ log = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 << 20  # of text; a shard ends with the document that reaches this size
 TAIL_BYTES = 256  # minimum of a document's tail that becomes validation
+SPLITS, CUT = ("train", "val"), 2  # a document's side: an index of SPLITS, or CUT
 SPLIT = 2  # version of Survey's rule; shards of other versions are not reused
 Read = Callable[[], Iterable[Document]]  # yields all documents anew at each call
-OURS = re.compile(r"(plan|manifest|tokenizer(_config)?)\.json|(train|val)_\d+\.bin|\..*\.tmp")
+PRODUCT = re.compile(r"tokenizer(_config)?\.json|(train|val)_\d+\.bin")
+OURS = re.compile(rf"{PRODUCT.pattern}|(plan|manifest)\.json|\..*\.tmp")
 SAMPLE_BYTES = 64 << 20  # maximum text for training BPE, evenly spread over the training split
 
 
@@ -71,8 +73,6 @@ def prepare(
     per core. If `out` already contains this preparation, it is verified and kept; a directory with
     other visible files is refused. Raises DataError, TokenizerError, OSError.
     """
-    if "" in (out, tokenizer):  # Path("") is the working directory
-        raise DataError("prepare: expected a name for --out and --tokenizer, found ''")
     out, readings = Path(out), count()
     names = ["standard input" if str(t) == "-" else Path(os.path.realpath(t)).name for t in texts]
     with contextlib.ExitStack() as stack:
@@ -99,42 +99,55 @@ def prepare_documents(
     """Prepare the documents of `read`. whole: see Survey."""
     if not 0 < val < 1:
         raise DataError(f"prepare: --val {val:g}: expected a share between 0 and 1, as 0.02")
-    assert shard_bytes > 0 <= workers, (shard_bytes, workers)
     # fail early if the tokenizer is wrong
     vocabulary = None if trained_size(spec) else get_tokenizer(spec)
     refuse_foreign(out)
-    survey = Survey(read(), names, val, whole)
+    survey = Survey(read, names, val, whole)
     request = {"tokenizer": vocabulary.hash if vocabulary else str(spec), "val": val}
     asked = {"request": request | {"shard_bytes": shard_bytes}, "sources": survey.sources}
     with alone(out):
+        refuse_foreign(out)
+        if (out / PARTIAL / MANIFEST).exists():  # a run stopped while it moved files
+            _publish(out)
         if (out / MANIFEST).exists():
-            return _reuse(out, asked)
-        partial, plan = _begin(out, asked)
-        try:
-            survey.log_split()
-            vocabulary = vocabulary or _trained(str(spec), survey, read, partial, plan)
-            vocabulary.save(partial)
-            split = survey.split(read())
-            splits = encode(split, survey.bytes, vocabulary, partial, plan, shard_bytes, workers)
-        except BaseException as error:
-            if isinstance(error, DataError) and not plan["shards"]:
-                shutil.rmtree(partial, ignore_errors=True)  # finished shards may still be of use
-            if partial.is_dir():
-                log.warning("prepare: stopped; repeat the command to continue from %s", partial)
-            raise
-        manifest = {
-            "format": shards.FORMAT,
-            "tool": f"nanonormuon {__version__}",
-            "tokenizer": {k: getattr(vocabulary, k) for k in ("name", "hash", "vocab_size", "eot")},
-            "method": survey.method,
-            "copies": survey.copies,
-            **splits,
-            **asked,
-        }
-        manifest["sha256"] = shards.digest(manifest)
-        _publish(partial, out, manifest)
-    _warn(manifest)
+            manifest = _reuse(out, asked)
+        else:
+            with _working(out / PARTIAL, asked) as plan:
+                vocabulary = vocabulary or _trained(str(spec), survey, plan)
+                vocabulary.save(plan.directory)
+                text, size = survey.split(), survey.bytes
+                splits = encode(text, size, vocabulary, plan, shard_bytes, workers)
+                words = {k: getattr(vocabulary, k) for k in ("name", "hash", "vocab_size", "eot")}
+                manifest = {
+                    "format": shards.FORMAT,
+                    "tool": f"nanonormuon {__version__}",
+                    "tokenizer": words,
+                    "method": survey.method,
+                    "copies": survey.copies,
+                    **splits,
+                    **asked,
+                }
+                manifest["sha256"] = shards.digest(manifest)
+                # appears atomically, as it marks that files are being moved
+                replace_file(plan.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+                _publish(out)
+    for problem in shards.too_few(**{name: manifest[name]["tokens"] for name in SPLITS}):
+        log.warning("prepare: %s", problem)
     return manifest
+
+
+@contextlib.contextmanager
+def _working(partial: Path, asked: dict[str, Any]) -> Iterator[Plan]:
+    """Begin or continue the work in a directory. On an error, keep finished shards."""
+    plan = Plan(partial, {"tool": __version__, "split": SPLIT, **asked})
+    try:
+        yield plan
+    except BaseException as error:
+        if isinstance(error, DataError) and not plan.shards:
+            shutil.rmtree(partial, ignore_errors=True)
+        if partial.is_dir():
+            log.warning("prepare: stopped; repeat the command to continue from %s", partial)
+        raise
 
 
 # ------------------------------------------------------------------------------------- the survey
@@ -157,17 +170,14 @@ class Survey:
     of many small documents is split by hash alone.
     """
 
-    def __init__(
-        self, documents: Iterable[Document], names: list[str], val: float, whole: bool = False
-    ) -> None:
-        self.val, self.bound = val, ceil(val * 2**64)  # numbers below it are validation
-        self.numbers = array("Q")  # first eight bytes of each document's sha256
-        self.sizes, self.of = array("Q"), array("I")  # bytes and source of each document
+    def __init__(self, read: Read, names: list[str], val: float, whole: bool = False) -> None:
+        self.read, self.val = read, val
+        rows = array("Q")  # of each document: first eight bytes of its sha256, bytes, source
         self.sources: list[dict] = [{"name": n, "documents": 0, "bytes": 0} for n in names]
         longest: dict[int, tuple[int, int, str]] = {}  # by source: bytes, number, name
         hashes = [sha256() for _ in names]  # over the documents' sha256 (binary, in order)
         with progress("reading", None, "B") as bar:
-            for document in documents:
+            for document in read():
                 digest, size = sha256(document.data).digest(), len(document.data)
                 number, index = int.from_bytes(digest[:8], "big"), document.source
                 self.sources[index]["documents"] += 1
@@ -175,9 +185,7 @@ class Survey:
                 hashes[index].update(digest)
                 if size > longest.get(index, (0,))[0]:
                     longest[index] = size, number, document.name
-                self.numbers.append(number)
-                self.sizes.append(size)
-                self.of.append(index)
+                rows.extend((number, size, index))
                 bar.update(size)
         if not longest:
             where = ", ".join(names) or "prepare"
@@ -185,95 +193,84 @@ class Survey:
         for source, digests in zip(self.sources, hashes):
             source["sha256"] = digests.hexdigest()
         self.bytes = sum(source["bytes"] for source in self.sources)
-        # numbers of documents that are cut, and of those that change sides
-        self.cut: set[int] = set()
-        self.moved: set[int] = set()
-        if not whole and len(self.numbers) > 1:
-            for numbers, sizes, share in map(self._source, longest):
-                large = (sizes > 2 * share) & (val * sizes >= TAIL_BYTES)
-                self.cut.update(numbers[large].tolist())
-            for index in longest:
-                self._balance(*self._source(index))
+        self.numbers, sizes, of = np.asarray(rows).reshape(-1, 3).T
+        self._assign(sizes, of, longest, whole)
+
+    def _assign(
+        self, sizes: np.ndarray, of: np.ndarray, longest: dict[int, tuple], whole: bool
+    ) -> None:
+        """Decide by the documents' numbers, so that copies are treated alike."""
+        numbers, which = np.unique(self.numbers, return_inverse=True)
+        cut, held_out = np.zeros(len(numbers), bool), numbers < ceil(self.val * 2**64)
+        by_hash = held_out.copy()
+        balanced = longest if not whole and len(sizes) > 1 else ()
+        parts = [(which[of == index], sizes[of == index]) for index in balanced]
+        for place, size in parts:
+            cut[place[(size > 2 * self.val * size.sum()) & (self.val * size >= TAIL_BYTES)]] = True
+        for place, size in parts:
+            self._balance(held_out, cut, place, size)
+        moved = np.count_nonzero(held_out != by_hash)
         self.method = "hash of each document"
-        if self.cut or self.moved:
-            self.method += f", {len(self.cut)} cut, {len(self.moved)} moved"
-        if not self.cut and len(set(map(self._side, self.numbers))) < 2:
+        if cut.any() or moved:
+            self.method += f", {np.count_nonzero(cut)} cut, {moved} moved"
+        if not cut.any() and held_out.all() == held_out.any():
             self.method = "tail of the longest document"
-            self.cut = {max(longest.values(), key=lambda found: found[0])[1]}
-        self.tails = [name for _, number, name in longest.values() if number in self.cut]
-        # documents that are exact copies of an earlier one
-        self.copies = len(self.numbers) - len(np.unique(np.asarray(self.numbers)))
+            cut[numbers == max(longest.values(), key=lambda found: found[0])[1]] = True
+        self.sides = np.where(cut, CUT, held_out).astype(np.uint8)[which]
+        self.copies = len(sizes) - len(numbers)
+        if self.copies:
+            copies = f"{self.copies} of {len(sizes)} documents are exact copies of another"
+            log.info("prepare: %s; copies are in one split, or cut alike", copies)
+        if tails := [name for _, number, name in longest.values() if number in numbers[cut]]:
+            what = f"the last {self.val:g} of each large document becomes validation"
+            log.info("prepare: %s: %s", what, ", ".join(tails[:3]))
 
-    def _source(self, index: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """Return numbers and sizes of a source's documents, and validation's share in bytes."""
-        here = np.asarray(self.of) == index
-        sizes = np.asarray(self.sizes)[here]
-        return np.asarray(self.numbers)[here], sizes, self.val * sizes.sum()
-
-    def _balance(self, numbers: np.ndarray, sizes: np.ndarray, share: float) -> None:
-        """Move uncut documents until validation has half to twice its share."""
-        cut, moved = (np.fromiter(found, np.uint64) for found in (self.cut, self.moved))
-        large = np.isin(numbers, cut)
-        held_out = (numbers < self.bound) ^ np.isin(numbers, moved)
-        found = self.val * sizes[large].sum() + sizes[~large & held_out].sum()
-        if share / 2 <= found <= 2 * share:
-            return
-        # each uncut document once, in order of its number, with the bytes of all its copies
-        numbers, which = np.unique(numbers[~large], return_inverse=True)
-        total = np.bincount(which, sizes[~large])
-        held_out = (numbers < self.bound) ^ np.isin(numbers, moved)
-        for i in np.flatnonzero(~held_out & (total <= 2 * share)):
+    def _balance(
+        self, held_out: np.ndarray, cut: np.ndarray, place: np.ndarray, size: np.ndarray
+    ) -> None:
+        """Move uncut documents until validation has half to twice its share of a source."""
+        # each document once, in order of its number, with the bytes of all its copies
+        place, which = np.unique(place, return_inverse=True)
+        total, whole, inside = np.bincount(which, size), ~cut[place], held_out[place]
+        share = self.val * total.sum()
+        found = self.val * total[~whole].sum() + total[whole & inside].sum()
+        for i in np.flatnonzero(whole & ~inside & (total <= 2 * share)):
             if found >= share / 2:
                 break
-            self.moved ^= {int(numbers[i])}
+            held_out[place[i]] = True
             found += total[i]
-        for i in np.flatnonzero(held_out)[::-1]:
+        for i in np.flatnonzero(whole & inside)[::-1]:
             if found > 2 * share and found - total[i] >= share / 2:
-                self.moved ^= {int(numbers[i])}
+                held_out[place[i]] = False
                 found -= total[i]
 
-    def _side(self, number: int) -> str:
-        return "val" if (number < self.bound) != (number in self.moved) else "train"
-
-    def log_split(self) -> None:
-        """Log copies and cut documents."""
-        if self.copies:
-            copies = f"{self.copies} of {len(self.numbers)} documents are exact copies of another"
-            log.info("prepare: %s; copies are in one split, or cut alike", copies)
-        if self.cut:
-            what = f"the last {self.val:g} of each large document becomes validation"
-            tails = ", ".join(self.tails[:3])
-            log.info("prepare: %s; %d cut: %s", what, len(self.cut), tails)
-
-    def split(self, documents: Iterable[Document]) -> Iterator[tuple[str, Document]]:
-        """Yield each document with its split. Raises DataError if they differ from the survey."""
-        for document, number in zip_longest(documents, self.numbers):
-            # either is None if the other has more documents
+    def split(self) -> Iterator[tuple[str, Document]]:
+        """Read anew: yield each document with its split. Raises DataError for other documents."""
+        for document, number, side in zip_longest(self.read(), self.numbers, self.sides):
+            # document or number is None if the other reading has more documents
             found = document and int.from_bytes(sha256(document.data).digest()[:8], "big")
             if found != number:
                 names = ", ".join(source["name"] for source in self.sources)
                 raise DataError(f"{names}: changed during preparation; run it again")
-            if number not in self.cut:
-                yield self._side(number), document
+            if side != CUT:
+                yield SPLITS[side], document
                 continue
             text = document.data.decode("utf-8", "surrogateescape")
             at = max(1, int(len(text) * (1 - self.val)))  # in characters, as nanoGPT cuts
             if at >= len(text):
                 name, length = document.name, len(text)
                 raise DataError(f"{name}: {length} characters cannot be split in two")
-            for side, part in (("train", text[:at]), ("val", text[at:])):
-                yield side, replace(document, data=part.encode("utf-8", "surrogateescape"))
+            for split, part in zip(SPLITS, (text[:at], text[at:])):
+                yield split, replace(document, data=part.encode("utf-8", "surrogateescape"))
 
 
-def _trained(
-    spec: str, survey: Survey, read: Read, partial: Path, plan: dict[str, Any]
-) -> Tokenizer:
+def _trained(spec: str, survey: Survey, plan: Plan) -> Tokenizer:
     """Train the tokenizer, or load the one that an interrupted run saved."""
     with contextlib.suppress(TokenizerError):
-        if (there := load(partial)).hash == plan["tokenizer"]:
+        if (there := load(plan.directory)).hash == plan.tokenizer:
             return there
     log.info("prepare: training %s", spec)
-    training = (document.data for side, document in survey.split(read()) if side == "train")
+    training = (document.data for side, document in survey.split() if side == "train")
     return get_tokenizer(spec, _sample(training, survey.bytes))
 
 
@@ -330,59 +327,27 @@ def _reuse(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
         raise DataError(f"{out}: {hint}: {error}") from None
     shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left by a run that stopped at its end
     log.info("prepare: %s is already prepared, verified", out)
-    _warn(manifest)
     return manifest
-
-
-def _warn(manifest: dict[str, Any]) -> None:
-    for problem in shards.too_few(**{name: manifest[name]["tokens"] for name in ("train", "val")}):
-        log.warning("prepare: %s", problem)
 
 
 def refuse_foreign(out: Path) -> None:
     """Raise DataError for a directory with visible files that no preparation has made."""
-    if (out / MANIFEST).exists() or not out.is_dir():
-        return
     partial = out / PARTIAL
-    if partial.is_dir() and all(OURS.fullmatch(path.name) for path in partial.iterdir()):
+    if not out.is_dir() or (out / MANIFEST).exists() or (partial / MANIFEST).exists():
         return
-    if foreign := sorted(p for p in out.iterdir() if p == partial or p.name[0] != "."):
-        raise DataError(f"{foreign[0]}: not made by prepare; use another --out")
+    ours = partial.is_dir() and all(OURS.fullmatch(path.name) for path in partial.iterdir())
+    found = (p for p in out.iterdir() if p.name[0] != "." or (p == partial and not ours))
+    if foreign := sorted(found):
+        raise DataError(f"{foreign[0]}: not made by prepare; move it or use another --out")
 
 
-def _begin(out: Path, asked: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Create OUT/.partial and the plan, or continue what an interrupted run with an equal request
-    left there; anything else there is removed."""
-    refuse_foreign(out)
-    partial, asked = out / PARTIAL, {"tool": __version__, "split": SPLIT, **asked}
-    if (partial / MANIFEST).exists():  # stopped while moving files: move them back
-        for name in _products(shards.read_manifest(partial)):
-            if (out / name).exists():
-                (out / name).replace(partial / name)
-        (partial / MANIFEST).unlink()
-    plan = read_plan(partial, asked)
-    if partial.exists() and not plan:
-        log.info("prepare: removing another run's files in %s", partial)
-        shutil.rmtree(partial)
-    for pattern in ("*train_*.bin", "*val_*.bin", FILE, CONFIG):
-        if foreign := sorted(out.glob(pattern)):
-            raise DataError(f"{foreign[0]}: not made by this preparation; use another --out")
-    partial.mkdir(exist_ok=True)
-    return partial, plan or {"asked": asked, "tokenizer": "", "shards": []}
-
-
-def _publish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Move the listed files, then the manifest, from `partial` to `out`."""
-    # marks that files are being moved, so it must appear atomically
-    replace_file(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-    for name in _products(manifest):
-        (partial / name).replace(out / name)
+def _publish(out: Path) -> None:
+    """Move the files of OUT/.partial into OUT, the manifest last."""
+    partial = out / PARTIAL
+    for path in sorted(partial.iterdir()):
+        if PRODUCT.fullmatch(path.name):
+            path.replace(out / path.name)
     sync_directory(out)
     (partial / MANIFEST).replace(out / MANIFEST)
     sync_directory(out)
     shutil.rmtree(partial)
-
-
-def _products(manifest: dict[str, Any]) -> list[str]:
-    listed = [shard["name"] for split in ("train", "val") for shard in manifest[split]["shards"]]
-    return [*listed, FILE, CONFIG]

@@ -7,7 +7,6 @@ documents of more than LARGE bytes are cut at paragraph ends, so memory is a few
 """
 
 import codecs
-import difflib
 import glob
 import gzip
 import io
@@ -16,7 +15,8 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -70,7 +70,6 @@ def documents(
     log_passed: bool = False,
     skip_bad: bool = False,
     max_record: int = formats.RECORD_LIMIT,
-    advise: bool = True,
 ) -> Iterator[Document]:
     """Yield the documents of all sources in order, without blank ones.
 
@@ -79,50 +78,43 @@ def documents(
     several between `separator`s; a record, of at most `max_record` bytes, has its document in the
     field `text_field`. Hidden, binary and empty files in a directory are skipped. A bad file raises
     DataError or, with `skip_bad`, is skipped. log_passed: log what was read of a directory and what
-    was skipped. advise: name options of `prepare` that help in errors.
+    was skipped.
     """
     for index, source in enumerate(sources):
         walked = isinstance(source, str | Path) and Path(source).is_dir()
-        read, passed = Tally(), Tally()
+        read, passed = defaultdict(list), defaultdict(list)  # names of files, by kind
         for file in _find(source, skip, passed):
             name = str(file) if isinstance(file, Path) else "standard input"
-            taken = 0
             try:
                 for text in _texts(file, name, text_field, separator, max_record):
-                    taken += 1
                     if text.strip():
                         yield Document(name, index, text)
-                read.add(_suffix(Path(name)), name)
+                read[_suffix(Path(name))].append(name)
             except DataError as error:
-                problem = f"{error}{getattr(error, 'advice', '') if advise else ''}"
                 if walked and isinstance(error, NotText):
-                    passed.add("not text", name)
+                    passed["not text"].append(name)
                 elif not skip_bad:
-                    hint = " (prepare --skip-bad skips it)" if walked and advise else ""
-                    raise type(error)(f"{problem}{hint}") from None
+                    hint = " (prepare --skip-bad skips it)" if walked else ""
+                    raise type(error)(f"{error}{hint}") from None
                 elif log_passed:
-                    passed.add("bad", name)
-                    log.warning("prepare: skipped from document %d on: %s", taken + 1, problem)
+                    passed["bad"].append(name)
+                    log.warning("prepare: skipped the rest of a file: %s", error)
         if walked and log_passed:
-            log.info("prepare: %s: read %s; skipped %s", source, read, passed)
+            log.info("prepare: %s: read %s; skipped %s", source, _listed(read), _listed(passed))
 
 
-class Tally(dict[str, tuple[int, str]]):
-    """The number of files of each kind, and the first of each."""
-
-    def add(self, kind: str, name: str) -> None:
-        count, first = self.get(kind, (0, name))
-        self[kind] = count + 1, first
-
-    def __str__(self) -> str:
-        shown = sorted(self.items(), key=lambda item: -item[1][0])
-        parts = [f"{count} {kind} ({first})" for kind, (count, first) in shown[:SHOWN]]
-        rest = sum(count for _, (count, _) in shown[SHOWN:])
-        return ", ".join([*parts, *([f"{rest} others"] if rest else [])]) or "nothing"
+def _listed(kinds: dict[str, list[str]]) -> str:
+    """Describe files by kind: their number and the first of them."""
+    shown = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    parts = [f"{len(names)} {kind} ({names[0]})" for kind, names in shown[:SHOWN]]
+    rest = sum(len(names) for _, names in shown[SHOWN:])
+    return ", ".join(parts + [f"{rest} others"] * (rest > 0)) or "nothing"
 
 
-def _find(source: Source, skip: Path | None, passed: Tally) -> Sequence[Path | IO[bytes]]:
-    """List the files of a source, and add skipped ones to `passed`."""
+def _find(
+    source: Source, skip: Path | None, passed: dict[str, list[str]]
+) -> Iterable[Path | IO[bytes]]:
+    """Return the files of a source, and add others in a directory to `passed`. Raises DataError."""
     if not isinstance(source, str | Path):
         return [source]
     path = Path(source)
@@ -139,47 +131,39 @@ def _find(source: Source, skip: Path | None, passed: Tally) -> Sequence[Path | I
         if files := sorted(filter(Path.is_file, found)):
             return files
         raise DataError(f"{source}: the pattern matches no file (directories are named without *)")
-    if path.is_symlink():
-        raise DataError(f"{path}: a broken link")
-    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, 1)
-    hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-    raise DataError(f"{path}: no such file or directory{hint}")
+    raise DataError(f"{path}: no such file or directory, or a broken link")
 
 
-def walk(root: Path, skip: Path | None, passed: Tally) -> list[Path]:
-    """List visible, non-empty files of known formats below a directory, in name order on every
+def walk(root: Path, skip: Path | None, passed: dict[str, list[str]]) -> Iterator[Path]:
+    """Yield visible, non-empty files of known formats below a directory, in name order on every
     system, and add others to `passed`. Does not follow links to directories. Raises DataError."""
+    left = [root]
+    while left:
+        path = left.pop()
+        if path != root and (reason := _unwanted(path, skip)):
+            passed[reason].append(str(path))
+        elif path.is_dir():
+            try:
+                left += sorted(path.iterdir(), reverse=True)
+            except OSError as error:
+                hint = "change its permissions or name other sources"
+                raise DataError(f"{path}: cannot be read: {error.strerror}; {hint}") from None
+        else:
+            yield path
 
-    def fail(error: OSError) -> None:
-        hint = "change its permissions or name other sources"
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}; {hint}")
 
-    def problem(path: Path) -> str:
-        """Return why a path is skipped, "" if it is not."""
-        if path.name.startswith("."):
-            return "hidden"
-        if path.is_dir():
-            own = skip is not None and skip.exists() and skip.samefile(path)
-            return "the output" if own else "linked directories" * path.is_symlink()
-        if (suffix := _suffix(path)) not in known:
-            return f"of no known format, {suffix or 'no suffix'}"
-        if not path.is_file():
-            return "no regular file"
-        return "" if path.stat().st_size else "empty"
-
-    files, known = [], {*TEXT, *RECORDS, ".json"}
-    for folder, below, names in os.walk(root, onerror=fail):
-        paths = [Path(folder, name) for name in sorted((*below, *names))]
-        below.clear()
-        for path in paths:
-            if reason := problem(path):
-                passed.add(reason, str(path))
-            elif path.is_dir():
-                below.append(path.name)
-            else:
-                files.append(path)
-    return sorted(files, key=lambda path: path.parts)
+def _unwanted(path: Path, skip: Path | None) -> str:
+    """Return why a walk passes over a path, "" if it does not."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        own = skip is not None and skip.exists() and skip.samefile(path)
+        return "the output" if own else "linked directories" * path.is_symlink()
+    if (suffix := _suffix(path)) not in (*TEXT, *RECORDS, ".json"):
+        return f"of no known format, {suffix or 'no suffix'}"
+    if not path.is_file():
+        return "no regular file"
+    return "" if path.stat().st_size else "empty"
 
 
 def _suffix(path: Path) -> str:
@@ -206,7 +190,7 @@ def _texts(
                 if content.getbuffer().nbytes > PACKED_PARQUET_LIMIT:
                     raise DataError(f"{name}: too large a compressed Parquet file; decompress it")
             for text in formats.READ[kind](content, name, text_field, max_record):
-                yield from _cut(text, 2 * PART) if len(text) > LARGE else [text]
+                yield from _parts(iter([text]), b"")
     except (EOFError, zlib.error, OSError) as error:
         if reason := getattr(error, "strerror", None):  # from the system, not from a library
             raise DataError(f"{name}: cannot be read: {reason}") from None
@@ -215,10 +199,7 @@ def _texts(
 
 def _opened(file: Path | IO[bytes]) -> Any:
     if isinstance(file, Path):
-        try:
-            return open_regular(file, PEEK)
-        except ValueError:  # a pipe cannot be read three times
-            raise NotText(f"{file}: not a regular file; pipe it in with -") from None
+        return open_regular(file, PEEK)  # a pipe could not be read three times
     file.seek(0)
     return io.BufferedReader(io.FileIO(file.fileno(), closefd=False), PEEK)
 
@@ -272,20 +253,15 @@ def _checked(file: Any, name: str) -> Iterator[bytes]:
     """Yield blocks of a file without its byte order mark. Raises NotText or, after the first block,
     DataError for a NUL or too much invalid UTF-8."""
     done = bad = 0
-    first = None  # offset of the first byte that is not UTF-8
     while block := file.read(LARGE):
-        nul = block.find(0)
-        if nul < 0:
-            try:
-                block.decode()
-            except UnicodeDecodeError as error:
-                first = done + error.start if first is None else first
-                bad += len(block) - len(block.decode("utf-8", "ignore").encode())
-        if nul >= 0 or bad > BAD_SHARE * (done + len(block)):
-            at = first if nul < 0 else done + nul
-            found = f"byte 0x{block[at - done]:02x}" if at >= done else f"{bad} other bytes"
-            what = f"expected UTF-8 text, found {found}; convert the file or leave it out"
-            raise (DataError if done else NotText)(f"{name}: offset {at}: {what}")
+        valid = block.decode(errors="ignore").replace("\0", "").encode()
+        bad += len(block) - len(valid)
+        if 0 in block or bad > BAD_SHARE * (done + len(block)):
+            differ = (i for i, (a, b) in enumerate(zip(block, valid)) if a != b)
+            at = next(differ, len(valid))
+            what = f"expected UTF-8 text, found byte 0x{block[at]:02x}"
+            problem = f"{name}: offset {done + at}: {what}; convert the file or leave it out"
+            raise (DataError if done else NotText)(problem)
         yield block if done else block.removeprefix(codecs.BOM_UTF8)
         done += len(block)
 

@@ -72,9 +72,8 @@ def get(spec: str | Path, texts: Iterable[str | bytes] | None = None) -> Tokeniz
     if Path(spec).exists():
         return load(spec)
     near = difflib.get_close_matches(spec, ["byte", *PUBLISHED], 1, cutoff=0.4)
-    if match := re.fullmatch("bpe[^0-9]*([0-9]*)(k?).*", spec, re.IGNORECASE):
-        size = int(f"0{match[1]}"[:9]) * (1024 if match[2] else 1)
-        near = [f"bpe:{size if 257 <= size <= MAX_IDS else 4096}"]
+    if spec.lower().startswith("bpe"):
+        near = ["bpe:4096"]
     hint = f"; did you mean {near[0]}?" if near else ""
     names = ", ".join(["byte", *PUBLISHED])
     raise TokenizerError(f"tokenizer {spec!r}: expected {names}, bpe:N or an existing path{hint}")
@@ -118,13 +117,10 @@ def load(path: str | Path) -> Tokenizer:
         raise TokenizerError(f"{path}: no such file; expected a saved {FILE}") from None
     except MissingPackage:
         raise
-    except TokenizerError as error:
-        raise TokenizerError(f"{path}: {error}") from None
-    except DataError as error:  # from read_file; names the file
-        raise TokenizerError(str(error)) from None
     except DAMAGE as error:
-        problem = f"{type(error).__name__}: {str(error)[:200]}"
-        raise TokenizerError(f"{path}: damaged or of an unknown format ({problem})") from None
+        problem = f"damaged or of an unknown format ({type(error).__name__}: {str(error)[:200]})"
+        problem = error if isinstance(error, DataError) else problem
+        raise TokenizerError(f"{path}: {problem}") from None
 
 
 def _read(content: Any, config: Any, path: Path) -> Tokenizer:
@@ -146,15 +142,12 @@ def _from_cache(name: str) -> Tokenizer:
     path = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
     path = path / hashlib.sha1(published.address.encode()).hexdigest()
     try:
-        data = read_file(path, LARGEST_OTHER)
-    except FileNotFoundError:
-        hint = "under this name (TIKTOKEN_CACHE_DIR sets its place), or anywhere, and give its path"
-        problem = f"{path} is missing and not downloaded automatically; save {published.address}"
-        raise TokenizerError(f"tokenizer {name}: {problem} {hint}") from None
+        data = read_file(path, LARGEST_OTHER) if os.path.lexists(path) else b""
     except ValueError as error:
         raise TokenizerError(f"tokenizer {name}: {error}") from None
     if (found := hashlib.sha256(data).hexdigest()) != published.sha256:
-        problem = f"expected sha256 {published.sha256}, found {found}"
-        hint = f"save {published.address} there again"
-        raise TokenizerError(f"tokenizer {name}: {path} is damaged: {problem}; {hint}")
+        state = f"damaged, sha256 {found}" if data else "missing"
+        problem = f"{path} is {state}: expected sha256 {published.sha256}, never downloaded"
+        hint = "under this name (TIKTOKEN_CACHE_DIR sets its place), or anywhere, and give its path"
+        raise TokenizerError(f"tokenizer {name}: {problem}; save {published.address} {hint}")
     return published.build(name, data)

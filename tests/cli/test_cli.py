@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import command
+from support import command, write_shard
 
 from nanonormuon import __version__, config
 from nanonormuon.cli import app as cli
 from nanonormuon.cli import dry_run
 from nanonormuon.cli.run import describe, without_effect
-from nanonormuon.storage.shards import write_shard
 from nanonormuon.train import train
 
 HERE = Path(__file__).parent

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import write_shard
 
 from nanonormuon.data import Batches, validation_batches
 from nanonormuon.errors import DataError, exit_code
@@ -36,7 +37,7 @@ def directory(tmp_path: Path) -> Path:
             path = tmp_path / f"{split}_{i:06d}.bin"
             tokens = rng.integers(0, 100, n)
             tokens[7] = 99
-            shards.write_shard(path, tokens, 100)
+            write_shard(path, tokens, 100)
             entry = {"name": path.name, "tokens": n, "size": 1024 + 2 * n, "max_token": 99}
             entries.append(entry | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
         manifest[split] = {"documents": 3, "tokens": sum(sizes), "bytes": 4 * sum(sizes)}
@@ -67,7 +68,7 @@ def refused(directory: Path, says: str, **options: Any) -> None:
 )
 def test_shard_layout(tmp_path: Path, vocab_size: int, version: int, dtype: str) -> None:
     tokens = np.array([0, 1, 258, vocab_size - 1])
-    shards.write_shard(tmp_path / "x.bin", tokens, vocab_size)
+    write_shard(tmp_path / "x.bin", tokens, vocab_size)
     raw = (tmp_path / "x.bin").read_bytes()
     header = np.frombuffer(raw[:1024], "<i4")
     assert header[:3].tolist() == [20240520, version, 4] and not header[3:].any()
@@ -78,30 +79,14 @@ def test_shard_layout(tmp_path: Path, vocab_size: int, version: int, dtype: str)
     assert names(tmp_path) == ["x.bin"]
 
 
-def test_write_refuses_ids_outside_the_vocabulary(tmp_path: Path) -> None:
+def test_ids_outside_the_vocabulary_are_named(tmp_path: Path) -> None:
     tokens = np.zeros(shards.CHUNK + 10, np.int64)
     for wrong in (50, -1):
         tokens[shards.CHUNK + 3] = wrong
         with pytest.raises(
             DataError, match=f"token {shards.CHUNK + 3}: expected an id below 50, found {wrong}"
         ):
-            shards.write_shard(tmp_path / "x.bin", tokens, 50)
-    with pytest.raises(DataError, match="vector"):
-        shards.write_shard(tmp_path / "x.bin", np.zeros(3), 50)
-    assert names(tmp_path) == []
-
-
-def test_interrupted_write_leaves_the_old_shard(tmp_path: Path, monkeypatch: Any) -> None:
-    shards.write_shard(tmp_path / "x.bin", np.array([1, 2]), 50)
-
-    def fail(_: int) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match=r"x\.bin.*no space"):
-        shards.write_shard(tmp_path / "x.bin", np.array([3]), 50)
-    assert names(tmp_path) == ["x.bin"]
-    assert shards.read_shard(tmp_path / "x.bin").tolist() == [1, 2]
+            shards.check_ids(tokens, 50, tmp_path / "x.bin")
 
 
 def put(offset: int, value: int) -> Callable[[bytes], bytes]:
@@ -111,17 +96,17 @@ def put(offset: int, value: int) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (put(0, 20240521), "expected 20240520, found 20240521"),
-        (put(4, 3), "expected version 1 or 2, found 3"),
-        (put(4, 2), "500 tokens: expected a file of 3024 bytes, found 2024"),
-        (put(8, 499), "499 tokens: expected a file of 2022 bytes, found 2024"),
-        (put(8, 2**31 - 1), "2147483647 tokens: expected a file of"),
-        (put(8, -1), "-1 tokens"),
-        (lambda raw: raw[:-1], "found 2023"),
-        (lambda raw: raw + b"\0\0", "found 2026"),
-        (lambda raw: raw[:1024], "found 1024"),
-        (lambda raw: raw[:100], "expected at least 1024 bytes .* found 100"),
-        (lambda raw: b"", "found 0"),
+        (put(0, 20240521), r"expected .*\[20240520, 1 .* found \[20240521, 1, 500\]"),
+        (put(4, 3), r"1 \(uint16\) or 2 .* found \[20240520, 3, 500\]"),
+        (put(4, 2), r"3024 bytes, found .* and 2024"),
+        (put(8, 499), r"2022 bytes, found .* 499\] and 2024"),
+        (put(8, 2**31 - 1), r"found \[20240520, 1, 2147483647\]"),
+        (put(8, -1), "found .*-1"),
+        (lambda raw: raw[:-1], "2024 bytes, found .* and 2023"),
+        (lambda raw: raw + b"\0\0", "and 2026"),
+        (lambda raw: raw[:1024], "and 1024"),
+        (lambda raw: raw[:100], "1024 bytes, found .* and 100"),
+        (lambda raw: b"", r"1024 bytes, found \[\] and 0"),
     ],
 )
 @pytest.mark.parametrize("with_manifest", [True, False])
@@ -202,11 +187,11 @@ def test_headerless_files_of_nanogpt(directory: Path, tmp_path: Path) -> None:
     refused(directory, r"no train split, expected \*train_\*\.bin; .* data\.format=nanogpt")
     path = directory / "train.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    refused(directory, r"train\.bin: expected uint16 tokens, found 999 bytes", headerless=True)
+    refused(directory, r"train\.bin: .* found 999 bytes", headerless=True)
     path.write_bytes(b"")
-    refused(directory, r"train\.bin: expected uint16 tokens, found 0 bytes", headerless=True)
-    shards.write_shard(path, np.arange(9), 100)
-    refused(directory, r"train\.bin: a shard with a header", headerless=True)
+    refused(directory, r"train\.bin: .* found 0 bytes", headerless=True)
+    write_shard(path, np.arange(9), 100)
+    refused(directory, r"train\.bin: .* begin with \[20240520, .*=shards", headerless=True)
     path.unlink()
     refused(directory, r"no train split, expected train\.bin", headerless=True)
 
@@ -245,11 +230,11 @@ def test_flipped_byte(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shards_are_the_listed_ones(directory: Path) -> None:
     extra = directory / "train_000002.bin"
-    shards.write_shard(extra, np.array([1, 2, 3]), 100)
-    refused(directory, r"train_000002\.bin: found, but not listed")
+    write_shard(extra, np.array([1, 2, 3]), 100)
+    refused(directory, r"train_000002\.bin': found, but not listed")
     extra.unlink()
     (directory / "train_000001.bin").unlink()
-    refused(directory, r"train_000001\.bin: missing, but listed")
+    refused(directory, r"train_000001\.bin': missing, but listed")
 
 
 def shard_field(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
@@ -259,11 +244,11 @@ def shard_field(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (shard_field("name", "../train_000000.bin"), "invalid shard name"),
-        (shard_field("name", "/etc/train_0.bin"), "invalid shard name"),
-        (shard_field("name", ".train_0.bin"), "invalid shard name"),
-        (shard_field("name", "train_0.bin\n"), "invalid shard name"),
-        (shard_field("name", "train_0/../x.bin"), "invalid shard name"),
+        (shard_field("name", "../train_000000.bin"), "missing, but listed"),
+        (shard_field("name", "/etc/train_0.bin"), "missing, but listed"),
+        (shard_field("name", ".train_0.bin"), "missing, but listed"),
+        (shard_field("name", "train_0.bin\n"), "missing, but listed"),
+        (shard_field("name", "train_0/../x.bin"), "missing, but listed"),
         (shard_field("name", 3), r"shards\[0\]\.name: expected str, found '3'"),
         (shard_field("size", 10**15), "size: expected 1000000000000000"),
         (shard_field("tokens", 2**62), "tokens: expected int"),
@@ -271,8 +256,7 @@ def shard_field(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (shard_field("tokens", 501), "not the sum"),
         (shard_field("max_token", 100), "token id 100 in a vocabulary of 100"),
         (shard_field("sha256", None), "sha256: expected str"),
-        (lambda m: m["train"]["shards"].reverse(), "name order"),
-        (lambda m: m["train"]["shards"].append(m["train"]["shards"][1]), "name order"),
+        (lambda m: m["train"]["shards"].append(m["train"]["shards"][1]), "not the sum"),
         (lambda m: m["train"].update(tokens=10**12), "not the sum"),
         (lambda m: m["train"].update(shards={}), "shards: expected list"),
         (lambda m: m.update(format=2), "expected format 1, found 2"),
@@ -281,7 +265,6 @@ def shard_field(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda m: m["val"].update(tokens=0, shards=[]), "found, but not listed"),
         (lambda m: m["tokenizer"].update(eot=100), "eot < vocab_size"),
         (lambda m: m["tokenizer"].update(vocab_size=10**12), "eot < vocab_size <= 2"),
-        (lambda m: m["tokenizer"].update(vocab_size=10**6), "uint16 tokens do not fit the 1000000"),
         (lambda m: m.update(sha256=None), "expected sha256 None"),
         (lambda m: m.update(sources=[{"name": "a"}]), r"sources\[0\]\.documents: expected int"),
         (lambda m: m.update(sources=0.5), "sources: expected list"),
@@ -342,7 +325,7 @@ def test_an_older_manifest_is_compared_with_its_tokenizer(directory: Path, key: 
         edit(directory, lambda m: m["val"].update(bytes=10 * text_bytes))
     else:
         setattr(Words, key, 55)
-    with pytest.raises(DataError, match=f"{key}: expected .*manifest"):
+    with pytest.raises(DataError, match=f"expected .*{key}.*manifest.* found .*{key}"):
         shards.open_data(directory).check_tokenizer(Words())
     for path in directory.glob("*.json"):
         path.unlink()
@@ -359,7 +342,7 @@ def test_fingerprint_follows_the_tokens(directory: Path) -> None:
     first = shards.open_data(directory).fingerprint
     edit(directory, lambda m: m.update(tool="other", sources=[]))
     assert shards.open_data(directory).fingerprint == first
-    shards.write_shard(directory / "val_000000.bin", np.full(200, 99), 100)
+    write_shard(directory / "val_000000.bin", np.full(200, 99), 100)
     sha256 = shards.sha256(directory / "val_000000.bin")
     edit(directory, lambda m: m["val"]["shards"][0].update(sha256=sha256))
     second = shards.open_data(directory).fingerprint

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from support import ROOT
+from support import ROOT, write_shard
 
 from nanonormuon.storage import shards
 
@@ -100,7 +100,7 @@ def hub():
 def shard(tmp_path, n, largest=50_256):
     tokens = np.random.default_rng(n).integers(0, largest + 1, n)
     tokens[7] = largest
-    shards.write_shard(tmp_path / "x.bin", tokens, largest + 1)
+    write_shard(tmp_path / "x.bin", tokens, largest + 1)
     return (tmp_path / "x.bin").read_bytes()
 
 

@@ -115,13 +115,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="pipe: not a regular file; pipe it in with -"):
+    with pytest.raises(DataError, match="pipe: expected a regular file"):
         list(documents([tmp_path / "pipe"]))
 
 
 @pytest.mark.parametrize(
     ("source", "says"),
-    [("", "empty name"), ("/dev/zero", "not a regular file"), ("loop.txt", "broken link")],
+    [("", "empty name"), ("/dev/zero", "a regular file"), ("loop.txt", "broken link")],
 )
 def test_sources_that_are_no_files(
     source: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,20 +141,15 @@ def test_bad_files_are_skipped_by_name(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "b.csv").write_text("id,body\n1,x\n")
     (tmp_path / "c.jsonl").write_text('{"text": "two"}\n{"text": oops}\n{"text": "three"}\n')
     (tmp_path / "d.png").write_text("png")
-    with pytest.raises(DataError, match=r"b\.csv: no field 'text'.*--skip-bad"):
+    with pytest.raises(DataError, match=r"b\.csv: .*'text', found only id, body.*--skip-bad"):
         list(documents([tmp_path]))
-    with pytest.raises(DataError) as error:  # as `evaluate` reads, which has no such option
-        list(documents([tmp_path], advise=False))
-    assert "--skip-bad" not in str(error.value)
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "x" * 99}))
-    for advise in (True, False):
-        with pytest.raises(DataError, match="a record of more than") as error:
-            list(documents([tmp_path / "long.jsonl"], max_record=50, advise=advise))
-        assert ("--max-record" in str(error.value)) == advise
+    with pytest.raises(DataError, match=r"a record of more than .*--max-record"):
+        list(documents([tmp_path / "long.jsonl"], max_record=50))
     (tmp_path / "long.jsonl").unlink()
     found = [d.data for d in documents([tmp_path], log_passed=True, skip_bad=True)]
     assert found == [b"one", b"two"]
-    for part in ("document 1 on: .*b.csv: no", "document 2 on: .*c.jsonl:2: ", "2 bad", "png"):
+    for part in ("skipped .*b.csv: exp", "skipped .*c.jsonl:2: ", "2 bad", "png"):
         assert re.search(part, caplog.text)
     with pytest.raises(DataError, match="no text found"):
         prepare([tmp_path / "b.csv"], tmp_path / "out", skip_bad=True)
@@ -209,7 +204,7 @@ def test_a_byte_order_mark_before_an_array(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": oops}\n', r"a\.jsonl:2: expected a JSON record"),
-        ("a.jsonl", b'{"text": ""}\n\n{"body": 1, "n": 2}', r"l:3: no field 'text', found body, n"),
+        ("a.jsonl", b'{"text": ""}\n\n{"body": 1, "n": 2}', r"l:3: .* found only body, n"),
         ("a.jsonl", b'{"text": ["a"]}', r"a\.jsonl:1: expected text in 'text', found list"),
         ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: expected a JSON record"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: expected a JSON record"),
@@ -222,10 +217,10 @@ def test_a_byte_order_mark_before_an_array(tmp_path: Path) -> None:
         ("a.json", b'["a",' + b"[" * 100_000, r"a\.json: .*1000 deep"),
         ("a.json", b'[{"n": %s}]' % (b"9" * 100_000), r"item 0: invalid JSON: .{,50}\.\.' at 7$"),
         ("nameless", b'{"a":' * 100_000 + b"\n", r"nameless:1: expected a JSON record"),
-        ("a.csv", b"text,id,text\na,1,b\n", r"a\.csv: columns 1 and 3 are both 'text'"),
+        ("a.csv", b"text,id,text\na,1,b\n", r"a\.csv: 2 columns are 'text'"),
         ("a.txt.zst", as_zstd(b"text " * 99) + b"more", r"a\.txt\.zst: damaged compressed file"),
         ("a.json", b'{\n"text": "a"}', r"a\.json: expected a JSON array"),
-        ("a.csv", b"id,body\n1,x\n", r"a\.csv: no field 'text', found id, body"),
+        ("a.csv", b"id,body\n1,x\n", r"a\.csv: expected text in 'text', found only id, body"),
         ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv:3: expected 2 columns, found 1"),
         ("a.csv", b'id,text\n1,"x\n', r"a\.csv:2: unexpected end of data"),
         ("a.csv", b"id,text\n1,\xff\n", r"a\.csv:2: 'utf-8'"),
@@ -269,7 +264,7 @@ def test_parquet_that_expands_or_is_no_text(tmp_path: Path) -> None:
     numbers = column(pyarrow.array([[1]]))
     page = column(pyarrow.array(["x", "y" * (24 << 17)]), use_dictionary=False, compression="zstd")
     for content, says in (
-        (column(invalid), "near row 2: .* byte 0xff"), (two, "columns 1 and 2 are both 'text'"),
+        (column(invalid), "near row 2: .* byte 0xff"), (two, "2 columns are 'text'"),
         (numbers, "expected text in 'text', found list"),
         (page, "row group 0: a page of 3 MB of text; prepare --max-record 1 "),
     ):  # fmt: skip
@@ -355,7 +350,7 @@ def test_parquet_without_the_column_or_the_package(
 ) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(as_parquet(["x"]))
-    with pytest.raises(DataError, match=r"no field 'body', found id, text"):
+    with pytest.raises(DataError, match=r"expected text in 'body', found only id, text"):
         list(documents([path], text_field="body"))
     with pytest.raises(DataError, match=r"expected text in 'id', found int64"):
         list(documents([path], text_field="id"))
