@@ -775,8 +775,10 @@ def test_weights_in_several_files_are_read_and_odd_indices_refused(bpe_data, tmp
     from safetensors.torch import load_file, save_file
 
     made_by_transformers("qwen3", tmp_path, bpe_data, head_dim=8)
-    expected = models.read_weights(tmp_path, False)
+    float32 = torch.float32, torch.device("cpu")
+    expected = models.load_model(tmp_path, *float32).state_dict()
     tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     (tmp_path / "model.safetensors").unlink()
     names = sorted(tensors)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
@@ -784,10 +786,42 @@ def test_weights_in_several_files_are_read_and_odd_indices_refused(bpe_data, tmp
         save_file({n: tensors[n].bfloat16() for n in part}, tmp_path / file)
     index = {"weight_map": {n: file for file, part in parts.items() for n in part}}
     (tmp_path / models.INDEX).write_text(json.dumps(index))
-    found = models.read_weights(tmp_path, False)
+    found = models.load_model(tmp_path, *float32).state_dict()
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[n], expected[n].bfloat16().float()) for n in names)
+    assert all(torch.equal(found[n], expected[n].bfloat16().float()) for n in found)
     for odd in ({"weight_map": {"x": "../a.safetensors"}}, {"weight_map": ["a.safetensors"]}, {}):
         (tmp_path / models.INDEX).write_text(json.dumps(odd))
         with pytest.raises(CheckpointError, match="unsafe file name"):
-            models.read_weights(tmp_path, False)
+            models.load_model(tmp_path, *float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("lm_head.weight", 2.0, "1 tensors unexpected, first lm_head.weight"),
+        ("lm_head.weight", 1.0, ""),  # the embedding's weights once more
+        (
+            "model.norm.weight",
+            float("inf"),
+            r"model.norm.weight \(torch.float32\): expected",
+        ),
+        ("model.norm.weight", 1, r"model.norm.weight \(torch.int64\): expected"),
+        ("model.norm.weight", None, "1 tensors missing, first model.norm.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(name, value, words, tmp_path):
+    model = written(tmp_path, tied=True)
+    tensors = {n: p.detach() for n, p in named_for_hf(weights_of(model)).items()}
+    shape = {"lm_head.weight": (96, 32), "model.norm.weight": (32,)}[name]
+    tensors.pop(name, None)
+    if value == 1.0 and name == "lm_head.weight":
+        tensors[name] = tensors["model.embed_tokens.weight"]
+    elif value is not None:
+        tensors[name] = torch.full(shape, value)
+    (tmp_path / "model.safetensors").write_bytes(serialise(tensors))
+    float32 = torch.float32, torch.device("cpu")
+    if not words:
+        models.load_model(tmp_path, *float32)
+        return
+    with pytest.raises(CheckpointError, match=words):
+        models.load_model(tmp_path, *float32)
