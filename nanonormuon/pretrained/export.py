@@ -56,12 +56,12 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     weights = {hf.to_hf(n): t for n, t in (*weights.items(), *model.named_buffers())}
     sampling = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "temperature": 0.8}
     files = {"generation_config.json": as_json(sampling, 2), **tokenizer.files()}
-    described = (config, context, eot, str(stored).removeprefix("torch."))
 
     def attempt(partial: Path, own: str) -> dict[str, Any]:
         """Write config.json, and the model's source if `own`, and verify the directory."""
-        build = hf.own_config if own else hf.plain_config
-        write_durably(partial / "config.json", as_json(build(*described), 2))
+        named = str(stored).removeprefix("torch.")
+        content = hf.exported_config(config, context, eot, bool(own), named)
+        write_durably(partial / "config.json", as_json(content, 2))
         if own:
             write_durably(partial / hf.MODELING, hf.modeling())
         return verify(partial, transformers, model, tokenizer, tokens, own)
