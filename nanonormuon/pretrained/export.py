@@ -19,7 +19,7 @@ from nanonormuon.pretrained import judge, models
 from nanonormuon.runtime.packages import need
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.files import as_json, progress, publish, read_file, write_durably
-from nanonormuon.storage.run import as_markdown, read_metrics
+from nanonormuon.storage.run import as_markdown, read_rows
 from nanonormuon.storage.shards import Data
 from nanonormuon.storage.tensors import stream
 from nanonormuon.text.tokenizer import Tokenizer
@@ -157,7 +157,7 @@ def model_card(
     card = template.format(name=name, millions=millions, **facts)
     if run:
         step = state["step"] if state else 0
-        card += validations(read_metrics(run / "metrics.jsonl"), step)
+        card += validations(read_rows(run / "metrics.jsonl"), step)
         card += evaluations(judge.kept(run / judge.RESULTS), step)
     if state:
         recipe = to_toml(published(state["config"], tokenizer))
