@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -57,7 +57,6 @@ class RunDirectory:
         self.path, self.first = path, first
         self.owned = False  # whether this process has acquired it
         self.checkpoints = path / "checkpoints"
-        self.metrics: TextIO | None = None
         self.sink: Any = None  # a runtime.trackers.Tracker, called with every row of metrics
         self.resources = ExitStack()
 
@@ -116,43 +115,37 @@ class RunDirectory:
         log.setLevel(logging.DEBUG)  # for train.log; the console handler has its own level
         rows = self.rewrite("metrics.jsonl", step)
         samples = self.rewrite("samples.jsonl", step)
-        file = self.path / "metrics.jsonl"
-        self.metrics = self.resources.enter_context(file.open("a", encoding="utf-8"))
         return rows, [(row["step"], row.get("prompt", "")) for row in samples]
 
     def rewrite(self, name: str, step: int) -> list[dict[str, Any]]:
-        """Rewrite a .jsonl file with one row per step, up to `step`; returns the rows."""
+        """On rank 0, rewrite a .jsonl file to one row per step, up to `step`; returns the rows."""
         file = self.path / name
+        if not self.first or not file.exists():
+            return []
         kept = [row for row in read_rows(file) if row["step"] <= step]
-        if file.exists():
-            self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         return kept
 
+    def append(self, name: str, **row: Any) -> None:
+        """Append a row to a .jsonl file, on rank 0."""
+        path = self.path / name
+        if self.first:
+            with files.naming(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
     def record(self, row: dict[str, Any], more: dict[str, Any] | None = None) -> None:
-        """Append one step's metrics, on the rank that opened the logs. more: metrics measured after
-        the row was recorded; the new line repeats the row."""
-        if self.metrics is not None:
-            self.metrics.write(json.dumps(row | (more or {})) + "\n")
-            self.metrics.flush()
+        """Append one step's metrics. more: metrics measured after the row was recorded; the new
+        line repeats the row."""
+        self.append("metrics.jsonl", **row | (more or {}))
         if self.sink is not None:
             self.sink({"step": row["step"], **more} if more else row)
 
     def settle(self) -> None:
-        """Wait until the metrics are on disk, before a checkpoint follows them."""
-        if self.metrics is not None:
-            files.settle(self.metrics)
-
-    def tidy(self, step: int) -> None:
-        """Close the metrics and merge their lines to one per step."""
-        if self.metrics is not None:
-            self.metrics.close()
-            self.metrics = None
-            self.rewrite("metrics.jsonl", step)
-
-    def add_sample(self, row: dict[str, Any]) -> None:
-        with open(self.path / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            files.settle(file)
+        """Wait until all rows are on disk, before a checkpoint follows them."""
+        for path in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
+            if self.first and path.exists():
+                with files.naming(path), open(path, "a") as file:
+                    files.settle(file)
 
     def write(self, name: str, content: str) -> None:
         """Replace a file of the run, on rank 0."""
@@ -173,7 +166,7 @@ class RunDirectory:
             log.debug("the run failed", exc_info=error)
         if self.sink is not None:
             self.sink.close()
-        self.metrics = self.sink = None
+        self.sink = None
         if self.owned and self.path.is_dir() and os.listdir(self.path) == [".lock"]:
             (self.path / ".lock").unlink()
             self.path.rmdir()
