@@ -20,7 +20,7 @@ from nanonormuon import param_groups, sample
 from nanonormuon.checkpoint import named_for_hf, weights_of
 from nanonormuon.cli import app as cli
 from nanonormuon.config import load
-from nanonormuon.errors import CheckpointError, ConfigError, UsageError
+from nanonormuon.errors import CheckpointError, ConfigError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.pretrained import export, models
 from nanonormuon.storage import huggingface as hf
@@ -401,20 +401,6 @@ def test_an_export_computes_what_the_model_computes(settings, dtype, trained, tm
         assert (again(tokens) - other(tokens).logits).abs().max() < 1e-4
 
 
-def test_what_only_its_full_size_shows_goes_with_its_source_too(trained, tmp_path, monkeypatch):
-    verify = export.verify
-
-    def other(*arguments):
-        if not arguments[-1]:
-            raise UsageError("transformers computes other logits")
-        return verify(*arguments)
-
-    monkeypatch.setattr(export, "verify", other)
-    report = export.export(trained, tmp_path / "hf")
-    assert report["own_source"] == "transformers computes other logits"
-    assert report["architecture"] == "NanonormuonForCausalLM"
-
-
 def test_an_export_shows_its_progress_at_a_terminal_only(trained, tmp_path, monkeypatch):
     shown = []
     for terminal in (True, False):
@@ -576,7 +562,7 @@ def test_what_export_refuses(trained, exported, tmp_path, monkeypatch, capsys):
     refused("already exists", to=exported)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    refused("the current directory", to=Path("."))
+    refused("already exists", to=Path("."))
     mixed = with_noise(trained, tmp_path / "odd", **EXPERTS, value_embed=True)
     refused("value_embed = True", run=mixed.parents[1])
     forward = GPT.logits  # which differs from its source too
