@@ -22,7 +22,6 @@ from torch.func import functional_call
 
 from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPT
-from nanonormuon.parts.config import EXPERTS as OF_SPARSE
 from nanonormuon.parts.config import GPTConfig
 
 ARCHITECTURES = {
@@ -50,12 +49,8 @@ LATENT = {  # for DeepSeek-V3 only
     "q_rank": "q_lora_rank",  # null: 0
 }
 SIZES_OF = dict.fromkeys(ARCHITECTURES, SIZES) | {"deepseek_v3": SIZES | LATENT}
-OTHERS = {  # with transformers' defaults in ABSENT
-    "tied": "tie_word_embeddings",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
-    "rope_interleave": "rope_interleave",
-}
+OTHERS = {"tied": "tie_word_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+          "rope_interleave": "rope_interleave"}  # fmt: skip
 OF_EXPERTS = {  # for every architecture with experts
     "n_expert_used": "num_experts_per_tok",
     "expert_hidden": "moe_intermediate_size",
@@ -74,6 +69,7 @@ EXPERTS = {
     "dots1": OF_DEEPSEEK,
     "deepseek_v3": OF_DEEPSEEK,
 }
+# transformers' defaults
 ABSENT = {"n_kv_head": 0, "tied": False, "rope_theta": 10_000.0, "norm_eps": 1e-6,
           "rope_interleave": True}  # fmt: skip
 # Qwen3-MoE's values of settings for which it has no fields; it has no balancing biases
@@ -156,22 +152,18 @@ def architecture(config: GPTConfig) -> str | None:
 
 
 def obstacles(config: GPTConfig) -> list[str]:
-    """List the settings that the best architecture of transformers (`kind_of`) cannot express, or a
-    changed model.py."""
+    """List the settings that get lost in transformers' config.json, or a changed model.py."""
     config, kind = replace(config, vocab_size=config.vocab_size or 1).resolved(), kind_of(config)
-    free = {*SIZES_OF[kind], *OTHERS, "attention", "embed_std", "embed_dtype"}
-    needed: dict[str, Any] = {"norm_eps": config.norm_eps or GPTConfig.norm_eps}
-    if kind == "llama":
-        free |= {"qk_norm", "qk_gain"}
-    if config.mlp == "experts":
-        free |= {"mlp", *OF_SPARSE}
-        deepseeks = {"router": "sigmoid", "n_expert_shared": config.n_expert_shared or 1}
-        needed |= QWEN3_MOE if kind == "qwen3_moe" else deepseeks
-    plain = GPTConfig(**{name: getattr(config, name) for name in free} | needed).resolved()
-    odd = [f"{n} = {value}" for n, value in asdict(config).items() if value != getattr(plain, n)]
+    read = asdict(gpt_config(exported_config(config, 1, None)))
+    ignored = {"embed_std", "embed_dtype", "balance_loss"}  # of training alone
+    ignored |= {"qk_gain"} if kind == "llama" else set()
+    ignored |= {"balance_rate"} if config.router == "sigmoid" else set()
+    odd = [n for n, value in asdict(config).items() if n not in ignored and value != read[n]]
+    if config.mlp == "experts" and kind != "qwen3_moe" and not config.n_expert_shared:
+        odd.append("n_expert_shared")
     if not odd and architecture(small(config)) != kind:
         return ["a changed model.py"]
-    return odd
+    return [f"{name} = {getattr(config, name)}" for name in odd]
 
 
 # ----------------------------------------------------------- The model's source, beside its weights
@@ -253,8 +245,8 @@ def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, A
 def exported_config(
     config: GPTConfig, seq_len: int, eot: int | None, own: bool = False, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Build config.json for a resolved config: as transformers does for a config without obstacles
-    or, if `own`, for the model's source (`modeling`), which computes any config."""
+    """Build config.json for a resolved config: as transformers does, without the settings in
+    `obstacles`, or, if `own`, for the model's source (`modeling`)."""
     usage = {
         "max_position_embeddings": seq_len,
         "tie_word_embeddings": config.tied,
@@ -289,7 +281,7 @@ def exported_config(
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "rms_norm_eps": config.norm_eps,
+        "rms_norm_eps": config.norm_eps or None,  # 0 is the dtype's, in torch
         "rope_theta": config.rope_theta,  # for transformers 4; version 5 reads rope_parameters
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         **usage,
