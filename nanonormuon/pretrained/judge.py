@@ -28,9 +28,8 @@ log = logging.getLogger(__name__)
 
 RESULTS = "evaluations.json"
 # fields of a result that others rely on; not each result has all
-RESULT = dict.fromkeys(("set", "path", "field", "dtype"), str)
-RESULT |= dict.fromkeys(("loss", "accuracy", "accuracy_stderr"), float)
-RESULT |= dict.fromkeys(("tokens", "questions", "window", "stride"), int)
+BLANK = {"path": "", "field": "", "dtype": "", "loss": 0.0, "accuracy": 0.0, "accuracy_stderr": 0.0,
+         "tokens": 0, "questions": 0, "window": 0, "stride": 0}  # fmt: skip
 # results that differ in one of these are kept beside each other
 IDENTITY = ("path", "field", "step", "dtype", "window", "stride", "tokens")
 
@@ -171,7 +170,8 @@ def kept(file: Path) -> list[dict[str, Any]]:
             if not {"loss", "accuracy"} & result.keys():
                 raise ValueError(f"a result without loss or accuracy: {result!s:.80}")
             known = {name: value for name, value in result.items() if value == value}  # NaN fits
-            shards.check_shape({n: kind() for n, kind in RESULT.items()} | known, RESULT, "result")
+            shape = {name: type(value) for name, value in BLANK.items()}
+            shards.check_shape(BLANK | known, shape, "result")
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}; move the file away to continue") from None
     return results

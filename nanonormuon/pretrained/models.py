@@ -182,10 +182,5 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
         elif not path.is_dir():
             raise DataError(f"{path}: the run's data are missing: give --data")
     data = open_data(path, tokenizer.vocab_size, headerless=headerless)
-    made_with = data.manifest["tokenizer"]["hash"] if data.manifest else tokenizer.hash
-    if made_with != tokenizer.hash:
-        problem = f"found tokenizer {made_with[:12]}, expected the model's, {tokenizer.hash[:12]}"
-        hint = "prepare the text with the model's tokenizer, or evaluate with --text"
-        raise DataError(f"{path}: {problem}: {hint}")
     data.check_tokenizer(tokenizer)
     return data

@@ -41,11 +41,7 @@ class Console(logging.Handler):
 
 def to_console(level: int = logging.INFO) -> None:
     """Log to stderr; replaces an earlier handler."""
-    for handler in [h for h in log.handlers if isinstance(h, Console)]:
-        log.removeHandler(handler)
-    handler = Console(level)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
+    log.handlers = [h for h in log.handlers if not isinstance(h, Console)] + [Console(level)]
     log.setLevel(logging.DEBUG)
 
 

@@ -201,7 +201,7 @@ def test_what_evaluation_refuses(trained, shards, tmp_path, capsys):
     (tmp_path / "odd-labels.lst").write_bytes(b"\xff")
     (tmp_path / "far.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 2}')
     for arguments, code, words in (
-        (["--data", shards], 3, "found tokenizer"),
+        (["--data", shards], 3, "hash: expected"),
         (["--data", tmp_path / "no"], 3, "no such data directory"),
         (["--text", tmp_path / "no.txt"], 3, "no.txt"),
         (["--text", tmp_path / "empty.txt"], 3, "empty"),
