@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 RESULTS = "evaluations.json"
 # fields of a result that others rely on; not each result has all
-BLANK = {"path": "", "field": "", "dtype": "", "loss": 0.0, "accuracy": 0.0, "accuracy_stderr": 0.0,
-         "tokens": 0, "questions": 0, "window": 0, "stride": 0}  # fmt: skip
+BLANK: dict[str, Any] = dict.fromkeys(("path", "field", "dtype"), "")
+BLANK |= dict.fromkeys(("loss", "accuracy", "accuracy_stderr"), 0.0)
+BLANK |= dict.fromkeys(("tokens", "questions", "window", "stride"), 0)
 # results that differ in one of these are kept beside each other
 IDENTITY = ("path", "field", "step", "dtype", "window", "stride", "tokens")
 

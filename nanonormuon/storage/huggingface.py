@@ -49,8 +49,7 @@ LATENT = {  # for DeepSeek-V3 only
     "q_rank": "q_lora_rank",  # null: 0
 }
 SIZES_OF = dict.fromkeys(ARCHITECTURES, SIZES) | {"deepseek_v3": SIZES | LATENT}
-OTHERS = {"tied": "tie_word_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-          "rope_interleave": "rope_interleave"}  # fmt: skip
+OTHERS = {"tied": "tie_word_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps"}
 OF_EXPERTS = {  # for every architecture with experts
     "n_expert_used": "num_experts_per_tok",
     "expert_hidden": "moe_intermediate_size",
@@ -69,9 +68,6 @@ EXPERTS = {
     "dots1": OF_DEEPSEEK,
     "deepseek_v3": OF_DEEPSEEK,
 }
-# transformers' defaults
-ABSENT = {"n_kv_head": 0, "tied": False, "rope_theta": 10_000.0, "norm_eps": 1e-6,
-          "rope_interleave": True}  # fmt: skip
 # Qwen3-MoE's values of settings for which it has no fields; it has no balancing biases
 QWEN3_MOE = {"router": "softmax", "balance_rate": 0.0, "n_expert_shared": 0, "router_scale": 1.0,
              "n_expert_group": 1}  # fmt: skip
@@ -91,15 +87,21 @@ FIXED = {
 
 # ---------------------------------------------- Which architecture of transformers matches model.py
 
-# Sizes of a small model, and some logits that transformers computes for it in each architecture
+# A small model of each architecture, and some logits that transformers computes for it
 SMALL = {"vocab_size": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "head_dim": 8,
-         "n_hidden": 48, "tied": False, "rope_theta": 500.0, "norm_eps": 1e-3, "embed_std": 1.0,
-         "embed_dtype": "fp32"}  # fmt: skip
-SMALL_LATENT = {"n_kv_head": 4, "q_rank": 12, "kv_rank": 16, "rope_head_dim": 4, "v_head_dim": 8,
-                "rope_interleave": True}  # fmt: skip
-SMALL_EXPERTS = {"n_expert": 4, "n_expert_used": 2, "expert_hidden": 16, "n_dense": 1,
-                 "router_norm": True, "n_group_used": 1, "balance_loss": 0.0}  # fmt: skip
-SIGMOID = {"n_expert_shared": 1, "router_scale": 2.5, "n_expert_group": 1, "balance_rate": 0.001}
+         "n_hidden": 48, "rope_theta": 500.0, "norm_eps": 1e-3}  # fmt: skip
+SMALL_LATENT = {"attention": "latent", "n_kv_head": 4, "q_rank": 12, "kv_rank": 16,
+                "rope_head_dim": 4, "v_head_dim": 8}  # fmt: skip
+SMALL_EXPERTS = {"mlp": "experts", "n_expert": 4, "n_expert_used": 2, "expert_hidden": 16,
+                 "n_dense": 1, "router_scale": 2.5}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "llama": {"qk_norm": False},
+    "qwen3_moe": SMALL_EXPERTS | QWEN3_MOE,
+    "dots1": SMALL_EXPERTS,
+    "deepseek_v3": SMALL_LATENT,
+    "deepseek_v3 with experts": SMALL_LATENT | SMALL_EXPERTS,
+}
 ANSWERS = {
     "qwen3": (-0.51608, 0.2454, 0.43433, 0.05372, -0.24181, -0.1023),
     "llama": (-0.90476, 0.09822, 0.3635, 0.22633, -0.2564, -0.1065),
@@ -119,36 +121,23 @@ def kind_of(config: GPTConfig) -> str:
     return "qwen3" if config.qk_norm else "llama"
 
 
-def small(config: GPTConfig) -> GPTConfig:
-    """Return the small model of a config's architecture, whose logits ANSWERS has."""
-    sizes = SMALL | {name: getattr(config, name) for name in ("attention", "mlp", "qk_norm")}
-    if config.attention == "latent":
-        sizes |= SMALL_LATENT
-    if config.mlp == "experts":
-        sizes |= SMALL_EXPERTS | (SIGMOID if config.router == "sigmoid" else QWEN3_MOE)
-    return GPTConfig(**sizes).resolved()
-
-
 def filling(name: str, size: int) -> Tensor:
     """Generate a weight's values, from -0.5 to 0.5, equal on every machine."""
     return torch.sin(torch.arange(size).double() ** 2 + crc32(name.encode())).float() / 2
 
 
 @cache
-def architecture(config: GPTConfig) -> str | None:
-    """Find the architecture whose logits model.py reproduces for `small` settings on 1,024 tokens;
-    None if there is none, as for a changed model.py."""
+def agrees(name: str) -> bool:
+    """Whether model.py computes the logits of ANSWERS, on 1,024 tokens; not if it was changed."""
     with torch.device("meta"), suppress(Exception):  # a changed model may not run at these sizes
-        model = GPT(config)
+        model = GPT(GPTConfig(**SMALL | SETTINGS[name]).resolved())
         numbers = dict(model.named_parameters()) | dict(model.named_buffers())
         with torch.device("cpu"), torch.no_grad():
             weights = {n: filling(n, p.numel()).view(p.shape) for n, p in numbers.items()}
-            tokens = torch.arange(1024)[None] ** 2 % config.vocab_size
+            tokens = torch.arange(1024)[None] ** 2 % SMALL["vocab_size"]
             found = functional_call(model, weights, (tokens,))[0, (9, 599, 1023), :2].flatten()
-        for name, answer in ANSWERS.items():
-            if torch.allclose(found, torch.tensor(answer, device="cpu"), rtol=0, atol=1e-4):
-                return name.partition(" ")[0]
-    return None
+            return torch.allclose(found, torch.tensor(ANSWERS[name]), rtol=0, atol=1e-4)
+    return False
 
 
 def obstacles(config: GPTConfig) -> list[str]:
@@ -161,7 +150,8 @@ def obstacles(config: GPTConfig) -> list[str]:
     odd = [n for n, value in asdict(config).items() if n not in ignored and value != read[n]]
     if config.mlp == "experts" and kind != "qwen3_moe" and not config.n_expert_shared:
         odd.append("n_expert_shared")
-    if not odd and architecture(small(config)) != kind:
+    both = kind == "deepseek_v3" and config.mlp == "experts"
+    if not odd and not agrees(f"{kind} with experts" if both else kind):
         return ["a changed model.py"]
     return [f"{name} = {getattr(config, name)}" for name in odd]
 
@@ -306,10 +296,12 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
     if "sliding_attention" in (found.get("layer_types") or []):
         odd.append("layer_types: sliding_attention")
     fields, sparse = SIZES_OF[kind] | OTHERS, kind in EXPERTS
-    absent = ABSENT | {"head_dim": 128 if kind == "qwen3" else 0}
+    # transformers' defaults are ours, but for one
+    absent = {name: getattr(GPTConfig, name) for name in (*OTHERS, "n_kv_head", "rope_interleave")}
+    absent["head_dim"] = 128 if kind == "qwen3" else 0
     settings: dict[str, Any] = {"qk_norm": kind != "llama"}
     if kind == "deepseek_v3":
-        settings["attention"] = "latent"
+        settings["attention"], fields["rope_interleave"] = "latent", "rope_interleave"
         dense, layers = found.get("first_k_dense_replace"), found.get("num_hidden_layers")
         sparse = type(dense) is not int or type(layers) is not int or dense < layers
         if "q_lora_rank" in found:

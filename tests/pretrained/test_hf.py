@@ -213,21 +213,11 @@ def test_the_files_of_a_model_become_one(line, words, tmp_path, monkeypatch):
     assert names["extra"]().__mro__[1] is names["MLP"] and "Extra" in names
 
 
-SMALL = {
-    "qwen3": {},
-    "llama": {"qk_norm": False},
-    "qwen3_moe": QWEN3_MOE,
-    "dots1": EXPERTS,
-    "deepseek_v3": LATENT,
-    "deepseek_v3 with experts": DEEPSEEK,
-}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", hf.ANSWERS)
 def test_the_answers_of_small_models_are_those_of_transformers(kind, tmp_path):
     """Through a directory, as transformers stacks experts anew."""
-    model = GPT(small := hf.small(GPTConfig(**SMALL[kind])))
+    model = GPT(small := GPTConfig(**hf.SMALL | hf.SETTINGS[kind]).resolved())
     for name, p in weights_of(model).items():
         p.copy_(hf.filling(name, p.numel()).view(p.shape))
     (tmp_path / "config.json").write_text(json.dumps(hf.exported_config(small, 1024, None)))
@@ -235,12 +225,12 @@ def test_the_answers_of_small_models_are_those_of_transformers(kind, tmp_path):
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).float().eval()
     z = other(torch.arange(1024)[None] ** 2 % 64).logits[0, (9, 599, 1023), :2].flatten()
     assert z.tolist() == pytest.approx(hf.ANSWERS[kind], abs=2e-5, rel=0)
-    assert hf.architecture(small) == kind.partition(" ")[0]
+    assert hf.agrees(kind) and hf.obstacles(small) == []
 
 
 def test_a_change_of_the_model_is_noticed(monkeypatch):
     def found():
-        hf.architecture.cache_clear()
+        hf.agrees.cache_clear()
         return hf.obstacles(GPTConfig())
 
     assert found() == []
