@@ -159,8 +159,6 @@ def obstacles(config: GPTConfig) -> list[str]:
 # ----------------------------------------------------------- The model's source, beside its weights
 
 MODELING = "modeling_nanonormuon.py"
-
-
 # indent and module of an import from this package
 NAMES = r"\w+(?:, \w+)*|\((?:\s*\w+,)+\s*\w*\s*\)"
 IMPORT = rf"^( *)from (nanonormuon\.[\w.]+) import (?:{NAMES})(?: *#.*)?$"
