@@ -354,7 +354,7 @@ class Trainer:
                 pieces = sample.write(model, rows, prompt, seed=seed, **size)
                 text = "".join(piece for (piece,) in pieces)
             if self.world.first:
-                self.run.add_sample({"step": self.step, "prompt": prompt, "text": text})
+                self.run.append("samples.jsonl", step=self.step, prompt=prompt, text=text)
                 lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())
                 log.log(level, "sample %s:\n%s", when, lines)
 
@@ -437,6 +437,6 @@ class Trainer:
             "hugging_face": not huggingface.obstacles(self.config.model),
             "own_source": huggingface.carried(self.config.model),
         }
-        self.run.tidy(self.step)
+        self.run.rewrite("metrics.jsonl", self.step)  # one line per step
         self.run.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary

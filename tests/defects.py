@@ -40,7 +40,7 @@ DEFECTS = {
         "storage.checkpoints", "all_steps", "step_of(p) or 0", "p.name",
         "tests/storage/test_checkpoint.py::test_retention_counts_steps"),
     "digests not compared": (
-        "storage.checkpoints", "verify", 'digest.hexdigest()) != entry["sha256"]', "None) is entry",
+        "storage.checkpoints", "verify", '"sha256": digest.hexdigest()}) != entry', '}) is entry',
         "tests/storage/test_checkpoint.py::test_every_corruption_of_every_file_is_named[model.safetensors-flip]"),
     "no verdict on the weights": (
         "runtime.health", "judge", '"gradient"), flags)', '"gradient"), (0, *flags[1:]))',

@@ -134,15 +134,10 @@ def export(
 
 def started(device: str) -> Any:
     """Start on --device; returns a distributed.World."""
-    import torch
-
     from nanonormuon.runtime import distributed
 
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if device in there and not there[device]():
-        hint = "torch finds none (see normuon-train doctor); expected auto or cpu"
-        raise typer.BadParameter(f"--device {device}: {hint}")
     try:
         return distributed.start(device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    except ValueError:
+        expected = "expected auto, cpu or, where normuon-train doctor finds it, cuda or mps"
+        raise typer.BadParameter(f"--device {device}: {expected}") from None

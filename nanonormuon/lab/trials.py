@@ -12,7 +12,7 @@ from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
 from nanonormuon.lab.significance import verdict
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import as_json, read_file, replace_file
-from nanonormuon.storage.run import read_metrics, source_files
+from nanonormuon.storage.run import read_rows, source_files
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def self_contained(job: Job) -> str:
     parts = {"command": " ".join(("normuon-train run", *job.arguments))}
     for name in ("environment.json", "config.toml", "summary.json"):
         parts[name] = read_file(job.path / name).decode()
-    parts["metrics.jsonl"] = "\n".join(map(json.dumps, read_metrics(job.path / "metrics.jsonl")))
+    parts["metrics.jsonl"] = "\n".join(map(json.dumps, read_rows(job.path / "metrics.jsonl")))
     optimizer = config.load(job.arguments)[0].optim.name
     for name, file in source_files(optimizer).items():
         place = "" if file == Path(name) else "nanonormuon/"  # unless it is the user's

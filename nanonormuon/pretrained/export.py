@@ -18,7 +18,7 @@ from nanonormuon.pretrained import judge, models
 from nanonormuon.runtime.packages import need
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.files import as_json, progress, publish, read_file, write_durably
-from nanonormuon.storage.run import as_markdown, read_metrics
+from nanonormuon.storage.run import as_markdown, read_rows
 from nanonormuon.storage.shards import Data
 from nanonormuon.storage.tensors import stream
 from nanonormuon.storage.values import to_toml
@@ -39,12 +39,11 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     CheckpointError, DataError, OSError.
     """
     target = to.resolve()
-    if target == Path.cwd():
-        raise UsageError(f"{to} is the current directory: choose another, as --out models/mine")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if taken or target == Path.cwd():
         raise UsageError(f"{to} already exists: choose another --out, or remove it")
     model, tokenizer, found = models.load_run(path, torch.float32, torch.device("cpu"))
-    check_source(found, model.config)
+    own = source_needed(found, model.config)
     transformers = need("transformers", "export")
     state, context = models.state_of(found), models.context_of(found)
     tokens = some_tokens(models.data_of(state, tokenizer, data), context)
@@ -54,30 +53,20 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
         cut = {name: p.size(0) for name, p in GPT(config).named_parameters()}
     weights = {n: p[: cut[n]].detach().to(stored) for n, p in model.named_parameters()}
     weights = {hf.to_hf(n): t for n, t in (*weights.items(), *model.named_buffers())}
+    described = context, eot, bool(own), str(stored).removeprefix("torch.")
     sampling = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "temperature": 0.8}
-    files = {"generation_config.json": as_json(sampling, 2), **tokenizer.files()}
-    described = (config, context, eot, str(stored).removeprefix("torch."))
-
-    def attempt(partial: Path, own: str) -> dict[str, Any]:
-        """Write config.json, and the model's source if `own`, and verify the directory."""
-        build = hf.own_config if own else hf.plain_config
-        write_durably(partial / "config.json", as_json(build(*described), 2))
-        if own:
-            write_durably(partial / hf.MODELING, hf.modeling())
-        return verify(partial, transformers, model, tokenizer, tokens, own)
-
+    pieces = progress("writing", 1 + len(weights), "tensor", iterable=stream(weights))
+    files = {
+        "model.safetensors": pieces,
+        "config.json": as_json(hf.exported_config(config, *described), 2),
+        "generation_config.json": as_json(sampling, 2),
+        **({hf.MODELING: hf.modeling()} if own else {}),
+        **tokenizer.files(),
+    }
     with publish(target) as partial:
-        pieces = progress("writing", 1 + len(weights), "tensor", iterable=stream(weights))
-        write_durably(partial / "model.safetensors", pieces)
         for file, content in files.items():
             write_durably(partial / file, content)
-        own = ", ".join(hf.obstacles(config))
-        try:
-            report = attempt(partial, own)
-        except UsageError as error:
-            if own or config.mlp == "experts":
-                raise
-            report = attempt(partial, str(error))  # a small model did not show the difference
+        report = verify(partial, transformers, model, tokenizer, tokens, own)
         report |= {"to": str(to), "checkpoint": str(found), "dtype": dtype}
         report["rows_cut"] = model.config.vocab_size - rows
         card = model_card(config, report, tokenizer, state, models.run_of(path))
@@ -85,17 +74,19 @@ def export(path: Path, to: Path, dtype: str = "fp32", data: Path | None = None) 
     return report
 
 
-def check_source(found: Path, config: GPTConfig) -> None:
-    """Raise UsageError for a model that neither transformers nor its source could load. Warn if the
-    source differs from the one in the checkpoint `found`."""
-    if (odd := hf.obstacles(config)) and not hf.carried(config):
-        why = f"no transformers architecture supports these experts ({', '.join(odd)})"
-        and_so = "their source cannot be exported: only normuon-train loads this model"
-        raise UsageError(f"{found}: {why}, and {and_so}")
+def source_needed(found: Path, config: GPTConfig) -> str:
+    """Return why an export must contain the model's source; "" if it need not. Raises UsageError
+    for a model that its source could not load either. Warns if the source differs from the one in
+    the checkpoint `found`."""
+    why = ", ".join(hf.obstacles(config))
+    if why and not hf.carried(config):
+        problem = f"no transformers architecture supports these experts ({why})"
+        raise UsageError(f"{found}: {problem}: only normuon-train loads this model")
     if (source := found / hf.MODELING).is_file() and read_file(source) != hf.modeling():
         other = f"{source} differs from this package's model.py and parts, which are exported"
         hint = "if they compute other results, use the version that trained the model"
         log.warning(f"warning: {other}: {hint}")
+    return why
 
 
 def some_tokens(data: Data, context: int) -> Tensor:
@@ -115,19 +106,18 @@ def verify(
     not. Raises UsageError if they differ."""
     exported = models.load_model(folder, torch.float32, torch.device("cpu"))
     transformers.utils.logging.disable_progress_bar()
-    kinds = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
-    loaded, other = (
-        kind.from_pretrained(folder, trust_remote_code=bool(own))
-        for kind in progress("loading", None, "part", iterable=kinds)
-    )
-    three = exported, lambda tokens: loaded.float().eval()(tokens).logits, model
+    trust = {"trust_remote_code": bool(own)}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **trust).float().eval()
+    other = transformers.AutoTokenizer.from_pretrained(folder, **trust)
+    three = exported, lambda tokens: loaded(tokens).logits, model
     logits = [each(tokens) for each in progress("comparing", None, "model", iterable=three)]
     ours, theirs, original = (each[..., : logits[0].size(-1)] for each in logits)
     difference, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
     allowed = TOLERANCE * max(1.0, largest)
     if not difference <= allowed:  # also if it is NaN
         found = f"up to {difference:.3g}, expected at most {allowed:.3g}"
-        raise UsageError(f"transformers' logits differ by {found}")
+        hint = "if model.py was changed, let storage/huggingface.py's `obstacles` name the change"
+        raise UsageError(f"transformers' logits differ by {found}: {hint}")
     text = tokenizer.decode([t for t in tokens.flatten().tolist() if t != tokenizer.eot])
     if other(text)["input_ids"] != tokenizer.encode(text):
         raise UsageError("transformers' tokenizer gives different ids")
@@ -157,7 +147,7 @@ def model_card(
     card = template.format(name=name, millions=millions, **facts)
     if run:
         step = state["step"] if state else 0
-        card += validations(read_metrics(run / "metrics.jsonl"), step)
+        card += validations(read_rows(run / "metrics.jsonl"), step)
         card += evaluations(judge.kept(run / judge.RESULTS), step)
     if state:
         recipe = to_toml(published(state["config"], tokenizer))
@@ -170,30 +160,29 @@ def model_card(
 def validations(rows: Sequence[dict[str, Any]], step: int) -> str:
     """Tabulate some 12 validations up to `step`, including the last."""
     curve = [row for row in rows if "val_loss" in row and row["step"] <= step]
-    every = max(1, -(-len(curve) // 12))
     forms = {"step": "", "tokens": ",", "val_loss": ".4f", "val_bpb": ".4f"}
     lines = [
         ["" if row.get(key) is None else format(row[key], form) for key, form in forms.items()]
-        for row in reversed(curve[::-every])
+        for row in curve[:: -max(1, -(-len(curve) // 12))]
     ]
-    return table("Validation", ("step", "tokens", "loss (nats)", "bits per byte"), lines)
+    header = ("step", "tokens", "loss (nats)", "bits per byte")
+    return table("Validation", header, lines[::-1])
 
 
 def evaluations(results: Sequence[dict[str, Any]], step: int) -> str:
     """Tabulate the evaluations at `step`: for each set and window, the largest one."""
-    fullest: dict[tuple, list[str]] = {}
-
-    def count(result: dict[str, Any]) -> int:
-        return result.get("questions") or result.get("tokens") or 0
-
-    for r in sorted(results, key=count):
+    fullest = {}
+    for r in sorted(results, key=lambda r: r.get("questions") or r.get("tokens") or 0):
         window, stride = (str(r.get(key, "-")) for key in ("window", "stride"))
-        measure, unit = ("loss", "tokens") if "loss" in r else ("accuracy", "questions")
-        error = f" ± {r['accuracy_stderr']:.4f}" if "accuracy_stderr" in r else ""
+        value, n = f"loss {r.get('loss', 0):.4f}", f"{r.get('tokens', 0):,} tokens"
+        if "accuracy" in r:
+            value = f"accuracy {r['accuracy']:.4f} ± {r.get('accuracy_stderr', 0):.4f}"
+            n = f"{r.get('questions', 0):,} questions"
         if r.get("step") == step:
-            cells = [f"{measure} {r[measure]:.4f}{error}", f"{count(r):,} {unit}", window, stride]
-            fullest[r.get("path"), r.get("field"), window, stride] = [Path(r["set"]).name, *cells]
-    return table("Evaluations", ("set", "result", "n", "window", "stride"), [*fullest.values()])
+            cells = [Path(r["set"]).name, value, n, window, stride]
+            fullest[r.get("path"), r.get("field"), window, stride] = cells
+    header = ("set", "result", "n", "window", "stride")
+    return table("Evaluations", header, [*fullest.values()])
 
 
 def published(config: dict[str, dict[str, Any]], tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from nanonormuon.evaluate import bits_per_byte, validation_loss
 from nanonormuon.model import GPT, IGNORE
 from nanonormuon.pretrained import breakdown, models, multiple_choice
 from nanonormuon.runtime import distributed
-from nanonormuon.storage import checkpoints
+from nanonormuon.storage import checkpoints, shards
 from nanonormuon.storage.files import as_json, check_plain, locked, progress, replace_file
 from nanonormuon.storage.shards import Split
 from nanonormuon.text.sources import documents
@@ -27,6 +27,12 @@ from nanonormuon.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 RESULTS = "evaluations.json"
+# fields of a result that others rely on; not each result has all
+BLANK: dict[str, Any] = dict.fromkeys(("path", "field", "dtype"), "")
+BLANK |= dict.fromkeys(("loss", "accuracy", "accuracy_stderr"), 0.0)
+BLANK |= dict.fromkeys(("tokens", "questions", "window", "stride"), 0)
+# results that differ in one of these are kept beside each other
+IDENTITY = ("path", "field", "step", "dtype", "window", "stride", "tokens")
 
 
 def evaluate(
@@ -156,38 +162,31 @@ def describe(result: dict[str, Any]) -> str:
 
 def kept(file: Path) -> list[dict[str, Any]]:
     """Read the results in an evaluations.json, if it exists. Raises CheckpointError."""
-    found = checkpoints.read_json(file).get("results") if file.exists() else []
-    if not isinstance(found, list) or not all(map(is_result, found)):
-        raise CheckpointError(f"{file}: expected a list of results; move the file away to continue")
-    return found
-
-
-def is_result(found: Any) -> bool:
-    """Whether a value is a result of `evaluate`."""
-    if not isinstance(found, dict) or "set" not in found or not {"loss", "accuracy"} & found.keys():
-        return False
-    texts = ("set", "path", "field", "dtype")
-    numbers = ("loss", "accuracy", "accuracy_stderr", "tokens", "questions", "window", "stride")
-    return all(isinstance(found.get(key, ""), str) for key in texts) and all(
-        type(value := found.get(key, 0)) in (int, float) and not abs(value) > 1e15
-        for key in numbers
-    )
+    if not file.exists():
+        return []
+    results = checkpoints.read_json(file).get("results")
+    try:
+        shards.check_shape(results, [{"set": str}], "results")
+        for result in results:
+            if not {"loss", "accuracy"} & result.keys():
+                raise ValueError(f"a result without loss or accuracy: {result!s:.80}")
+            known = {name: value for name, value in result.items() if value == value}  # NaN fits
+            shape = {name: type(value) for name, value in BLANK.items()}
+            shards.check_shape(BLANK | known, shape, "result")
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}; move the file away to continue") from None
+    return results
 
 
 def keep(file: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Add results to evaluations.json, replacing older ones with equal set, field, tokens, step,
-    dtype and windows. Only warns if it fails, so that results are not lost."""
-
-    def key(result: dict[str, Any]) -> list:
-        names = ("path", "field", "step", "dtype", "window", "stride", "tokens")
-        return [result.get(name) for name in names]
-
-    new = [key(result) for result in results]
+    """Add results to evaluations.json, replacing those of equal IDENTITY. Only warns if it fails,
+    so that results are not lost."""
+    identity = [[result.get(name) for name in IDENTITY] for result in results]
     guard = file.with_name(f".{file.name}.lock")  # against simultaneous evaluations
     try:
         check_plain([guard])
         with locked(guard, wait=True):
-            merged = [*(result for result in kept(file) if key(result) not in new), *results]
-            replace_file(file, as_json({"results": merged}))
+            others = [r for r in kept(file) if [r.get(name) for name in IDENTITY] not in identity]
+            replace_file(file, as_json({"results": [*others, *results]}))
     except (OSError, CheckpointError, DataError) as error:
         log.warning(f"warning: the results are not saved: {error}")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from nanonormuon.checkpoint import named_for_hf, weights_of
 from nanonormuon.config import KINDS, LIMITS, SECTIONS, convert
@@ -17,7 +16,7 @@ from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.files import progress
 from nanonormuon.storage.run import known_runs
 from nanonormuon.storage.shards import Data, open_data
-from nanonormuon.storage.tensors import TensorFile, check_names, check_shape, entries, placed_like
+from nanonormuon.storage.tensors import TensorFile, placed_like
 from nanonormuon.text.builtin import builtin_data
 from nanonormuon.text.huggingface import vocabulary
 from nanonormuon.text.tokenizer import FILE as TOKENIZER_FILE
@@ -61,44 +60,55 @@ def state_of(path: Path) -> dict[str, Any] | None:
         shards.check_shape(state, {"step": int, "tokens": int, "data": str}, "state")
         if not isinstance(state["tokenizer"], str | None):
             raise ValueError("expected the tokenizer's hash")
-        settings = state["config"]
         for section, kind in SECTIONS.items():
-            table = asdict(kind()) | settings[section]
-            settings[section] = {k: checked(f"{section}.{k}", v) for k, v in table.items()}
+            settings = state["config"][section] = asdict(kind()) | state["config"][section]
+            for name, value in settings.items():
+                if section != "model" and f"{section}.{name}" in KINDS:
+                    settings[name] = convert(f"{section}.{name}", value)
+                elif not isinstance(value, bool | int | float | str):  # unknown here
+                    raise ValueError(f"{name} = {value!s:.60}: expected a number or text")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: not written by a run: {error}") from None
     return state
 
 
-def checked(name: str, value: Any) -> Any:
-    """Convert a setting's value to its type. Raises ValueError if it is impossible."""
-    if name in KINDS and not name.startswith("model."):
-        return convert(name, value)
-    if not isinstance(value, bool | int | float | str):  # another version's, or in config.json
-        raise ValueError(f"{name} = {value!s:.60}: expected a number or text")
-    return value
-
-
 def model_config(path: Path) -> GPTConfig:
-    """Read the model's config, checking sizes against the weights' headers, so that config.json
-    cannot cause a huge allocation. Raises CheckpointError."""
+    """Read the model's config, checked against the weights. Raises CheckpointError."""
     file = path / "config.json"
     content = checkpoints.read_json(file)
     try:
         config = hf.gpt_config(content)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from None
-    shapes = {n: e[1] for f in tensor_files(path) for n, e in f.entries.items()}
-    layers = {n.split(".")[2] for n in shapes if n.startswith("model.layers.")}
+    open_weights(path, config)
+    return config
+
+
+def open_weights(path: Path, config: GPTConfig) -> TensorFile:
+    """Open a model directory's weights, one file or those in its index, and compare their names and
+    shapes with the config, so that it cannot cause a huge allocation. Raises CheckpointError."""
+    names = {WEIGHTS}
+    if not (path / WEIGHTS).is_file() and (path / INDEX).is_file():
+        listed = checkpoints.read_json(path / INDEX).get("weight_map")
+        names = set(map(str, listed.values())) if isinstance(listed, dict) else {""}
+    for name in names:
+        if not name or Path(name).name != name:
+            raise CheckpointError(f"{path / INDEX}: unsafe file name {name!r}")
+    weights = TensorFile(*(path / name for name in sorted(names)))
+    layers = {n.split(".")[2] for n in weights.entries if n.startswith("model.layers.")}
     if len(layers) != config.n_layer:
-        raise CheckpointError(f"{file}: {config.n_layer} layers, the weights have {len(layers)}")
+        problem = f"{config.n_layer} layers, the weights have {len(layers)}"
+        raise CheckpointError(f"{path / 'config.json'}: {problem}")
+    redundant = {n for n in weights.entries if n.endswith("rotary_emb.inv_freq")}  # of Llama
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tied and {head, table} <= weights.entries.keys():
+        redundant |= {head} if torch.equal(weights.read(head), weights.read(table)) else set()
+    for name in redundant:
+        del weights.entries[name]
     with torch.device("meta"):
         parameters = named_for_hf(weights_of(GPT(config)))
-    for name, p in parameters.items():
-        for entry, shape in entries(name, p.shape).items():
-            if entry in shapes:
-                check_shape(path, entry, shapes[entry], shape)
-    return config
+    weights.expect({name: p.shape for name, p in parameters.items()})
+    return weights
 
 
 def context_of(path: Path) -> int:
@@ -110,46 +120,17 @@ def context_of(path: Path) -> int:
     return length
 
 
-def tensor_files(path: Path) -> list[TensorFile]:
-    """Open a model directory's weights, one file or those in its index."""
-    names = {WEIGHTS}
-    if not (path / WEIGHTS).is_file() and (path / INDEX).is_file():
-        listed = checkpoints.read_json(path / INDEX).get("weight_map")
-        names = set(map(str, listed.values())) if isinstance(listed, dict) else {""}
-    for name in names:
-        if not name or Path(name).name != name:
-            raise CheckpointError(f"{path / INDEX}: unsafe file name {name!r}")
-    return [TensorFile(path / name) for name in sorted(names)]
-
-
-def read_weights(path: Path, tied: bool) -> dict[str, Tensor]:
-    """Read a model directory's tensors in float32. tied: drop a head that equals the embedding."""
-    stored = [(file, name) for file in tensor_files(path) for name in file.entries]
-    tensors = {
-        name: file.read(name)
-        for file, name in progress("reading", None, "tensor", iterable=stored)
-        if not name.endswith("rotary_emb.inv_freq")  # redundant, in some Llama files
-    }
-    head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-    if tied and head is not None and table is not None and torch.equal(head, table):
-        del tensors["lm_head.weight"]
-    for name, t in tensors.items():
-        if not t.is_floating_point() or not t.isfinite().all():
-            raise CheckpointError(f"{path}: {name} ({t.dtype}): expected finite floating point")
-    return {name: t.float() for name, t in tensors.items()}
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: GPT, path: Path) -> None:
     """Load weights into a model, sharded or not, that was made from model_config(path). Raises
-    CheckpointError for missing or unexpected tensors."""
-    parameters = named_for_hf(weights_of(model))
-    stored = {name: [*entries(name, p.shape)] for name, p in parameters.items()}
-    values = read_weights(path, "lm_head.weight" not in parameters)
-    check_names(path, set(values), {entry for names in stored.values() for entry in names})
+    CheckpointError."""
+    weights, parameters = open_weights(path, model.config), named_for_hf(weights_of(model))
     with torch.no_grad():
-        for name, p in parameters.items():
-            parts = [values.pop(entry) for entry in stored[name]]
-            p.copy_(placed_like(torch.stack(parts) if "#" in name else parts[0], p))
+        for name, p in progress("reading", None, "tensor", iterable=[*parameters.items()]):
+            value = weights.read(name)
+            if not value.is_floating_point() or not value.isfinite().all():
+                found = f"{name} ({value.dtype})"
+                raise CheckpointError(f"{path}: {found}: expected finite floating point")
+            p.copy_(placed_like(value.float(), p))
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> GPT:
@@ -201,10 +182,5 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
         elif not path.is_dir():
             raise DataError(f"{path}: the run's data are missing: give --data")
     data = open_data(path, tokenizer.vocab_size, headerless=headerless)
-    made_with = data.manifest["tokenizer"]["hash"] if data.manifest else tokenizer.hash
-    if made_with != tokenizer.hash:
-        problem = f"found tokenizer {made_with[:12]}, expected the model's, {tokenizer.hash[:12]}"
-        hint = "prepare the text with the model's tokenizer, or evaluate with --text"
-        raise DataError(f"{path}: {problem}: {hint}")
     data.check_tokenizer(tokenizer)
     return data

@@ -15,7 +15,7 @@ from nanonormuon.errors import CheckpointError, RunError
 from nanonormuon.runs.pictures import picture, short
 from nanonormuon.storage.checkpoints import all_steps, read_json
 from nanonormuon.storage.files import read_file
-from nanonormuon.storage.run import aligned, known_runs, read_metrics
+from nanonormuon.storage.run import aligned, known_runs, read_rows
 
 log = logging.getLogger(__name__)
 BARS = "▁▂▃▄▅▆▇█"
@@ -49,7 +49,7 @@ def read(path: Path) -> RunRecord:
         raise RunError(f"{path}: not a run directory, no config.toml; {known_runs(path)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: not a run directory: {error}") from None
-    rows = read_metrics(path / "metrics.jsonl")
+    rows = read_rows(path / "metrics.jsonl")
     if not rows:
         raise RunError(f"{path}: no step is logged in metrics.jsonl yet")
     for row in rows:  # neither a curve nor a table can show NaN, infinity, or a number near it

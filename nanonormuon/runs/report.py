@@ -14,7 +14,7 @@ from nanonormuon.pretrained.judge import RESULTS, kept
 from nanonormuon.runs.compare import RunRecord, read_all, row_of, spell
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import read_file, replace_file
-from nanonormuon.storage.run import read_samples
+from nanonormuon.storage.run import read_rows
 
 
 class Page(Template):
@@ -83,7 +83,7 @@ def key_values(*columns: dict[str, Any]) -> str:
 def samples(file: Path) -> list[str]:
     """The samples of each prompt side by side, in the order of their steps; of a step that was
     repeated after an interruption, the later one."""
-    rows = read_samples(file)
+    rows = read_rows(file)
     parts = ["<h2>Samples</h2>"] if rows else []
     for prompt in dict.fromkeys(row.get("prompt", "") for row in rows):
         parts.append('<div class="samples">')

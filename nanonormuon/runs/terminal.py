@@ -12,7 +12,7 @@ from unicodedata import combining, east_asian_width
 
 import numpy as np
 
-from nanonormuon.storage.run import read_metrics, read_samples
+from nanonormuon.storage.run import read_rows
 
 WIDEST, NARROW = 100, 72  # columns at most; with fewer than NARROW texts are not side by side
 HEIGHT, LONGEST = 7, 10  # lines of the curve; of a sample at most
@@ -49,7 +49,7 @@ class Look:
 
 def story(run: Path, look: Look) -> list[str]:
     """The curve of a run, only at a terminal, and its first and last samples."""
-    rows, samples = read_metrics(run / "metrics.jsonl"), read_samples(run / "samples.jsonl")
+    rows, samples = read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")
     steps = sorted({row["step"] for row in samples})
     titles = {s: f"after step {s:,}" if s else "before training" for s in (*steps[:1], *steps[-1:])}
     if look.terminal:

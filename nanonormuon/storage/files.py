@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
@@ -198,10 +197,5 @@ def in_shell(path: Path) -> str:
 
 def cache_directory() -> Path:
     """Return the directory for demo data: NANONORMUON_CACHE, or one in the user's cache folder."""
-    if own := os.environ.get("NANONORMUON_CACHE"):
-        return Path(own)
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local, "nanonormuon")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "nanonormuon"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanonormuon")
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NANONORMUON_CACHE") or Path(caches, "nanonormuon"))

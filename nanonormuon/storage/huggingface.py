@@ -7,7 +7,6 @@ the prefix `model.`, except the head's, and stacked experts are stored one by on
 """
 
 import ast
-import math
 import re
 from collections import Counter
 from contextlib import suppress
@@ -23,7 +22,6 @@ from torch.func import functional_call
 
 from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPT
-from nanonormuon.parts.config import EXPERTS as OF_SPARSE
 from nanonormuon.parts.config import GPTConfig
 
 ARCHITECTURES = {
@@ -33,7 +31,8 @@ ARCHITECTURES = {
     "dots1": "Dots1ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
-SIZES = {  # our name -> theirs
+# our setting -> the field in config.json, in its order
+SIZES = {
     "vocab_size": "vocab_size",
     "n_embd": "hidden_size",
     "n_hidden": "intermediate_size",
@@ -50,6 +49,7 @@ LATENT = {  # for DeepSeek-V3 only
     "q_rank": "q_lora_rank",  # null: 0
 }
 SIZES_OF = dict.fromkeys(ARCHITECTURES, SIZES) | {"deepseek_v3": SIZES | LATENT}
+OTHERS = {"tied": "tie_word_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps"}
 OF_EXPERTS = {  # for every architecture with experts
     "n_expert_used": "num_experts_per_tok",
     "expert_hidden": "moe_intermediate_size",
@@ -76,6 +76,7 @@ FIXED = {
     "decoder_sparse_step": 1,
     "hidden_act": "silu",
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), False),
+    "rope_type": "default",
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
     "num_nextn_predict_layers": 0,  # DeepSeek-V3's layers that predict further tokens
@@ -86,16 +87,21 @@ FIXED = {
 
 # ---------------------------------------------- Which architecture of transformers matches model.py
 
-# Sizes of a small model, and some logits that transformers computes for it in each architecture.
-# Settings that are not listed keep the run's values.
+# A small model of each architecture, and some logits that transformers computes for it
 SMALL = {"vocab_size": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "head_dim": 8,
-         "n_hidden": 48, "tied": False, "rope_theta": 500.0, "norm_eps": 1e-3, "embed_std": 1.0,
-         "embed_dtype": "fp32"}  # fmt: skip
-SMALL_LATENT = {"n_kv_head": 4, "q_rank": 12, "kv_rank": 16, "rope_head_dim": 4, "v_head_dim": 8,
-                "rope_interleave": True}  # fmt: skip
-SMALL_EXPERTS = {"n_expert": 4, "n_expert_used": 2, "expert_hidden": 16, "n_dense": 1,
-                 "router_norm": True, "n_group_used": 1, "balance_loss": 0.0}  # fmt: skip
-SIGMOID = {"n_expert_shared": 1, "router_scale": 2.5, "n_expert_group": 1, "balance_rate": 0.001}
+         "n_hidden": 48, "rope_theta": 500.0, "norm_eps": 1e-3}  # fmt: skip
+SMALL_LATENT = {"attention": "latent", "n_kv_head": 4, "q_rank": 12, "kv_rank": 16,
+                "rope_head_dim": 4, "v_head_dim": 8}  # fmt: skip
+SMALL_EXPERTS = {"mlp": "experts", "n_expert": 4, "n_expert_used": 2, "expert_hidden": 16,
+                 "n_dense": 1, "router_scale": 2.5}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "llama": {"qk_norm": False},
+    "qwen3_moe": SMALL_EXPERTS | QWEN3_MOE,
+    "dots1": SMALL_EXPERTS,
+    "deepseek_v3": SMALL_LATENT,
+    "deepseek_v3 with experts": SMALL_LATENT | SMALL_EXPERTS,
+}
 ANSWERS = {
     "qwen3": (-0.51608, 0.2454, 0.43433, 0.05372, -0.24181, -0.1023),
     "llama": (-0.90476, 0.09822, 0.3635, 0.22633, -0.2564, -0.1065),
@@ -115,62 +121,47 @@ def kind_of(config: GPTConfig) -> str:
     return "qwen3" if config.qk_norm else "llama"
 
 
-def small(config: GPTConfig) -> GPTConfig:
-    """Shrink a model to SMALL sizes; settings that stay 0 when resolved stay 0."""
-    config = replace(config, vocab_size=config.vocab_size or 1).resolved()
-    sizes = {name: size for name, size in SMALL.items() if getattr(config, name)}
-    if config.attention == "latent":
-        sizes |= SMALL_LATENT
-    if config.mlp == "experts":
-        sizes |= SMALL_EXPERTS | (SIGMOID if config.router == "sigmoid" else QWEN3_MOE)
-    width = SMALL["head_dim"] + sizes.get("rope_head_dim", 0)
-    scale = config.attn_scale * math.sqrt((config.head_dim + config.rope_head_dim) / width)
-    return replace(config, **sizes, attn_scale=scale)
-
-
 def filling(name: str, size: int) -> Tensor:
     """Generate a weight's values, from -0.5 to 0.5, equal on every machine."""
     return torch.sin(torch.arange(size).double() ** 2 + crc32(name.encode())).float() / 2
 
 
 @cache
-def architecture(config: GPTConfig) -> str | None:
-    """Find the architecture whose logits model.py reproduces for `small` settings on 1,024 tokens;
-    None if there is none. Tested rather than listed, so it holds for a changed model.py, too."""
+def agrees(name: str) -> bool:
+    """Whether model.py computes the logits of ANSWERS, on 1,024 tokens; not if it was changed."""
     with torch.device("meta"), suppress(Exception):  # a changed model may not run at these sizes
-        model = GPT(config)
+        model = GPT(GPTConfig(**SMALL | SETTINGS[name]).resolved())
         numbers = dict(model.named_parameters()) | dict(model.named_buffers())
         with torch.device("cpu"), torch.no_grad():
             weights = {n: filling(n, p.numel()).view(p.shape) for n, p in numbers.items()}
-            tokens = torch.arange(1024)[None] ** 2 % config.vocab_size
+            tokens = torch.arange(1024)[None] ** 2 % SMALL["vocab_size"]
             found = functional_call(model, weights, (tokens,))[0, (9, 599, 1023), :2].flatten()
-        for name, answer in ANSWERS.items():
-            if torch.allclose(found, torch.tensor(answer, device="cpu"), rtol=0, atol=1e-4):
-                return name.partition(" ")[0]
-    return None
+            return torch.allclose(found, torch.tensor(ANSWERS[name]), rtol=0, atol=1e-4)
+    return False
 
 
 def obstacles(config: GPTConfig) -> list[str]:
-    """List the settings that transformers does not support, or a changed model.py."""
-    odd, fixed = [], QWEN3_MOE if kind_of(config) == "qwen3_moe" else {"router": "sigmoid"}
-    if config.mlp == "experts":  # what config.json cannot express for the model's kind
-        odd = [f"{n} = {getattr(config, n)}" for n, v in fixed.items() if getattr(config, n) != v]
-        if fixed is not QWEN3_MOE and not config.n_expert_shared:
-            odd.append("n_expert_shared = 0")
-    if architecture(mine := small(config)) == kind_of(config):
-        return odd
-    chosen = {"n_layer", "attention", *LATENT}
-    chosen |= {"mlp", *OF_SPARSE} if config.mlp == "experts" else set()
-    plain = small(GPTConfig(**{name: getattr(config, name) for name in chosen}))
-    changed = [n for n, v in asdict(mine).items() if v != getattr(plain, n)]
-    wrong = [n for n in changed if not architecture(replace(plain, **{n: getattr(mine, n)}))]
-    odd += [f"{n} = {getattr(config, n)}" for n in wrong]
-    return odd or ["a changed model.py"]
+    """List the settings that get lost in transformers' config.json, or a changed model.py."""
+    config, kind = replace(config, vocab_size=config.vocab_size or 1).resolved(), kind_of(config)
+    read = asdict(gpt_config(exported_config(config, 1, None)))
+    ignored = {"embed_std", "embed_dtype", "balance_loss"}  # of training alone
+    ignored |= {"qk_gain"} if kind == "llama" else set()
+    ignored |= {"balance_rate"} if config.router == "sigmoid" else set()
+    odd = [n for n, value in asdict(config).items() if n not in ignored and value != read[n]]
+    if config.mlp == "experts" and kind != "qwen3_moe" and not config.n_expert_shared:
+        odd.append("n_expert_shared")
+    both = kind == "deepseek_v3" and config.mlp == "experts"
+    if not odd and not agrees(f"{kind} with experts" if both else kind):
+        return ["a changed model.py"]
+    return [f"{name} = {getattr(config, name)}" for name in odd]
 
 
 # ----------------------------------------------------------- The model's source, beside its weights
 
 MODELING = "modeling_nanonormuon.py"
+# indent and module of an import from this package
+NAMES = r"\w+(?:, \w+)*|\((?:\s*\w+,)+\s*\w*\s*\)"
+IMPORT = rf"^( *)from (nanonormuon\.[\w.]+) import (?:{NAMES})(?: *#.*)?$"
 
 
 @cache
@@ -180,46 +171,42 @@ def modeling() -> bytes:
 
     Raises ConfigError if imports or names prevent joining them.
     """
-    package, begun, texts = Path(__file__).parents[1], set(), []
-    names: Counter[str] = Counter()
-
-    def file(module: str) -> Path:
-        return package.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    package = Path(__file__).parents[1]
+    begun: list[str] = []
+    texts: list[str] = []
 
     def add(module: str) -> None:
         """Append a module's text, after the modules that it imports at its top."""
         if module in begun:
             return
-        begun.add(module)
-        text = (path := file(module)).read_text(encoding="utf-8")
-        tree, lines = ast.parse(text), text.splitlines()
-        imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
-        imports = [n for n in imports if "nanonormuon" in ast.unparse(n)]
-        for node in imports:
-            names_it = isinstance(node, ast.ImportFrom) and file(node.module).is_file()
-            if not names_it or any(name.asname for name in node.names):
-                where = f"{path}, line {node.lineno}: {ast.unparse(node)}"
-                why = f"because {MODELING} joins these files into one"
-                raise ConfigError(f"{where}: expected from nanonormuon.X import NAME, {why}")
-            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
-            if node.col_offset:
-                lines[node.lineno - 1] = " " * node.col_offset + "pass"
-        for node in imports:
-            if node in tree.body:
-                add(node.module)
-        names.update(n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef))
-        assigned = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
-        names.update(t.id for t in assigned if isinstance(t, ast.Name))
+        begun.append(module)
+        path = package.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        expected = f"expected from nanonormuon.FILE import NAME: {MODELING} joins the model's files"
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; {expected}")
+        text = path.read_text(encoding="utf-8")
+        imports = re.findall(IMPORT, text, re.MULTILINE)
+        for indent, name in imports:
+            if not indent:
+                add(name)
+        # a function needs a statement
+        text = re.sub(IMPORT, lambda m: m[1] and m[1] + "pass", text, flags=re.MULTILINE)
+        if other := re.search(r"^ *(from|import) nanonormuon.*", text, re.MULTILINE):
+            raise ConfigError(f"{path}: {other[0].strip()}: {expected}")
         # its own operators: a second registration would replace this package's
-        texts.append("\n".join(lines).replace('"nanonormuon::', '"nanonormuon_source::'))
-        for node in imports:
-            add(node.module)
+        texts.append(text.replace('"nanonormuon::', '"nanonormuon_source::').strip())
+        for _, name in imports:
+            add(name)
 
     add("nanonormuon.model")
+    body = ast.parse("\n".join(texts)).body
+    names = Counter(n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef))
+    assigned = [t for n in body if isinstance(n, ast.Assign) for t in n.targets]
+    names.update(t.id for t in assigned if isinstance(t, ast.Name))
     if twice := [name for name, n in names.items() if n > 1]:
         raise ConfigError(f"{', '.join(twice)}: defined twice in {', '.join(sorted(begun))}")
-    texts.append(Path(__file__).with_name("modeling.txt").read_text(encoding="utf-8"))
-    return "\n\n\n".join(text.strip() for text in texts).encode() + b"\n"
+    texts.append(Path(__file__).with_name("modeling.txt").read_text(encoding="utf-8").strip())
+    return "\n\n\n".join(texts).encode() + b"\n"
 
 
 def to_hf(name: str) -> str:
@@ -235,47 +222,37 @@ def carried(config: GPTConfig) -> bool:
 
 
 def config_json(config: GPTConfig, seq_len: int, eot: int | None) -> dict[str, Any]:
-    """Build config.json for a resolved config, with our own fields under "nanonormuon"."""
-    if carried(config):
-        return own_config(config, seq_len, eot)
-    if obstacles(config):
-        plain = {"model_type": "nanonormuon", "max_position_embeddings": seq_len}
+    """Build a checkpoint's config.json for a resolved config, which it holds as "nanonormuon"."""
+    if (own := carried(config)) or not obstacles(config):
+        content = exported_config(config, seq_len, eot, own)
     else:
-        plain = plain_config(config, seq_len, eot)
-    return plain | {"nanonormuon": asdict(config)}
+        content = {"model_type": "nanonormuon", "max_position_embeddings": seq_len}
+    return content | {"nanonormuon": asdict(config)}
 
 
-def own_config(
-    config: GPTConfig, seq_len: int, eot: int | None, dtype: str = "float32"
+def exported_config(
+    config: GPTConfig, seq_len: int, eot: int | None, own: bool = False, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Build config.json for a model that only its own source (`modeling`) computes."""
-    file = MODELING.removesuffix(".py")
-    classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
-    return {
-        "architectures": ["NanonormuonForCausalLM"],
-        "model_type": "nanonormuon",
-        "auto_map": {auto: f"{file}.Nanonormuon{name}" for auto, name in classes.items()},
-        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
-        **usage(config, seq_len, eot, dtype),
-        "nanonormuon": asdict(config),
-    }
-
-
-def usage(config: GPTConfig, seq_len: int, eot: int | None, dtype: str) -> dict[str, Any]:
-    """Build the part of config.json that does not depend on the architecture."""
-    return {
+    """Build config.json for a resolved config: as transformers does, without the settings in
+    `obstacles`, or, if `own`, for the model's source (`modeling`)."""
+    usage = {
         "max_position_embeddings": seq_len,
         "tie_word_embeddings": config.tied,
         "use_cache": True,
         **dict.fromkeys(("bos_token_id", "eos_token_id"), eot),
         **dict.fromkeys(("dtype", "torch_dtype"), dtype),
     }
-
-
-def plain_config(
-    config: GPTConfig, seq_len: int, eot: int | None, dtype: str = "float32"
-) -> dict[str, Any]:
-    """Build config.json as transformers does, for a resolved config without obstacles."""
+    if own:
+        file = MODELING.removesuffix(".py")
+        classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+        return {
+            "architectures": ["NanonormuonForCausalLM"],
+            "model_type": "nanonormuon",
+            "auto_map": {auto: f"{file}.Nanonormuon{name}" for auto, name in classes.items()},
+            **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+            **usage,
+            "nanonormuon": asdict(config),
+        }
     kind = kind_of(config)
     more: dict[str, Any] = {"mlp_bias": False} if kind == "llama" else {"use_sliding_window": False}
     if kind == "deepseek_v3":
@@ -292,10 +269,10 @@ def plain_config(
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "rms_norm_eps": config.norm_eps,
+        "rms_norm_eps": config.norm_eps or None,  # 0 is the dtype's, in torch
         "rope_theta": config.rope_theta,  # for transformers 4; version 5 reads rope_parameters
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        **usage(config, seq_len, eot, dtype),
+        **usage,
         **more,
     }
 
@@ -311,56 +288,37 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type = {kind!r}: expected {' or '.join(ARCHITECTURES)}")
     rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
-    found = {**content, "partial_rotary_factor": rope.get("partial_rotary_factor")}
+    found = {"num_experts": content.get("num_local_experts"), **content, **rope}  # transformers 5's
+    found["rope_type"] = rope.get("rope_type", rope.get("type"))
     odd = [f"{k} = {found[k]!r}" for k, v in FIXED.items() if found.get(k) not in (None, v)]
-    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        odd.append(f"rope_type = {rope_type!r}")
-    if "sliding_attention" in (content.get("layer_types") or []):
+    if "sliding_attention" in (found.get("layer_types") or []):
         odd.append("layer_types: sliding_attention")
-    numbers, optional = {}, {"num_key_value_heads", "head_dim", *({"q_lora_rank"} & content.keys())}
-    for ours, theirs in SIZES_OF[kind].items():
-        size = content.get(theirs)
-        if size is None and theirs in optional:
-            size = 128 if (kind, theirs) == ("qwen3", "head_dim") else 0  # transformers' defaults
-        elif type(size) is not int or size < 1:
-            odd.append(f"{theirs} = {size!r}")
-        numbers[ours] = size
-    latent, sparse = {}, kind in EXPERTS
+    fields, sparse = SIZES_OF[kind] | OTHERS, kind in EXPERTS
+    # transformers' defaults are ours, but for one
+    absent = {name: getattr(GPTConfig, name) for name in (*OTHERS, "n_kv_head", "rope_interleave")}
+    absent["head_dim"] = 128 if kind == "qwen3" else 0
+    settings: dict[str, Any] = {"qk_norm": kind != "llama"}
     if kind == "deepseek_v3":
-        interleave = bool(content.get("rope_interleave", True))
-        latent = {"attention": "latent", "rope_interleave": interleave}
-        dense, layers = (content.get(k) for k in ("first_k_dense_replace", "num_hidden_layers"))
+        settings["attention"], fields["rope_interleave"] = "latent", "rope_interleave"
+        dense, layers = found.get("first_k_dense_replace"), found.get("num_hidden_layers")
         sparse = type(dense) is not int or type(layers) is not int or dense < layers
-    experts = experts_config(kind, content, odd) if sparse else {}
+        if "q_lora_rank" in found:
+            found["q_lora_rank"] = found["q_lora_rank"] or 0
+    if sparse:
+        fields |= EXPERTS[kind]
+        settings["mlp"] = "experts"
+    if kind == "qwen3_moe":
+        dense = found.get("mlp_only_layers") or []
+        settings |= QWEN3_MOE | {"n_dense": len(dense)}
+        if dense != list(range(len(dense))):
+            odd.append(f"mlp_only_layers = {dense!r}")
+    for ours, theirs in fields.items():
+        value, expected = found.get(theirs), type(getattr(GPTConfig, ours))
+        value = absent.get(ours) if value is None else value
+        if type(value) not in ((float, int) if expected is float else (expected,)):
+            odd.append(f"{theirs} = {value!r}")
+        else:
+            settings[ours] = expected(value)
     if odd:
         raise ValueError(f"not supported in a {kind} model: {', '.join(odd)}")
-    return GPTConfig(
-        **numbers,
-        tied=bool(content.get("tie_word_embeddings", False)),
-        rope_theta=float(rope.get("rope_theta", content.get("rope_theta", 10_000.0))),
-        norm_eps=float(content.get("rms_norm_eps", 1e-6)),
-        qk_norm=kind != "llama",
-        **latent,
-        **experts,
-    ).resolved()
-
-
-def experts_config(kind: str, content: dict[str, Any], odd: list[str]) -> dict[str, Any]:
-    """Parse config.json's fields for experts, and add unsupported ones to `odd`."""
-    found = {"mlp": "experts", **(QWEN3_MOE if kind == "qwen3_moe" else {"router": "sigmoid"})}
-    content = {"num_experts": content.get("num_local_experts"), **content}  # transformers 5's name
-    absent = {"router_norm": False, "n_expert_shared": 0}  # transformers' defaults, unlike ours
-    for ours, theirs in EXPERTS[kind].items():
-        default = absent.get(ours, getattr(GPTConfig, ours))
-        value = content.get(theirs)
-        if value is None and kind != "deepseek_v3":  # its defaults are the 671B model's
-            value = default
-        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-            odd.append(f"{theirs} = {value!r}")
-        found[ours] = value
-    dense = content.get("mlp_only_layers") or []
-    if kind == "qwen3_moe":
-        found["n_dense"] = len(dense)
-    if dense != list(range(len(dense))):
-        odd.append(f"mlp_only_layers = {dense!r}")
-    return found
+    return GPTConfig(**settings).resolved()

@@ -12,11 +12,11 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -41,11 +41,7 @@ class Console(logging.Handler):
 
 def to_console(level: int = logging.INFO) -> None:
     """Log to stderr; replaces an earlier handler."""
-    for handler in [h for h in log.handlers if isinstance(h, Console)]:
-        log.removeHandler(handler)
-    handler = Console(level)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
+    log.handlers = [h for h in log.handlers if not isinstance(h, Console)] + [Console(level)]
     log.setLevel(logging.DEBUG)
 
 
@@ -57,7 +53,6 @@ class RunDirectory:
         self.path, self.first = path, first
         self.owned = False  # whether this process has acquired it
         self.checkpoints = path / "checkpoints"
-        self.metrics: TextIO | None = None
         self.sink: Any = None  # a runtime.trackers.Tracker, called with every row of metrics
         self.resources = ExitStack()
 
@@ -114,47 +109,39 @@ class RunDirectory:
         self.resources.callback(log.removeHandler, handler)
         log.addHandler(handler)
         log.setLevel(logging.DEBUG)  # for train.log; the console handler has its own level
-        rows = self.rewrite("metrics.jsonl", read_metrics, step)
-        samples = self.rewrite("samples.jsonl", read_samples, step)
-        file = self.path / "metrics.jsonl"
-        self.metrics = self.resources.enter_context(file.open("a", encoding="utf-8"))
+        rows = self.rewrite("metrics.jsonl", step)
+        samples = self.rewrite("samples.jsonl", step)
         return rows, [(row["step"], row.get("prompt", "")) for row in samples]
 
-    def rewrite(
-        self, name: str, read: Callable[[Path], list[dict[str, Any]]], step: int
-    ) -> list[dict[str, Any]]:
-        """Rewrite a .jsonl file with one row per step, up to `step`; returns the rows."""
+    def rewrite(self, name: str, step: int) -> list[dict[str, Any]]:
+        """On rank 0, rewrite a .jsonl file to one row per step, up to `step`; returns the rows."""
         file = self.path / name
-        kept = [row for row in read(file) if row["step"] <= step]
-        if file.exists():
-            self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        if not self.first or not file.exists():
+            return []
+        kept = [row for row in read_rows(file) if row["step"] <= step]
+        self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         return kept
 
+    def append(self, name: str, **row: Any) -> None:
+        """Append a row to a .jsonl file, on rank 0."""
+        path = self.path / name
+        if self.first:
+            with files.naming(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
     def record(self, row: dict[str, Any], more: dict[str, Any] | None = None) -> None:
-        """Append one step's metrics, on the rank that opened the logs. more: metrics measured after
-        the row was recorded; the new line repeats the row."""
-        if self.metrics is not None:
-            self.metrics.write(json.dumps(row | (more or {})) + "\n")
-            self.metrics.flush()
+        """Append one step's metrics. more: metrics measured after the row was recorded; the new
+        line repeats the row."""
+        self.append("metrics.jsonl", **row | (more or {}))
         if self.sink is not None:
             self.sink({"step": row["step"], **more} if more else row)
 
     def settle(self) -> None:
-        """Wait until the metrics are on disk, before a checkpoint follows them."""
-        if self.metrics is not None:
-            files.settle(self.metrics)
-
-    def tidy(self, step: int) -> None:
-        """Close the metrics and merge their lines to one per step."""
-        if self.metrics is not None:
-            self.metrics.close()
-            self.metrics = None
-            self.rewrite("metrics.jsonl", read_metrics, step)
-
-    def add_sample(self, row: dict[str, Any]) -> None:
-        with open(self.path / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            files.settle(file)
+        """Wait until all rows are on disk, before a checkpoint follows them."""
+        for path in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
+            if self.first and path.exists():
+                with files.naming(path), open(path, "a") as file:
+                    files.settle(file)
 
     def write(self, name: str, content: str) -> None:
         """Replace a file of the run, on rank 0."""
@@ -175,26 +162,26 @@ class RunDirectory:
             log.debug("the run failed", exc_info=error)
         if self.sink is not None:
             self.sink.close()
-        self.metrics = self.sink = None
+        self.sink = None
         if self.owned and self.path.is_dir() and os.listdir(self.path) == [".lock"]:
             (self.path / ".lock").unlink()
             self.path.rmdir()
         self.resources.close()
 
 
+# what a step's line adds where its row has it
+MEASURES = {"val_loss": ".4f", "val_bpb": ".4f", "expert_load_min": ".2f",
+            "expert_load_max": ".2f", "skipped": "", "qk_max": ".3g", "qk_clipped": ""}  # fmt: skip
+
+
 def announce(row: dict[str, Any], steps: int, bar: tqdm) -> None:
     """Log a step or, on a terminal, show it in the progress bar, and log evaluations only."""
+    speed = f"{row['tokens_per_second']:,.0f} tokens/s"
     line = f"step {row['step']}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
-    line += f"grad_norm {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tokens/s"
-    measures = (key for key in ("val_loss", "val_bpb") if row.get(key) is not None)
-    line += "".join(f"  {key} {row[key]:.4f}" for key in measures)
-    if "expert_load_max" in row:
-        line += f"  load {row['expert_load_min']:.2f} to {row['expert_load_max']:.2f}"
-    if row.get("skipped"):
-        line += f"  skipped {row['skipped']}"
-    if "qk_max" in row:
-        line += f"  qk_max {row['qk_max']:.3g}  qk_clipped {row['qk_clipped']}"
-    bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
+    line += f"grad_norm {row['grad_norm']:.3g}  {speed}"
+    found = {key: row[key] for key in MEASURES if row.get(key) is not None}
+    line += "".join(f"  {key} {value:{MEASURES[key]}}" for key, value in found.items())
+    bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}")
     log.log(logging.INFO if bar.disable or "val_loss" in row else logging.DEBUG, line)
 
 
@@ -233,28 +220,21 @@ class Validations(dict[int, dict[str, float | None]]):
         return sum(step > (self.best() or 0) for step in self)
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl with `read_rows`. Values are numbers, NaN and infinity included (as for
-    a skipped step); val_bpb may be null."""
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Read a metrics.jsonl or samples.jsonl, merging the lines of each step (and prompt) into one
+    row. A missing file has no rows.
+
+    Values are numbers, NaN and infinity included (as for a skipped step), but a sample's are text
+    and val_bpb may be null. Leaves out others, and invalid lines, such as one truncated by a crash,
+    with one warning that names them.
+    """
 
     def fits(key: str, value: Any) -> bool:
+        if file.name == "samples.jsonl" and key != "step":
+            return isinstance(value, str)
         small = type(value) is int and abs(value) < 1e100
         return small or isinstance(value, float) or (value is None and key == "val_bpb")
 
-    return read_rows(file, fits)
-
-
-def read_samples(file: Path) -> list[dict[str, Any]]:
-    """Read a samples.jsonl with `read_rows`: step, prompt and text."""
-    return read_rows(file, lambda key, value: key == "step" or isinstance(value, str))
-
-
-def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, Any]]:
-    """Read a .jsonl file of steps, merging the lines of each step (and prompt) into one row.
-
-    Leaves out invalid lines, such as one truncated by a crash, and values for which `fits` is
-    false, with one warning that names them. A missing file has no rows.
-    """
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     amiss = []
     for number, row in files.read_jsonl(file, cut=True) if file.is_file() else ():
@@ -262,8 +242,8 @@ def read_rows(file: Path, fits: Callable[[str, Any], bool]) -> list[dict[str, An
         if type(step) is not int or not 0 <= step < 10**15:
             amiss.append(f"line {number}")
             continue
-        amiss += [f"line {number}: {key[:40]!r}" for key in row if not fits(key, row[key])]
         kept = {key: value for key, value in row.items() if fits(key, value)}
+        amiss += [f"line {number}: {key[:40]!r}" for key in row if key not in kept]
         which = step, kept.get("prompt", "")
         rows[which] = rows.get(which, {}) | kept
     if amiss:

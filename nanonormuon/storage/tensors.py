@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanonormuon.errors import CheckpointError
 from nanonormuon.normuon import local as local
-from nanonormuon.storage.checkpoints import JSON_LIMIT
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
           torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8"}  # fmt: skip
@@ -122,41 +122,33 @@ def stream(tensors: Mapping[str, Tensor], keep: bool = True) -> Iterator[Any]:
 
 
 class TensorFile:
-    """Reads a safetensors file tensor by tensor, after checking its header against its size. Raises
-    CheckpointError.
+    """Reads the tensors of safetensors files one by one, after checking the headers against the
+    files' sizes. Raises CheckpointError.
 
-    Replaces safetensors' safe_open, which maps the file into memory: if the file shrinks while it
-    is open, SIGBUS kills the process.
+    safetensors' own reader checks the headers only. It maps a file into memory, so that SIGBUS
+    would kill the process if the file shrank while tensors are read.
     """
 
-    def __init__(self, path: Path):
-        if not path.is_file():  # opening a pipe would wait for its writer
-            raise CheckpointError(f"{path}: missing or not a regular file")
-        self.path, size = path, path.stat().st_size
-        self.entries: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}  # offset in the file
+    def __init__(self, path: Path, *more: Path):
+        self.path = path.parent if more else path  # for messages
+        self.entries: dict[str, tuple[torch.dtype, tuple[int, ...], int, Path]] = {}
         kinds = {text: dtype for dtype, text in DTYPES.items()}
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, JSON_LIMIT):
-                raise CheckpointError(f"{path}: header of {length} bytes in a file of {size} bytes")
-            text = file.read(length)
-        try:
-            header = json.loads(text)
-            header.pop("__metadata__", None)
-            start = end = 8 + length
-            for name, entry in sorted(header.items(), key=lambda i: i[1]["data_offsets"]):
-                dtype, shape = kinds[entry["dtype"]], tuple(entry["shape"])
-                if not all(type(n) is int and n >= 0 for n in shape):
-                    raise ValueError(f"{name} has shape {shape}")
-                begin, end = end, end + math.prod(shape) * dtype.itemsize
-                if entry["data_offsets"] != (expected := [begin - start, end - start]):
-                    raise ValueError(f"{name} is at {entry['data_offsets']}, expected {expected}")
-                self.entries[name] = dtype, shape, begin
-            if end != size:
-                raise ValueError(f"tensors end at byte {end}, the file has {size}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = str(error)[:200]
-            raise CheckpointError(f"{path}: not a readable safetensors file ({reason})") from None
+        for file in (path, *more):
+            if not file.is_file():  # opening a pipe would wait for its writer
+                raise CheckpointError(f"{file}: missing or not a regular file")
+            try:
+                with safe_open(file, "numpy"), open(file, "rb") as content:
+                    length = int.from_bytes(content.read(8), "little")
+                    header = json.loads(content.read(length))
+                header.pop("__metadata__", None)
+                for name, entry in header.items():
+                    begin = 8 + length + entry["data_offsets"][0]
+                    self.entries[name] = kinds[entry["dtype"]], tuple(entry["shape"]), begin, file
+            except (SafetensorError, KeyError, ValueError) as error:
+                reason = str(error)[:200]
+                raise CheckpointError(
+                    f"{file}: not a readable safetensors file ({reason})"
+                ) from None
 
     def read(self, name: str) -> Tensor:
         """Read a tensor, or all entries of a name with a "#"."""
@@ -164,34 +156,29 @@ class TensorFile:
             first, last = name.split("#")
             count = sum(n.startswith(first) and n.endswith(last) for n in self.entries)
             return torch.stack([self.read(name.replace("#", str(i))) for i in range(count)])
-        dtype, shape, begin = self.entries[name]
+        dtype, shape, begin, path = self.entries[name]
         value = torch.empty(shape, dtype=dtype)
-        with open(self.path, "rb") as file:
+        with open(path, "rb") as file:
             file.seek(begin)
             if file.readinto(value.view(-1).view(torch.uint8).numpy()) != value.nbytes:
-                raise CheckpointError(f"{self.path}: {name} is truncated")
+                raise CheckpointError(f"{path}: {name} is truncated")
         return value
 
-    def expect(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError unless the file holds exactly these tensors, of these shapes."""
-        stored = {n: s for name, shape in shapes.items() for n, s in entries(name, shape).items()}
-        check_names(self.path, set(self.entries), set(stored))
-        for name, shape in stored.items():
-            check_shape(self.path, name, self.entries[name][1], shape)
+    def expect(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raise CheckpointError unless the files hold exactly these tensors, of these shapes."""
+        expected = {n: s for name, shape in shapes.items() for n, s in entries(name, shape).items()}
+        found = {name: shape for name, (_, shape, *_) in self.entries.items()}
+        missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+        for problem, names in (("missing", missing), ("unexpected", unexpected)):
+            if names:
+                listed = f"{len(names)} tensors {problem}, first {min(names)}"
+                raise CheckpointError(f"{self.path}: {listed}")
+        for name, shape in expected.items():
+            if found[name] != shape:
+                problem = f"{name} has shape {found[name]}, expected {shape}"
+                raise CheckpointError(f"{self.path}: {problem}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     file = TensorFile(path)
     return {name: file.read(name) for name in file.entries}
-
-
-def check_names(file: Path, found: set[str], expected: set[str]) -> None:
-    for what, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            raise CheckpointError(f"{file}: {len(names)} tensors {what}, first {min(names)}")
-
-
-def check_shape(file: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
-    found, expected = tuple(found), tuple(expected)
-    if found != expected:
-        raise CheckpointError(f"{file}: {name} has shape {found}, expected {expected}")

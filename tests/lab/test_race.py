@@ -37,7 +37,7 @@ from nanonormuon.optim import make_optimizers
 from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints as checkpoint
 from nanonormuon.storage.files import locked
-from nanonormuon.storage.run import PACKAGE, read_metrics, source_hash
+from nanonormuon.storage.run import PACKAGE, read_rows, source_hash
 from nanonormuon.storage.shards import open_data
 from nanonormuon.text import corpus
 from nanonormuon.train import train
@@ -380,7 +380,7 @@ def test_a_race_from_its_first_run_to_its_table(smaller, tmp_path, here):
     assert (tmp_path / "r/race.png").stat().st_size > 1000 and len(found["source_sha256"]) == 1
     count = len(here)
     paths = sorted((tmp_path / "r/seeds").glob("*=0"))
-    normuon, adamw = (read_metrics(path / "metrics.jsonl")[0] for path in paths)
+    normuon, adamw = (read_rows(path / "metrics.jsonl")[0] for path in paths)
     assert normuon["loss"] == adamw["loss"]  # the same weights, the same text
     steps = [step for step, _ in found["optimizers"][0]["curves"][0]]
     assert steps == [2, 4]  # the user's eval_every

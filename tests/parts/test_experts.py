@@ -17,7 +17,7 @@ from nanonormuon.optim import make_optimizers
 from nanonormuon.parts import experts
 from nanonormuon.runtime.activations import checkpoint_activations
 from nanonormuon.runtime.distributed import World
-from nanonormuon.storage.run import read_metrics
+from nanonormuon.storage.run import read_rows
 
 SMALL = {"vocab_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 32, "mlp": "experts"}
 SMALL |= {"n_expert": 8, "n_expert_used": 2, "expert_hidden": 24}
@@ -289,7 +289,7 @@ def test_a_run_with_experts_resumes_bitwise(tiny, tmp_path):
     run([*settings, "train.stop_at=5"], tmp_path / "parts")
     run(settings, tmp_path / "parts", resume=True)
     assert final(tmp_path / "whole") == final(tmp_path / "parts")
-    whole, parts = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("whole", "parts"))
+    whole, parts = (read_rows(tmp_path / n / "metrics.jsonl") for n in ("whole", "parts"))
     assert [r["router_entropy"] for r in whole] == [r["router_entropy"] for r in parts]
     row = whole[-1]
     assert 0 < row["expert_load_min"] <= 1 <= row["expert_load_max"] and row["experts_idle"] == 0
@@ -322,8 +322,8 @@ def test_what_shards_saved_one_process_goes_on_with(tiny, forks, tmp_path):
     codes, said = forks.run([*settings, *more, "--out", tmp_path / "shards"], 3)
     assert codes == [0, 0, 0], said
     run(settings, tmp_path / "shards", resume=True)
-    pairs = zip(read_metrics(tmp_path / "one" / "metrics.jsonl"),
-                read_metrics(tmp_path / "shards" / "metrics.jsonl"), strict=True)  # fmt: skip
+    pairs = zip(read_rows(tmp_path / "one" / "metrics.jsonl"),
+                read_rows(tmp_path / "shards" / "metrics.jsonl"), strict=True)  # fmt: skip
     for one, other in pairs:
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
         assert one["expert_load_max"] == pytest.approx(other["expert_load_max"], abs=0.02)

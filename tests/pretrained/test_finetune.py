@@ -7,7 +7,7 @@ import pytest
 
 from nanonormuon import evaluate
 from nanonormuon.config import load
-from nanonormuon.storage.run import read_metrics
+from nanonormuon.storage.run import read_rows
 from nanonormuon.train import train
 
 LOSSES = [5.0, 3.0, 3.5, 2.0, 2.5, 2.4, 1.0, 0.5]  # after steps 1 to 8
@@ -46,7 +46,7 @@ def test_stopped_and_resumed_it_ends_at_the_same_step(scripted, tmp_path):
         out = tmp_path / f"run{stop}"
         scripted(out, "train.patience=2", f"train.stop_at={stop}")
         assert scripted(out, "train.patience=2", resume=True, done=stop)["steps"] == 6
-        assert [r["step"] for r in read_metrics(out / "metrics.jsonl")] == list(range(1, 7))
+        assert [r["step"] for r in read_rows(out / "metrics.jsonl")] == list(range(1, 7))
     again = scripted(out, "train.patience=2", resume=True, done=6)  # nothing left to do
     assert again["steps"] == 6
     assert scripted(out, "train.patience=0", resume=True, done=6)["steps"] == 8

@@ -201,7 +201,7 @@ def test_what_evaluation_refuses(trained, shards, tmp_path, capsys):
     (tmp_path / "odd-labels.lst").write_bytes(b"\xff")
     (tmp_path / "far.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 2}')
     for arguments, code, words in (
-        (["--data", shards], 3, "found tokenizer"),
+        (["--data", shards], 3, "hash: expected"),
         (["--data", tmp_path / "no"], 3, "no such data directory"),
         (["--text", tmp_path / "no.txt"], 3, "no.txt"),
         (["--text", tmp_path / "empty.txt"], 3, "empty"),
@@ -212,7 +212,7 @@ def test_what_evaluation_refuses(trained, shards, tmp_path, capsys):
         (["--choices", tmp_path / "odd.jsonl"], 3, "odd.jsonl: line 1: "),
         (["--choices", tmp_path / "none.jsonl"], 3, "no questions"),
         (["--choices", tmp_path / "far.jsonl"], 3, "answer 2 of 2 choices"),
-        (["--device", "gpu"], 2, "expected one of auto"),
+        (["--device", "gpu"], 2, "--device gpu: expected auto"),
         (["--windw", 8], 2, "--window"),
     ):
         assert cli.main(["evaluate", str(trained), *map(str, arguments)]) == code

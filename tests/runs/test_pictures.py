@@ -20,7 +20,7 @@ from nanonormuon.lab import results
 from nanonormuon.runs import compare, report, spectra
 from nanonormuon.runtime import health
 from nanonormuon.storage.checkpoints import all_steps, read_json, write
-from nanonormuon.storage.run import read_metrics
+from nanonormuon.storage.run import read_rows
 from nanonormuon.storage.tensors import read_tensors
 from nanonormuon.train import train
 
@@ -35,7 +35,7 @@ def called(arguments, capsys):
 
 
 def test_the_table_and_the_target(trained, tmp_path, capsys):
-    rows = read_metrics(trained / "metrics.jsonl")
+    rows = read_rows(trained / "metrics.jsonl")
     losses = {r["step"]: r["val_loss"] for r in rows if "val_loss" in r}
     target = (losses[20] + losses[40]) / 2
     other = tmp_path / "other"
@@ -108,7 +108,7 @@ def test_plots(trained, tmp_path, capsys, monkeypatch):
     code, out, err = called(["compare", trained, "--plot", tmp_path / "p" / "a.png"], capsys)
     assert code == 0 and "a.png" in out, err
     assert (tmp_path / "p" / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    rows = read_metrics(trained / "metrics.jsonl")
+    rows = read_rows(trained / "metrics.jsonl")
     evaluated = [r for r in rows if "val_loss" in r]
     for over in ("step", "tokens", "seconds"):
         assert drawn["val_loss", over] == [[[r[over], r["val_loss"]] for r in evaluated]]
@@ -214,7 +214,7 @@ def test_damaged_rows_are_left_out_and_named_once(trained, tmp_path, capsys):
     code, _, err = called(["run", "--resume", "--out", run], capsys)
     assert code == 0 and err.count("left out, because damaged") == 2
     assert metrics in (run / "train.log").read_text()
-    rows = {row["step"]: row for row in read_metrics(file)}
+    rows = {row["step"]: row for row in read_rows(file)}
     assert [*rows] == [5, 10, 15, 30, 40, 50, 60] and rows[5] == {"step": 5, "lr": 0.1}
     assert {"val_loss", "val_bpb"} < rows[60].keys()  # the last checkpoint's, evaluated again
     assert rows[40]["loss"] == 1.5 and rows[40]["val_loss"] == 1.25
@@ -227,7 +227,7 @@ def test_what_a_row_says_of_the_weights(name, tiny, tmp_path):
     more = [f"optim.name={name}", "optim.weight_decay=0.5", "train.log_every=3"]
     more += ["train.save_every=1", "train.keep_last=0", "train.sample_tokens=0"]
     train(load([*tiny, *more])[0], tmp_path / "run")
-    rows = {r["step"]: r for r in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    rows = {r["step"]: r for r in read_rows(tmp_path / "run" / "metrics.jsonl")}
     before = None
     for path in all_steps(tmp_path / "run" / "checkpoints"):
         weights = read_tensors(path / "model.safetensors")
@@ -248,7 +248,7 @@ def test_only_logged_steps_are_measured(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(health, "squares", lambda t: measured.append(1) or squares(t))
     more = ["train.log_every=3", "train.eval_every=4", "train.save_every=5", "train.sample_every=7"]
     train(load([*tiny, *more, "train.steps=11"])[0], tmp_path / "run")
-    steps = [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    steps = [r["step"] for r in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [3, 4, 5, 6, 7, 8, 9, 10, 11] and len(measured) == 2 * len(steps)
 
 
@@ -260,7 +260,7 @@ def page(trained, tmp_path_factory):
     """The page of a run whose last row and sample would break a careless one."""
     run = tmp_path_factory.mktemp("page") / "run"
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints"))
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = read_rows(run / "metrics.jsonl")
     rows[-1]["</script><i>"] = 1
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with open(run / "samples.jsonl", "a") as file:
@@ -299,7 +299,7 @@ def test_the_page_holds_everything_and_refers_to_nothing(page):
     elements = Elements(text)
     assert not re.search(r"https?://|@import|url\(", text)
     assert not any({"src", "href"} & attributes.keys() for _, attributes in elements.found)
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = read_rows(run / "metrics.jsonl")
     data = next(t for t in elements.text["script"] if t.lstrip().startswith("["))
     assert json.loads(data) == [{"name": "run", "rows": rows}]
     assert "</script><b>" in elements.text["b"] and "&amp;\u2028" in elements.text["pre"]
@@ -356,7 +356,7 @@ def browse(folder, address, wish):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_browser_draws_what_was_logged(count, page, tmp_path):
     run, out = page
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = read_rows(run / "metrics.jsonl")
     if count == 2:
         shutil.copytree(run, tmp_path / "b<i>")
         out = tmp_path / "two.html"
@@ -420,7 +420,7 @@ def test_a_browser_shows_the_curve_and_what_the_pointer_is_at(page, tmp_path):
     address = f"file://{tmp_path / 'hover.html'}"
     browse(tmp_path, address, f"--screenshot={shot}")
     dom = browse(tmp_path, address, "--dump-dom")
-    last = read_metrics(run / "metrics.jsonl")[-1]
+    last = read_rows(run / "metrics.jsonl")[-1]
     readout = re.search(r'<div class="readout">(step.*?)</div>', dom)[1]
     assert readout.startswith("step 60 ") and f"loss {last['loss']:.5g}"[:9] in readout
     image = pytest.importorskip("PIL.Image").open(shot).convert("RGB")

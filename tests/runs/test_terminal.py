@@ -18,7 +18,7 @@ from nanonormuon.errors import RunError
 from nanonormuon.runs import terminal
 from nanonormuon.runs.terminal import Look
 from nanonormuon.sample import prompts
-from nanonormuon.storage.run import read_samples
+from nanonormuon.storage.run import read_rows
 from nanonormuon.storage.shards import open_data
 from nanonormuon.text import corpus
 from nanonormuon.text.tokenizer import load
@@ -99,7 +99,7 @@ def test_colours_need_a_terminal_that_wants_them(monkeypatch):
 
 
 def test_without_a_terminal_a_run_ends_in_plain_lines(trained, capsys):
-    rows = read_samples(trained / "samples.jsonl")
+    rows = read_rows(trained / "samples.jsonl")
     text = "\n".join(terminal.story(trained, Look.of(Stream("utf-8", terminal=False))))
     assert text.isprintable() is False and "\x1b" not in text and "│" not in text
     assert text.count("sample before training:\n  | ") == len(rows) / 2 > 1

@@ -9,7 +9,7 @@ from nanonormuon.cli import app as cli
 from nanonormuon.engine import Engine
 from nanonormuon.model import GPT, GPTConfig, attend, document_mask
 from nanonormuon.runtime import distributed, qk_clip
-from nanonormuon.storage.run import read_metrics
+from nanonormuon.storage.run import read_rows
 
 LATENT = {"attention": "latent", "qk_norm": True, "v_head_dim": 12}
 SHAPE = {"vocab_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32, "qk_norm": False}
@@ -93,5 +93,5 @@ def test_a_run_reports_it(tiny, tmp_path, capsys):
     settings = ["optim.qk_clip=0.01", "model.qk_norm=false", "train.steps=3", "train.log_every=1"]
     assert cli.main(["run", *tiny, *settings, "--out", str(tmp_path / "r")]) == 0
     assert "qk_clipped" in (tmp_path / "r/train.log").read_text()
-    rows = [row for row in read_metrics(tmp_path / "r/metrics.jsonl") if "loss" in row]
+    rows = [row for row in read_rows(tmp_path / "r/metrics.jsonl") if "loss" in row]
     assert rows[0]["qk_clipped"] == 4 and rows[0]["qk_max"] > 0.01 > rows[-1]["qk_max"]

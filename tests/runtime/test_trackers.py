@@ -9,7 +9,7 @@ import pytest
 from nanonormuon.config import load
 from nanonormuon.errors import Interrupted
 from nanonormuon.runtime import trackers
-from nanonormuon.storage.run import read_metrics
+from nanonormuon.storage.run import read_rows
 from nanonormuon.train import train
 
 ROW = {"step": 3, "tokens": 9, "loss": 1.5, "val_bpb": None, "seconds": 0.1}
@@ -102,7 +102,7 @@ def test_a_broken_tracker_never_stops_a_run(fault, tiny, tmp_path, monkeypatch):
     short = ["train.steps=2", "train.sample_tokens=0", "train.track=tensorboard"]
     summary = train(load([*tiny, *short])[0], tmp_path / "run")
     assert summary["steps"] == 2
-    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert [r["step"] for r in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
     said = (tmp_path / "run" / "train.log").read_text()
     words = {"absent": "pip install tensorboard", "exit": "SystemExit: 9"}

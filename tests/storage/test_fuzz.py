@@ -486,7 +486,7 @@ def test_declared_sizes_are_compared_with_the_file_before_memory_is_asked_for(he
 def test_a_header_larger_than_its_file(tmp_path):
     for length in (1 << 62, 100, 1, 0):
         (tmp_path / "x.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}")
-        with pytest.raises(CheckpointError, match="header of"):
+        with pytest.raises(CheckpointError, match=r"x\.safetensors: not a readable"):
             TensorFile(tmp_path / "x.safetensors")
 
 

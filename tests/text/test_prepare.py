@@ -818,7 +818,6 @@ def test_no_network(few_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NANONORMUON_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("sys.platform", "linux")
     assert files.cache_directory() == tmp_path / "nanonormuon"
     monkeypatch.setenv("NANONORMUON_CACHE", str(tmp_path / "own"))
     assert files.cache_directory() == tmp_path / "own"
