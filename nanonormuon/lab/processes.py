@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from nanonormuon import config
-from nanonormuon.errors import CheckpointError, ConfigError, Interrupted, RunError
+from nanonormuon.errors import CheckpointError, ConfigError, DataError, Interrupted, RunError
 from nanonormuon.model import GPT
 from nanonormuon.optim import make_optimizers
 from nanonormuon.pretrained import models
@@ -36,6 +36,7 @@ from nanonormuon.storage.run import optimizer_hash
 log = logging.getLogger(__name__)
 # settings for runs of which only the losses matter
 QUIET = ("train.sample_tokens=0", "train.keep_last=1", "train.keep_best=false")
+REFRESH = 1.0  # seconds between two looks at the logs of the runs in progress
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,15 @@ class Job:
             return None
         return summary | {"curve": [*zip(*compare.read(self.path).curve("val_loss"))]}
 
+    def steps(self) -> int:
+        """The last step logged so far, read from the end of metrics.jsonl; 0 if there is none."""
+        file = self.path / "metrics.jsonl"
+        with contextlib.suppress(OSError, DataError), files.open_regular(file) as rows:
+            rows.seek(max(0, os.fstat(rows.fileno()).st_size - (1 << 14)))
+            steps = re.findall(rb'^{"step": (\d{1,15})', rows.read(), re.MULTILINE)
+            return int(steps[-1]) if steps else 0
+        return 0
+
 
 class Runner:
     """Runs jobs in parallel, one per device.
@@ -91,11 +101,7 @@ class Runner:
         self.children: set[subprocess.Popen] = set()
         self.stopped = 0
         self.hashes: dict[str, str] = {}  # of the optimizers' files, "" for other optimizers
-        self.known = self.carried_out = 0  # finished runs; by this process
-        # one per seed, by kind of run and setting
-        self.losses: dict[Path, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self.began = time.perf_counter()
-        self.bar: tqdm | None = None
+        self.results: dict[Job, dict[str, Any]] = {}  # of the runs that have ended
 
     def run(self, jobs: Sequence[Job], later: int = 0) -> list[dict[str, Any]]:
         """Run the jobs that have no result yet; returns the results of all, in order.
@@ -106,53 +112,60 @@ class Runner:
         """
         for job in jobs:
             self.check_optimizer(job)
-        missing = []
-        for job in dict.fromkeys(jobs):
-            if (result := job.result()) is None:
-                missing.append(job)
-            else:
-                self.losses[job.path.parent][job.setting].append(result["val_loss"])
-        self.known += len(set(jobs)) - len(missing)
-        total = self.known + len(missing) + later
-        if self.bar is None:
-            self.bar = tqdm(initial=self.known, total=total, unit="run", leave=False, disable=None)
-        error: BaseException | None = None
+            if (result := job.result()) is not None:
+                self.results[job] = result
+        missing = [job for job in dict.fromkeys(jobs) if job not in self.results]
         with contextlib.ExitStack() as handlers, ThreadPoolExecutor(self.parallel) as pool:
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers.callback(signal.signal, number, signal.signal(number, self.stop))
-            started = {pool.submit(self.carry_out, job): job for job in missing}
-            for run in as_completed(started):
-                if failure := run.exception():
-                    error = error or failure
-                    self.stop(signal.SIGTERM, None)
-                    continue
-                self.tell(started[run], run.result()["val_loss"], total)
-        if error is not None or not later:
-            self.bar = self.bar.close()
+            self.follow({pool.submit(self.carry_out, job): job for job in missing}, later)
+        return [self.results[job] for job in jobs]
+
+    def follow(self, started: Mapping[Future, Job], later: int) -> None:
+        """Show progress in steps until all runs have ended, and a line for each that ends. Raises
+        the first error of a run, which stops the others."""
+        jobs, runs = [*started.values()], len(self.results) + len(started) + later
+        steps = config.load(jobs[0].arguments)[0].train.last_step if jobs else 0  # of every run
+
+        def going() -> list[Job]:
+            return [job for job in jobs if job not in self.results]
+
+        def done() -> int:
+            return steps * len(self.results) + sum(min(steps, job.steps()) for job in going())
+
+        error, pending, before, began = None, {*started}, done(), time.perf_counter()
+        with files.progress("", steps * runs, "step", initial=before) as bar:
+            while pending:
+                bar.n = done()
+                bar.set_postfix_str(", ".join(job.path.name for job in going()[: self.parallel]))
+                ended, pending = wait(pending, None if bar.disable else REFRESH, FIRST_COMPLETED)
+                for run in sorted(ended, key=[*started].index):
+                    if failure := run.exception():
+                        error = error or failure
+                        self.stop(signal.SIGTERM, None)
+                        continue
+                    self.results[started[run]] = run.result()
+                    pace = (time.perf_counter() - began) / max(1, done() - before)
+                    left = tqdm.format_interval(pace * (steps * runs - done()))
+                    line = f"{len(self.results)}/{runs} {self.standing(started[run])}"
+                    log.info(line + (f"; about {left} to go" if len(self.results) < runs else ""))
         if error is not None:
             raise error
-        return [job.result() or {} for job in jobs]
 
-    def tell(self, job: Job, loss: float, total: int) -> None:
-        """Report progress: finished runs of `total`, the leader, the time left."""
-        self.known += 1
-        self.carried_out += 1
-        losses = self.losses[job.path.parent]
-        losses[job.setting].append(loss)
+    def standing(self, job: Job) -> str:
+        """A finished run's loss, and which setting leads among the runs of its kind."""
+        losses: dict[str, list[float]] = defaultdict(list)
+        for other, result in self.results.items():
+            if other.path.parent == job.path.parent:
+                losses[other.setting].append(result["val_loss"])
         best = min(losses, key=lambda setting: statistics.fmean(losses[setting]))
         mean = f"{statistics.fmean(losses[best]):.4f} (n = {len(losses[best])})"
         leader = f"{best} leads with {mean}" if len(losses) > 1 else f"mean {mean}"
-        self.bar.n, self.bar.total = self.known, total
-        self.bar.refresh()
-        seconds = (time.perf_counter() - self.began) / self.carried_out * (total - self.known)
-        left = f"; about {tqdm.format_interval(seconds)} to go" if total > self.known else ""
-        log.info(f"{self.known}/{total} {job.path.name}: val_loss {loss:.4f}; {leader}{left}")
+        return f"{job.path.name}: val_loss {self.results[job]['val_loss']:.4f}; {leader}"
 
     def carry_out(self, job: Job) -> dict[str, Any]:
         """Run a job in its own process, from its newest checkpoint if there is one."""
         place = self.places.get()
-        if self.bar is not None and self.parallel == 1:
-            self.bar.set_postfix_str(job.path.name)
         try:
             job.path.parent.mkdir(parents=True, exist_ok=True)
             # a run whose race was killed may still be saving
@@ -278,16 +291,16 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
         return
     text = files.read_file(file)
     try:
-        found = {**json.loads(text)}
+        begun = {**json.loads(text)}
+        began_with = {**begun.get("settings", {})}  # none in plans of older versions
     except (ValueError, TypeError):
         raise RunError(f"{file}: {text[:99]!r}, expected a plan; choose another --out") from None
-    begun = found.pop("settings", {})  # missing in plans of older versions
-    if found != {key: content[key] for key in ("arguments", "steps")}:
-        other = f"{json.dumps(found)[:999]}, expected {' '.join(arguments)}"
+    if (begun.get("arguments"), begun.get("steps")) != (content["arguments"], content["steps"]):
+        other = f"{json.dumps(begun)[:999]}, expected {' '.join(arguments)}"
         raise RunError(f"{file}: {other}: the directory has other runs; choose another --out")
     # recipes change with versions of the package; a setting that is new had its default
-    for name in sorted(begun.keys() & settings.keys()):
-        if begun[name] != settings[name]:
-            other = f"{name} = {begun[name]!r}, which the recipe now sets to {settings[name]!r}"
+    for name, value in began_with.items():
+        if value != settings.get(name, value):
+            other = f"{name} = {value!r}, which the recipe now sets to {settings[name]!r}"
             hint = "go on with the version that began it, or choose another --out"
             raise RunError(f"{file}: begun with {other}: {hint}")
