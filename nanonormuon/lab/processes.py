@@ -168,8 +168,7 @@ class Runner:
         place = self.places.get()
         try:
             job.path.parent.mkdir(parents=True, exist_ok=True)
-            # a run whose race was killed may still be saving
-            if job.path.is_dir():
+            if job.path.is_dir():  # a run whose race was killed may still be saving
                 with files.locked(job.path / ".lock", wait=True):
                     pass
             if job.result() is None and (job.path / "config.toml").exists():
@@ -178,7 +177,7 @@ class Runner:
                 named = [a for a in job.arguments if re.match(r"\s*optim\.name\s*=", a)]
                 resumed = ["--resume", *named, f"train.stop_at={stop_at}"]
                 code, last = self.start(job, resumed, place)
-                if job.result() is None and code == 4:  # not every optimizer's state can be saved
+                if code == 4:  # not every optimizer's state can be saved
                     log.warning(f"{job.path}: cannot be resumed, starting over")
                     shutil.rmtree(job.path)
             if job.result() is None and not (job.path / "config.toml").exists():
@@ -196,8 +195,7 @@ class Runner:
         """Raise ConfigError for invalid arguments, RunError if the job's run began with another
         version of its optimizer's file than the first that this runner has used."""
         name = config.load(job.arguments)[0].optim.name
-        if (now := self.hashes.get(name)) is None:
-            now = self.hashes[name] = optimizer_hash(name).get("optimizer_sha256", "")
+        now = self.hashes.setdefault(name, optimizer_hash(name).get("optimizer_sha256", ""))
         with contextlib.suppress(OSError, CheckpointError):  # not started yet
             began = read_json(job.path / "environment.json").get("optimizer_sha256", "")
             if began != now:
@@ -282,25 +280,22 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
     files.check_plain([*out.glob("*.log"), *out.glob("*/*.log")])
     loaded = config.load(arguments)[0]
     settings = json.loads(json.dumps(config.flat(loaded)))
-    content = {"arguments": [*arguments], "steps": loaded.train.steps, "settings": settings}
+    content = {"arguments": [*arguments], "steps": loaded.train.steps}
     if not file.exists():
         if out.is_dir() and any(out.iterdir()):
             raise RunError(f"{out}: not empty, but without {file.name}; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        files.replace_file(file, files.as_json(content))
+        files.replace_file(file, files.as_json(content | {"settings": settings}))
         return
     text = files.read_file(file)
     try:
-        begun = {**json.loads(text)}
-        began_with = {**begun.get("settings", {})}  # none in plans of older versions
+        begun = dict.fromkeys(content) | json.loads(text)
+        begun |= begun.pop("settings", {})  # none in plans of older versions
     except (ValueError, TypeError):
         raise RunError(f"{file}: {text[:99]!r}, expected a plan; choose another --out") from None
-    if (begun.get("arguments"), begun.get("steps")) != (content["arguments"], content["steps"]):
-        other = f"{json.dumps(begun)[:999]}, expected {' '.join(arguments)}"
-        raise RunError(f"{file}: {other}: the directory has other runs; choose another --out")
-    # recipes change with versions of the package; a setting that is new had its default
-    for name, value in began_with.items():
-        if value != settings.get(name, value):
-            other = f"{name} = {value!r}, which the recipe now sets to {settings[name]!r}"
-            hint = "go on with the version that began it, or choose another --out"
-            raise RunError(f"{file}: begun with {other}: {hint}")
+    for name, value in begun.items():
+        now = (settings | content).get(name, value)  # a setting that is new had its default
+        if value != now:
+            found = f"begun with {name} = {json.dumps(value)[:999]}, found {json.dumps(now)}"
+            hint = "begin other runs in another --out; if a recipe has changed, use its version"
+            raise RunError(f"{file}: {found}: {hint}")
