@@ -20,7 +20,7 @@ from nanonormuon.runtime import distributed
 from nanonormuon.storage.files import cache_directory
 
 GB = 1 << 30
-REQUIRED = ("torch", "typer", "tiktoken", "numpy", "safetensors", "tqdm", "rustbpe")
+REQUIRED = ("torch", "typer", "rich", "tiktoken", "numpy", "safetensors", "tqdm", "rustbpe")
 OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "ijson")
 NEEDED = ("packages", "handshake")  # runs fail without these, and do worse without the others
 Outcome = tuple[str, str]
