@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import DataError, UsageError
+from nanonormuon.errors import UsageError
 from nanonormuon.model import GPT
 from nanonormuon.sample import Text, cache_bytes, write
 from nanonormuon.storage.files import read_file
@@ -25,18 +25,15 @@ def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
         while True:
             print("prompt> ", end="", file=sys.stderr, flush=True)
             if not (line := sys.stdin.readline()):
-                print(file=sys.stderr)
-                return
+                break
             yield line.rstrip("\n")
+        print(file=sys.stderr)
     elif file is not None:
         try:
             yield read_file(file).decode()
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{file}: not UTF-8 at offset {error.start}") from None
-        except DataError as error:
-            raise UsageError(f"--file {error}") from None
-        except OSError as error:
-            raise UsageError(f"--file {file}: {error.strerror}, expected a text file") from None
+        except (OSError, ValueError) as error:  # a ValueError: no regular file, or not UTF-8
+            problem = getattr(error, "strerror", None) or error
+            raise UsageError(f"--file {file}: {problem}, expected a text file in UTF-8") from None
     else:
         yield sys.stdin.read() if prompt == "-" else prompt
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanonormuon.errors import CheckpointError, RunError
-from nanonormuon.runs.pictures import picture, short
+from nanonormuon.runs.pictures import picture
 from nanonormuon.storage.checkpoints import all_steps, read_json
 from nanonormuon.storage.files import read_file
 from nanonormuon.storage.run import aligned, known_runs, read_metrics
@@ -162,4 +162,4 @@ def plot(runs: Sequence[RunRecord], file: Path, target: float | None = None) -> 
             if target is not None and key == "val_loss":
                 axis.axhline(target, color="grey", linewidth=1, label=f"target {target:g}")
             axis.set(xlabel=over, ylabel=key)
-            axis.xaxis.set_major_formatter(short)
+            axis.ticklabel_format(axis="x", scilimits=(-3, 4))  # long labels would overlap
