@@ -133,16 +133,19 @@ def spell(key: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """Draw values in at most `width` characters, each the mean of an equal share of them."""
+def sparkline(values: Sequence[float], width: int = 24, height: int = 1) -> str:
+    """Draw values as bars in at most `width` columns, each the mean of an equal share of them, and
+    `height` lines."""
     if not values:
         return ""
     count = min(width, len(values))
     edges = [i * len(values) // count for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((m - low) * scale)] for m in means)
+    scale = (len(BARS) * height - 1) / (high - low) if high > low else 0.0
+    filled = [1 + round((m - low) * scale) for m in means]  # eighths of a line
+    rows = ([min(8, max(0, n - 8 * row)) for n in filled] for row in reversed(range(height)))
+    return "\n".join("".join((" " + BARS)[n] for n in row) for row in rows)
 
 
 def plot(runs: Sequence[RunRecord], file: Path, target: float | None = None) -> None:

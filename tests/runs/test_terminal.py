@@ -5,8 +5,8 @@ import gzip
 import io
 import json
 import lzma
+import math
 import os
-import re
 
 import numpy as np
 import pytest
@@ -57,20 +57,18 @@ def logged(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("width", [20, 60, 90])
 def test_a_curve_falls_as_the_loss_does(width):
-    lines = [line.plain for line in terminal.curve(LOSS, [(260, 1.3), (520, 1.1)], width)]
-    rows = [re.split("[┤│]", line, maxsplit=1)[1] for line in lines[1:8]]
-    assert sum(line.count("●") for line in rows) == 2
-    assert all(len(line) <= width for line in lines[:9])
-    ends = [len(line.rstrip()) for line in rows if line.strip()]
-    assert ends == sorted(ends) and rows[0][0] != " "  # each row ends further right than the last
-    assert lines[1].split()[0] == "6" and lines[7].split()[0] == "1.1"  # the values' range
-    assert "step 20 to 520" in lines[9]
+    rows = [{"step": step, "loss": loss, "val_loss": 3.0} for step, loss in LOSS]
+    loss, val_loss = (part.plain.split("\n")[1:] for part in terminal.curves(rows, width))
+    assert loss[0] == "loss, 1.192 to 6, at steps 20 to 520" and len(loss) == 1 + 6
+    ends = [len(line.rstrip()) for line in loss[1:]]
+    assert ends == sorted(ends) and 0 < ends[0] < ends[-1] <= width
+    assert set(val_loss[2]) == {"▁"}  # a flat one
 
 
-def test_no_curve_of_one_point_and_a_flat_one():
-    assert terminal.curve(LOSS[:1], [], 90) == []
-    assert len(terminal.curve([(1, 2.0), (9, 2.0)], [(9, 2.0)], 90)) == 11
-    assert len(terminal.curve([(1, 2.0), (5, 10**30), (9, 2.0)], [], 90)) == 11
+def test_a_loss_that_was_logged_once_has_no_curve():
+    rows = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": math.inf}, {"step": 9, "val_loss": 1}]
+    assert terminal.curves(rows, 90) == []
+    assert len(terminal.curves([*rows, {"step": 7, "loss": 10**30}], 90)) == 1
 
 
 SAMPLES = [
@@ -111,7 +109,7 @@ def test_without_a_terminal_a_run_ends_in_plain_lines(trained, capsys):
     assert text.isprintable() is False and "\x1b" not in text and "│" not in text
     assert text.count("sample before training:\n  | ") == len(rows) / 2 > 1
     assert text.count("sample after step 60:\n  | ") == len(rows) / 2
-    assert "●" in drawn(Stream(), trained)
+    assert "█" in drawn(Stream(), trained)
 
 
 @pytest.mark.parametrize(
@@ -167,4 +165,4 @@ def test_a_shell_completes_recipes_and_settings():
 
 def test_a_closed_stream_shows_nothing_but_text(trained, monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
-    assert "│" not in drawn(None, trained)
+    assert "█" not in drawn(None, trained)
