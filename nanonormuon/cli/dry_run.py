@@ -1,5 +1,5 @@
 """The cost of a run, from its configuration alone: parameters, FLOPs, memory, disk, time. Counted
-on a model without storage and on fake tensors; timed on models of one and two blocks."""
+on a model without storage and on fake tensors; timed on the model itself, unless it is large."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -21,7 +21,7 @@ from nanonormuon.storage.shards import MANIFEST, read_manifest
 from nanonormuon.text.tokenizer import trained_size
 
 TRIAL_SECONDS = 0.5  # least time per measurement
-LONGEST_TRIAL = 2e11  # most FLOP of a block and a micro-batch that a CPU tries
+LONGEST_TRIAL = 1e12  # most FLOP of a micro-batch that a CPU tries
 VOCABULARIES = {"byte": 257, "gpt2": 50_257, "cl100k_base": 100_258, "o200k_base": 200_000}
 
 
@@ -128,34 +128,23 @@ def report(config: Config) -> list[str]:
     lines.append(f"checkpoint: {saved / 1e9:.3g} GB, train.keep_last = {t.keep_last}")
     lines.append(f"generation: {cache_bytes(model):,} bytes of cache per token")
     if t.device in ("auto", here().type):
-        # an upper limit of a block's work: what lies outside the blocks counts too
-        trial = of_token / config.model.n_layer * micro * T
-        too_long = here().type == "cpu" and trial > LONGEST_TRIAL
+        too_long = here().type == "cpu" and of_token * micro * T > LONGEST_TRIAL
         if too_long or sum(alone.values()) > memory.memory_of(here()):
             lines.append("time: not measured, one micro-batch is too large for this device")
-        else:
-            lines.append(time_line(config, micro, per_rank))
+            return lines
+        passes, update = timed(config, micro)
+        step = passes * (per_rank // micro) + update
+        whole = f"about {step * t.last_step / 60:.3g} minutes of training, {step:.3g} s per step"
+        how = f"on this {here().type} (timed just now, not compiled, without evaluations)"
+        lines.append(f"time: {whole} {how}")
     return lines
 
 
-def time_line(config: Config, micro: int, per_rank: int) -> str:
-    """Time models of one and two blocks (pairs with value_embed); each further one adds as much."""
-    period = 1 + config.model.value_embed
-    (passes, update), (passes_2, update_2) = (timed(config, n * period, micro) for n in (1, 2))
-    more = config.model.n_layer / period - 1
-    step = (passes + more * max(0.0, passes_2 - passes)) * (per_rank // micro)
-    step += update + more * max(0.0, update_2 - update)
-    whole = f"about {step * config.train.last_step / 60:.3g} minutes of training"
-    how = f"on this {here().type} (timed just now, not compiled, without evaluations)"
-    return f"time: {whole}, {step:.3g} s per step {how}"
-
-
-def timed(config: Config, layers: int, micro: int) -> list[float]:
-    """Median seconds of forward and backward of a micro-batch, and of an update, with `layers`."""
+def timed(config: Config, micro: int) -> list[float]:
+    """Median seconds of forward and backward of a micro-batch, and of an update."""
     if here().type == "cpu":
         distributed.keep_freed_memory()
-    small = replace(config.model, n_layer=layers, n_dense=0)
-    model, optimizers = build(replace(config, model=small), here())
+    model, optimizers = build(config, here())
     model.init_weights(0)  # a saturated softmax makes denormal numbers, which are slow
     shape = (micro, config.data.seq_len)
     tokens = torch.randint(config.model.vocab_size, shape, device=here())

@@ -103,7 +103,7 @@ def test_a_dry_run_says_it_and_stays_readable(capsys, monkeypatch):
 
 
 def test_what_is_assumed_of_data_that_are_not_there_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(dry_run, "time_line", lambda *_: "")
+    monkeypatch.setattr(dry_run, "timed", lambda *_: [0.1, 0.1])
     for arguments, words in (([], "320 token ids"), (["model.vocab_size=64"], "")):
         settings = [f"data.path={tmp_path / 'no'}", "data.tokenizer=byte", *arguments]
         first = dry_run.report(load(["shakespeare-char", *settings])[0])[0]
@@ -111,7 +111,7 @@ def test_what_is_assumed_of_data_that_are_not_there_is_said(tmp_path, monkeypatc
 
 
 def test_on_several_nodes_it_shows_what_a_rank_holds_in_each_layout(monkeypatch):
-    monkeypatch.setattr(dry_run, "time_line", lambda *_: "")
+    monkeypatch.setattr(dry_run, "timed", lambda *_: [0.1, 0.1])
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     lines = "\n".join(dry_run.report(load(["demo", "model.n_layer=1"])[0]))
