@@ -60,12 +60,12 @@ def show(
         texts = [text + piece for text, piece in zip(texts, pieces)]
         if live:
             print(pieces[0], end="", flush=True)
-    if live:
-        print()
-    for i, text in enumerate(texts if not live else ()):
-        row = {"prompt": prompt, "text": text, "seed": settings.get("seed", 0) + i}
-        as_text = f"--- sample {i + 1}\n{prompt}{text}"
-        print(json.dumps(row, ensure_ascii=False) if as_json else as_text)
+    for i, text in enumerate(texts):
+        if as_json:
+            row = {"prompt": prompt, "text": text, "seed": settings.get("seed", 0) + i}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print("" if live else f"--- sample {i + 1}\n{prompt}{text}")
     sys.stdout.flush()
     seconds, tokens = time.perf_counter() - start, sum(row.tokens for row in rows)
     speed = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"

@@ -174,7 +174,7 @@ class Runner:
             if job.result() is None and (job.path / "config.toml").exists():
                 # --resume clears it once it is reached
                 stop_at = config.load(job.arguments)[0].train.stop_at
-                named = [a for a in job.arguments if re.match(r"\s*optim\.name\s*=", a)]
+                named = [a for a in job.arguments if key_of(a) == "optim.name"]
                 resumed = ["--resume", *named, f"train.stop_at={stop_at}"]
                 code, last = self.start(job, resumed, place)
                 if code == 4:  # not every optimizer's state can be saved
@@ -247,6 +247,10 @@ def outcome(text: str, code: int) -> tuple[int, str]:
     return int(codes[-1]), next((line for line in lines if line.startswith("error: ")), lines[-1])
 
 
+def key_of(setting: str) -> str:
+    return setting.partition("=")[0].strip()
+
+
 def resolve(arguments: Sequence[str]) -> config.Config:
     """Load a configuration and build its optimizers on the meta device, so that a wrong name or
     setting is found before any run. Raises ConfigError, CheckpointError."""
@@ -274,7 +278,7 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
     seeds: why arguments may not set train.seed. Raises ConfigError if they do, RunError if changed.
     """
     for argument in arguments:
-        if argument.partition("=")[0].strip() == "train.seed":
+        if key_of(argument) == "train.seed":
             raise ConfigError(f"{argument}: {seeds}")
     out = file.parent
     files.check_plain([*out.glob("*.log"), *out.glob("*/*.log")])

@@ -25,7 +25,7 @@ from typing import Any
 from nanonormuon import config
 from nanonormuon.errors import ConfigError, MissingPackage
 from nanonormuon.lab.external import default_lr
-from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
+from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, key_of, resolve
 from nanonormuon.lab.results import Entry, draw, judge, markdown, mean
 from nanonormuon.pretrained.judge import evaluate
 from nanonormuon.storage.checkpoints import read_json
@@ -78,15 +78,16 @@ def entry_of(
     label: str, arguments: Sequence[str], grid: str, others: tuple[tuple[str, ...], ...]
 ) -> Entry:
     """One optimizer, NAME+KEY=VALUE+..., checked with every combination of the other axes."""
-    where = f'--optimizers "{label}"'
     name, *parts = label.split("+")
     own = [part if "." in part.partition("=")[0] else f"optim.{part}" for part in parts]
-    keys = [setting.partition("=")[0].strip() for setting in own]
+    keys, swept = {*map(key_of, own)}, {*map(key_of, itertools.chain(*others))}
+    reasons = dict.fromkeys(keys & swept, "set it in one of them") | SHARED
+    if "optim.lr" in swept:
+        reasons["optim.lr"] = "--lr has the rates"
+    for key in (keys | swept) & reasons.keys():
+        raise ConfigError(f'--optimizers "{label}", --sweep, --wd: {key}: {reasons[key]}')
     settings = (f"optim.name={name}", *own)
-    refuse(where, own, SHARED)
-    taken = {"optim.lr": "--lr has the rates"} | dict.fromkeys(keys, "set it in one of them")
     for combination in others:
-        refuse(f"--sweep or --wd, and {where}", combination, SHARED | taken)
         usual = resolve([*arguments, *settings, *combination]).optim.lr
     if "optim.lr" not in keys and name not in ("normuon", "muon"):
         own = default_lr(name) or ADAMW_LR
@@ -102,13 +103,6 @@ def axis(text: str) -> list[str]:
     key = key.strip()
     parts = re.split(COMMA if config.KINDS.get(key) is str else ",", values)
     return list(dict.fromkeys(f"{key}={part.strip()}" for part in parts))
-
-
-def refuse(where: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
-    """Raise ConfigError for a setting that another option controls. taken: key -> what to do."""
-    for setting in settings:
-        if (key := setting.partition("=")[0].strip()) in taken:
-            raise ConfigError(f"{where}: {key}: {taken[key]}")
 
 
 def rates(label: str, text: str, usual: float, has_rate: bool) -> tuple[float, ...]:

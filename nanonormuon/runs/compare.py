@@ -2,7 +2,6 @@
 
 import logging
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,10 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nanonormuon.config import read_toml
 from nanonormuon.errors import CheckpointError, RunError
 from nanonormuon.runs.pictures import picture
 from nanonormuon.storage.checkpoints import all_steps, read_json
-from nanonormuon.storage.files import read_file
 from nanonormuon.storage.run import aligned, known_runs, read_metrics
 
 log = logging.getLogger(__name__)
@@ -38,17 +37,15 @@ class RunRecord:
 
 
 def read(path: Path) -> RunRecord:
-    """Read a run directory. Raises RunError if it is not one, or has no metrics yet."""
-    try:
-        config = tomllib.loads(read_file(path / "config.toml").decode())
-        for name, table in config.items():
-            values = table.values() if isinstance(table, dict) else [None]
-            if not all(isinstance(value, bool | int | float | str) for value in values):
-                raise ValueError(f"config.toml: [{name[:40]}]: expected numbers and text")
-    except FileNotFoundError:
-        raise RunError(f"{path}: not a run directory, no config.toml; {known_runs(path)}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: not a run directory: {error}") from None
+    """Read a run directory. Raises RunError or ConfigError if it is not one, or has no metrics."""
+    file = path / "config.toml"
+    if not file.exists():
+        raise RunError(f"{path}: not a run directory, no config.toml; {known_runs(path)}")
+    config = read_toml(str(file))
+    for name, table in config.items():
+        values = table.values() if isinstance(table, dict) else [None]
+        if not all(isinstance(value, bool | int | float | str) for value in values):
+            raise RunError(f"{file}: [{name[:40]}]: expected numbers and text")
     rows = read_metrics(path / "metrics.jsonl")
     if not rows:
         raise RunError(f"{path}: no step is logged in metrics.jsonl yet")
