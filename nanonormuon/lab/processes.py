@@ -145,10 +145,12 @@ class Runner:
                         self.stop(signal.SIGTERM, None)
                         continue
                     self.results[started[run]] = run.result()
-                    pace = (time.perf_counter() - began) / max(1, done() - before)
-                    left = tqdm.format_interval(pace * (steps * runs - done()))
                     line = f"{len(self.results)}/{runs} {self.standing(started[run])}"
-                    log.info(line + (f"; about {left} to go" if len(self.results) < runs else ""))
+                    if len(self.results) < runs and (now := done()) > before:
+                        pace = (time.perf_counter() - began) / (now - before)
+                        left = tqdm.format_interval(pace * (steps * runs - now))
+                        line += f"; about {left} to go"
+                    log.info(line)
         if error is not None:
             raise error
 
