@@ -184,7 +184,7 @@ def by_parameter(cls: type[Optimizer]) -> bool:
 
 def group_rows(optimizers: Sequence[Optimizer], fold: bool = False) -> list[tuple[str, ...]]:
     """Tabulate the parameters, with a header row: shape, role, optimizer, lr, weight decay. fold:
-    merge the rows of all layers, with their number in the column "n"."""
+    within a terminal's 80 columns, with one row and the number "n" for all layers; without role."""
     counts: Counter[tuple[str, ...]] = Counter()
     for optimizer in optimizers:
         for g in optimizer.param_groups:
@@ -192,11 +192,14 @@ def group_rows(optimizers: Sequence[Optimizer], fold: bool = False) -> list[tupl
             kind = "Muon" if is_muon else type(optimizer).__name__
             rates = f"{g['initial_lr']:.4g}", f"{g['weight_decay']:.4g}"
             for name, p in zip(g["names"], g["params"]):
-                name = re.sub(r"\.\d+\.", ".*.", name) if fold else name
-                counts[name, " x ".join(map(str, p.shape)), g["role"], kind, *rates] += 1
-    rows = [("parameter", "n", "shape", "role", "optimizer", "lr", "weight_decay")]
-    rows += [(name, str(n), *rest) for (name, *rest), n in counts.items()]
-    return rows if fold else [(name, *rest) for name, _, *rest in rows]
+                short = re.sub(r"^layers\.\d+\.", "*.", name).removesuffix(".weight")
+                shape = " x ".join(map(str, p.shape))
+                row = [short, shape] if fold else [name, shape, g["role"]]
+                counts[*row, kind, *rates] += 1
+    if fold:
+        head = "n", "parameter", "shape", "optimizer", "lr", "decay"
+        return [head, *((str(n), *row) for row, n in counts.items())]
+    return [("parameter", "shape", "role", "optimizer", "lr", "weight_decay"), *counts]
 
 
 @dataclass(frozen=True)

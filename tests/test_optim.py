@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from nanonormuon import NorMuon, param_groups
-from nanonormuon.config import OptimConfig
+from nanonormuon.config import OptimConfig, load
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.normuon import CHOICES
 from nanonormuon.optim import Schedule, group_rows, make_optimizers
+from nanonormuon.storage.run import aligned
 
 SMALL = GPTConfig(vocab_size=40, n_layer=2, n_head=2, n_embd=16)
 
@@ -169,9 +170,18 @@ def test_every_parameter_once_with_its_own_rate(name):
     assert ("layers.1.self_attn.q_proj.weight", "16 x 16", "matrix", kind, "0.5", "0.4") in table
     assert ("lm_head.weight", "40 x 16", "head", "AdamW", "0.2", "0.05") in table
     head, *folded = group_rows(optimizers, fold=True)
-    assert head[:2] == ("parameter", "n")
-    counts = {row[0]: int(row[1]) for row in folded}
-    assert counts["layers.*.mlp.up_proj.weight"] == 2 and sum(counts.values()) == len(held)
+    assert head[:2] == ("n", "parameter")
+    counts = {row[1]: int(row[0]) for row in folded}
+    assert counts["*.mlp.up_proj"] == 2 and sum(counts.values()) == len(held)
+
+
+@pytest.mark.parametrize("name", ["track3-normuon", "moe-a100m", "latent-demo"])
+def test_the_table_at_a_runs_start_fits_a_terminal(name):
+    config = load([name])[0]
+    with torch.device("meta"):
+        model = GPT(replace(config.model, vocab_size=100_352).resolved())
+    table = aligned(group_rows(make_optimizers(model, config.optim), fold=True))
+    assert max(map(len, table.splitlines())) <= 80
 
 
 def test_coefficients_by_name_and_number():

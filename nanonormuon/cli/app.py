@@ -25,28 +25,19 @@ GROUPS = {
 }
 
 
-class Groups(typer.core.TyperGroup):
-    """Lists the commands by group in plain text too, as rich does at a terminal."""
-
+class Commands(typer.core.TyperGroup):
     def get_params(self, ctx: Any) -> list[Any]:
         params = super().get_params(ctx)
         for flag in (p for p in params if getattr(p, "is_flag", False) and p.default is None):
             flag.default = False  # --help and other flags of typer, which loads pydantic for None
         return params
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        limit = formatter.width - 6 - max(map(len, self.commands))
-        for group, members in GROUPS.items():
-            names = [command.__name__ for command in members]
-            with formatter.section(group):
-                formatter.write_dl([(n, self.commands[n].get_short_help_str(limit)) for n in names])
-
 
 terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by whoever started it
 plain = not terminal or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
 app = typer.Typer(
     name="normuon-train",
-    cls=Groups,
+    cls=Commands,
     help="Train small language models with NorMuon (arXiv 2510.05491).\n\n"
     "Start here: `normuon-train run` is a demo of a few minutes; it needs no GPU and no network.",
     no_args_is_help=True,
@@ -133,13 +124,12 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
 
 def flush(code: int) -> int:
     """Write buffered output; returns `code`, or the code of a failed write if `code` is 0."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:  # the reader has left, like `head`: nothing to report
-            code = code or 1
-        except OSError as error:
-            if not code and stream is sys.stdout:  # otherwise an error has been reported already
-                print(f"error: standard output: {errors.describe(error)}", file=sys.stderr)
-            code = code or errors.exit_code(error) or 1
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left, like `head`: nothing to report
+        return code or 1
+    except OSError as error:
+        if not code:  # otherwise an error has been reported already
+            print(f"error: standard output: {errors.describe(error)}", file=sys.stderr)
+        return code or errors.exit_code(error) or 1
     return code

@@ -4,15 +4,15 @@ found, and how to fix it, or "" if nothing is wrong."""
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 from contextlib import suppress
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanonormuon.build import COMPILE_FROM
@@ -20,7 +20,7 @@ from nanonormuon.runtime import distributed
 from nanonormuon.storage.files import cache_directory
 
 GB = 1 << 30
-REQUIRED = ("torch", "typer", "tiktoken", "numpy", "safetensors", "tqdm", "rustbpe")
+REQUIRED = ("torch", "typer", "rich", "tiktoken", "numpy", "safetensors", "tqdm", "rustbpe")
 OPTIONAL = ("transformers", "matplotlib", "tensorboard", "wandb", "pyarrow", "ijson")
 NEEDED = ("packages", "handshake")  # runs fail without these, and do worse without the others
 Outcome = tuple[str, str]
@@ -156,39 +156,33 @@ def backends() -> Outcome:
     return found, fix
 
 
-HANDSHAKE = """
-import os, sys, torch, torch.distributed as dist
-from datetime import timedelta
-meeting, backend, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
-device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-if backend == "nccl": torch.cuda.set_device(device)
-dist.init_process_group(backend, init_method="file://" + meeting, rank=rank, world_size=2,
-                        timeout=timedelta(seconds=60))
-x = torch.full((1000,), float(rank + 1), device=device)
-dist.all_reduce(x)
-assert bool((x == 3).all()), x
-print("agreed", flush=True)
-os._exit(0)
-"""
+def meet(rank: int, meeting: str, backend: str) -> None:
+    """Sum a tensor with the other process of a handshake; meeting: the file to find it by."""
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    limit, where = timedelta(seconds=60), f"file://{meeting}"
+    dist.init_process_group(backend, where, limit, world_size=2, rank=rank)
+    x = torch.full((1000,), rank + 1.0, device=device)
+    dist.all_reduce(x)
+    os._exit(0 if bool((x == 3).all()) else 1)
 
 
 def handshake(seconds: float = 90.0) -> Outcome:
     """Check that two processes can sum a tensor."""
     backend = "nccl" if torch.cuda.device_count() > 1 and dist.is_nccl_available() else "gloo"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-P", "-c", HANDSHAKE, os.path.join(folder, "meeting"), backend]
-        processes = [subprocess.Popen([*command, rank], **pipes) for rank in "01"]
+        meeting = os.path.join(folder, "meeting")
+        pair = mp.start_processes(meet, (meeting, backend), nprocs=2, join=False)
         try:
-            outputs = [p.communicate(timeout=seconds)[0] for p in processes]
-        except subprocess.TimeoutExpired:
-            outputs = [f"no answer in {seconds:.0f} s"]
+            agreed = pair.join(seconds) or pair.join(seconds)  # one ends, then the other
+            problem = "" if agreed else f"no answer in {seconds:.0f} s"
+        except Exception as error:  # of one of the processes
+            problem = str(error).strip().splitlines()[-1]
         finally:
-            for p in processes:
-                p.kill()
-                p.wait()
-    if [output[:6] for output in outputs] == ["agreed"] * 2:
+            for process in pair.processes:
+                process.kill()
+                process.join()
+    if not problem:
         return f"two processes agreed through {backend}", ""
-    words = [line for output in outputs for line in output.splitlines() if "agreed" not in line]
-    fix = "for runs of several processes: check the host name and the firewall"
-    return f"{backend}: {words[-1] if words else 'no output'}", fix
+    return f"{backend}: {problem}", "for runs of several processes: check host name and firewall"

@@ -1,11 +1,12 @@
 """The cost of a run, from its configuration alone: parameters, FLOPs, memory, disk, time. Counted
-on a model without storage and on fake tensors; timed on models of one and two blocks."""
+on a model without storage and on fake tensors; timed on the model itself, unless it is large."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 from torch.utils.benchmark import Timer
 
 from nanonormuon import checkpoint, optim
@@ -20,32 +21,11 @@ from nanonormuon.storage.shards import MANIFEST, read_manifest
 from nanonormuon.text.tokenizer import trained_size
 
 TRIAL_SECONDS = 0.5  # least time per measurement
-LONGEST_TRIAL = 2e11  # most FLOP of a block and a micro-batch that a CPU tries
+LONGEST_TRIAL = 1e12  # most FLOP of a micro-batch that a CPU tries
 VOCABULARIES = {"byte": 257, "gpt2": 50_257, "cl100k_base": 100_258, "o200k_base": 200_000}
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Cost of a run; memory and checkpoint in bytes."""
-
-    parameters: dict[str, int]  # by role
-    active: int  # parameters that take part in a token's forward pass
-    flops_per_token: float  # forward and backward
-    tokens: int  # of the whole run
-    parts: dict[str, int]  # of a rank's memory
-    checkpoint: int
-    cache: int  # of generation, bytes per token
-
-    @property
-    def flops(self) -> float:
-        return self.flops_per_token * self.tokens
-
-    @property
-    def memory(self) -> int:
-        return sum(self.parts.values())
-
-
-def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.Optimizer]]:
+def build(config: Config, device: torch.device) -> tuple[GPT, list[Optimizer]]:
     """Make the model and its optimizers on `device`, in the dtype of this machine."""
     dtype = distributed.compute_dtype(config.train.dtype, here())
     with device:
@@ -56,18 +36,17 @@ def build(config: Config, device: torch.device) -> tuple[GPT, list[torch.optim.O
     return model, optim.make_optimizers(model, settings, dtype)
 
 
-def estimate(config: Config, micro_batch: int, ranks: int = 1, shards: int = 1) -> Estimate:
-    """Count the cost of a run whose vocab_size is known; `shards` of `ranks` share the weights.
+def memory_parts(
+    config: Config, model: GPT, optimizers: Sequence[Optimizer], micro_batch: int,
+    ranks: int = 1, shards: int = 1,
+) -> dict[str, int]:  # fmt: skip
+    """Count the bytes that a rank holds at once; `shards` of `ranks` share the weights.
 
     Left out: libraries and the process itself, NorMuon's workspace (the activations are gone by
     then), buckets of DDP and FSDP2, fragmentation.
     """
-    T, t = config.data.seq_len, config.train
-    model, optimizers = build(config, torch.device("meta"))
-    dtype = model.compute_dtype
-    parameters = {g["role"]: sum(p.numel() for p in g["params"]) for g in optim.param_groups(model)}
-    weights = 4 * sum(parameters.values())
-    saved = checkpoint.size_of(model, optimizers)
+    T, t, dtype = config.data.seq_len, config.train, model.compute_dtype
+    weights = 4 * sum(p.numel() for p in model.parameters())
     activations, head = kept(model.config, T, micro_batch, dtype, t.activation_checkpointing)
     gathered = added_up = 0
     if shards > 1:  # two blocks and everything outside them are whole at a time, in compute's dtype
@@ -75,16 +54,13 @@ def estimate(config: Config, micro_batch: int, ranks: int = 1, shards: int = 1) 
         gathered = (weights // 4 - sum(blocks[:-2]) * t.reshard) * dtype.itemsize
         if micro_batch * T * ranks < t.batch_tokens:  # micro-batches' gradients add up whole
             added_up = weights
-    parts = {
+    return {
         "weights": weights // shards + gathered,
         "gradients": weights // shards + added_up,
-        "optimizer": (saved - weights) // shards,
+        "optimizer": (checkpoint.size_of(model, optimizers) - weights) // shards,
         "activations": activations,  # which the blocks keep for the backward pass
         "logits": head + chunk_bytes(model.config, micro_batch * T, dtype),  # and their gradients
     }
-    tokens = t.last_step * t.batch_tokens
-    active, cache = sum(parameters.values()) - model.unvisited(), cache_bytes(model)
-    return Estimate(parameters, active, model.flops_per_token(T), tokens, parts, saved, cache)
 
 
 def with_model(config: Config, origin: dict[str, str]) -> tuple[Config, dict[str, str]]:
@@ -120,59 +96,55 @@ def report(config: Config) -> list[str]:
     if micro == "auto":  # a GPU takes more, which only a probe can find
         fitting = (n for n in memory.divisors(per_rank) if n * T <= memory.CPU_TOKENS)
         micro = max(fitting, default=1)
-    found = estimate(config, micro)
-    assumed = f"; {config.optim.name} is not imported, and counted as AdamW"
-    roles = ", ".join(f"{role} {n:,}" for role, n in found.parameters.items())
+    model, optimizers = build(config, torch.device("meta"))
+    roles = {g["role"]: sum(p.numel() for p in g["params"]) for g in optim.param_groups(model)}
+    parameters, tokens = sum(roles.values()), t.last_step * t.batch_tokens
+    of_token, saved = model.flops_per_token(T), checkpoint.size_of(model, optimizers)
+    counts = f"parameters: {parameters:,} ({', '.join(f'{r} {n:,}' for r, n in roles.items())})"
+    if config.model.n_expert:
+        counts += f", {parameters - model.unvisited():,} of them active for a token"
+    if config.optim.name not in our_optimizers():
+        counts += f"; {config.optim.name} is not imported, and counted as AdamW"
     lines = [
-        f"parameters: {sum(found.parameters.values()):,} ({roles})"
-        + (f", {found.active:,} of them active for a token" if config.model.n_expert else "")
-        + ("" if config.optim.name in our_optimizers() else assumed),
-        f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {found.tokens:,} tokens; "
-        f"{found.flops_per_token / 1e6:.4g} MFLOP per token = {found.flops:.3g} FLOP",
+        counts,
+        f"work: {t.last_step:,} steps x {t.batch_tokens:,} tokens = {tokens:,} tokens; "
+        f"{of_token / 1e6:.4g} MFLOP per token = {of_token * tokens:.3g} FLOP",
     ]
     if not (data_tokens or given or config.data.path.startswith("builtin:")):
         ids = f"{config.model.vocab_size:,} token ids assumed, by data.tokenizer"
         lines.insert(0, f"{config.data.path}: nothing prepared there, {ids}")
     if data_tokens:
-        lines.append(f"data: {data_tokens:,} train tokens, {found.tokens / data_tokens:.2f} epochs")
-    layouts = {"1 rank": found}
+        lines.append(f"data: {data_tokens:,} train tokens, {tokens / data_tokens:.2f} epochs")
+    alone = memory_parts(config, model, optimizers, micro)
+    layouts = {"1 rank": alone}
     for kind in ("ddp", "fsdp", "hsdp") if ranks > 1 else ():
         if kind != "hsdp" or distributed.local_size() < ranks:  # hsdp needs several nodes
-            share = distributed.shards(kind)
-            layouts[f"each of {ranks} ranks, {kind}"] = estimate(config, micro, ranks, share)
-    for where, e in layouts.items():
-        parts = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in e.parts.items())
-        size = f"{e.memory / 1e9:.3g} GB ({parts})"
+            parts = memory_parts(config, model, optimizers, micro, ranks, distributed.shards(kind))
+            layouts[f"each of {ranks} ranks, {kind}"] = parts
+    for where, parts in layouts.items():
+        each = ", ".join(f"{part} {size / 1e9:.3g}" for part, size in parts.items())
+        size = f"{sum(parts.values()) / 1e9:.3g} GB ({each})"
         lines.append(f"memory, {where}, {micro} sequences at a time: {size}")
-    lines.append(f"checkpoint: {found.checkpoint / 1e9:.3g} GB, train.keep_last = {t.keep_last}")
-    lines.append(f"generation: {found.cache:,} bytes of cache per token")
+    lines.append(f"checkpoint: {saved / 1e9:.3g} GB, train.keep_last = {t.keep_last}")
+    lines.append(f"generation: {cache_bytes(model):,} bytes of cache per token")
     if t.device in ("auto", here().type):
-        lines.append(time_line(config, found, micro, per_rank))
+        too_long = here().type == "cpu" and of_token * micro * T > LONGEST_TRIAL
+        if too_long or sum(alone.values()) > memory.memory_of(here()):
+            lines.append("time: not measured, one micro-batch is too large for this device")
+            return lines
+        passes, update = timed(config, micro)
+        step = passes * (per_rank // micro) + update
+        whole = f"about {step * t.last_step / 60:.3g} minutes of training, {step:.3g} s per step"
+        how = f"on this {here().type} (timed just now, not compiled, without evaluations)"
+        lines.append(f"time: {whole} {how}")
     return lines
 
 
-def time_line(config: Config, found: Estimate, micro: int, per_rank: int) -> str:
-    """Time models of one and two blocks (pairs with value_embed); each further one adds as much."""
-    per_block = found.flops_per_token / config.model.n_layer  # an upper bound: all outside counts
-    too_long = here().type == "cpu" and per_block * micro * config.data.seq_len > LONGEST_TRIAL
-    if too_long or found.memory > memory.memory_of(here()):
-        return "time: not measured, one micro-batch is too large for this device"
-    period = 1 + config.model.value_embed
-    (passes, update), (passes_2, update_2) = (timed(config, n * period, micro) for n in (1, 2))
-    more = config.model.n_layer / period - 1
-    step = (passes + more * max(0.0, passes_2 - passes)) * (per_rank // micro)
-    step += update + more * max(0.0, update_2 - update)
-    whole = f"about {step * config.train.last_step / 60:.3g} minutes of training"
-    how = f"on this {here().type} (timed just now, not compiled, without evaluations)"
-    return f"time: {whole}, {step:.3g} s per step {how}"
-
-
-def timed(config: Config, layers: int, micro: int) -> list[float]:
-    """Median seconds of forward and backward of a micro-batch, and of an update, with `layers`."""
+def timed(config: Config, micro: int) -> list[float]:
+    """Median seconds of forward and backward of a micro-batch, and of an update."""
     if here().type == "cpu":
         distributed.keep_freed_memory()
-    small = replace(config.model, n_layer=layers, n_dense=0)
-    model, optimizers = build(replace(config, model=small), here())
+    model, optimizers = build(config, here())
     model.init_weights(0)  # a saturated softmax makes denormal numbers, which are slow
     shape = (micro, config.data.seq_len)
     tokens = torch.randint(config.model.vocab_size, shape, device=here())

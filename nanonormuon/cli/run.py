@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shlex
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -128,7 +127,9 @@ def without_effect(config: Any, origin: dict[str, str]) -> list[str]:
 
 def describe(summary: dict, out: Path, prompts: str) -> str:
     """The end of a run in words: result, curve and samples, checkpoints, what to do next."""
-    from nanonormuon.runs.terminal import Look, story
+    from rich.console import Console
+
+    from nanonormuon.runs.terminal import story
     from nanonormuon.sample import prompts as split
 
     result = f"step {summary['steps']:,}, {summary['tokens']:,} tokens"
@@ -142,7 +143,7 @@ def describe(summary: dict, out: Path, prompts: str) -> str:
         others = "gzip -9 needs {gzip_bpb:.3f} and xz {xz_bpb:.3f}".format(**summary)
         learned = f"{summary['val_bpb']:.3f} bits per byte of text it never saw"
         lines.append(f"learned: {learned}; {others} ({in_units(size)} of validation text)")
-    lines += [*story(out, Look.of(sys.stdout)), f"checkpoint: {out / summary['checkpoint']}"]
+    lines += [*story(out, Console()), f"checkpoint: {out / summary['checkpoint']}"]
     if summary["hugging_face"] or summary["own_source"]:
         trusting = ", with trust_remote_code=True" if summary["own_source"] else ""
         lines[-1] += f"  (in Hugging Face's format{trusting}; normuon-train export verifies it)"

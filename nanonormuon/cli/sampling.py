@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import DataError, UsageError
+from nanonormuon.errors import UsageError
 from nanonormuon.model import GPT
 from nanonormuon.sample import Text, cache_bytes, write
 from nanonormuon.storage.files import read_file
@@ -25,18 +25,15 @@ def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
         while True:
             print("prompt> ", end="", file=sys.stderr, flush=True)
             if not (line := sys.stdin.readline()):
-                print(file=sys.stderr)
-                return
+                break
             yield line.rstrip("\n")
+        print(file=sys.stderr)
     elif file is not None:
         try:
             yield read_file(file).decode()
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{file}: not UTF-8 at offset {error.start}") from None
-        except DataError as error:
-            raise UsageError(f"--file {error}") from None
-        except OSError as error:
-            raise UsageError(f"--file {file}: {error.strerror}, expected a text file") from None
+        except (OSError, ValueError) as error:  # a ValueError: no regular file, or not UTF-8
+            problem = getattr(error, "strerror", None) or error
+            raise UsageError(f"--file {file}: {problem}, expected a text file in UTF-8") from None
     else:
         yield sys.stdin.read() if prompt == "-" else prompt
 
@@ -63,12 +60,12 @@ def show(
         texts = [text + piece for text, piece in zip(texts, pieces)]
         if live:
             print(pieces[0], end="", flush=True)
-    if live:
-        print()
-    for i, text in enumerate(texts if not live else ()):
-        row = {"prompt": prompt, "text": text, "seed": settings.get("seed", 0) + i}
-        as_text = f"--- sample {i + 1}\n{prompt}{text}"
-        print(json.dumps(row, ensure_ascii=False) if as_json else as_text)
+    for i, text in enumerate(texts):
+        if as_json:
+            row = {"prompt": prompt, "text": text, "seed": settings.get("seed", 0) + i}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print("" if live else f"--- sample {i + 1}\n{prompt}{text}")
     sys.stdout.flush()
     seconds, tokens = time.perf_counter() - start, sum(row.tokens for row in rows)
     speed = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"

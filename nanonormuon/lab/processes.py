@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from nanonormuon import config
-from nanonormuon.errors import CheckpointError, ConfigError, Interrupted, RunError
+from nanonormuon.errors import CheckpointError, ConfigError, DataError, Interrupted, RunError
 from nanonormuon.model import GPT
 from nanonormuon.optim import make_optimizers
 from nanonormuon.pretrained import models
@@ -36,6 +36,7 @@ from nanonormuon.storage.run import optimizer_hash
 log = logging.getLogger(__name__)
 # settings for runs of which only the losses matter
 QUIET = ("train.sample_tokens=0", "train.keep_last=1", "train.keep_best=false")
+REFRESH = 1.0  # seconds between two looks at the logs of the runs in progress
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,15 @@ class Job:
             return None
         return summary | {"curve": [*zip(*compare.read(self.path).curve("val_loss"))]}
 
+    def steps(self) -> int:
+        """The last step logged so far, read from the end of metrics.jsonl; 0 if there is none."""
+        file = self.path / "metrics.jsonl"
+        with contextlib.suppress(OSError, DataError), files.open_regular(file) as rows:
+            rows.seek(max(0, os.fstat(rows.fileno()).st_size - (1 << 14)))
+            steps = re.findall(rb'^{"step": (\d{1,15})', rows.read(), re.MULTILINE)
+            return int(steps[-1]) if steps else 0
+        return 0
+
 
 class Runner:
     """Runs jobs in parallel, one per device.
@@ -91,11 +101,7 @@ class Runner:
         self.children: set[subprocess.Popen] = set()
         self.stopped = 0
         self.hashes: dict[str, str] = {}  # of the optimizers' files, "" for other optimizers
-        self.known = self.carried_out = 0  # finished runs; by this process
-        # one per seed, by kind of run and setting
-        self.losses: dict[Path, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self.began = time.perf_counter()
-        self.bar: tqdm | None = None
+        self.results: dict[Job, dict[str, Any]] = {}  # of the runs that have ended
 
     def run(self, jobs: Sequence[Job], later: int = 0) -> list[dict[str, Any]]:
         """Run the jobs that have no result yet; returns the results of all, in order.
@@ -106,66 +112,74 @@ class Runner:
         """
         for job in jobs:
             self.check_optimizer(job)
-        missing = []
-        for job in dict.fromkeys(jobs):
-            if (result := job.result()) is None:
-                missing.append(job)
-            else:
-                self.losses[job.path.parent][job.setting].append(result["val_loss"])
-        self.known += len(set(jobs)) - len(missing)
-        total = self.known + len(missing) + later
-        if self.bar is None:
-            self.bar = tqdm(initial=self.known, total=total, unit="run", leave=False, disable=None)
-        error: BaseException | None = None
+            if (result := job.result()) is not None:
+                self.results[job] = result
+        missing = [job for job in dict.fromkeys(jobs) if job not in self.results]
         with contextlib.ExitStack() as handlers, ThreadPoolExecutor(self.parallel) as pool:
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers.callback(signal.signal, number, signal.signal(number, self.stop))
-            started = {pool.submit(self.carry_out, job): job for job in missing}
-            for run in as_completed(started):
-                if failure := run.exception():
-                    error = error or failure
-                    self.stop(signal.SIGTERM, None)
-                    continue
-                self.tell(started[run], run.result()["val_loss"], total)
-        if error is not None or not later:
-            self.bar = self.bar.close()
+            self.follow({pool.submit(self.carry_out, job): job for job in missing}, later)
+        return [self.results[job] for job in jobs]
+
+    def follow(self, started: Mapping[Future, Job], later: int) -> None:
+        """Show progress in steps until all runs have ended, and a line for each that ends. Raises
+        the first error of a run, which stops the others."""
+        jobs, runs = [*started.values()], len(self.results) + len(started) + later
+        steps = config.load(jobs[0].arguments)[0].train.last_step if jobs else 0  # of every run
+
+        def going() -> list[Job]:
+            return [job for job in jobs if job not in self.results]
+
+        def done() -> int:
+            return steps * len(self.results) + sum(min(steps, job.steps()) for job in going())
+
+        error, pending, before, began = None, {*started}, done(), time.perf_counter()
+        with files.progress("", steps * runs, "step", initial=before) as bar:
+            while pending:
+                bar.n = done()
+                bar.set_postfix_str(", ".join(job.path.name for job in going()[: self.parallel]))
+                ended, pending = wait(pending, None if bar.disable else REFRESH, FIRST_COMPLETED)
+                for run in sorted(ended, key=[*started].index):
+                    if failure := run.exception():
+                        error = error or failure
+                        self.stop(signal.SIGTERM, None)
+                        continue
+                    self.results[started[run]] = run.result()
+                    line = f"{len(self.results)}/{runs} {self.standing(started[run])}"
+                    if len(self.results) < runs and (now := done()) > before:
+                        pace = (time.perf_counter() - began) / (now - before)
+                        left = tqdm.format_interval(pace * (steps * runs - now))
+                        line += f"; about {left} to go"
+                    log.info(line)
         if error is not None:
             raise error
-        return [job.result() or {} for job in jobs]
 
-    def tell(self, job: Job, loss: float, total: int) -> None:
-        """Report progress: finished runs of `total`, the leader, the time left."""
-        self.known += 1
-        self.carried_out += 1
-        losses = self.losses[job.path.parent]
-        losses[job.setting].append(loss)
+    def standing(self, job: Job) -> str:
+        """A finished run's loss, and which setting leads among the runs of its kind."""
+        losses: dict[str, list[float]] = defaultdict(list)
+        for other, result in self.results.items():
+            if other.path.parent == job.path.parent:
+                losses[other.setting].append(result["val_loss"])
         best = min(losses, key=lambda setting: statistics.fmean(losses[setting]))
         mean = f"{statistics.fmean(losses[best]):.4f} (n = {len(losses[best])})"
         leader = f"{best} leads with {mean}" if len(losses) > 1 else f"mean {mean}"
-        self.bar.n, self.bar.total = self.known, total
-        self.bar.refresh()
-        seconds = (time.perf_counter() - self.began) / self.carried_out * (total - self.known)
-        left = f"; about {tqdm.format_interval(seconds)} to go" if total > self.known else ""
-        log.info(f"{self.known}/{total} {job.path.name}: val_loss {loss:.4f}; {leader}{left}")
+        return f"{job.path.name}: val_loss {self.results[job]['val_loss']:.4f}; {leader}"
 
     def carry_out(self, job: Job) -> dict[str, Any]:
         """Run a job in its own process, from its newest checkpoint if there is one."""
         place = self.places.get()
-        if self.bar is not None and self.parallel == 1:
-            self.bar.set_postfix_str(job.path.name)
         try:
             job.path.parent.mkdir(parents=True, exist_ok=True)
-            # a run whose race was killed may still be saving
-            if job.path.is_dir():
+            if job.path.is_dir():  # a run whose race was killed may still be saving
                 with files.locked(job.path / ".lock", wait=True):
                     pass
             if job.result() is None and (job.path / "config.toml").exists():
                 # --resume clears it once it is reached
                 stop_at = config.load(job.arguments)[0].train.stop_at
-                named = [a for a in job.arguments if re.match(r"\s*optim\.name\s*=", a)]
+                named = [a for a in job.arguments if key_of(a) == "optim.name"]
                 resumed = ["--resume", *named, f"train.stop_at={stop_at}"]
                 code, last = self.start(job, resumed, place)
-                if job.result() is None and code == 4:  # not every optimizer's state can be saved
+                if code == 4:  # not every optimizer's state can be saved
                     log.warning(f"{job.path}: cannot be resumed, starting over")
                     shutil.rmtree(job.path)
             if job.result() is None and not (job.path / "config.toml").exists():
@@ -183,8 +197,7 @@ class Runner:
         """Raise ConfigError for invalid arguments, RunError if the job's run began with another
         version of its optimizer's file than the first that this runner has used."""
         name = config.load(job.arguments)[0].optim.name
-        if (now := self.hashes.get(name)) is None:
-            now = self.hashes[name] = optimizer_hash(name).get("optimizer_sha256", "")
+        now = self.hashes.setdefault(name, optimizer_hash(name).get("optimizer_sha256", ""))
         with contextlib.suppress(OSError, CheckpointError):  # not started yet
             began = read_json(job.path / "environment.json").get("optimizer_sha256", "")
             if began != now:
@@ -236,6 +249,10 @@ def outcome(text: str, code: int) -> tuple[int, str]:
     return int(codes[-1]), next((line for line in lines if line.startswith("error: ")), lines[-1])
 
 
+def key_of(setting: str) -> str:
+    return setting.partition("=")[0].strip()
+
+
 def resolve(arguments: Sequence[str]) -> config.Config:
     """Load a configuration and build its optimizers on the meta device, so that a wrong name or
     setting is found before any run. Raises ConfigError, CheckpointError."""
@@ -263,31 +280,28 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
     seeds: why arguments may not set train.seed. Raises ConfigError if they do, RunError if changed.
     """
     for argument in arguments:
-        if argument.partition("=")[0].strip() == "train.seed":
+        if key_of(argument) == "train.seed":
             raise ConfigError(f"{argument}: {seeds}")
     out = file.parent
     files.check_plain([*out.glob("*.log"), *out.glob("*/*.log")])
     loaded = config.load(arguments)[0]
     settings = json.loads(json.dumps(config.flat(loaded)))
-    content = {"arguments": [*arguments], "steps": loaded.train.steps, "settings": settings}
+    content = {"arguments": [*arguments], "steps": loaded.train.steps}
     if not file.exists():
         if out.is_dir() and any(out.iterdir()):
             raise RunError(f"{out}: not empty, but without {file.name}; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        files.replace_file(file, files.as_json(content))
+        files.replace_file(file, files.as_json(content | {"settings": settings}))
         return
     text = files.read_file(file)
     try:
-        found = {**json.loads(text)}
+        begun = dict.fromkeys(content) | json.loads(text)
+        begun |= begun.pop("settings", {})  # none in plans of older versions
     except (ValueError, TypeError):
         raise RunError(f"{file}: {text[:99]!r}, expected a plan; choose another --out") from None
-    begun = found.pop("settings", {})  # missing in plans of older versions
-    if found != {key: content[key] for key in ("arguments", "steps")}:
-        other = f"{json.dumps(found)[:999]}, expected {' '.join(arguments)}"
-        raise RunError(f"{file}: {other}: the directory has other runs; choose another --out")
-    # recipes change with versions of the package; a setting that is new had its default
-    for name in sorted(begun.keys() & settings.keys()):
-        if begun[name] != settings[name]:
-            other = f"{name} = {begun[name]!r}, which the recipe now sets to {settings[name]!r}"
-            hint = "go on with the version that began it, or choose another --out"
-            raise RunError(f"{file}: begun with {other}: {hint}")
+    for name, value in begun.items():
+        now = (settings | content).get(name, value)  # a setting that is new had its default
+        if value != now:
+            found = f"begun with {name} = {json.dumps(value)[:999]}, found {json.dumps(now)}"
+            hint = "begin other runs in another --out; if a recipe has changed, use its version"
+            raise RunError(f"{file}: {found}: {hint}")

@@ -18,14 +18,15 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanonormuon import config
 from nanonormuon.errors import ConfigError, MissingPackage
 from nanonormuon.lab.external import default_lr
-from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, resolve
-from nanonormuon.lab.results import Entry, draw, judge, markdown
+from nanonormuon.lab.processes import QUIET, Job, Runner, claim, cost, key_of, resolve
+from nanonormuon.lab.results import Entry, draw, judge, markdown, mean
 from nanonormuon.pretrained.judge import evaluate
 from nanonormuon.storage.checkpoints import read_json
 from nanonormuon.storage.files import as_json, replace_file
@@ -78,15 +79,16 @@ def entry_of(
     label: str, arguments: Sequence[str], grid: str, others: tuple[tuple[str, ...], ...]
 ) -> Entry:
     """One optimizer, NAME+KEY=VALUE+..., checked with every combination of the other axes."""
-    where = f'--optimizers "{label}"'
     name, *parts = label.split("+")
     own = [part if "." in part.partition("=")[0] else f"optim.{part}" for part in parts]
-    keys = [setting.partition("=")[0].strip() for setting in own]
+    keys, swept = {*map(key_of, own)}, {*map(key_of, itertools.chain(*others))}
+    reasons = dict.fromkeys(keys & swept, "set it in one of them") | SHARED
+    if "optim.lr" in swept:
+        reasons["optim.lr"] = "--lr has the rates"
+    for key in (keys | swept) & reasons.keys():
+        raise ConfigError(f'--optimizers "{label}", --sweep, --wd: {key}: {reasons[key]}')
     settings = (f"optim.name={name}", *own)
-    refuse(where, own, SHARED)
-    taken = {"optim.lr": "--lr has the rates"} | dict.fromkeys(keys, "set it in one of them")
     for combination in others:
-        refuse(f"--sweep or --wd, and {where}", combination, SHARED | taken)
         usual = resolve([*arguments, *settings, *combination]).optim.lr
     if "optim.lr" not in keys and name not in ("normuon", "muon"):
         own = default_lr(name) or ADAMW_LR
@@ -104,13 +106,6 @@ def axis(text: str) -> list[str]:
     return list(dict.fromkeys(f"{key}={part.strip()}" for part in parts))
 
 
-def refuse(where: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
-    """Raise ConfigError for a setting that another option controls. taken: key -> what to do."""
-    for setting in settings:
-        if (key := setting.partition("=")[0].strip()) in taken:
-            raise ConfigError(f"{where}: {key}: {taken[key]}")
-
-
 def rates(label: str, text: str, usual: float, has_rate: bool) -> tuple[float, ...]:
     """Parse the grid of one optimizer, "LABEL=0.01,2x" or "0.01,2x". If its label sets a rate,
     only multiples of that rate are allowed."""
@@ -126,23 +121,26 @@ def rates(label: str, text: str, usual: float, has_rate: bool) -> tuple[float, .
     return tuple(sorted(grid))
 
 
+@dataclass
 class Race:
     """A race in the directory `out`; after an interruption `run` continues it."""
 
-    def __init__(self, arguments: Sequence[str], field: Sequence[Entry], seeds: int, out: Path,
-                 tuning_seeds: int = 1, baseline: str = "", grow: bool = True,
-                 breakdown: bool = False):  # fmt: skip
-        """baseline, grow: see results.judge, `beyond`. breakdown: of the final losses."""
-        self.arguments, self.field, self.out = tuple(arguments), field, out
-        self.baseline, self.longer = baseline, LONGER if grow else 0
-        self.breakdown = breakdown
-        self.seeds = range(seeds)
-        self.tuning_seeds = range(TUNING_SEED, TUNING_SEED + tuning_seeds)
-        self.settings = config.load(arguments)[0]
+    arguments: Sequence[str]
+    field: Sequence[Entry]
+    seeds: int
+    out: Path
+    tuning_seeds: int = 1
+    baseline: str = ""  # an entry's label; "": see results.judge
+    grow: bool = True  # see `beyond`
+    breakdown: bool = False  # of the final losses
+
+    def __post_init__(self) -> None:
+        self.settings = config.load(self.arguments)[0]
         self.steps = self.settings.train.last_step
-        if baseline and baseline not in (labels := [entry.label for entry in field]):
-            hint = nearest(baseline, labels)
-            raise ConfigError(f'--baseline "{baseline}": not in --optimizers; {hint}')
+        labels = [entry.label for entry in self.field]
+        if self.baseline not in ("", *labels):
+            hint = nearest(self.baseline, labels)
+            raise ConfigError(f'--baseline "{self.baseline}": not in --optimizers; {hint}')
 
     def job(self, kind: str, entry: Entry, trial: Mapping[str, Any], seed: int) -> Job:
         """A run of the kind "tuning" or "seeds", in a directory named after its settings."""
@@ -166,49 +164,50 @@ class Race:
             entry.tuning = [{"lr": r, "settings": o, "val_loss": []} for r, o in grid]
         pending = [(e, trial) for e in self.field for trial in e.tuning
                    if len(e.tuning) > 1 or not self.seeds]  # fmt: skip
-        final = len(self.seeds) * len(self.field)
-        for line in self.plan(len(pending) * len(self.tuning_seeds), final, runner.parallel):
-            log.info(line)
+        final = self.seeds * len(self.field)
+        self.announce(len(pending) * self.tuning_seeds, final, runner.parallel)
         while pending:
-            jobs = [self.job("tuning", *p, seed) for p in pending for seed in self.tuning_seeds]
+            seeds = range(TUNING_SEED, TUNING_SEED + self.tuning_seeds)
+            jobs = [self.job("tuning", *p, seed) for p in pending for seed in seeds]
             losses = iter([result["val_loss"] for result in runner.run(jobs, final)])
             for _, trial in pending:
-                trial["val_loss"] = [next(losses) for _ in self.tuning_seeds]
-            pending = [(e, trial) for e in self.field for trial in beyond(e, self.longer)]
+                trial["val_loss"] = [next(losses) for _ in seeds]
+            growing = self.field if self.grow else ()
+            pending = [(e, trial) for e in growing for trial in beyond(e)]
             for entry, trial in pending:
                 entry.tuning.append(trial)
-        jobs = [self.job("seeds", e, e.best, seed) for seed in self.seeds for e in self.field]
-        for e in self.field if jobs else ():
-            log.info(f"chosen: {self.job('seeds', e, e.best, 0).setting}")
+        seeds = range(self.seeds)
+        jobs = [self.job("seeds", e, e.best, seed) for seed in seeds for e in self.field]
+        for job in jobs[: len(self.field)]:
+            log.info(f"chosen: {job.setting}")
         results = runner.run(jobs)
         for i, entry in enumerate(self.field):
             entry.runs = results[i :: len(self.field)]
-        return self.report()
+        return self.report(jobs)
 
-    def plan(self, tuning: int, final: int, at_once: int) -> list[str]:
-        """Describe the runs ahead and their cost. tuning, final: numbers of runs."""
-        lines = [f"plan: {cost(self.settings, tuning + final, at_once)}"]
+    def announce(self, tuning: int, final: int, at_once: int) -> None:
+        """Log the runs ahead and their cost. tuning, final: numbers of runs."""
+        log.info(f"plan: {cost(self.settings, tuning + final, at_once)}")
+        each = self.tuning_seeds
         if tuning:
             grids = ", ".join(f"{e.label} {len(e.tuning)}" for e in self.field)
-            each = len(self.tuning_seeds)
-            lines.append(f"{tuning} runs choose settings ({grids}; {each} each), {final} are final")
-        if tuning and self.longer:
+            log.info(f"{tuning} runs choose settings ({grids}; {each} each), {final} are final")
+        if tuning and self.grow:
             end = "while its best rate is the lowest or highest of its grid (--no-grow: none)"
-            lines.append(f"up to {self.longer * each} more per optimizer {end}")
+            log.info(f"up to {LONGER * each} more per optimizer {end}")
         if final and len(self.field) > 1:
             named = self.baseline or "chosen at the end, the best of all but the first"
-            lines.append(f"baseline: {named}")
-        return lines
+            log.info(f"baseline: {named}")
 
-    def report(self) -> dict[str, Any]:
-        """Write results.json, results.md and race.png; returns the content of the first."""
+    def report(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """Write results.json, results.md and race.png; returns the content of the first. jobs: the
+        final runs, seed by seed."""
         rows = judge(self.field, self.steps, self.baseline)
-        for row, entry in zip(rows, self.field if self.breakdown else ()):
-            jobs = [self.job("seeds", entry, entry.best, seed) for seed in self.seeds]
-            done = [j.path for j, r in zip(jobs, entry.runs) if math.isfinite(r["val_loss"])]
+        for i, (row, entry) in enumerate(zip(rows, self.field if self.breakdown else ())):
+            pairs = zip(jobs[i :: len(rows)], entry.losses)
+            done = [job.path for job, loss in pairs if math.isfinite(loss)]
             row["breakdown"] = [evaluate(run, detail=True)[0]["breakdown"] for run in done]
-        files = sorted(self.out.glob("*/*/environment.json"))
-        environments = [read_json(file) for file in files]
+        environments = [read_json(f) for f in sorted(self.out.glob("*/*/environment.json"))]
         several = ("source_sha256", "device", "torch")
         results = {
             "command": f"normuon-train {shlex.join(sys.argv[1:])}",
@@ -231,16 +230,15 @@ class Race:
         return results
 
 
-def beyond(entry: Entry, most: int = LONGER) -> list[dict[str, Any]]:
+def beyond(entry: Entry) -> list[dict[str, Any]]:
     """The setting to try next if the best rate so far is the lowest or highest tried, since the
-    optimum may then lie outside the grid; else none. most: rates to add in all."""
+    optimum may then lie outside the grid; else none."""
     best, tried = entry.best, sorted({trial["lr"] for trial in entry.tuning})
-    rate, longer = best["lr"], len(tried) - len(entry.rates)
-    may_grow = len(tried) >= 2 and longer < most and all(map(math.isfinite, best["val_loss"]))
+    rate, lowest = best["lr"], best["lr"] == tried[0]
+    may_grow = 2 <= len(tried) < len(entry.rates) + LONGER and math.isfinite(mean(best["val_loss"]))
     if not may_grow or rate not in (tried[0], tried[-1]):
         return []
-    step = tried[1] / tried[0] if rate == tried[0] else tried[-1] / tried[-2]
-    new = float(f"{rate / step if rate == tried[0] else rate * step:.6g}")
-    end = "lowest" if rate == tried[0] else "highest"
-    log.info(f"{entry.label}: lr {rate:g} is the best and the {end} tried; trying {new:g}")
-    return [best | {"lr": new}]
+    new = rate / (tried[1] / tried[0]) if lowest else rate * (tried[-1] / tried[-2])
+    end = "lowest" if lowest else "highest"
+    log.info(f"{entry.label}: lr {rate:g} is the best and the {end} tried; trying {new:.6g}")
+    return [best | {"lr": float(f"{new:.6g}")}]

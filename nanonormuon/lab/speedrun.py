@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from nanonormuon import config
 from nanonormuon.errors import ConfigError, DataError
 from nanonormuon.lab import trials
-from nanonormuon.lab.processes import Runner, resolve
+from nanonormuon.lab.processes import Runner, key_of, resolve
 from nanonormuon.storage.files import as_json, replace_file
 from nanonormuon.storage.run import as_markdown
 from nanonormuon.storage.values import coerce, nearest
@@ -75,8 +75,7 @@ def arguments(track: Track, chosen: Sequence[str]) -> list[str]:
             raise ConfigError(f'no record "{part}": {nearest(part, track.records)}')
         own += [part] if config.is_setting(part) else track.records[part]["settings"]
     for setting in own:
-        key = setting.partition("=")[0].strip()
-        if not any(fnmatchcase(key, pattern) for pattern in ("data.path", *track.free)):
+        if not any(fnmatchcase(key_of(setting), pattern) for pattern in ("data.path", *track.free)):
             raise ConfigError(f"{setting}: fixed; records may change {', '.join(track.free)}")
     return [*track.settings, *own]
 

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,10 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nanonormuon.config import read_toml
 from nanonormuon.errors import CheckpointError, RunError
-from nanonormuon.runs.pictures import picture, short
+from nanonormuon.runs.pictures import picture
 from nanonormuon.storage.checkpoints import all_steps, read_json
-from nanonormuon.storage.files import read_file
 from nanonormuon.storage.run import aligned, known_runs, read_rows
 
 log = logging.getLogger(__name__)
@@ -38,17 +37,15 @@ class RunRecord:
 
 
 def read(path: Path) -> RunRecord:
-    """Read a run directory. Raises RunError if it is not one, or has no metrics yet."""
-    try:
-        config = tomllib.loads(read_file(path / "config.toml").decode())
-        for name, table in config.items():
-            values = table.values() if isinstance(table, dict) else [None]
-            if not all(isinstance(value, bool | int | float | str) for value in values):
-                raise ValueError(f"config.toml: [{name[:40]}]: expected numbers and text")
-    except FileNotFoundError:
-        raise RunError(f"{path}: not a run directory, no config.toml; {known_runs(path)}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: not a run directory: {error}") from None
+    """Read a run directory. Raises RunError or ConfigError if it is not one, or has no metrics."""
+    file = path / "config.toml"
+    if not file.exists():
+        raise RunError(f"{path}: not a run directory, no config.toml; {known_runs(path)}")
+    config = read_toml(str(file))
+    for name, table in config.items():
+        values = table.values() if isinstance(table, dict) else [None]
+        if not all(isinstance(value, bool | int | float | str) for value in values):
+            raise RunError(f"{file}: [{name[:40]}]: expected numbers and text")
     rows = read_rows(path / "metrics.jsonl")
     if not rows:
         raise RunError(f"{path}: no step is logged in metrics.jsonl yet")
@@ -133,16 +130,19 @@ def spell(key: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """Draw values in at most `width` characters, each the mean of an equal share of them."""
+def sparkline(values: Sequence[float], width: int = 24, height: int = 1) -> str:
+    """Draw values as bars in at most `width` columns, each the mean of an equal share of them, and
+    `height` lines."""
     if not values:
         return ""
     count = min(width, len(values))
     edges = [i * len(values) // count for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((m - low) * scale)] for m in means)
+    scale = (len(BARS) * height - 1) / (high - low) if high > low else 0.0
+    filled = [1 + round((m - low) * scale) for m in means]  # eighths of a line
+    rows = ([min(8, max(0, n - 8 * row)) for n in filled] for row in reversed(range(height)))
+    return "\n".join("".join((" " + BARS)[n] for n in row) for row in rows)
 
 
 def plot(runs: Sequence[RunRecord], file: Path, target: float | None = None) -> None:
@@ -162,4 +162,4 @@ def plot(runs: Sequence[RunRecord], file: Path, target: float | None = None) -> 
             if target is not None and key == "val_loss":
                 axis.axhline(target, color="grey", linewidth=1, label=f"target {target:g}")
             axis.set(xlabel=over, ylabel=key)
-            axis.xaxis.set_major_formatter(short)
+            axis.ticklabel_format(axis="x", scilimits=(-3, 4))  # long labels would overlap

@@ -35,10 +35,3 @@ def picture(file: Path, rows: int, columns: int, width: float, height: float) ->
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
-
-
-def short(x: float, _position: int | None = None) -> str:
-    """A tick's label: 1.5M for 1,500,000, so that neighbours do not overlap."""
-    sizes = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, ""))
-    size, letter = next((pair for pair in sizes if abs(x) >= pair[0]), sizes[-1])
-    return f"{x / size:g}{letter}"

@@ -137,8 +137,4 @@ def draw(profiles: dict[str, dict[str, Profile]], file: Path, layers: Sequence[i
                         share = torch.linspace(0, 1, len(values)).tolist()
                         axis.plot(share, values, label=kind, linewidth=1.2)
                     axis.set_title(f"{i}: {short}, {what.replace('_', ' ')}", fontsize=8)
-                    axis.set_ylim(bottom=0)
-                    axis.tick_params(labelsize=7)
-                    axis.set_ylabel("over their rms", fontsize=7)
-                    if row + 1 == len(shown[i]):
-                        axis.set_xlabel("share of them, from the largest", fontsize=7)
+                    axis.set(ylim=(0, None), ylabel="over rms", xlabel="share, largest first")

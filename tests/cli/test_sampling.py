@@ -31,7 +31,7 @@ def test_prompts_from_everywhere(trained, tmp_path, monkeypatch, capsys):
     assert cli.main(["sample", str(trained), "--file", str(tmp_path / "no.txt")]) == 2
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     assert cli.main(["sample", str(trained), "--file", str(tmp_path / "bytes.txt")]) == 2
-    assert "not UTF-8" in capsys.readouterr().err
+    assert "position 0" in capsys.readouterr().err
     assert cli.main(["sample", str(trained), "--prompt", "a", "--interactive"]) == 2
     assert "expected at most one of these" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -296,6 +297,33 @@ def test_who_leads_is_shown_and_a_continued_race_counts_what_it_has(tmp_path, ca
     ]  # fmt: skip
     assert "b leads with 2.0000 (n = 1); about 00:00 to go" in others[0]
     assert "a leads with 1.7500 (n = 2)" in others[1] and "to go" not in others[2]
+
+
+def test_the_bar_of_a_race_advances_with_the_steps_of_its_runs(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def carry_out(self, job):
+        """Log a step, and end once the bar has shown it."""
+        job.path.mkdir()
+        with open(job.path / "metrics.jsonl", "a") as rows:
+            for step in (1, 2):
+                rows.write(json.dumps({"step": step}) + "\n")
+                rows.flush()
+                expected = f" {shown.pop(0)}/9 ["
+                while expected not in screen.getvalue():
+                    assert time.monotonic() < late, screen.getvalue()
+                    threading.Event().wait(0.001)
+        return {"val_loss": 1.0}
+
+    monkeypatch.setattr(processes, "REFRESH", 0.001)
+    monkeypatch.setattr(Runner, "carry_out", carry_out)
+    monkeypatch.setattr("sys.stderr", screen := Terminal())
+    shown, late = [1, 2, 4, 5], time.monotonic() + 60
+    jobs = [Job(tmp_path / name, ("demo", "train.steps=3")) for name in "ab"]
+    assert len(Runner(1).run(jobs, later=1)) == 2
+    assert shown == []
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "2"), ("5", "5")])

@@ -88,6 +88,7 @@ def test_sparklines():
     assert compare.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert compare.sparkline([5.0, 5.0]) == "▁▁" and compare.sparkline([]) == ""
     assert compare.sparkline([9] * 50 + [1] * 50, 10) == "█████▁▁▁▁▁"
+    assert compare.sparkline([0, 8, 15], height=2).split("\n") == [" ▁█", "▁██"]
 
 
 def test_plots(trained, tmp_path, capsys, monkeypatch):

@@ -3,12 +3,14 @@ text if there is no terminal."""
 
 import gzip
 import io
+import json
 import lzma
+import math
 import os
-import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from nanonormuon.cli import app as cli
 from nanonormuon.cli.options import completions
@@ -16,20 +18,19 @@ from nanonormuon.config import KINDS, recipes
 from nanonormuon.config import load as load_config
 from nanonormuon.errors import RunError
 from nanonormuon.runs import terminal
-from nanonormuon.runs.terminal import Look
 from nanonormuon.sample import prompts
 from nanonormuon.storage.run import read_rows
 from nanonormuon.storage.shards import open_data
 from nanonormuon.text import corpus
 from nanonormuon.text.tokenizer import load
 
-PLAIN = Look(terminal=True, colours=False, unicode=True, width=90)
 LOSS = [(step, 1 + 100 / step) for step in range(20, 521, 20)]
-ESCAPE = re.compile(r"\x1b\[\d*m")
 
 
 class Stream(io.StringIO):
-    def __init__(self, encoding, terminal=True):
+    """A terminal of an encoding."""
+
+    def __init__(self, encoding="utf-8", terminal=True):
         super().__init__()
         self.name, self.terminal = encoding, terminal
 
@@ -39,25 +40,35 @@ class Stream(io.StringIO):
         return self.terminal
 
 
+def drawn(stream, run, **more):
+    return "\n".join(terminal.story(run, Console(file=stream, **more)))
+
+
+@pytest.fixture
+def logged(tmp_path, monkeypatch):
+    """A run with a curve and samples that would break a careless display."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    rows = [{"step": step, "loss": loss} for step, loss in LOSS]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, SAMPLES)))
+    return tmp_path
+
+
 @pytest.mark.parametrize("width", [20, 60, 90])
-@pytest.mark.parametrize("unicode", [True, False])
-def test_a_curve_falls_as_the_loss_does(width, unicode):
-    look = Look(True, False, unicode, width)
-    lines = terminal.curve(LOSS, [(260, 1.3), (520, 1.1)], look)
-    drawn = [re.split("[┤│|+]", line, maxsplit=1)[1] for line in lines[1:8]]
-    marks = "●" if unicode else "o"
-    assert sum(line.count(marks) for line in drawn) == 2
-    assert all(len(line) <= width for line in lines[:9])
-    ends = [len(line.rstrip()) for line in drawn if line.strip()]
-    assert ends == sorted(ends) and drawn[0][0] != " "  # each row ends further right than the last
-    assert lines[1].split()[0] == "6" and lines[7].split()[0] == "1.1"  # the values' range
-    assert "step 20 to 520" in lines[9] and (unicode or "\n".join(lines).isascii())
+def test_a_curve_falls_as_the_loss_does(width):
+    rows = [{"step": step, "loss": loss, "val_loss": 3.0} for step, loss in LOSS]
+    loss, val_loss = (part.plain.split("\n")[1:] for part in terminal.curves(rows, width))
+    assert loss[0] == "loss, 1.192 to 6, at steps 20 to 520" and len(loss) == 1 + 6
+    ends = [len(line.rstrip()) for line in loss[1:]]
+    assert ends == sorted(ends) and 0 < ends[0] < ends[-1] <= width
+    assert set(val_loss[2]) == {"▁"}  # a flat one
 
 
-def test_no_curve_of_one_point_and_a_flat_one():
-    assert terminal.curve(LOSS[:1], [], PLAIN) == []
-    assert len(terminal.curve([(1, 2.0), (9, 2.0)], [(9, 2.0)], PLAIN)) == 11
-    assert len(terminal.curve([(1, 2.0), (5, 10**30), (9, 2.0)], [], PLAIN)) == 11
+def test_a_loss_that_was_logged_once_has_no_curve():
+    rows = [{"step": 1, "loss": 2.0}, {"step": 5, "loss": math.inf}, {"step": 9, "val_loss": 1}]
+    assert terminal.curves(rows, 90) == []
+    assert len(terminal.curves([*rows, {"step": 7, "loss": 10**30}], 90)) == 1
 
 
 SAMPLES = [
@@ -69,42 +80,36 @@ SAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("width", [90, 60])
-def test_samples_before_and_after(width):
-    lines = terminal.beside(SAMPLES, {0: "before", 9: "after"}, Look(True, False, True, width))
-    text = "\n".join(lines)
+@pytest.mark.parametrize("width", [91, 61])
+def test_samples_before_and_after(width, logged):
+    text = drawn(Stream(), logged, width=width, color_system=None)
     assert "\x1b" not in text and "\t" not in text and "middle" not in text
     assert "    return 1" in text and "東京" in text
-    assert all(len(line) + line.count("東") * 2 <= width for line in lines)
+    lines = text.splitlines()
+    assert all(len(line) + line.count("東") * 2 < width for line in lines)
     together = any("def x" in line and "def f" in line for line in lines)
-    assert together is (width >= terminal.NARROW)
-    assert text.index("before") < text.index("after") < text.index("y")
+    assert together is (width > terminal.NARROW)
+    assert text.index("before") < text.index("after") < text.index(" z ")
 
 
-def test_colours_need_a_terminal_that_wants_them(monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    colourful = Look.of(Stream("utf-8"))
-    assert colourful.colours and colourful.unicode and Look.of(Stream("ascii")).unicode is False
-    assert not Look.of(Stream("utf-8", terminal=False)).colours
-    shown = terminal.beside(SAMPLES, {0: "before", 9: "after"}, colourful)
-    assert "\x1b[1mdef \x1b[0m" in "\n".join(shown)
-    bare = Look(True, False, True, colourful.width)
-    plain = terminal.beside(SAMPLES, {0: "before", 9: "after"}, bare)
-    assert [ESCAPE.sub("", line).rstrip() for line in shown] == plain
+def test_colours_need_a_terminal_that_wants_them(logged, monkeypatch):
+    colourful = drawn(Stream(), logged)
+    assert "\x1b[1mdef \x1b[0m" in colourful and "\x1b[36m" in colourful
+    assert drawn(Stream("ascii"), logged).replace("東京", "").isascii()
+    assert "\x1b[1m" not in drawn(Stream(terminal=False), logged)
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         monkeypatch.setenv(name, value)
-        assert not Look.of(Stream("utf-8")).colours
+        assert "\x1b[36m" not in drawn(Stream(), logged)
         monkeypatch.delenv(name)
 
 
 def test_without_a_terminal_a_run_ends_in_plain_lines(trained, capsys):
     rows = read_rows(trained / "samples.jsonl")
-    text = "\n".join(terminal.story(trained, Look.of(Stream("utf-8", terminal=False))))
+    text = drawn(Stream(terminal=False), trained)
     assert text.isprintable() is False and "\x1b" not in text and "│" not in text
     assert text.count("sample before training:\n  | ") == len(rows) / 2 > 1
     assert text.count("sample after step 60:\n  | ") == len(rows) / 2
-    assert "●" in "\n".join(terminal.story(trained, PLAIN))
+    assert "█" in drawn(Stream(), trained)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +163,6 @@ def test_a_shell_completes_recipes_and_settings():
     assert cli.app._add_completion
 
 
-def test_a_closed_stream_shows_nothing_but_text():
-    look = terminal.Look.of(None)
-    assert not (look.terminal or look.colours or look.unicode)
+def test_a_closed_stream_shows_nothing_but_text(trained, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert "█" not in drawn(None, trained)
