@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from nanonormuon import checkpoint, optim
 from nanonormuon.config import Config, differences, from_dict, load
 from nanonormuon.data import Batches
-from nanonormuon.engine import Bitwise, Engine
+from nanonormuon.engine import Engine
 from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPT
 from nanonormuon.runtime import distributed, memory
@@ -110,7 +110,11 @@ def make_engine(
             on_trial, config.data.seq_len, per_rank, world, distributed.shards(train.parallel),
             train.activation_checkpointing, train.reshard,
         )  # fmt: skip
-    kind = Bitwise if train.canonical else Engine
+    kind = Engine
+    if train.canonical:
+        from nanonormuon.runtime.bitwise import Bitwise  # few runs need it
+
+        kind = Bitwise
     engine = kind(
         make_model().init_weights(train.seed).to(world.device), make_optimizers, world,
         parallel=train.parallel, dtype=dtype, reshard=train.reshard,
@@ -191,12 +195,9 @@ def compile_engine(
     pays = work(config, engine.model) >= COMPILE_FROM.get(device.type, math.inf)
     if wish == "off" or (wish == "auto" and not pays):
         return 0.0
-    seconds, failure = engine.compile(trial)
-    if failure:
-        log.warning(f"torch.compile failed, going on without it: {failure}")
-    elif engine.world.first:
-        log.info(f"compiled in {seconds:.0f} s")
-    return seconds
+    from nanonormuon.runtime import compilation  # few runs need it
+
+    return compilation.compile_engine(engine, trial)
 
 
 def introduction(

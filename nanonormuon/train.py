@@ -304,10 +304,9 @@ class Trainer:
             "lr": self.config.optim.lr * self.schedule.lr(self.step - 1),
             "grad_norm": grad_norm,
             **self.weight_stats.row(),
-            **(self.engine.expert_load.row() if self.engine.expert_load else {}),
             "tokens_per_second": round(rate, 1),
             **({"skipped": self.spikes.skipped} if self.spikes.factor else {}),
-            **(self.engine.qk_clip.row() if self.engine.qk_clip else {}),
+            **{key: x for extra in self.engine.extras for key, x in extra.row().items()},
         }
 
     def validate(self) -> None:

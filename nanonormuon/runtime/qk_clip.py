@@ -42,12 +42,18 @@ class QkClip:
         """Reset the maxima before a step's passes, which may be a second attempt."""
         self.peaks.fill_(-torch.inf)
 
-    @torch.no_grad()
-    def apply(self) -> None:
-        """Scale the heads after an update; every rank must call this."""
+    def add(self, count: int) -> None:
+        """Do nothing: the forward pass has raised the maxima."""
+
+    def finish(self) -> None:
+        """Take the maxima over ranks; every rank must call this."""
         if distributed.grouped():
             dist.all_reduce(self.peaks, dist.ReduceOp.MAX)
         self.seen = self.peaks.clone()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Scale the heads after an update."""
         factors = torch.where(self.seen > self.threshold, self.threshold / self.seen, 1.0)
         keys = factors.unflatten(1, (-1, self.shared)).amin(2).sqrt()
         queries = factors / keys.repeat_interleave(self.shared, 1)
