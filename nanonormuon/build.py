@@ -34,19 +34,11 @@ COMPILE_FROM = {"cpu": 4e14, "cuda": 3e16}
 
 
 def complete(config: Config, data: Data) -> Config:
-    """Fill in the vocabulary, from the data or from the model of train.init_from."""
-    if (source := config.train.init_from) and not config.model.vocab_size:
-        from nanonormuon.pretrained import models  # loading finished models is not part of a run
+    """Fill in the vocabulary, from the data or with the whole model from train.init_from."""
+    if config.train.init_from and not config.model.vocab_size:
+        from nanonormuon.pretrained import finetune  # few runs need it
 
-        directory = models.find_checkpoint(Path(source))
-        model = models.model_config(directory)
-        if (data.vocab_size or 0) > model.vocab_size:
-            raise ConfigError(
-                f"train.init_from = {source}: a model of {model.vocab_size} token ids, the data in "
-                f"{data.path} have {data.vocab_size}: set data.path to text prepared with "
-                f"--tokenizer {directory / 'tokenizer.json'}"
-            )
-        config = replace(config, model=model)
+        config = finetune.adopt(config, data)
     given, found = config.model.vocab_size, data.vocab_size
     if not found and not given:
         raise ConfigError(f"model.vocab_size = 0, and {data.path} does not say: set it")
@@ -149,19 +141,10 @@ def load_checkpoint(
 
 
 def begin_with(config: Config, engine: Engine, tokenizer: Tokenizer | None) -> None:
-    """Fill the model with the weights at train.init_from, if it and the data's tokenizer are that
-    model's. Raises ConfigError or CheckpointError naming the difference."""
-    from nanonormuon.pretrained import models
+    """Fill the engine with the weights of train.init_from."""
+    from nanonormuon.pretrained import finetune
 
-    path, world = Path(config.train.init_from), engine.world
-    found = Path(distributed.first_does(lambda: str(models.find_checkpoint(path)), world.device))
-    model = models.model_config(found)
-    if lines := differences(Config(model=model), Config(model=config.model)):
-        raise ConfigError(f"train.init_from = {path}: another model: {'; '.join(lines)}")
-    models.check_tokenizer(found, tokenizer)
-    models.load_weights(engine.model, found)
-    if world.first:
-        log.info(f"weights of {found}")
+    finetune.begin_with(config, engine, tokenizer)
 
 
 def refuse_other_settings(file: Path, config: Config) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from nanonormuon import build, checkpoint, evaluate, optim
 from nanonormuon.config import Config, flat, to_toml
 from nanonormuon.data import Batches, Loader
-from nanonormuon.errors import ConfigError, Interrupted, OutOfMemory
+from nanonormuon.errors import Interrupted, OutOfMemory
 from nanonormuon.optim import Schedule, group_rows
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.faults import Stopping, Watch
@@ -47,10 +47,7 @@ def train(
     watching = contextlib.nullcontext(stopping) if stopping else Stopping()
     with watching as stopping, Watch(limit, stopping) as watch:
         with watch.section("start"):
-            try:
-                world = distributed.start(config.train.device, watch.longest())
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+            world = distributed.start(config.train.device, watch.longest())
             # these three refuse before anything is made; a node may have its own copy of the data
             alike = {"--resume": resume, "builtin data": config.data.path.startswith("builtin:")}
             distributed.check_alike(flat(config, without=["data.path"]) | alike, world)
@@ -115,9 +112,7 @@ class Trainer:
         state = self.found and self.found[1]
         self.engine, size = build.make_engine(config, self.tokenizer, world, self.per_rank, state)
         self.again = run.again(config.optim.name)
-        self.memory = MicroBatch(
-            size, self.per_rank, self.engine.model, world, watch, self.again, self.engine.dealt
-        )
+        self.memory = MicroBatch(size, self.per_rank, self.engine, watch, self.again)
         self.loader = Loader(self.batches, self.per_rank, world, self.engine.dealt)
         self.schedule = Schedule(config.train.steps, config.optim)
         self.spikes = Spikes(config.train.skip_spikes)
@@ -144,17 +139,13 @@ class Trainer:
         self.validations.take_up(rows)
         self.sampled = set(map(tuple, sampled))  # (step, prompt)
         self.row = {"step": self.step, "tokens": self.tokens}  # the latest of metrics.jsonl
-        if rows and rows[-1]["step"] == self.step:
-            self.row = rows[-1]
         run.write("groups.txt", aligned(group_rows(engine.optimizers)) + "\n")
-        if self.world.first:
-            size = self.memory.size
-            for line in build.introduction(config, self.data, self.batches, engine, size):
-                log.info(line)
-            log.info(f"writing to {run.path}")
-            if self.resume:
-                where = self.found[0] if self.found else "the start: nothing was saved"
-                log.info(f"resumed from {where}")
+        for line in build.introduction(config, self.data, self.batches, engine, self.memory.size):
+            log.info(line)
+        log.info(f"writing to {run.path}")
+        if self.resume:
+            where = self.found[0] if self.found else "the start: nothing was saved"
+            log.info(f"resumed from {where}")
         with self.watch.section("compilation"):
             self.compile_seconds = self.memory.retry(self.compile)
 
@@ -225,43 +216,39 @@ class Trainer:
 
     def loop(self) -> dict[str, Any]:
         """Take every step and do what follows it; returns the content of summary.json."""
-        speak = self.world.first
         self.catch_up()
         # log lines take the bar's place where standard error is not a terminal
-        more = {"initial": self.step, "disable": None if speak else True}
-        self.bar = progress("training", self.last_step, "step", **more)
+        self.bar = progress("training", self.last_step, "step", initial=self.step)
         self.logged, self.tick = (self.step, self.seconds), time.perf_counter()
         self.watch.stopping.finish_steps()
         while self.step < self.last_step and not self.exhausted:
             with self.watch.section("step"):
                 loss, verdict = self.take_step()
             self.bar.update()
-            for name, epoch in self.batches.begun(self.step - 1) if speak else ():
+            for name, epoch in self.batches.begun(self.step - 1):
                 log.info(f"epoch {epoch} of {name} begins in step {self.step}")
             if (due := self.due(self.step, verdict.stop)).row:
                 self.follow_up(due, loss, verdict)
         self.bar.close()
         self.save()
-        if self.exhausted and speak:
+        if self.exhausted:
             best, stale = self.validations.best(), self.validations.stale
             log.info(f"no lower val_loss than step {best}'s in {stale} evaluations: done")
-        self.show_samples("after training", logging.DEBUG)  # the command line shows both ends
+        self.show_samples()
         return self.summarise()
 
     def catch_up(self) -> None:
         """Do what precedes the first step. On resume, evaluate and sample if an earlier process was
         cut off between this step's checkpoint and these."""
-        if self.step == 0:
-            if self.config.train.init_from and 0 not in self.validations:
-                self.validate()  # what training begins with
-                if self.world.first:
-                    log.info("before training  val_loss {val_loss:.4f}".format(**self.row))
-            return self.show_samples("before training", logging.DEBUG)
-        due = self.due(self.step)
-        if due.evaluate and self.step not in self.validations:
+        due, fresh = self.due(self.step), self.step == 0
+        # a fine-tuned model's first loss is what training begins with
+        evaluate = self.config.train.init_from if fresh else due.evaluate
+        if evaluate and self.step not in self.validations:
             self.validate()
-        if due.sample:
-            self.show_samples(f"after step {self.step}")
+            if fresh:
+                log.info("before training  val_loss {val_loss:.4f}".format(**self.row))
+        if fresh or due.sample:
+            self.show_samples()
 
     def follow_up(self, due: Due, loss: Tensor, verdict: Verdict) -> None:
         """Do what follows a step: write the row, save, evaluate, stop if asked to, sample.
@@ -278,15 +265,14 @@ class Trainer:
                 self.validate()
         if due.save or due.evaluate:  # both take time, in which a signal may have come
             stop = self.agree()
-        if self.world.first:
-            announce(self.row, self.config.train.steps, self.bar)
+        announce(self.row, self.config.train.steps, self.bar)
         if stop:
             self.bar.close()
             self.save()
             saved = f"after step {self.step}, which is saved"
             raise Interrupted(stop, f"{saved}; go on with: {self.again}")
-        if due.sample and self.step < self.last_step:
-            self.show_samples(f"after step {self.step}")
+        if due.sample:
+            self.show_samples()
         self.tick = time.perf_counter()
 
     def measure(self, loss: Tensor, grad_norm: float) -> dict[str, Any]:
@@ -335,7 +321,7 @@ class Trainer:
         """The signal that any rank has received, on all of them."""
         return int(distributed.largest([self.watch.stopping.number], self.world.device)[0])
 
-    def show_samples(self, when: str, level: int = logging.INFO) -> None:
+    def show_samples(self) -> None:
         """Continue each prompt; every rank takes part, since sharded layers run in step."""
         settings, model = self.config.train, self.engine.model
         if self.tokenizer is None or not settings.sample_tokens:
@@ -350,10 +336,11 @@ class Trainer:
             with self.watch.section("sample"):
                 pieces = sample.stream(model, self.tokenizer, prompt, seed=seed, **size)
                 text = "".join(pieces)
-            if self.world.first:
-                self.run.add_sample({"step": self.step, "prompt": prompt, "text": text})
-                lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())
-                log.log(level, "sample %s:\n%s", when, lines)
+            self.run.add_sample({"step": self.step, "prompt": prompt, "text": text})
+            lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())
+            shown_later = self.step in (0, self.last_step) or self.exhausted  # by the command line
+            level = logging.DEBUG if shown_later else logging.INFO
+            log.log(level, "sample after step %d:\n%s", self.step, lines)
 
     # --------------------------------------------------------------------------- How far the run is
 

@@ -26,7 +26,7 @@ def compile_engine(engine: Any, trial: Trial) -> float:
     seconds = time.perf_counter() - start
     if failure:
         log.warning(f"torch.compile failed, going on without it: {failure}")
-    elif engine.world.first:
+    else:
         log.info(f"compiled in {seconds:.0f} s")
     return seconds
 

@@ -6,6 +6,7 @@ makes a process group even for one process, so one GPU can test them.
 
 import ctypes
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -54,23 +55,26 @@ def shards(parallel: str) -> int:
 
 
 def start(device: str = "auto", timeout: float = 1800.0) -> World:
-    """Choose this rank's device and join the process group, if any. timeout: of collectives, in
-    seconds. Raises ValueError if the device is not available."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    """Choose this rank's device and join the process group, if any. Ranks other than 0 then log
+    only warnings. timeout: of collectives, in seconds. Raises ConfigError if the device is not
+    available."""
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if rank:
+        logging.getLogger("nanonormuon").setLevel(logging.WARNING)
     if device not in ("auto", "cpu", "cuda", "mps"):
-        raise ValueError(f'device "{device}": expected one of auto, cpu, cuda, mps')
+        raise ConfigError(f'device "{device}": expected one of auto, cpu, cuda, mps')
     if device == "auto":
         mps = torch.backends.mps.is_available() and size() == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("train.device = mps: not available here; set train.device=cpu")
+        raise ConfigError("train.device = mps: not available here; set train.device=cpu")
     where, backend = torch.device(device), "gloo"
     if device == "cuda":
         found = torch.cuda.device_count()
         if local_rank >= found:
             problem = f"expected a GPU for local rank {local_rank}, found {found} GPUs"
             hint = "start fewer processes or set train.device=cpu"
-            raise ValueError(f"train.device = cuda: {problem}; {hint}")
+            raise ConfigError(f"train.device = cuda: {problem}; {hint}")
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
         backend = "cpu:gloo,cuda:nccl"  # gloo: any_rank must not wait for the GPUs
@@ -81,7 +85,7 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
     if (size() > 1 or dist.is_torchelastic_launched()) and not dist.is_initialized():
         device_id = where if device == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
-    return World(int(os.environ.get("RANK", "0")), size(), where)
+    return World(rank, size(), where)
 
 
 def keep_freed_memory() -> None:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -168,14 +168,11 @@ def free_cache(device: torch.device) -> None:
 
 class MicroBatch:
     """The current micro-batch size in sequences: equal on all ranks, a divisor of `per_rank`.
-    again: the command that continues the run. fixed: never shrink (for train.canonical)."""
+    engine: an engine.Engine. again: the command that continues the run."""
 
-    def __init__(
-        self, size: int, per_rank: int, model: GPT, world: distributed.World, watch: Watch,
-        again: str, fixed: bool = False,
-    ):  # fmt: skip
-        self.size, self.per_rank, self.model, self.world = size, per_rank, model, world
-        self.watch, self.again, self.fixed = watch, again, fixed
+    def __init__(self, size: int, per_rank: int, engine: Any, watch: Watch, again: str):
+        self.size, self.per_rank, self.engine = size, per_rank, engine
+        self.watch, self.again = watch, again
 
     @property
     def count(self) -> int:
@@ -191,17 +188,18 @@ class MicroBatch:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                everywhere = self.world.size == 1 or isinstance(error, Shortage)
+                everywhere = self.engine.world.size == 1 or isinstance(error, Shortage)
                 cause = str(error)
             self.shrink(everywhere, cause)  # outside `except`, whose traceback keeps tensors alive
 
     def shrink(self, everywhere: bool, cause: str) -> None:
         """Halve the size, or raise OutOfMemory. Its attribute `everywhere` is true if all ranks
         raise it and can still save together."""
-        self.model.zero_grad(set_to_none=True)
-        free_cache(self.world.device)
+        world = self.engine.world
+        self.engine.model.zero_grad(set_to_none=True)
+        free_cache(world.device)
         fewer = smaller(self.size, self.per_rank)
-        if not everywhere or self.fixed or fewer == self.size:
+        if not everywhere or self.engine.dealt or fewer == self.size:
             advice = f"continue with: {self.again} train.micro_batch={fewer}"
             if fewer == self.size:
                 advice = f"the micro-batch is one sequence already; continue with: {self.again} "
@@ -209,7 +207,7 @@ class MicroBatch:
             error = OutOfMemory(f"out of memory{cause and ': '}{cause}; {advice}")
             error.everywhere = everywhere
             raise error
-        if self.world.first:
+        if world.first:
             problem = f"step {self.watch.step}: out of memory with micro-batches of {self.size}"
             now = f"repeating the step and continuing with {fewer}; the batch size is unchanged"
             log.warning(f"{problem}; {now}")

@@ -152,9 +152,11 @@ class RunDirectory:
             self.rewrite("metrics.jsonl", read_metrics, step)
 
     def add_sample(self, row: dict[str, Any]) -> None:
-        with open(self.path / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            files.settle(file)
+        """Append a sample's step, prompt and text, on the rank that opened the logs."""
+        if self.metrics is not None:
+            with open(self.path / "samples.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                files.settle(file)
 
     def write(self, name: str, content: str) -> None:
         """Replace a file of the run, on rank 0."""
