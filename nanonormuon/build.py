@@ -89,8 +89,7 @@ def make_engine(
         return optim.make_optimizers(model, config.optim, dtype)
 
     def on_trial() -> tuple[GPT, list[Optimizer]]:
-        with world.device:
-            model = make_model()
+        model = make_model()
         return model, make_optimizers(model)
 
     if train.micro_batch != "auto":

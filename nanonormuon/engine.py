@@ -7,16 +7,14 @@ do not depend on the number of ranks, runtime/compilation.py compiles one.
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
-from nanonormuon.errors import ConfigError, describe, exit_code
 from nanonormuon.model import GPT
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.distributed import World
@@ -65,7 +63,6 @@ class Engine:
         self.distribute(dtype, reshard)
         self.forward: Callable[..., Tensor] = self.replica  # or its compiled form
         self.optimizers = make(model)
-        self.compiled: dict[Optimizer, Callable[[], None]] = {}  # steps
 
     def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
         """Shard or replicate the model if there are other ranks."""
@@ -155,24 +152,11 @@ class Engine:
     def step(self) -> None:
         """Step the optimizers."""
         for optimizer in self.optimizers:
-            with blaming(optimizer):
-                self.compiled.get(optimizer, optimizer.step)()
+            optimizer.step()
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
         self.model.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def blaming(optimizer: Optimizer) -> Iterator[None]:
-    """Raise ConfigError naming the optimizer if another package's step fails."""
-    try:
-        yield
-    except Exception as error:  # whatever a user's class may raise
-        name = f"{type(optimizer).__module__}:{type(optimizer).__name__}"
-        if name.startswith("nanonormuon.") or isinstance(optimizer, AdamW) or exit_code(error):
-            raise
-        raise ConfigError(f"optim.name = {name}: its step() fails: {describe(error)}") from error
 
 
 def grid(world: World, parallel: str) -> DeviceMesh:

@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,15 +74,6 @@ def train(
         with watch.section("end"):
             distributed.finish()
         return summary
-
-
-class Due(NamedTuple):
-    """What follows a step."""
-
-    row: bool  # in metrics.jsonl
-    save: bool
-    evaluate: bool
-    sample: bool
 
 
 class Trainer:
@@ -185,7 +176,7 @@ class Trainer:
         verdict = judge(loss, self.engine, self.spikes, self.watch.stopping)
         if not verdict.skip:
             self.engine.clip(verdict.grad_norm)
-            with self.weight_stats.around(self.due(self.step + 1, verdict.stop).row):
+            with self.weight_stats.around("row" in self.due(self.step + 1, verdict.stop)):
                 self.engine.update()
         self.engine.zero_grad()
         self.step = self.watch.step = self.step + 1
@@ -198,19 +189,17 @@ class Trainer:
         micro_batches = self.loader.micro_batches(self.step, self.memory.size)
         return self.engine.accumulate(micro_batches, self.memory.count)
 
-    def due(self, step: int, stop: int = 0) -> Due:
-        """What follows after `step`; stop: the signal that any rank has received, 0: none."""
-        settings = self.config.train
-
-        def at(every: int) -> bool:
-            return step == self.last_step or bool(every and step % every == 0)
-
-        sampling = bool(settings.sample_every and step % settings.sample_every == 0)
-        saving, evaluating = at(settings.save_every), at(settings.eval_every)
+    def due(self, step: int, stop: int = 0) -> set[str]:
+        """What follows `step`: "row" (in metrics.jsonl), "save", "evaluate", "sample", or nothing.
+        stop: the signal that any rank has received; 0: none."""
+        t = self.config.train
+        found = {"save", "evaluate"} if step == self.last_step else set()
+        every = {"row": t.log_every, "save": t.save_every, "evaluate": t.eval_every}
+        every["sample"] = t.sample_every
+        found |= {what for what, steps in every.items() if steps and step % steps == 0}
         if stop:
-            return Due(row=True, save=True, evaluate=False, sample=False)
-        row = sampling or saving or evaluating or at(settings.log_every)
-        return Due(row, saving, evaluating, sampling)
+            found = {"save"}
+        return found | {"row"} if found else found
 
     # ------------------------------------------------------------------------------------- The loop
 
@@ -227,7 +216,7 @@ class Trainer:
             self.bar.update()
             for name, epoch in self.batches.begun(self.step - 1):
                 log.info(f"epoch {epoch} of {name} begins in step {self.step}")
-            if (due := self.due(self.step, verdict.stop)).row:
+            if due := self.due(self.step, verdict.stop):
                 self.follow_up(due, loss, verdict)
         self.bar.close()
         self.save()
@@ -242,15 +231,15 @@ class Trainer:
         cut off between this step's checkpoint and these."""
         due, fresh = self.due(self.step), self.step == 0
         # a fine-tuned model's first loss is what training begins with
-        evaluate = self.config.train.init_from if fresh else due.evaluate
+        evaluate = self.config.train.init_from if fresh else "evaluate" in due
         if evaluate and self.step not in self.validations:
             self.validate()
             if fresh:
                 log.info("before training  val_loss {val_loss:.4f}".format(**self.row))
-        if fresh or due.sample:
+        if fresh or "sample" in due:
             self.show_samples()
 
-    def follow_up(self, due: Due, loss: Tensor, verdict: Verdict) -> None:
+    def follow_up(self, due: set[str], loss: Tensor, verdict: Verdict) -> None:
         """Do what follows a step: write the row, save, evaluate, stop if asked to, sample.
 
         A checkpoint never appears before the rows up to its step. If this process ends after it, a
@@ -258,12 +247,12 @@ class Trainer:
         """
         self.row, stop = self.measure(loss, verdict.grad_norm), verdict.stop
         self.run.record(self.row)
-        if due.save:
+        if "save" in due:
             self.save(wait=False)
-        if due.evaluate:
+        if "evaluate" in due:
             with contextlib.suppress(Interrupted):
                 self.validate()
-        if due.save or due.evaluate:  # both take time, in which a signal may have come
+        if due & {"save", "evaluate"}:  # both take time, in which a signal may have come
             stop = self.agree()
         announce(self.row, self.config.train.steps, self.bar)
         if stop:
@@ -271,7 +260,7 @@ class Trainer:
             self.save()
             saved = f"after step {self.step}, which is saved"
             raise Interrupted(stop, f"{saved}; go on with: {self.again}")
-        if due.sample:
+        if "sample" in due:
             self.show_samples()
         self.tick = time.perf_counter()
 

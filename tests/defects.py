@@ -46,7 +46,7 @@ DEFECTS = {
         "runtime.health", "judge", '"gradient"), flags)', '"gradient"), (0, *flags[1:]))',
         "tests/runtime/test_faults.py::test_a_nan_on_one_rank_stops_all_before_the_update[weight-ddp]"),
     "signals forgotten in a save": (
-        "train", "Trainer.follow_up", "if due.save or due.evaluate:", "if False:",
+        "train", "Trainer.follow_up", 'if due & {"save", "evaluate"}:', "if False:",
         "tests/runtime/test_faults.py::test_a_signal_in_any_part_of_a_run[term@write:2-143-2-1]"),
     "row after its checkpoint": (
         "train", "Trainer.follow_up", "self.run.record(self.row)", "pass",

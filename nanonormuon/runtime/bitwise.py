@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nanonormuon.engine import Engine, Make, blaming, shard
+from nanonormuon.engine import Engine, Make, shard
 from nanonormuon.model import GPT
 from nanonormuon.normuon import OneProcess
 from nanonormuon.runtime.distributed import World
@@ -78,8 +78,7 @@ class Bitwise(Engine):
             return
         for acting, kept in zip(self.make(self.model), self.optimizers):
             pass_on(kept, acting)
-            with blaming(acting):
-                acting.step()
+            acting.step()
             pass_on(acting, kept)
 
     @torch.no_grad()

@@ -55,8 +55,9 @@ def attempt(engine: Any, trial: Trial) -> str:
         return (*lines, "on another rank")[0]
     engine.forward = fast
     if engine.world.device.type == "cuda" and not engine.dealt and not distributed.grouped():
-        ours = [o for o in engine.optimizers if isinstance(o, NorMuon)]
-        engine.compiled = {o: compiled_step(o, tolerant([])) for o in ours}
+        for optimizer in engine.optimizers:
+            if isinstance(optimizer, NorMuon):
+                optimizer.step = compiled_step(optimizer, tolerant([]))
     return ""
 
 

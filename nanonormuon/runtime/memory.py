@@ -86,12 +86,12 @@ def choose(
     candidates = divisors(per_rank)
     if world.device.type != "cuda":
         return max((n for n in candidates if n * seq_len <= CPU_TOKENS), default=1)
+    with torch.device("meta") if shards > 1 else world.device:
+        model, optimizers = make()
     if shards > 1:
-        with torch.device("meta"):
-            model, _ = make()
         fitting = estimate(model, seq_len, candidates, world, shards, recompute, reshard)
     else:
-        fitting = probe(*make(), seq_len, candidates)
+        fitting = probe(model, optimizers, seq_len, candidates)
     free_cache(world.device)
     torch.cuda.reset_peak_memory_stats(world.device)  # a run reports its own peak
     return -int(distributed.largest([-fitting], world.device)[0])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support import final, losses
 
-from nanonormuon import errors, optim
-from nanonormuon.config import OptimConfig
+from nanonormuon import build, errors, optim
+from nanonormuon.config import OptimConfig, load
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.runtime import activations, memory
 from nanonormuon.runtime.distributed import World
@@ -67,12 +67,28 @@ def test_under_fsdp_activations_may_take_60_percent_of_the_memory(monkeypatch, r
     assert memory.choose(make, 8, 8, world, 2, recompute) == 1
 
 
+def test_under_fsdp_the_estimate_makes_no_weights(monkeypatch):
+    """A rank may not have room for the whole model."""
+    found = []
+
+    def estimate(model, *_):
+        found.append(model.embed_tokens.weight.device.type)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(memory, "estimate", estimate)
+    monkeypatch.setattr(memory.distributed, "size", lambda: 2)
+    config = load(["model.vocab_size=64", "train.parallel=fsdp", "train.dtype=fp32"])[0]
+    with pytest.raises(RuntimeError, match="enough"):
+        build.make_engine(config, None, World(0, 2, torch.device("cuda")), 4, None)
+    assert found == ["meta"]
+
+
 def test_all_ranks_take_the_smallest_that_a_probe_found(monkeypatch):
     monkeypatch.setattr(memory.distributed, "largest", lambda values, _: [max(values[0], -3)])
     monkeypatch.setattr(memory, "probe", lambda *_: 6)
     world, reset = World(0, 1, torch.device("cuda")), []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
-    assert memory.choose(small, 8, 12, world) == 3
+    assert memory.choose(lambda: (None, []), 8, 12, world) == 3
     assert reset == [world.device]  # the probe's peak is not the run's
 
 
