@@ -131,7 +131,7 @@ class Saver:
 
         if not first:
             gather()
-        distributed.first_does(write, self.world.device)
+        distributed.first_does(write)
 
     def publish(self, step: int, files: Mapping[str, Any], retain: Callable[[], None]) -> None:
         """Write a checkpoint, then delete old ones."""
@@ -148,7 +148,7 @@ class Saver:
         """Wait until the last checkpoint is published. Raises on every rank if it failed."""
         if self.background:
             pending, self.pending = self.pending, None
-            distributed.first_does(lambda: pending and pending.result(), self.world.device)
+            distributed.first_does(lambda: pending and pending.result())
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -221,7 +221,7 @@ def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]
         check_state(path / "state.json", state)
         return [str(path), state]
 
-    found = distributed.first_does(look, world.device)
+    found = distributed.first_does(look)
     return None if found is None else (Path(found[0]), found[1])
 
 

@@ -53,10 +53,10 @@ def train(
             distributed.check_alike(flat(config, without=["data.path"]) | alike, world)
             distributed.check_nodes(config.train.parallel, world)
             build.split_batch(config, world.size)
-            out = Path(distributed.from_first(str(out), world.device))  # names carry the time
+            out = Path(distributed.from_first(str(out)))  # names carry the time
         with RunDirectory(out, world.first) as run:
             with watch.section("start"):
-                distributed.first_does(lambda: run.acquire(resume), world.device)
+                distributed.first_does(lambda: run.acquire(resume))
                 watch.folder = run.path / "errors"
                 trainer = Trainer(config, run, world, watch, resume)
                 trainer.begin()
@@ -126,7 +126,7 @@ class Trainer:
             self.take_up(self.found[1])
         elif config.train.init_from:
             build.begin_with(config, engine, self.tokenizer)
-        rows, sampled = distributed.first_does(self.open_logs, self.world.device)
+        rows, sampled = distributed.first_does(self.open_logs)
         self.validations.take_up(rows)
         self.sampled = set(map(tuple, sampled))  # (step, prompt)
         self.row = {"step": self.step, "tokens": self.tokens}  # the latest of metrics.jsonl
@@ -308,7 +308,7 @@ class Trainer:
 
     def agree(self) -> int:
         """The signal that any rank has received, on all of them."""
-        return int(distributed.largest([self.watch.stopping.number], self.world.device)[0])
+        return int(distributed.largest([self.watch.stopping.number])[0])
 
     def show_samples(self) -> None:
         """Continue each prompt; every rank takes part, since sharded layers run in step."""

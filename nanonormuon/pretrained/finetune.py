@@ -32,8 +32,8 @@ def adopt(config: Config, data: Data) -> Config:
 def begin_with(config: Config, engine: Engine, tokenizer: Tokenizer | None) -> None:
     """Fill the engine with the model's weights, if it and the data's tokenizer are that model's.
     Raises ConfigError or CheckpointError naming the difference."""
-    path, device = Path(config.train.init_from), engine.world.device
-    found = Path(distributed.first_does(lambda: str(models.find_checkpoint(path)), device))
+    path = Path(config.train.init_from)
+    found = Path(distributed.first_does(lambda: str(models.find_checkpoint(path))))
     model = models.model_config(found)
     if lines := differences(Config(model=model), Config(model=config.model)):
         raise ConfigError(f"train.init_from = {path}: another model: {'; '.join(lines)}")

@@ -51,7 +51,7 @@ def attempt(engine: Any, trial: Trial) -> str:
     together(passes, alone=engine.lockstep)
     engine.zero_grad()
     lines = [f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}" for e in failures]
-    if distributed.largest([len(lines)], engine.world.device)[0]:
+    if distributed.largest([len(lines)])[0]:
         return (*lines, "on another rank")[0]
     engine.forward = fast
     if engine.world.device.type == "cuda" and not engine.dealt and not distributed.grouped():

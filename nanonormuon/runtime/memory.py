@@ -94,7 +94,7 @@ def choose(
         fitting = probe(model, optimizers, seq_len, candidates)
     free_cache(world.device)
     torch.cuda.reset_peak_memory_stats(world.device)  # a run reports its own peak
-    return -int(distributed.largest([-fitting], world.device)[0])
+    return -int(distributed.largest([-fitting])[0])
 
 
 def estimate(
@@ -233,6 +233,6 @@ def together(work: Callable[[], Result], alone: bool = False) -> Result:
     except Exception as error:
         if not out_of_memory(error):
             raise
-    if distributed.any_rank(short):
+    if distributed.largest([short])[0]:
         raise Shortage  # outside `except`, whose traceback keeps tensors alive
     return result  # type: ignore[return-value]

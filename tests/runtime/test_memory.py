@@ -57,7 +57,7 @@ def test_under_fsdp_activations_may_take_60_percent_of_the_memory(monkeypatch, r
     m, dtype, world = model.config, model.compute_dtype, World(0, 2, torch.device("cuda"))
     kept = [sum(activations.kept(m, 8, n, dtype, recompute)) for n in (0, 4)]
     room = (kept[1] - kept[0] + activations.chunk_bytes(m, 4 * 8, dtype)) / 0.6
-    monkeypatch.setattr(memory.distributed, "largest", lambda values, _: values)
+    monkeypatch.setattr(memory.distributed, "largest", lambda values: values)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
     for spare, fits in ((16, 4), (-16, 2)):
         free = own + int(room) + spare, 0
@@ -84,7 +84,7 @@ def test_under_fsdp_the_estimate_makes_no_weights(monkeypatch):
 
 
 def test_all_ranks_take_the_smallest_that_a_probe_found(monkeypatch):
-    monkeypatch.setattr(memory.distributed, "largest", lambda values, _: [max(values[0], -3)])
+    monkeypatch.setattr(memory.distributed, "largest", lambda values: [max(values[0], -3)])
     monkeypatch.setattr(memory, "probe", lambda *_: 6)
     world, reset = World(0, 1, torch.device("cuda")), []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
