@@ -97,10 +97,7 @@ def make_engine(
     elif state and state["ranks"] == world.size:
         size = state["micro_batch"]  # for equal roundings, also on a device with less room
     else:  # before there is an engine: a GPU's probe needs memory
-        size = memory.choose(
-            on_trial, config.data.seq_len, per_rank, world, distributed.shards(train.parallel),
-            train.activation_checkpointing, train.reshard,
-        )  # fmt: skip
+        size = memory.choose(on_trial, config, per_rank, world)
     kind = Engine
     if train.canonical:
         from nanonormuon.runtime.bitwise import Bitwise  # few runs need it

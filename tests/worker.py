@@ -321,7 +321,7 @@ def clipped(kind, rank, world):
         engine.accumulate(halves, 2)
         engine.update()
         engine.zero_grad()
-        found[f"clipped.{kind}.peaks{step}"] = engine.extras[0].seen
+        found[f"clipped.{kind}.peaks{step}"] = engine.extras[0].peaks.clone()
     return found | {f"clipped.{kind}.{n}": whole(p) for n, p in model.named_parameters()}
 
 

@@ -4,7 +4,6 @@
 smaller size; `together` notifies all ranks.
 """
 
-import bisect
 import logging
 import math
 import os
@@ -74,46 +73,48 @@ def memory_of(device: torch.device) -> float:
 
 
 def choose(
-    make: Callable[[], tuple[GPT, Sequence[Optimizer]]], seq_len: int, per_rank: int,
-    world: distributed.World, shards: int = 1, recompute: bool = False, reshard: bool = True,
+    make: Callable[[], tuple[GPT, Sequence[Optimizer]]], config: Config, per_rank: int,
+    world: distributed.World,
 ) -> int:  # fmt: skip
     """Return the largest divisor of per_rank, in sequences, that fits on every rank.
 
-    On one GPU and under DDP, it is probed with a model and optimizers from `make`. Under FSDP2,
-    over `shards` ranks, it is estimated, with 40 % to spare: a rank that ran out of memory would
-    leave the others waiting within a layer. On a CPU it is CPU_TOKENS.
+    On one GPU and under DDP, it is probed with a model and optimizers from `make`. Under FSDP2 it
+    is estimated, with 40 % to spare: a rank that ran out of memory would leave the others waiting
+    within a layer. On a CPU it is CPU_TOKENS.
     """
-    candidates = divisors(per_rank)
+    candidates, T = divisors(per_rank), config.data.seq_len
     if world.device.type != "cuda":
-        return max((n for n in candidates if n * seq_len <= CPU_TOKENS), default=1)
-    with torch.device("meta") if shards > 1 else world.device:
-        model, optimizers = make()
+        return max((n for n in candidates if n * T <= CPU_TOKENS), default=1)
+    shards = distributed.shards(config.train.parallel)
     if shards > 1:
-        fitting = estimate(model, seq_len, candidates, world, shards, recompute, reshard)
+        with torch.device("meta"):
+            model, _ = make()
+        fitting = estimate(model, config, candidates, world.device, shards)
     else:
-        fitting = probe(model, optimizers, seq_len, candidates)
+        with world.device:
+            fitting = probe(*make(), T, candidates)
     free_cache(world.device)
     torch.cuda.reset_peak_memory_stats(world.device)  # a run reports its own peak
     return -int(distributed.largest([-fitting])[0])
 
 
 def estimate(
-    model: GPT, seq_len: int, candidates: Sequence[int], world: distributed.World, shards: int,
-    recompute: bool, reshard: bool = True,
-) -> int:  # fmt: skip
-    """Return the largest candidate that needs at most 60 % of the memory; 1 if none does."""
-    m, dtype = model.config, model.compute_dtype
-
+    model: GPT, config: Config, candidates: Sequence[int], device: torch.device, shards: int
+) -> int:
+    """Return the largest candidate that needs at most 60 % of the memory of a device, one of
+    `shards` that share the weights; 1 if none does."""
+    m, dtype, T, t = model.config, model.compute_dtype, config.data.seq_len, config.train
     parameters = sum(p.numel() for p in model.parameters())
-    free = torch.cuda.mem_get_info(world.device)[0]
+    free = torch.cuda.mem_get_info(device)[0]
     free -= 12 * parameters // shards  # weights, gradients, NorMuon's momentum
-    if not reshard:  # gathered weights stay from the forward to the backward pass
+    if not t.reshard:  # gathered weights stay from the forward to the backward pass
         free -= parameters * dtype.itemsize
 
     def fits(n: int) -> bool:
-        every, none = (activations.kept(m, seq_len, B, dtype, recompute) for B in (n, 0))
+        recompute = t.activation_checkpointing
+        every, none = (activations.kept(m, T, B, dtype, recompute) for B in (n, 0))
         # B = 0 leaves only weights cast to `dtype`, which FSDP2 gathers in `dtype`
-        needed = sum(every) - sum(none) + activations.chunk_bytes(m, n * seq_len, dtype)
+        needed = sum(every) - sum(none) + activations.chunk_bytes(m, n * T, dtype)
         # several micro-batches accumulate unsharded float32 gradients
         whole = 4 * parameters if n < candidates[-1] else 0
         return needed <= int(0.6 * (free - whole))
@@ -129,35 +130,30 @@ def probe(
     Does not compile, since torch.compile needs no more memory. Raises OutOfMemory if none fits.
     Model and optimizers are unusable afterwards.
     """
-    device = model.embed_tokens.weight.device
-
-    def fits(n: int, update: bool = False) -> bool:
+    device, fitting, spare = model.embed_tokens.weight.device, 0, None
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
+    for n in candidates:
         try:
             tokens = torch.zeros(n, seq_len, dtype=torch.int64, device=device)
             model(tokens, tokens).backward()
             with torch.no_grad():
                 model(tokens, tokens, reduction="sum")
-            for optimizer in optimizers if update else ():
+            for optimizer in optimizers if not fitting else ():
                 optimizer.step()  # creates the buffers that the optimizer still lacks
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            return False
-        finally:
-            free_cache(device)
-        return True
-
-    spare = None
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
-    if not fits(candidates[0], update=True):
+            break
+        free_cache(device)
+        fitting = n
+    if not fitting:
         problem = f"{candidates[0]} sequence of {seq_len} tokens and an update do not fit"
         hint = f"try {LESS_MEMORY}, a smaller model or a smaller data.seq_len"
         raise OutOfMemory(f"out of memory: {problem}: {hint}")
-    too_large = bisect.bisect_left(candidates, True, lo=1, key=lambda n: not fits(n))
     del spare
-    return candidates[too_large - 1]
+    return fitting
 
 
 def free_cache(device: torch.device) -> None:
@@ -193,12 +189,12 @@ class MicroBatch:
             self.shrink(everywhere, cause)  # outside `except`, whose traceback keeps tensors alive
 
     def shrink(self, everywhere: bool, cause: str) -> None:
-        """Halve the size, or raise OutOfMemory. Its attribute `everywhere` is true if all ranks
-        raise it and can still save together."""
+        """Take the next divisor at or below half the size, or raise OutOfMemory. Its attribute
+        `everywhere` is true if all ranks raise it and can still save together."""
         world = self.engine.world
         self.engine.model.zero_grad(set_to_none=True)
         free_cache(world.device)
-        fewer = smaller(self.size, self.per_rank)
+        fewer = max(n for n in divisors(self.per_rank) if n <= max(1, self.size // 2))
         if not everywhere or self.engine.dealt or fewer == self.size:
             advice = f"continue with: {self.again} train.micro_batch={fewer}"
             if fewer == self.size:
@@ -212,11 +208,6 @@ class MicroBatch:
             now = f"repeating the step and continuing with {fewer}; the batch size is unchanged"
             log.warning(f"{problem}; {now}")
         self.size = fewer
-
-
-def smaller(size: int, per_rank: int) -> int:
-    """Return the largest divisor of per_rank that is at most half of `size`, at least 1."""
-    return max(n for n in divisors(per_rank) if n <= max(1, size // 2))
 
 
 def together(work: Callable[[], Result], alone: bool = False) -> Result:
