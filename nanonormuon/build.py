@@ -36,9 +36,9 @@ COMPILE_FROM = {"cpu": 4e14, "cuda": 3e16}
 def complete(config: Config, data: Data) -> Config:
     """Fill in the vocabulary, from the data or with the whole model from train.init_from."""
     if config.train.init_from and not config.model.vocab_size:
-        from nanonormuon.pretrained import finetune  # few runs need it
+        from nanonormuon.pretrained import models  # few runs need it
 
-        config = finetune.adopt(config, data)
+        config = models.adopt(config, data)
     given, found = config.model.vocab_size, data.vocab_size
     if not found and not given:
         raise ConfigError(f"model.vocab_size = 0, and {data.path} does not say: set it")
@@ -138,9 +138,9 @@ def load_checkpoint(
 
 def begin_with(config: Config, engine: Engine, tokenizer: Tokenizer | None) -> None:
     """Fill the engine with the weights of train.init_from."""
-    from nanonormuon.pretrained import finetune
+    from nanonormuon.pretrained import models
 
-    finetune.begin_with(config, engine, tokenizer)
+    models.begin_with(config, engine, tokenizer)
 
 
 def refuse_other_settings(file: Path, config: Config) -> None:

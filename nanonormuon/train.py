@@ -104,7 +104,7 @@ class Trainer:
         self.engine, size = build.make_engine(config, self.tokenizer, world, self.per_rank, state)
         self.again = run.again(config.optim.name)
         self.memory = MicroBatch(size, self.per_rank, self.engine, watch, self.again)
-        self.loader = Loader(self.batches, self.per_rank, world, self.engine.dealt)
+        self.loader = Loader(self.batches, world, self.engine.dealt)
         self.schedule = Schedule(config.train.steps, config.optim)
         self.spikes = Spikes(config.train.skip_spikes)
         self.weight_stats = WeightStats(self.engine.optimizers, world.device)
@@ -116,7 +116,7 @@ class Trainer:
 
         self.last_step = config.train.last_step
         self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint
-        self.seconds = self.earlier_seconds = 0.0  # of training; of earlier processes in all
+        self.seconds = 0.0  # of training, without evaluations and saves
 
     def begin(self) -> None:
         """Load the checkpoint to resume from, if any; open the logs; compile."""
@@ -148,7 +148,8 @@ class Trainer:
     def take_up(self, state: dict[str, Any]) -> None:
         """Restore the run's progress from a checkpoint's state.json."""
         self.step = self.saved = self.watch.step = state["step"]
-        self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
+        self.seconds = state["seconds"]
+        self.began -= state["total_seconds"]
         self.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
 
     def open_logs(self) -> tuple[list[dict], list[tuple[int, str]]]:
@@ -340,7 +341,7 @@ class Trainer:
     @property
     def total_seconds(self) -> float:
         """Seconds of this process and earlier ones of the run."""
-        return self.earlier_seconds + time.perf_counter() - self.began
+        return time.perf_counter() - self.began
 
     @property
     def exhausted(self) -> bool:

@@ -22,8 +22,8 @@ DEFECTS = {
         "checkpoint", "named_state", "sorted(optimizer.state[p].items())",
         'sorted(optimizer.state[p].items()) if key != "second_moment"', STOP),
     "another data order after a resume": (
-        "train", "Trainer.take_up", "self.seconds,",
-        "self.batches.seed += 1\n    self.seconds,", STOP),
+        "train", "Trainer.take_up", "self.seconds =",
+        "self.batches.seed += 1\n    self.seconds =", STOP),
     "position off by one": (
         "train", "Trainer.take_up", '= state["step"]\n', '= state["step"] + 1\n', STOP),
     "best loss and spikes forgotten": (

@@ -27,7 +27,7 @@ ORDER = """errors storage.files parts.config | model | parts | normuon | config 
     | pretrained | runs | lab | cli"""
 LEVEL = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 UPWARD = {  # imported in a function
-    ("build", "pretrained.finetune"),  # only for --init-from
+    ("build", "pretrained.models"),  # only for --init-from
     ("model", "parts.bigram"),  # only with model.bigram_embed
     ("model", "parts.experts"),  # only with model.mlp = experts
     ("model", "parts.latent"),  # only with model.attention = latent

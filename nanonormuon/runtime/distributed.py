@@ -35,6 +35,9 @@ class World:
         return self.rank == 0
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 def size() -> int:
     """Return the number of ranks, known from torchrun before the process group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
