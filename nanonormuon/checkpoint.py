@@ -181,10 +181,11 @@ def load_optimizers(optimizers: Sequence[Optimizer], path: Path) -> None:
             continue
         content = optimizer.state_dict()
         for index, (name, p) in enumerate(named_parameters(optimizer)):
-            content["state"][index] = {
-                key: tensors.as_buffer(file.read(f"{name}.{key}"), optimizer, p, key)
-                for key in buffer_shapes(optimizer, p)
-            }
+            content["state"][index] = state = {}
+            for key in buffer_shapes(optimizer, p):
+                value = file.read(f"{name}.{key}")
+                like = optimizer.state[p].get(key, p if value.shape == p.shape else value)
+                state[key] = placed_like(value, like)
         optimizer.load_state_dict(content)
 
 

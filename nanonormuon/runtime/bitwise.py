@@ -9,11 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nanonormuon.engine import Engine, Make, shard
+from nanonormuon.engine import Engine, Make
 from nanonormuon.model import GPT
 from nanonormuon.normuon import OneProcess
 from nanonormuon.runtime.distributed import World
-from nanonormuon.storage.tensors import as_buffer, placed_like, whole
 
 
 class Bitwise(Engine):
@@ -21,8 +20,8 @@ class Bitwise(Engine):
 
     Rounding depends on the order of sums, so micro-batches of a fixed size are dealt out to the
     ranks in turn and added up by their index in the batch; then every rank makes the whole update.
-    Under FSDP2, each rank gathers weights and optimizer state for the update and keeps its rows.
-    Every micro-batch sends whole gradients and every update whole states, so this mode is slow.
+    That needs whole weights, gradients and buffers on every rank, so replicas serve for every
+    `parallel`. Every micro-batch sends whole gradients, so this mode is slow.
     """
 
     dealt = True
@@ -33,20 +32,8 @@ class Bitwise(Engine):
         # kernels that a compiler selects by timing
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self.make: Make = lambda model: [unshared(optimizer) for optimizer in make(model)]
-        super().__init__(model, self.make, world, parallel, **more)
-        self.parameters = list(model.parameters())  # as sharded between steps
+        super().__init__(model, lambda model: unshared(make(model)), world, "ddp", **more)
         self.sums: list[Tensor] = []
-
-    def distribute(self, dtype: torch.dtype | None, reshard: bool) -> None:
-        # dtype None: FSDP2's mixed precision would cast where the model does not
-        if self.sharded:
-            shard(self.model, self.mesh, None, reshard)
-            for module in self.shards():  # keep gathered parameters and their local gradients
-                module.set_reshard_after_backward(False, recurse=False)
-
-    def shards(self) -> list[Any]:
-        return [module for module in self.model.modules() if hasattr(module, "unshard")]
 
     def sync(self, on: bool) -> None:
         super().sync(False)
@@ -71,39 +58,10 @@ class Bitwise(Engine):
         self.sums = []
         return loss
 
-    @torch.no_grad()
-    def step(self) -> None:
-        if not self.sharded:
-            super().step()
-            return
-        for acting, kept in zip(self.make(self.model), self.optimizers):
-            pass_on(kept, acting)
-            acting.step()
-            pass_on(acting, kept)
 
-    @torch.no_grad()
-    def zero_grad(self) -> None:
-        super().zero_grad()
-        for p, w in zip(self.parameters, list(self.model.parameters())):
-            if p is not w:
-                p.copy_(placed_like(w.detach(), p))
-        for module in self.shards():
-            module.reshard()
-
-
-def unshared(optimizer: Optimizer) -> Optimizer:
+def unshared(optimizers: list[Optimizer]) -> list[Optimizer]:
     """Make every rank iterate all matrices: a smaller stack could be rounded differently."""
-    for bucket in getattr(optimizer, "buckets", ()):  # NorMuon's, and some of the zoo's
-        bucket.layout = OneProcess()
-    return optimizer
-
-
-def pass_on(source: Optimizer, target: Optimizer) -> None:
-    """Copy settings and state to an optimizer of another layout; every rank must call this."""
-    content = source.state_dict()
-    params = [p for group in target.param_groups for p in group["params"]]
-    for i, state in content["state"].items():
-        content["state"][i] = {
-            key: as_buffer(whole(value), target, params[i], key) for key, value in state.items()
-        }
-    target.load_state_dict(content)
+    for optimizer in optimizers:
+        for bucket in getattr(optimizer, "buckets", ()):  # NorMuon's, and some of the zoo's
+            bucket.layout = OneProcess()
+    return optimizers

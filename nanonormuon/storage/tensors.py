@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
 
 from nanonormuon.errors import CheckpointError
 from nanonormuon.normuon import local as local
@@ -44,12 +43,6 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
         mesh = like.device_mesh
         return distribute_tensor(value.to(mesh.device_type), mesh, like.placements)
     return value.to(like.device)
-
-
-def as_buffer(value: Tensor, optimizer: Optimizer, p: Tensor, key: str) -> Tensor:
-    """Shard and place a full tensor as a parameter's buffer `key`, or, if the optimizer has none
-    yet, like the parameter if they have one shape."""
-    return placed_like(value, optimizer.state[p].get(key, p if value.shape == p.shape else value))
 
 
 def flatten_tree(tree: Any, prefix: str) -> dict[str, Tensor]:
