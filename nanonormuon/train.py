@@ -194,12 +194,12 @@ class Trainer:
         """What follows `step`: "row" (in metrics.jsonl), "save", "evaluate", "sample", or nothing.
         stop: the signal that any rank has received; 0: none."""
         t = self.config.train
+        if stop:
+            return {"row", "save"}
         found = {"save", "evaluate"} if step == self.last_step else set()
         every = {"row": t.log_every, "save": t.save_every, "evaluate": t.eval_every}
         every["sample"] = t.sample_every
         found |= {what for what, steps in every.items() if steps and step % steps == 0}
-        if stop:
-            found = {"save"}
         return found | {"row"} if found else found
 
     # ------------------------------------------------------------------------------------- The loop
