@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from nanonormuon import checkpoint, optim
 from nanonormuon.config import Config, differences, from_dict, load
 from nanonormuon.data import Batches
-from nanonormuon.engine import Bitwise, Engine
+from nanonormuon.engine import Engine
 from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPT
 from nanonormuon.runtime import distributed, memory
@@ -33,19 +33,11 @@ COMPILE_FROM = {"cpu": 4e14, "cuda": 3e16}
 
 
 def complete(config: Config, data: Data) -> Config:
-    """Fill in the vocabulary, from the data or from the model of train.init_from."""
-    if (source := config.train.init_from) and not config.model.vocab_size:
-        from nanonormuon.pretrained import models  # loading finished models is not part of a run
+    """Fill in the vocabulary, from the data or with the whole model from train.init_from."""
+    if config.train.init_from and not config.model.vocab_size:
+        from nanonormuon.pretrained import models  # few runs need it
 
-        directory = models.find_checkpoint(Path(source))
-        model = models.model_config(directory)
-        if (data.vocab_size or 0) > model.vocab_size:
-            raise ConfigError(
-                f"train.init_from = {source}: a model of {model.vocab_size} token ids, the data in "
-                f"{data.path} have {data.vocab_size}: set data.path to text prepared with "
-                f"--tokenizer {directory / 'tokenizer.json'}"
-            )
-        config = replace(config, model=model)
+        config = models.adopt(config, data)
     given, found = config.model.vocab_size, data.vocab_size
     if not found and not given:
         raise ConfigError(f"model.vocab_size = 0, and {data.path} does not say: set it")
@@ -98,8 +90,7 @@ def make_engine(
         return optim.make_optimizers(model, config.optim, dtype)
 
     def on_trial() -> tuple[GPT, list[Optimizer]]:
-        with world.device:
-            model = make_model()
+        model = make_model()
         return model, make_optimizers(model)
 
     if train.micro_batch != "auto":
@@ -107,11 +98,12 @@ def make_engine(
     elif state and state["ranks"] == world.size:
         size = state["micro_batch"]  # for equal roundings, also on a device with less room
     else:  # before there is an engine: a GPU's probe needs memory
-        size = memory.choose(
-            on_trial, config.data.seq_len, per_rank, world, distributed.shards(train.parallel),
-            train.activation_checkpointing, train.reshard,
-        )  # fmt: skip
-    kind = Bitwise if train.canonical else Engine
+        size = memory.choose(on_trial, config, per_rank, world)
+    kind = Engine
+    if train.canonical:
+        from nanonormuon.runtime.bitwise import Bitwise  # few runs need it
+
+        kind = Bitwise
     engine = kind(
         make_model().init_weights(train.seed).to(world.device), make_optimizers, world,
         parallel=train.parallel, dtype=dtype, reshard=train.reshard,
@@ -146,19 +138,10 @@ def load_checkpoint(
 
 
 def begin_with(config: Config, engine: Engine, tokenizer: Tokenizer | None) -> None:
-    """Fill the model with the weights at train.init_from, if it and the data's tokenizer are that
-    model's. Raises ConfigError or CheckpointError naming the difference."""
+    """Fill the engine with the weights of train.init_from."""
     from nanonormuon.pretrained import models
 
-    path, world = Path(config.train.init_from), engine.world
-    found = Path(distributed.first_does(lambda: str(models.find_checkpoint(path)), world.device))
-    model = models.model_config(found)
-    if lines := differences(Config(model=model), Config(model=config.model)):
-        raise ConfigError(f"train.init_from = {path}: another model: {'; '.join(lines)}")
-    models.check_tokenizer(found, tokenizer)
-    models.load_weights(engine.model, found)
-    if world.first:
-        log.info(f"weights of {found}")
+    models.begin_with(config, engine, tokenizer)
 
 
 def refuse_other_settings(file: Path, config: Config) -> None:
@@ -192,12 +175,9 @@ def compile_engine(
     pays = work(config, engine.model) >= COMPILE_FROM.get(device.type, math.inf)
     if wish == "off" or (wish == "auto" and not pays):
         return 0.0
-    seconds, failure = engine.compile(trial)
-    if failure:
-        log.warning(f"torch.compile failed, going on without it: {failure}")
-    elif engine.world.first:
-        log.info(f"compiled in {seconds:.0f} s")
-    return seconds
+    from nanonormuon.runtime import compilation  # few runs need it
+
+    return compilation.compile_engine(engine, trial)
 
 
 def introduction(

@@ -108,12 +108,17 @@ class Saver:
         All ranks must call this, after `settle`, and gather the tensors one by one. All raise if
         writing fails: here, or in the next `settle` if it happens in the background.
         """
-        first, failure = self.world.first, None
-        groups = {"model": named_for_hf(weights), "optimizer": buffers}
+        first, groups = self.world.first, {"model": named_for_hf(weights), "optimizer": buffers}
         if self.background:
             groups = {name: tensors.copied(group, keep=first) for name, group in groups.items()}
         streams = {f"{k}.safetensors": tensors.stream(g, keep=first) for k, g in groups.items()}
-        if first:
+
+        def gather() -> None:
+            for pieces in () if self.background else streams.values():
+                for _ in pieces:
+                    pass
+
+        def write() -> None:
             try:
                 files = streams | description()
                 if self.background:
@@ -121,13 +126,12 @@ class Saver:
                     self.pending.add_done_callback(self.end_if_failed)
                 else:
                     self.publish(step, files, retain)
-            except Exception as error:
-                failure = error
-        if not self.background:
-            for pieces in streams.values():  # all ranks finish gathering, even after a failure
-                for _ in pieces:
-                    pass
-        distributed.first_does(lambda: raise_if(failure), self.world.device)
+            finally:
+                gather()  # what a failure left, since the other ranks do
+
+        if not first:
+            gather()
+        distributed.first_does(write)
 
     def publish(self, step: int, files: Mapping[str, Any], retain: Callable[[], None]) -> None:
         """Write a checkpoint, then delete old ones."""
@@ -144,12 +148,7 @@ class Saver:
         """Wait until the last checkpoint is published. Raises on every rank if it failed."""
         if self.background:
             pending, self.pending = self.pending, None
-            distributed.first_does(lambda: pending and pending.result(), self.world.device)
-
-
-def raise_if(failure: BaseException | None) -> None:
-    if failure is not None:
-        raise failure
+            distributed.first_does(lambda: pending and pending.result())
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -223,7 +222,7 @@ def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]
         check_state(path / "state.json", state)
         return [str(path), state]
 
-    found = distributed.first_does(look, world.device)
+    found = distributed.first_does(look)
     return None if found is None else (Path(found[0]), found[1])
 
 

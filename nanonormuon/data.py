@@ -103,8 +103,8 @@ class Batches:
         """List the sources that begin another epoch in `step`, with its number, from 1."""
         found = []
         for s, n, m in zip(self.sources, self.taken(step), self.taken(step + 1)):
-            before, after = ((count - 1) // s.windows for count in (n, m))
-            if after > max(before, 0):
+            before, after = (max(count - 1, 0) // s.windows for count in (n, m))
+            if after > before:
                 found.append((s.name, after + 1))
         return found
 
@@ -134,23 +134,23 @@ class Batches:
 class Loader:
     """Reads this rank's micro-batches, prefetching the next one in a thread.
 
-    per_rank: sequences per rank and step. Each rank reads a contiguous part of the batch, or, if
-    `dealt`, every size-th micro-batch. A wrong guess of the next request only costs a fresh read.
-    Errors of the thread are raised when its batch is requested.
+    Each rank reads a contiguous part of the batch, or, if `dealt`, every size-th micro-batch. A
+    wrong guess of the next request only costs a fresh read. Errors of the thread are raised when
+    its batch is requested.
     """
 
-    def __init__(self, batches: Batches, per_rank: int, world: World, dealt: bool = False) -> None:
-        self.batches, self.per_rank, self.world, self.dealt = batches, per_rank, world, dealt
+    def __init__(self, batches: Batches, world: World, dealt: bool = False) -> None:
+        self.batches, self.world, self.dealt = batches, world, dealt
         self._pool = ThreadPoolExecutor(1, "batches")
         self._next: tuple[tuple[int, int, int], Future] | None = None
 
     def micro_batches(self, step: int, n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield tokens and targets of a step's micro-batches, each (n, seq_len) on the device."""
-        rank, ranks, size = self.world.rank, self.world.size, self.per_rank
+        rank, ranks, sequences = self.world.rank, self.world.size, self.batches.sequences
+        share = sequences // ranks
+        begins = range(rank * share, (rank + 1) * share, n)
         if self.dealt:
-            begins = range(rank * n, size * ranks, ranks * n)
-        else:
-            begins = range(rank * size, (rank + 1) * size, n)
+            begins = range(rank * n, sequences, ranks * n)
         wanted = [(step, i, i + n) for i in begins]
         following = [*wanted[1:], (step + 1, begins[0], begins[0] + n)]
         for now, then in zip(wanted, following):
@@ -229,13 +229,7 @@ def validation_targets(split: Split, max_tokens: int = 0) -> int:
 
 
 def validation_batches(
-    split: Split,
-    seq_len: int,
-    batch: int,
-    rank: int = 0,
-    world: int = 1,
-    max_tokens: int = 0,
-    stride: int = 0,
+    split: Split, seq_len: int, batch: int, world: World, max_tokens: int = 0, stride: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield this rank's share of the validation split: (batch, seq_len) int64 tokens and targets.
 
@@ -255,9 +249,9 @@ def validation_batches(
         if targets:
             for offset in range(0, max(targets - seq_len, 0) + stride, stride):
                 rows.append((index, offset, seq_len - stride if offset else 0, targets - offset))
-    rows += [(-1, 0, 0, 0)] * (-len(rows) % (batch * world))
+    rows += [(-1, 0, 0, 0)] * (-len(rows) % (batch * world.size))
     position = np.arange(seq_len)
-    for start in range(rank * batch, len(rows), batch * world):
+    for start in range(world.rank * batch, len(rows), batch * world.size):
         part = np.array(rows[start : start + batch], np.int64)
         tokens, targets = _gather(split, part[:, :2], seq_len)
         counts = (part[:, 2:3] <= position) & (position < part[:, 3:])

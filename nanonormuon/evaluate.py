@@ -29,9 +29,7 @@ def validation_loss(
     without overlap, at seq_len / stride times the cost.
     """
     losses, targets_seen = [], 0
-    for tokens, targets in validation_batches(
-        split, seq_len, batch, world.rank, world.size, max_tokens, stride
-    ):
+    for tokens, targets in validation_batches(split, seq_len, batch, world, max_tokens, stride):
         targets_seen += int((targets != IGNORE).sum())
         tokens, targets = tokens.to(world.device), targets.to(world.device)
         losses.append(forward(tokens, targets, reduction="sum"))

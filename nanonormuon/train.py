@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from nanonormuon import build, checkpoint, evaluate, optim
 from nanonormuon.config import Config, flat
 from nanonormuon.data import Batches, Loader
-from nanonormuon.errors import ConfigError, Interrupted, OutOfMemory
+from nanonormuon.errors import Interrupted, OutOfMemory
 from nanonormuon.optim import Schedule, group_rows
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.faults import Stopping, Watch
@@ -48,19 +48,16 @@ def train(
     watching = contextlib.nullcontext(stopping) if stopping else Stopping()
     with watching as stopping, Watch(limit, stopping) as watch:
         with watch.section("start"):
-            try:
-                world = distributed.start(config.train.device, watch.longest())
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+            world = distributed.start(config.train.device, watch.longest())
             # these three refuse before anything is made; a node may have its own copy of the data
             alike = {"--resume": resume, "builtin data": config.data.path.startswith("builtin:")}
             distributed.check_alike(flat(config, without=["data.path"]) | alike, world)
             distributed.check_nodes(config.train.parallel, world)
             build.split_batch(config, world.size)
-            out = Path(distributed.from_first(str(out), world.device))  # names carry the time
+            out = Path(distributed.from_first(str(out)))  # names carry the time
         with RunDirectory(out, world.first) as run:
             with watch.section("start"):
-                distributed.first_does(lambda: run.acquire(resume), world.device)
+                distributed.first_does(lambda: run.acquire(resume))
                 watch.folder = run.path / "errors"
                 trainer = Trainer(config, run, world, watch, resume)
                 trainer.begin()
@@ -78,15 +75,6 @@ def train(
         with watch.section("end"):
             distributed.finish()
         return summary
-
-
-class Due(NamedTuple):
-    """What follows a step."""
-
-    row: bool  # in metrics.jsonl
-    save: bool
-    evaluate: bool
-    sample: bool
 
 
 class Trainer:
@@ -116,10 +104,8 @@ class Trainer:
         state = self.found and self.found[1]
         self.engine, size = build.make_engine(config, self.tokenizer, world, self.per_rank, state)
         self.again = run.again(config.optim.name)
-        self.memory = MicroBatch(
-            size, self.per_rank, self.engine.model, world, watch, self.again, self.engine.dealt
-        )
-        self.loader = Loader(self.batches, self.per_rank, world, self.engine.dealt)
+        self.memory = MicroBatch(size, self.per_rank, self.engine, watch, self.again)
+        self.loader = Loader(self.batches, world, self.engine.dealt)
         self.schedule = Schedule(config.train.steps, config.optim)
         self.spikes = Spikes(config.train.skip_spikes)
         self.weight_stats = WeightStats(self.engine.optimizers, world.device)
@@ -131,7 +117,7 @@ class Trainer:
 
         self.last_step = config.train.last_step
         self.step = self.saved = 0  # optimizer steps done, and at the last checkpoint
-        self.seconds = self.earlier_seconds = 0.0  # of training; of earlier processes in all
+        self.seconds = 0.0  # of training, without evaluations and saves
 
     def begin(self) -> None:
         """Load the checkpoint to resume from, if any; open the logs; compile."""
@@ -141,21 +127,17 @@ class Trainer:
             self.take_up(self.found[1])
         elif config.train.init_from:
             build.begin_with(config, engine, self.tokenizer)
-        rows, sampled = distributed.first_does(self.open_logs, self.world.device)
+        rows, sampled = distributed.first_does(self.open_logs)
         self.validations.take_up(rows)
         self.sampled = set(map(tuple, sampled))  # (step, prompt)
         self.row = {"step": self.step, "tokens": self.tokens}  # the latest of metrics.jsonl
-        if rows and rows[-1]["step"] == self.step:
-            self.row = rows[-1]
         run.write("groups.txt", aligned(group_rows(engine.optimizers)) + "\n")
-        if self.world.first:
-            size = self.memory.size
-            for line in build.introduction(config, self.data, self.batches, engine, size):
-                log.info(line)
-            log.info(f"writing to {run.path}")
-            if self.resume:
-                where = self.found[0] if self.found else "the start: nothing was saved"
-                log.info(f"resumed from {where}")
+        for line in build.introduction(config, self.data, self.batches, engine, self.memory.size):
+            log.info(line)
+        log.info(f"writing to {run.path}")
+        if self.resume:
+            where = self.found[0] if self.found else "the start: nothing was saved"
+            log.info(f"resumed from {where}")
         with self.watch.section("compilation"):
             self.compile_seconds = self.memory.retry(self.compile)
 
@@ -167,7 +149,8 @@ class Trainer:
     def take_up(self, state: dict[str, Any]) -> None:
         """Restore the run's progress from a checkpoint's state.json."""
         self.step = self.saved = self.watch.step = state["step"]
-        self.seconds, self.earlier_seconds = state["seconds"], state["total_seconds"]
+        self.seconds = state["seconds"]
+        self.began -= state["total_seconds"]
         self.spikes = Spikes(self.config.train.skip_spikes, **state.get("spikes", {}))
 
     def open_logs(self) -> tuple[list[dict], list[tuple[int, str]]]:
@@ -195,7 +178,7 @@ class Trainer:
         verdict = judge(loss, self.engine, self.spikes, self.watch.stopping)
         if not verdict.skip:
             self.engine.clip(verdict.grad_norm)
-            with self.weight_stats.around(self.due(self.step + 1, verdict.stop).row):
+            with self.weight_stats.around("row" in self.due(self.step + 1, verdict.stop)):
                 self.engine.update()
         self.engine.zero_grad()
         self.step = self.watch.step = self.step + 1
@@ -208,63 +191,57 @@ class Trainer:
         micro_batches = self.loader.micro_batches(self.step, self.memory.size)
         return self.engine.accumulate(micro_batches, self.memory.count)
 
-    def due(self, step: int, stop: int = 0) -> Due:
-        """What follows after `step`; stop: the signal that any rank has received, 0: none."""
-        settings = self.config.train
-
-        def at(every: int) -> bool:
-            return step == self.last_step or bool(every and step % every == 0)
-
-        sampling = bool(settings.sample_every and step % settings.sample_every == 0)
-        saving, evaluating = at(settings.save_every), at(settings.eval_every)
+    def due(self, step: int, stop: int = 0) -> set[str]:
+        """What follows `step`: "row" (in metrics.jsonl), "save", "evaluate", "sample", or nothing.
+        stop: the signal that any rank has received; 0: none."""
+        t = self.config.train
         if stop:
-            return Due(row=True, save=True, evaluate=False, sample=False)
-        row = sampling or saving or evaluating or at(settings.log_every)
-        return Due(row, saving, evaluating, sampling)
+            return {"row", "save"}
+        found = {"save", "evaluate"} if step == self.last_step else set()
+        every = {"row": t.log_every, "save": t.save_every, "evaluate": t.eval_every}
+        every["sample"] = t.sample_every
+        found |= {what for what, steps in every.items() if steps and step % steps == 0}
+        return found | {"row"} if found else found
 
     # ------------------------------------------------------------------------------------- The loop
 
     def loop(self) -> dict[str, Any]:
         """Take every step and do what follows it; returns the content of summary.json."""
-        speak = self.world.first
         self.catch_up()
         # log lines take the bar's place where standard error is not a terminal
-        more = {"initial": self.step, "disable": None if speak else True}
-        self.bar = progress("training", self.last_step, "step", **more)
+        self.bar = progress("training", self.last_step, "step", initial=self.step)
         self.logged, self.tick = (self.step, self.seconds), time.perf_counter()
         self.watch.stopping.finish_steps()
         while self.step < self.last_step and not self.exhausted:
             with self.watch.section("step"):
                 loss, verdict = self.take_step()
             self.bar.update()
-            for name, epoch in self.batches.begun(self.step - 1) if speak else ():
+            for name, epoch in self.batches.begun(self.step - 1):
                 log.info(f"epoch {epoch} of {name} begins in step {self.step}")
-            if (due := self.due(self.step, verdict.stop)).row:
+            if due := self.due(self.step, verdict.stop):
                 self.follow_up(due, loss, verdict)
         self.bar.close()
         self.save()
-        if self.exhausted and speak:
+        if self.exhausted:
             best, stale = self.validations.best(), self.validations.stale
             log.info(f"no lower val_loss than step {best}'s in {stale} evaluations: done")
-        self.show_samples("after training", logging.DEBUG)  # the command line shows both ends
+        self.show_samples()
         return self.summarise()
 
     def catch_up(self) -> None:
         """Do what precedes the first step. On resume, evaluate and sample if an earlier process was
         cut off between this step's checkpoint and these."""
-        if self.step == 0:
-            if self.config.train.init_from and 0 not in self.validations:
-                self.validate()  # what training begins with
-                if self.world.first:
-                    log.info("before training  val_loss {val_loss:.4f}".format(**self.row))
-            return self.show_samples("before training", logging.DEBUG)
-        due = self.due(self.step)
-        if due.evaluate and self.step not in self.validations:
+        due, fresh = self.due(self.step), self.step == 0
+        # a fine-tuned model's first loss is what training begins with
+        evaluate = self.config.train.init_from if fresh else "evaluate" in due
+        if evaluate and self.step not in self.validations:
             self.validate()
-        if due.sample:
-            self.show_samples(f"after step {self.step}")
+            if fresh:
+                log.info("before training  val_loss {val_loss:.4f}".format(**self.row))
+        if fresh or "sample" in due:
+            self.show_samples()
 
-    def follow_up(self, due: Due, loss: Tensor, verdict: Verdict) -> None:
+    def follow_up(self, due: set[str], loss: Tensor, verdict: Verdict) -> None:
         """Do what follows a step: write the row, save, evaluate, stop if asked to, sample.
 
         A checkpoint never appears before the rows up to its step. If this process ends after it, a
@@ -272,22 +249,21 @@ class Trainer:
         """
         self.row, stop = self.measure(loss, verdict.grad_norm), verdict.stop
         self.run.record(self.row)
-        if due.save:
+        if "save" in due:
             self.save(wait=False)
-        if due.evaluate:
+        if "evaluate" in due:
             with contextlib.suppress(Interrupted):
                 self.validate()
-        if due.save or due.evaluate:  # both take time, in which a signal may have come
+        if due & {"save", "evaluate"}:  # both take time, in which a signal may have come
             stop = self.agree()
-        if self.world.first:
-            announce(self.row, self.config.train.steps, self.bar)
+        announce(self.row, self.config.train.steps, self.bar)
         if stop:
             self.bar.close()
             self.save()
             saved = f"after step {self.step}, which is saved"
             raise Interrupted(stop, f"{saved}; go on with: {self.again}")
-        if due.sample and self.step < self.last_step:
-            self.show_samples(f"after step {self.step}")
+        if "sample" in due:
+            self.show_samples()
         self.tick = time.perf_counter()
 
     def measure(self, loss: Tensor, grad_norm: float) -> dict[str, Any]:
@@ -305,10 +281,9 @@ class Trainer:
             "lr": self.config.optim.lr * self.schedule.lr(self.step - 1),
             "grad_norm": grad_norm,
             **self.weight_stats.row(),
-            **(self.engine.expert_load.row() if self.engine.expert_load else {}),
             "tokens_per_second": round(rate, 1),
             **({"skipped": self.spikes.skipped} if self.spikes.factor else {}),
-            **(self.engine.qk_clip.row() if self.engine.qk_clip else {}),
+            **{key: x for extra in self.engine.extras for key, x in extra.row().items()},
         }
 
     def validate(self) -> None:
@@ -335,9 +310,9 @@ class Trainer:
 
     def agree(self) -> int:
         """The signal that any rank has received, on all of them."""
-        return int(distributed.largest([self.watch.stopping.number], self.world.device)[0])
+        return int(distributed.largest([self.watch.stopping.number])[0])
 
-    def show_samples(self, when: str, level: int = logging.INFO) -> None:
+    def show_samples(self) -> None:
         """Continue each prompt; every rank takes part, since sharded layers run in step."""
         settings, model = self.config.train, self.engine.model
         if self.tokenizer is None or not settings.sample_tokens:
@@ -353,10 +328,11 @@ class Trainer:
                 rows = [sample.Text(self.tokenizer)]
                 pieces = sample.write(model, rows, prompt, seed=seed, **size)
                 text = "".join(piece for (piece,) in pieces)
-            if self.world.first:
-                self.run.append("samples.jsonl", step=self.step, prompt=prompt, text=text)
-                lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())
-                log.log(level, "sample %s:\n%s", when, lines)
+            self.run.append("samples.jsonl", step=self.step, prompt=prompt, text=text)
+            lines = "\n".join(f"  | {line}" for line in (prompt + text).splitlines())
+            shown_later = self.step in (0, self.last_step) or self.exhausted  # by the command line
+            level = logging.DEBUG if shown_later else logging.INFO
+            log.log(level, "sample after step %d:\n%s", self.step, lines)
 
     # --------------------------------------------------------------------------- How far the run is
 
@@ -367,7 +343,7 @@ class Trainer:
     @property
     def total_seconds(self) -> float:
         """Seconds of this process and earlier ones of the run."""
-        return self.earlier_seconds + time.perf_counter() - self.began
+        return time.perf_counter() - self.began
 
     @property
     def exhausted(self) -> bool:

@@ -110,9 +110,9 @@ def measure(arguments: list[str], steps: int, checkout: str = "") -> dict:
         engine.forward = clock.timed("forward", engine.forward)
         for optimizer in engine.optimizers:
             optimizer.step = clock.timed(type(optimizer).__name__, optimizer.step)
-        if engine.qk_clip:  # reads the logits in the forward pass, scales after the update
+        if trainer.config.optim.qk_clip:  # reads logits in the forward pass, scales after updates
             qk_clip.note = clock.timed("QK-clip, reading", qk_clip.note)
-            engine.qk_clip.apply = clock.timed("QK-clip, scaling", engine.qk_clip.apply)
+            engine.extras[0].apply = clock.timed("QK-clip, scaling", engine.extras[0].apply)
         original = torch.Tensor.backward
         torch.Tensor.backward = clock.timed("backward", original)
         for _ in range(steps):

@@ -18,7 +18,7 @@ from support import write_shard
 from nanonormuon import data
 from nanonormuon.data import Batches, Loader
 from nanonormuon.errors import DataError
-from nanonormuon.runtime.distributed import World
+from nanonormuon.runtime.distributed import ALONE, World
 from nanonormuon.storage import shards
 from nanonormuon.storage.shards import Split
 
@@ -207,7 +207,7 @@ def test_a_mixture_of_one_is_the_source_itself() -> None:
 
 def test_reading_ahead_gives_the_same_and_raises_here() -> None:
     batches = Batches(split_of(200, 90, vocab_size=1090), 5, 12, 7)
-    loader = Loader(batches, 6, World(1, 2, torch.device("cpu")))  # the second half of each batch
+    loader = Loader(batches, World(1, 2, torch.device("cpu")))  # the second half of each batch
     asked = [(0, 3), (1, 3), (9, 3), (9, 2), (10, 2)]  # (step, sequences at a time)
     read = batches.batch
     threads: list[int] = []
@@ -246,7 +246,7 @@ def test_the_ranks_share_a_batch(dealt: bool) -> None:
     batches = Batches(split_of(200, 90), 5, 12, 7)
     whole = batches.batch(3, 0, 12)[0]
     worlds = [World(rank, 2, torch.device("cpu")) for rank in range(2)]
-    loaders = [Loader(batches, 6, world, dealt) for world in worlds]
+    loaders = [Loader(batches, world, dealt) for world in worlds]
     parts = [[x for x, _ in loader.micro_batches(3, 2)] for loader in loaders]
     ordered = [p for pair in zip(*parts) for p in pair] if dealt else [*parts[0], *parts[1]]
     assert torch.equal(torch.cat(ordered), whole)
@@ -293,11 +293,11 @@ def test_validation_covers_each_target_once(
     assert data.validation_targets(split, max_tokens) == len(expected)
     if not expected:
         with pytest.raises(DataError, match="no token to predict"):
-            next(data.validation_batches(split, seq_len, batch))
+            next(data.validation_batches(split, seq_len, batch, ALONE))
         return
     ranks = [
-        list(data.validation_batches(split, seq_len, batch, rank, world, max_tokens, stride))
-        for rank in range(world)
+        list(data.validation_batches(split, seq_len, batch, of, max_tokens, stride))
+        for of in (World(rank, world, torch.device("cpu")) for rank in range(world))
     ]
     assert len({len(batches) for batches in ranks}) == 1
     pairs = []

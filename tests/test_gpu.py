@@ -101,7 +101,7 @@ def test_what_the_probe_took_is_not_the_runs_peak():
         return model, [NorMuon(layer.mlp.up_proj.parameters()) for layer in model.layers]
 
     world = World(0, 1, torch.device("cuda", 0))
-    assert memory.choose(make, 64, 8, world) == 8
+    assert memory.choose(make, load(["data.seq_len=64"])[0], 8, world) == 8
     assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated()
 
 

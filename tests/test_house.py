@@ -23,7 +23,8 @@ from nanonormuon.train import Trainer
 PACKAGE = ROOT / "nanonormuon"
 # A file or room may import what stands before it, and within a room anything without a circle.
 ORDER = """errors storage.files storage.values parts.config | model | parts | normuon | config
-    | optim | storage | runtime | text | data | evaluate sample engine checkpoint | build | train
+    | optim | storage | runtime | text | data | evaluate sample engine checkpoint | runtime.bitwise
+    | build | train
     | pretrained | runs | lab | cli"""
 LEVEL = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 UPWARD = {  # imported in a function

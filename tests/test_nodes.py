@@ -39,11 +39,11 @@ def launched(monkeypatch, rank, local_rank, local, size):
 @pytest.mark.parametrize(
     ("nodes", "words"),
     [
-        ([1], "found 1 to 1 on a node, 1 in all; set train.parallel=fsdp"),
-        ([4], "found 4 to 4 on a node, 4 in all; set train.parallel=fsdp"),
-        ([1, 1], "found 1 to 1 on a node, 2 in all; set train.parallel=fsdp"),
-        ([2, 1], "found 1 to 2 on a node, 3 in all; start equally many"),
-        ([1, 3], "found 1 to 3 on a node, 4 in all; start equally many"),
+        ([1], "found 1 to 1 on a node, 1 in all; or set train.parallel=fsdp"),
+        ([4], "found 4 to 4 on a node, 4 in all; or set train.parallel=fsdp"),
+        ([1, 1], "found 1 to 1 on a node, 2 in all; or set train.parallel=fsdp"),
+        ([2, 1], "found 1 to 2 on a node, 3 in all; or set train.parallel=fsdp"),
+        ([1, 3], "found 1 to 3 on a node, 4 in all; or set train.parallel=fsdp"),
         ([2, 2], ""),
         ([3, 3, 3], ""),
     ],
@@ -52,7 +52,7 @@ def test_hsdp_is_refused_on_every_rank_or_on_none(nodes, words, monkeypatch):
     ranks, everyone = [(i, local) for local in nodes for i in range(local)], []
     config = load([HSDP])[0]
 
-    def largest(values, _):
+    def largest(values):
         everyone.append(values)
         return [float(max(column)) for column in zip(*everyone)]
 
@@ -69,10 +69,10 @@ def test_hsdp_is_refused_on_every_rank_or_on_none(nodes, words, monkeypatch):
 
 def test_ranks_that_are_not_numbered_node_by_node_are_refused(monkeypatch):
     """As SLURM numbers them with --distribution=cyclic; shards would lie across nodes."""
-    monkeypatch.setattr(distributed, "largest", lambda values, _: list(map(float, values)))
+    monkeypatch.setattr(distributed, "largest", lambda values: list(map(float, values)))
     config = load([HSDP])[0]
     for rank, local_rank, local in ((2, 1, 2), (3, 3, 3)):  # the second: 4 are not 3 + 3
-        with pytest.raises(ConfigError, match="start equally many on each node"):
+        with pytest.raises(ConfigError, match="numbered node by node, found"):
             distributed.check_nodes(
                 config.train.parallel, launched(monkeypatch, rank, local_rank, local, 4)
             )
@@ -82,13 +82,13 @@ def test_settings_that_differ_between_ranks_are_named_on_the_rank_that_has_them(
     """Each node has its own command line, and perhaps its own copy of the data."""
     first, other = (flat(load(["train.seed=1", more])[0]) for more in ("optim.lr=1", "optim.lr=2"))
     monkeypatch.setattr(distributed, "from_first", lambda *_: first)
-    monkeypatch.setattr(distributed, "any_rank", lambda _: True)
+    monkeypatch.setattr(distributed, "largest", lambda _: [1.0])
     for found, words, follows in ((other, "has optim.lr = 2.0, not 1.0$", False),
                                   (first, "rank 1 has them$", True)):  # fmt: skip
         with pytest.raises(ConfigError, match=words) as error:
             distributed.check_alike(found, World(1, 2, CPU))
         assert error.value.follows == follows
-    monkeypatch.setattr(distributed, "any_rank", lambda flag: flag)
+    monkeypatch.setattr(distributed, "largest", lambda flags: flags)
     distributed.check_alike(first, World(1, 2, CPU))
 
 
@@ -96,7 +96,7 @@ def test_settings_that_differ_between_ranks_are_named_on_the_rank_that_has_them(
 def test_what_decides_which_collectives_a_rank_takes_part_in_is_compared(
     name, tiny, tmp_path, monkeypatch
 ):
-    def from_first(value, _):
+    def from_first(value):
         return value | {name: True} if isinstance(value, dict) else value
 
     monkeypatch.setattr(distributed, "from_first", from_first)

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twin import Twin, orthogonalise, trajectories
 
 from nanonormuon import NorMuon, normuon
-from nanonormuon.engine import compiled_step
 from nanonormuon.normuon import MUON, POLAR_EXPRESS, newton_schulz
+from nanonormuon.runtime.compilation import compiled_step
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "normuon.safetensors")
 FP32 = {"ns_dtype": torch.float32}

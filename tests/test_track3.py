@@ -22,6 +22,7 @@ from nanonormuon.config import load
 from nanonormuon.data import Batches, validation_batches
 from nanonormuon.model import GPT, rope_tables, rotate
 from nanonormuon.optim import Schedule, make_optimizers
+from nanonormuon.runtime.distributed import World
 from nanonormuon.storage.shards import open_data
 from nanonormuon.train import train
 
@@ -187,7 +188,8 @@ def test_validation_is_the_references(fineweb, ranks):
     wanted = {tuple(raw[i : i + 16]): tuple(raw[i + 1 : i + 17]) for i in range(0, 2048, 16)}
     split, found = open_data(fineweb, 50_304).val, {}
     for rank in range(ranks):
-        for tokens, targets in validation_batches(split, 16, 4, rank, ranks, max_tokens=2048):
+        here = World(rank, ranks, torch.device("cpu"))
+        for tokens, targets in validation_batches(split, 16, 4, here, max_tokens=2048):
             for x, y in zip(tokens.tolist(), targets.tolist()):
                 if max(y) >= 0:
                     assert tuple(x) not in found

@@ -31,7 +31,7 @@ from nanonormuon import NorMuon, normuon
 from nanonormuon.config import OptimConfig, load
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.optim import Schedule, make_optimizers
-from nanonormuon.runtime import health
+from nanonormuon.runtime import compilation, health
 from nanonormuon.runtime.distributed import World
 
 STEPS = 5
@@ -324,7 +324,7 @@ def clipped(kind, rank, world):
         engine.accumulate(halves, 2)
         engine.update()
         engine.zero_grad()
-        found[f"clipped.{kind}.peaks{step}"] = engine.qk_clip.seen
+        found[f"clipped.{kind}.peaks{step}"] = engine.extras[0].peaks.clone()
     return found | {f"clipped.{kind}.{n}": whole(p) for n, p in model.named_parameters()}
 
 
@@ -349,7 +349,7 @@ def batches(world):
 def first_norms(world, parallel, trial):
     """The gradient norms of two steps of two micro-batches; trial: compile the engine first."""
     engine, micro_batches = engine_of(world, parallel), batches(world)
-    failure = engine.compile(lambda: next(batches(world)))[1] if trial else ""
+    failure = compilation.attempt(engine, lambda: next(batches(world))) if trial else ""
     norms = []
     for _ in range(2):
         engine.accumulate(micro_batches, 2)
@@ -382,8 +382,9 @@ def compiled(folder):
 
 def alone(folder, device):
     """What one process can answer about the code for several, with a group of one rank."""
-    from nanonormuon.engine import Bitwise, Engine
+    from nanonormuon.engine import Engine
     from nanonormuon.runtime import distributed
+    from nanonormuon.runtime.bitwise import Bitwise
 
     where = torch.device(device)
     plain = World(0, 1, where)
@@ -407,11 +408,11 @@ def alone(folder, device):
     facts = {
         "grouped": distributed.grouped(),
         "total": distributed.total(x.clone()).tolist(),
-        "largest": distributed.largest([2.0, 3.0], where),
-        "any_rank": [distributed.any_rank(True), distributed.any_rank(False)],
+        "largest": distributed.largest([2.0, 3.0]),
+        "any": distributed.largest([True, False]),
         "gather": distributed.gather(x).tolist(),
-        "from_first": distributed.from_first({"a": [1]}, where),
-        "first_does": distributed.first_does(lambda: "done", where),
+        "from_first": distributed.from_first({"a": [1]}),
+        "first_does": distributed.first_does(lambda: "done"),
         "memory": (distributed.peak_memory(where) or 0) > 0,
         "asked": list(asked),
         "off": {},
@@ -465,7 +466,7 @@ def with_experts(kind, rank, world):
         engine.accumulate(zip(tokens[mine].chunk(2), targets[mine].chunk(2)), 2)
         engine.update()
         engine.zero_grad()
-        found[f"experts.{kind}.visits{step}"] = engine.expert_load.visits
+        found[f"experts.{kind}.visits{step}"] = engine.extras[0].visits
     return found | {f"experts.{kind}.{name}": whole(t) for name, t in weights_of(model).items()}
 
 

@@ -5,15 +5,17 @@ import hashlib
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from nanonormuon.config import OptimConfig
-from nanonormuon.errors import ConfigError, out_of_memory
+from nanonormuon.errors import ConfigError, describe, exit_code, out_of_memory
 from nanonormuon.optim import check_trusted
 from nanonormuon.storage.files import optimizer_file, read_file
 
@@ -49,7 +51,24 @@ def make(s: OptimConfig, groups: list[dict], ns_dtype: torch.dtype) -> Optimizer
         raise ConfigError(f"{name}({options}): {type(error).__name__}: {error}") from None
     if "weight_decay" not in known and groups[0]["weight_decay"]:
         raise ConfigError(f"{name} has no weight decay: expected optim.weight_decay=0")
+    if not name.startswith("zoo:"):
+        optimizer.step = blamed(name, optimizer.step)
     return optimizer
+
+
+def blamed(name: str, step: Callable[[], Any]) -> Callable[[], Any]:
+    """Make another package's step raise ConfigError naming the optimizer if it fails."""
+
+    def call() -> Any:
+        try:
+            return step()
+        except Exception as error:  # whatever a user's class may raise
+            if exit_code(error):
+                raise
+            message = f"optim.name = {name}: its step() fails: {describe(error)}"
+            raise ConfigError(message) from error
+
+    return call
 
 
 def optimizer_class(name: str) -> type[Optimizer]:

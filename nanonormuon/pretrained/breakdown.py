@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nanonormuon.data import validation_batches
 from nanonormuon.model import GPT, IGNORE
 from nanonormuon.optim import HIDDEN, param_groups
+from nanonormuon.runtime.distributed import ALONE
 from nanonormuon.storage.shards import CHUNK, Split
 
 SHARES = (50, 75, 90, 97, 100)  # upper ends of the groups of ids, in % of the training text
@@ -45,7 +46,7 @@ def target_losses(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield targets (N,) and float64 losses in nats (N,) per batch of data.validation_batches."""
     device, batch = model.embed_tokens.weight.device, max(1, 2048 // window)
-    batches = validation_batches(split, window, batch, max_tokens=limit, stride=stride)
+    batches = validation_batches(split, window, batch, ALONE, limit, stride)
     for tokens, targets in batches:
         real = targets != IGNORE
         logits = model(tokens.to(device))[real.to(device)].double()

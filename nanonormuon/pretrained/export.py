@@ -15,6 +15,7 @@ from nanonormuon.errors import UsageError
 from nanonormuon.model import GPT
 from nanonormuon.parts.config import GPTConfig
 from nanonormuon.pretrained import judge, models
+from nanonormuon.runtime.distributed import ALONE
 from nanonormuon.runtime.packages import need
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.files import as_json, progress, publish, read_file, write_durably
@@ -92,7 +93,7 @@ def source_needed(found: Path, config: GPTConfig) -> str:
 def some_tokens(data: Data, context: int) -> Tensor:
     """Return the first full windows of the validation split, at most (4, 256) tokens."""
     T = min(context, 256, max(data.val.tokens - 1, 1))
-    tokens, targets = next(validation_batches(data.val, T, 4))
+    tokens, targets = next(validation_batches(data.val, T, 4, ALONE))
     full = (targets >= 0).all(1)
     return tokens[full] if full.any() else tokens[:1]
 

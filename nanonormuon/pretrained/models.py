@@ -1,16 +1,19 @@
 """Finds, checks and loads a trained model of a run or in a Hugging Face directory."""
 
-from dataclasses import asdict
+import logging
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanonormuon.checkpoint import named_for_hf, weights_of
-from nanonormuon.config import KINDS, LIMITS, SECTIONS, convert
-from nanonormuon.errors import CheckpointError, DataError
+from nanonormuon.config import KINDS, LIMITS, SECTIONS, Config, convert, differences
+from nanonormuon.engine import Engine
+from nanonormuon.errors import CheckpointError, ConfigError, DataError
 from nanonormuon.model import GPT
 from nanonormuon.parts.config import GPTConfig
+from nanonormuon.runtime import distributed
 from nanonormuon.storage import checkpoints, shards
 from nanonormuon.storage import huggingface as hf
 from nanonormuon.storage.files import progress
@@ -23,6 +26,7 @@ from nanonormuon.text.tokenizer import FILE as TOKENIZER_FILE
 from nanonormuon.text.tokenizer import Tokenizer
 from nanonormuon.text.tokenizer import load as load_tokenizer
 
+log = logging.getLogger(__name__)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -184,3 +188,33 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
     data = open_data(path, tokenizer.vocab_size, headerless=headerless)
     data.check_tokenizer(tokenizer)
     return data
+
+
+# ------------------------------------------------------------------------------- train.init_from
+
+
+def adopt(config: Config, data: Data) -> Config:
+    """Take the model's configuration. Raises ConfigError if the data have more token ids."""
+    source = config.train.init_from
+    directory = find_checkpoint(Path(source))
+    model = model_config(directory)
+    if (data.vocab_size or 0) > model.vocab_size:
+        raise ConfigError(
+            f"train.init_from = {source}: a model of {model.vocab_size} token ids, the data in "
+            f"{data.path} have {data.vocab_size}: set data.path to text prepared with "
+            f"--tokenizer {directory / 'tokenizer.json'}"
+        )
+    return replace(config, model=model)
+
+
+def begin_with(config: Config, engine: Engine, tokenizer: Tokenizer | None) -> None:
+    """Fill the engine with the model's weights, if it and the data's tokenizer are that model's.
+    Raises ConfigError or CheckpointError naming the difference."""
+    path = Path(config.train.init_from)
+    found = Path(distributed.first_does(lambda: str(find_checkpoint(path))))
+    model = model_config(found)
+    if lines := differences(Config(model=model), Config(model=config.model)):
+        raise ConfigError(f"train.init_from = {path}: another model: {'; '.join(lines)}")
+    check_tokenizer(found, tokenizer)
+    load_weights(engine.model, found)
+    log.info(f"weights of {found}")

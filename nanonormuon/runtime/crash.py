@@ -24,7 +24,7 @@ def report(
     verdict, step, world, run = bad.verdict, trainer.step, trainer.world, trainer.run
     grads = {name: p.grad for name, p in weights.items()}
     suspects = weights | buffers if verdict.amiss == "state" else grads
-    odd = not_finite(suspects, world.device)
+    odd = not_finite(suspects)
     found = {
         "step": step,
         "amiss": verdict.amiss,

@@ -1,11 +1,13 @@
 """What ranks do together: start, sum, broadcast rank 0's work, finish.
 
 Without torchrun there is one rank and no process group, and the collectives do nothing. torchrun
-makes a process group even for one process, so one GPU can test them.
+makes a process group even for one process, so one GPU can test them. Tensors of a device go through
+its backend, Python values through gloo, which does not wait for GPUs.
 """
 
 import ctypes
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +35,9 @@ class World:
         return self.rank == 0
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 def size() -> int:
     """Return the number of ranks, known from torchrun before the process group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -54,26 +59,26 @@ def shards(parallel: str) -> int:
 
 
 def start(device: str = "auto", timeout: float = 1800.0) -> World:
-    """Choose this rank's device and join the process group, if any. timeout: of collectives, in
-    seconds. Raises ValueError if the device is not available."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise ValueError(f'device "{device}": expected one of auto, cpu, cuda, mps')
+    """Choose this rank's device and join the process group, if any. Ranks other than 0 then log
+    only warnings. timeout: of collectives, in seconds. Raises ConfigError if the device is not
+    available."""
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if rank:
+        logging.getLogger("nanonormuon").setLevel(logging.WARNING)
+    mps = int(torch.backends.mps.is_available())
+    found = {"cpu": size(), "cuda": torch.cuda.device_count(), "mps": mps}
     if device == "auto":
-        mps = torch.backends.mps.is_available() and size() == 1
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("train.device = mps: not available here; set train.device=cpu")
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps and size() == 1 else "cpu"
+    if device not in found:
+        raise ConfigError(f'device "{device}": expected one of auto, {", ".join(found)}')
+    if local_rank >= found[device]:
+        problem = f"expected one for local rank {local_rank}, found {found[device]}"
+        hint = "start fewer processes or set train.device=cpu"
+        raise ConfigError(f"train.device = {device}: {problem}; {hint}")
     where, backend = torch.device(device), "gloo"
     if device == "cuda":
-        found = torch.cuda.device_count()
-        if local_rank >= found:
-            problem = f"expected a GPU for local rank {local_rank}, found {found} GPUs"
-            hint = "start fewer processes or set train.device=cpu"
-            raise ValueError(f"train.device = cuda: {problem}; {hint}")
-        where = torch.device("cuda", local_rank)
+        where, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(where)
-        backend = "cpu:gloo,cuda:nccl"  # gloo: any_rank must not wait for the GPUs
     if device == "cpu":
         keep_freed_memory()
         if size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
@@ -81,7 +86,7 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
     if (size() > 1 or dist.is_torchelastic_launched()) and not dist.is_initialized():
         device_id = where if device == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
-    return World(int(os.environ.get("RANK", "0")), size(), where)
+    return World(rank, size(), where)
 
 
 def keep_freed_memory() -> None:
@@ -122,17 +127,12 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def largest(values: Sequence[float], device: torch.device) -> list[float]:
-    """Return the element-wise maximum over ranks, in float32."""
-    x = torch.tensor(values, dtype=torch.float32, device=device)
+def largest(values: Sequence[float]) -> list[float]:
+    """Return the element-wise maximum over ranks, in float32. True is 1."""
+    x = torch.tensor(values, dtype=torch.float32)
     if grouped() and len(x):
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x.tolist()
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank. Synchronises CPUs, not devices."""
-    return bool(largest([flag], torch.device("cpu"))[0])
 
 
 def gather(x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def peak_memory(device: torch.device) -> int | None:
     return int(gather(torch.tensor(peak, device=device)).max())
 
 
-def first_does(work: Callable[[], Any], device: torch.device) -> Any:
+def first_does(work: Callable[[], Any]) -> Any:
     """Run `work` on rank 0 alone. Every rank returns its result, a JSON value, or raises."""
     failure, answer = None, {}
     if not int(os.environ.get("RANK", "0")):
@@ -168,7 +168,7 @@ def first_does(work: Callable[[], Any], device: torch.device) -> Any:
         except BaseException as error:  # even Interrupted: other ranks wait for an answer
             failure = error
             answer = {"error": str(error), "exit_code": exit_code(error) or 7}
-    answer = from_first(answer, device)
+    answer = from_first(answer)
     if failure is not None:
         raise failure
     if "error" in answer:
@@ -176,15 +176,15 @@ def first_does(work: Callable[[], Any], device: torch.device) -> Any:
     return answer["value"]
 
 
-def from_first(value: Any, device: torch.device) -> Any:
+def from_first(value: Any) -> Any:
     """Return rank 0's JSON value on every rank. (Unpickling it from a socket could run code.)"""
     if not grouped():
         return value
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    length = torch.tensor([len(text)], device=device)
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    length = torch.tensor([len(text)])
     dist.broadcast(length, 0)
     if dist.get_rank():
-        text = torch.empty(int(length), dtype=torch.uint8, device=device)
+        text = torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(text, 0)
     return json.loads(bytes(text.tolist()))
 
@@ -192,9 +192,9 @@ def from_first(value: Any, device: torch.device) -> Any:
 def check_alike(found: dict[str, Any], world: World) -> None:
     """Raise ConfigError on all ranks unless `found` (name -> JSON value) is equal on all: each node
     has its own command line and perhaps its own copy of the data."""
-    first = from_first(found, world.device)
+    first = from_first(found)
     odd = [f"{k} = {v}, not {first.get(k)}" for k, v in found.items() if v != first.get(k)]
-    if any_rank(bool(odd)):
+    if largest([bool(odd)])[0]:
         where = f"rank {world.rank} has {'; '.join(odd) or 'them'}"
         error = ConfigError(f"expected rank 0's settings and data on all ranks; {where}")
         error.follows = not odd  # type: ignore[attr-defined]
@@ -208,10 +208,9 @@ def check_nodes(parallel: str, world: World) -> None:
         return
     local, rank = local_size(), int(os.environ.get("LOCAL_RANK", "0"))
     odd = world.size % local or world.rank % local != rank
-    odd, many, few = largest([odd, local, -local], world.device)
-    unequal = odd or many != -few
-    if unequal or local in (1, world.size):
-        advice = "start equally many on each node" if unequal else "set train.parallel=fsdp"
+    odd, many, few = largest([odd, local, -local])
+    if odd or many != -few or local in (1, world.size):
         found = f"found {-few:g} to {many:g} on a node, {world.size} in all"
-        expected = "expected torchrun to start several ranks on each of several nodes"
-        raise ConfigError(f"train.parallel = hsdp: {expected}, {found}; {advice}")
+        expected = "expected torchrun to start several ranks, equally many, on each of several"
+        expected += " nodes, numbered node by node"
+        raise ConfigError(f"train.parallel = hsdp: {expected}, {found}; or set train.parallel=fsdp")

@@ -19,8 +19,7 @@ from typing import Any
 from nanonormuon.errors import Interrupted, describe, explained, follows
 from nanonormuon.storage.files import replace_file
 
-LONG = {"start", "compilation", "evaluation"}  # sections that may take LONGER * time_limit
-LONGER = 4
+LIMITS = {"start": 4, "compilation": 4, "evaluation": 4}  # times time_limit; other sections: 1
 GRACE = 5.0  # seconds that torchrun has to notice the rank that failed first
 
 
@@ -81,11 +80,11 @@ class Watch:
 
     def limit(self, name: str) -> float:
         """Return the time limit of a section in seconds."""
-        return self.time_limit * (LONGER if name in LONG else 1)
+        return self.time_limit * LIMITS.get(name, 1)
 
     def longest(self) -> float:
         """Return the seconds after which every section has ended."""
-        return min(self.time_limit * LONGER + 60, 7 * 86400)
+        return min(self.time_limit * max(LIMITS.values()) + 60, 7 * 86400)
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -156,7 +155,7 @@ class Watch:
 
     def _expire(self) -> None:
         """Write all stacks and end the process, as other ranks do at about the same time."""
-        factor = f", times {LONGER}" if self.name in LONG else ""
+        factor = f", times {LIMITS[self.name]}" if self.name in LIMITS else ""
         limit = f"{self.limit(self.name):g} s (train.time_limit = {self.time_limit:g}{factor})"
         advice = "Raise the limit if the rank was still working, else see where each was stuck"
         message = f"{self.place}: took more than {limit}; ended. {advice}"

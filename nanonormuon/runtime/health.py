@@ -79,15 +79,15 @@ def judge(loss: Tensor, engine: Any, spikes: "Spikes", stopping: Stopping) -> Ve
     return verdict
 
 
-def not_finite(tensors: Mapping[str, Tensor | None], device: torch.device) -> list[str]:
+def not_finite(tensors: Mapping[str, Tensor | None]) -> list[str]:
     """Name the tensors that contain NaN or infinity on any rank."""
     flags = [t is not None and not local(t).isfinite().all() for t in tensors.values()]
-    return [name for name, flag in zip(tensors, distributed.largest(flags, device)) if flag]
+    return [name for name, flag in zip(tensors, distributed.largest(flags)) if flag]
 
 
 def check_state(tensors: Mapping[str, Tensor], step: int, world: distributed.World) -> None:
     """Raise on every rank if tensors must not be saved: NonFinite, or Diverged, naming a rank."""
-    if bad := not_finite(tensors, world.device):
+    if bad := not_finite(tensors):
         raise NonFinite(f"not finite: {bad[0]} after step {step}; it is not saved")
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for n in sorted({pieces(t) for t in tensors.values()} - {world.size}):
@@ -151,7 +151,7 @@ class WeightStats:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], device: torch.device):
-        self.optimizers, self.device = optimizers, device
+        self.optimizers = optimizers
         self.moved = torch.zeros(2, device=device)  # squared norms: of the update, of the weights
 
     def matrices(self) -> list[Tensor]:
@@ -183,7 +183,7 @@ class WeightStats:
         norms = torch.cat([size / width**0.5 for size, width in sizes])
         empty = [-math.inf, -math.inf]  # a shard may be
         extremes = [-float(norms.min()), float(norms.max())] if len(norms) else empty
-        low, high = distributed.largest(extremes, self.device)
+        low, high = distributed.largest(extremes)
         count = norms.new_tensor(float(len(norms)))
         sums = distributed.total(torch.stack([norms.sum(), count, *moved]))
         total, n, update, weights = sums.tolist()

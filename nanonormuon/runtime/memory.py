@@ -4,13 +4,12 @@
 smaller size; `together` notifies all ranks.
 """
 
-import bisect
 import logging
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -74,47 +73,50 @@ def memory_of(device: torch.device) -> float:
 
 
 def choose(
-    make: Callable[[], tuple[GPT, Sequence[Optimizer]]], seq_len: int, per_rank: int,
-    world: distributed.World, shards: int = 1, recompute: bool = False, reshard: bool = True,
+    make: Callable[[], tuple[GPT, Sequence[Optimizer]]], config: Config, per_rank: int,
+    world: distributed.World,
 ) -> int:  # fmt: skip
     """Return the largest divisor of per_rank, in sequences, that fits on every rank.
 
-    On one GPU and under DDP, it is probed with a model and optimizers from `make`. Under FSDP2,
-    over `shards` ranks, it is estimated, with 40 % to spare: a rank that ran out of memory would
-    leave the others waiting within a layer. On a CPU it is CPU_TOKENS.
+    On one GPU and under DDP, it is probed with a model and optimizers from `make`. Under FSDP2 it
+    is estimated, with 40 % to spare: a rank that ran out of memory would leave the others waiting
+    within a layer. On a CPU it is CPU_TOKENS.
     """
-    candidates = divisors(per_rank)
+    candidates, T = divisors(per_rank), config.data.seq_len
     if world.device.type != "cuda":
-        return max((n for n in candidates if n * seq_len <= CPU_TOKENS), default=1)
+        return max((n for n in candidates if n * T <= CPU_TOKENS), default=1)
+    shards = distributed.shards(config.train.parallel)
     if shards > 1:
         with torch.device("meta"):
             model, _ = make()
-        fitting = estimate(model, seq_len, candidates, world, shards, recompute, reshard)
+        fitting = estimate(model, config, candidates, world.device, shards)
     else:
-        fitting = probe(*make(), seq_len, candidates)
+        with world.device:
+            fitting = probe(*make(), T, candidates)
     free_cache(world.device)
     torch.cuda.reset_peak_memory_stats(world.device)  # a run reports its own peak
-    return -int(distributed.largest([-fitting], world.device)[0])
+    return -int(distributed.largest([-fitting])[0])
 
 
 def estimate(
-    model: GPT, seq_len: int, candidates: Sequence[int], world: distributed.World, shards: int,
-    recompute: bool, reshard: bool = True,
-) -> int:  # fmt: skip
-    """Return the largest candidate that needs at most 60 % of the memory; 1 if none does."""
+    model: GPT, config: Config, candidates: Sequence[int], device: torch.device, shards: int
+) -> int:
+    """Return the largest candidate that needs at most 60 % of the memory of a device, one of
+    `shards` that share the weights; 1 if none does."""
     from nanonormuon.runtime import activations  # fake tensors, which other runs do not need
 
-    m, dtype = model.config, model.compute_dtype
+    m, dtype, T, t = model.config, model.compute_dtype, config.data.seq_len, config.train
     parameters = sum(p.numel() for p in model.parameters())
-    free = torch.cuda.mem_get_info(world.device)[0]
+    free = torch.cuda.mem_get_info(device)[0]
     free -= 12 * parameters // shards  # weights, gradients, NorMuon's momentum
-    if not reshard:  # gathered weights stay from the forward to the backward pass
+    if not t.reshard:  # gathered weights stay from the forward to the backward pass
         free -= parameters * dtype.itemsize
 
     def fits(n: int) -> bool:
-        every, none = (activations.kept(m, seq_len, B, dtype, recompute) for B in (n, 0))
+        recompute = t.activation_checkpointing
+        every, none = (activations.kept(m, T, B, dtype, recompute) for B in (n, 0))
         # B = 0 leaves only weights cast to `dtype`, which FSDP2 gathers in `dtype`
-        needed = sum(every) - sum(none) + activations.chunk_bytes(m, n * seq_len, dtype)
+        needed = sum(every) - sum(none) + activations.chunk_bytes(m, n * T, dtype)
         # several micro-batches accumulate unsharded float32 gradients
         whole = 4 * parameters if n < candidates[-1] else 0
         return needed <= int(0.6 * (free - whole))
@@ -130,35 +132,30 @@ def probe(
     Does not compile, since torch.compile needs no more memory. Raises OutOfMemory if none fits.
     Model and optimizers are unusable afterwards.
     """
-    device = model.embed_tokens.weight.device
-
-    def fits(n: int, update: bool = False) -> bool:
+    device, fitting, spare = model.embed_tokens.weight.device, 0, None
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
+    for n in candidates:
         try:
             tokens = torch.zeros(n, seq_len, dtype=torch.int64, device=device)
             model(tokens, tokens).backward()
             with torch.no_grad():
                 model(tokens, tokens, reduction="sum")
-            for optimizer in optimizers if update else ():
+            for optimizer in optimizers if not fitting else ():
                 optimizer.step()  # creates the buffers that the optimizer still lacks
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            return False
-        finally:
-            free_cache(device)
-        return True
-
-    spare = None
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        spare = torch.empty(int(SPARE * free), dtype=torch.uint8, device=device)
-    if not fits(candidates[0], update=True):
+            break
+        free_cache(device)
+        fitting = n
+    if not fitting:
         problem = f"{candidates[0]} sequence of {seq_len} tokens and an update do not fit"
         hint = f"try {LESS_MEMORY}, a smaller model or a smaller data.seq_len"
         raise OutOfMemory(f"out of memory: {problem}: {hint}")
-    too_large = bisect.bisect_left(candidates, True, lo=1, key=lambda n: not fits(n))
     del spare
-    return candidates[too_large - 1]
+    return fitting
 
 
 def free_cache(device: torch.device) -> None:
@@ -169,14 +166,11 @@ def free_cache(device: torch.device) -> None:
 
 class MicroBatch:
     """The current micro-batch size in sequences: equal on all ranks, a divisor of `per_rank`.
-    again: the command that continues the run. fixed: never shrink (for train.canonical)."""
+    engine: an engine.Engine. again: the command that continues the run."""
 
-    def __init__(
-        self, size: int, per_rank: int, model: GPT, world: distributed.World, watch: Watch,
-        again: str, fixed: bool = False,
-    ):  # fmt: skip
-        self.size, self.per_rank, self.model, self.world = size, per_rank, model, world
-        self.watch, self.again, self.fixed = watch, again, fixed
+    def __init__(self, size: int, per_rank: int, engine: Any, watch: Watch, again: str):
+        self.size, self.per_rank, self.engine = size, per_rank, engine
+        self.watch, self.again = watch, again
 
     @property
     def count(self) -> int:
@@ -192,17 +186,18 @@ class MicroBatch:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                everywhere = self.world.size == 1 or isinstance(error, Shortage)
+                everywhere = self.engine.world.size == 1 or isinstance(error, Shortage)
                 cause = str(error)
             self.shrink(everywhere, cause)  # outside `except`, whose traceback keeps tensors alive
 
     def shrink(self, everywhere: bool, cause: str) -> None:
-        """Halve the size, or raise OutOfMemory. Its attribute `everywhere` is true if all ranks
-        raise it and can still save together."""
-        self.model.zero_grad(set_to_none=True)
-        free_cache(self.world.device)
-        fewer = smaller(self.size, self.per_rank)
-        if not everywhere or self.fixed or fewer == self.size:
+        """Take the next divisor at or below half the size, or raise OutOfMemory. Its attribute
+        `everywhere` is true if all ranks raise it and can still save together."""
+        world = self.engine.world
+        self.engine.model.zero_grad(set_to_none=True)
+        free_cache(world.device)
+        fewer = max(n for n in divisors(self.per_rank) if n <= max(1, self.size // 2))
+        if not everywhere or self.engine.dealt or fewer == self.size:
             advice = f"continue with: {self.again} train.micro_batch={fewer}"
             if fewer == self.size:
                 advice = f"the micro-batch is one sequence already; continue with: {self.again} "
@@ -210,7 +205,7 @@ class MicroBatch:
             error = OutOfMemory(f"out of memory{cause and ': '}{cause}; {advice}")
             error.everywhere = everywhere
             raise error
-        if self.world.first:
+        if world.first:
             problem = f"step {self.watch.step}: out of memory with micro-batches of {self.size}"
             now = f"repeating the step and continuing with {fewer}; the batch size is unchanged"
             log.warning(f"{problem}; {now}")
@@ -221,11 +216,6 @@ def divisors(n: int) -> list[int]:
     """Return the divisors of n >= 1 in increasing order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
-
-
-def smaller(size: int, per_rank: int) -> int:
-    """Return the largest divisor of per_rank that is at most half of `size`, at least 1."""
-    return max(n for n in divisors(per_rank) if n <= max(1, size // 2))
 
 
 def together(work: Callable[[], Result], alone: bool = False) -> Result:
@@ -242,6 +232,6 @@ def together(work: Callable[[], Result], alone: bool = False) -> Result:
     except Exception as error:
         if not out_of_memory(error):
             raise
-    if distributed.any_rank(short):
+    if distributed.largest([short])[0]:
         raise Shortage  # outside `except`, whose traceback keeps tensors alive
     return result  # type: ignore[return-value]

@@ -34,7 +34,6 @@ class QkClip:
             raise ConfigError("optim.qk_clip needs model.qk_norm=false: QK-norm bounds the logits")
         self.layers, self.threshold, self.shared = model.layers, threshold, c.n_head // c.n_kv_head
         self.peaks = torch.full((c.n_layer, c.n_head), -torch.inf, device=device)
-        self.seen = self.peaks  # of the last step
         for peaks, layer in zip(self.peaks, self.layers):
             layer.self_attn.attend = partial(noting, peaks)
 
@@ -42,13 +41,18 @@ class QkClip:
         """Reset the maxima before a step's passes, which may be a second attempt."""
         self.peaks.fill_(-torch.inf)
 
-    @torch.no_grad()
-    def apply(self) -> None:
-        """Scale the heads after an update; every rank must call this."""
+    def add(self, count: int) -> None:
+        """Do nothing: the forward pass has raised the maxima."""
+
+    def finish(self) -> None:
+        """Take the maxima over ranks; every rank must call this."""
         if distributed.grouped():
             dist.all_reduce(self.peaks, dist.ReduceOp.MAX)
-        self.seen = self.peaks.clone()
-        factors = torch.where(self.seen > self.threshold, self.threshold / self.seen, 1.0)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Scale the heads after an update."""
+        factors = torch.where(self.peaks > self.threshold, self.threshold / self.peaks, 1.0)
         keys = factors.unflatten(1, (-1, self.shared)).amin(2).sqrt()
         queries = factors / keys.repeat_interleave(self.shared, 1)
         for layer, q, k in zip(self.layers, queries, keys):
@@ -64,8 +68,8 @@ class QkClip:
 
     def row(self) -> dict[str, Any]:
         """Return the last step's largest logit and the number of heads above the threshold."""
-        clipped = int((self.seen > self.threshold).sum())
-        return {"qk_max": float(self.seen.max()), "qk_clipped": clipped}
+        clipped = int((self.peaks > self.threshold).sum())
+        return {"qk_max": float(self.peaks.max()), "qk_clipped": clipped}
 
 
 def noting(

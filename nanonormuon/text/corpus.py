@@ -29,7 +29,7 @@ def open_corpus(config: Config, world: World) -> tuple[Data, Tokenizer | None]:
         from nanonormuon.text.builtin import builtin_data  # many runs do not need it
 
         names = config.data.path, config.data.tokenizer
-        path = Path(distributed.first_does(lambda: str(builtin_data(*names)), world.device))
+        path = Path(distributed.first_does(lambda: str(builtin_data(*names))))
     data, tokenizer, problem = open_directory(config, path)
     if tokenizer is None and world.first:
         log.warning(f"no samples and no bits per byte, because data.tokenizer fails: {problem}")

@@ -176,11 +176,11 @@ def test_load_is_counted_once_whatever_the_micro_batch(count, recompute):
     with torch.no_grad():
         model(tokens, targets)
     engine.accumulate(iter(batches), count)
-    load = engine.expert_load.visits
-    assert torch.equal(load, whole.expert_load.visits) and load.sum() == 2 * tokens.numel() * 2
+    load = engine.extras[0].visits
+    assert torch.equal(load, whole.extras[0].visits) and load.sum() == 2 * tokens.numel() * 2
     for p, q in zip(model.parameters(), whole.model.parameters()):
         assert relative(p.grad, q.grad) < 1e-5
-    row, wanted = engine.expert_load.row(), whole.expert_load.row()
+    row, wanted = engine.extras[0].row(), whole.extras[0].row()
     assert row == pytest.approx(wanted, rel=1e-5) and 0 < row["router_entropy"] <= 1
     assert row["expert_load_max"] == pytest.approx(float(load.max() / load[0].double().mean()))
 

@@ -27,6 +27,7 @@ from nanonormuon.checkpoint import Saver
 from nanonormuon.runtime.distributed import World
 from nanonormuon.runtime.faults import Stopping
 from nanonormuon.storage import checkpoints as checkpoint
+from nanonormuon.storage.run import read_metrics
 
 STEPS = 12
 KILLS = int(os.environ.get("FAULT_KILLS", "100"))  # at random moments
@@ -495,8 +496,7 @@ TWO, MORE = [(2, DDP), (2, FSDP2)], [(4, DDP), (4, FSDP2), (3, FSDP2)]
 def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
     dtype, axis, model, layouts, forks, short, tmp_path
 ):
-    """Both as replicas and as shards, uneven on three ranks; also when a single process resumes a
-    sharded run."""
+    """With every train.parallel; also when a single process resumes a run of several."""
     settings = ["train.canonical=true", "train.micro_batch=1", "train.eval_every=0"]
     settings += ["train.sample_tokens=0", "data.val_tokens=64", "train.save_every=0"]
     settings += ["train.batch_tokens=128"] if layouts is TWO else []  # two micro-batches each
@@ -508,10 +508,15 @@ def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
         codes, said = forks.run([*short, *settings, *more, "--out", out], ranks)
         assert codes == [0] * ranks, said
 
+    def ratios(out):
+        return [row["update_ratio"] for row in read_metrics(out / "metrics.jsonl")]
+
     run(one, 1)
+    assert max(ratios(one)) > 0
     for ranks, layout in layouts:
         run(out := tmp_path / f"{ranks}{layout}", ranks, *layout)
         assert final(out, 3) == final(one, 3), (ranks, layout)
+        assert ratios(out) == pytest.approx(ratios(one), rel=1e-5), (ranks, layout)
     run(parts, layouts[-1][0], FSDP, "train.stop_at=2")
     run(parts, 1, "--resume")
     assert final(parts, 3) == final(one, 3)

@@ -3,13 +3,14 @@ bit; a rank that runs out of memory during a run costs a repeated step, or ends 
 message that says how to go on."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import final, losses
 
-from nanonormuon import errors, optim
-from nanonormuon.config import OptimConfig
+from nanonormuon import build, errors, optim
+from nanonormuon.config import OptimConfig, load
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.runtime import activations, memory
 from nanonormuon.runtime.distributed import World
@@ -25,6 +26,10 @@ class Small(GPT):
         if len(tokens) > self.room - (not torch.is_grad_enabled()):
             raise torch.OutOfMemoryError("no room")
         return super().forward(tokens, targets, **more)
+
+
+def plan(seq_len, *settings):
+    return load([f"data.seq_len={seq_len}", "train.batch_tokens=1_048_576", *settings])[0]
 
 
 def small():
@@ -57,22 +62,40 @@ def test_under_fsdp_activations_may_take_60_percent_of_the_memory(monkeypatch, r
     m, dtype, world = model.config, model.compute_dtype, World(0, 2, torch.device("cuda"))
     kept = [sum(activations.kept(m, 8, n, dtype, recompute)) for n in (0, 4)]
     room = (kept[1] - kept[0] + activations.chunk_bytes(m, 4 * 8, dtype)) / 0.6
-    monkeypatch.setattr(memory.distributed, "largest", lambda values, _: values)
+    monkeypatch.setattr(memory.distributed, "largest", lambda values: values)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(memory.distributed, "size", lambda: 2)
+    config = plan(8, "train.parallel=fsdp", f"train.activation_checkpointing={recompute}".lower())
     for spare, fits in ((16, 4), (-16, 2)):
         free = own + int(room) + spare, 0
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: free)
-        assert memory.choose(make, 8, 8, world, 2, recompute) == fits
+        assert memory.choose(make, config, 8, world) == fits
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (own, 0))
-    assert memory.choose(make, 8, 8, world, 2, recompute) == 1
+    assert memory.choose(make, config, 8, world) == 1
+
+
+def test_under_fsdp_the_estimate_makes_no_weights(monkeypatch):
+    """A rank may not have room for the whole model."""
+    found = []
+
+    def estimate(model, *_):
+        found.append(model.embed_tokens.weight.device.type)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(memory, "estimate", estimate)
+    monkeypatch.setattr(memory.distributed, "size", lambda: 2)
+    config = load(["model.vocab_size=64", "train.parallel=fsdp", "train.dtype=fp32"])[0]
+    with pytest.raises(RuntimeError, match="enough"):
+        build.make_engine(config, None, World(0, 2, torch.device("cuda")), 4, None)
+    assert found == ["meta"]
 
 
 def test_all_ranks_take_the_smallest_that_a_probe_found(monkeypatch):
-    monkeypatch.setattr(memory.distributed, "largest", lambda values, _: [max(values[0], -3)])
+    monkeypatch.setattr(memory.distributed, "largest", lambda values: [max(values[0], -3)])
     monkeypatch.setattr(memory, "probe", lambda *_: 6)
     world, reset = World(0, 1, torch.device("cuda")), []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
-    assert memory.choose(small, 8, 12, world) == 3
+    assert memory.choose(lambda: (), plan(8), 12, world) == 3
     assert reset == [world.device]  # the probe's peak is not the run's
 
 
@@ -88,18 +111,17 @@ def test_micro_batches_that_add_up_leave_room_for_whole_gradients(monkeypatch):
     """All sequences at once fit where two micro-batches do not: FSDP2 shards a step's gradients,
     but not those of a part of it."""
     model = GPT(GPTConfig(vocab_size=4096, n_layer=1, n_head=2, n_embd=16))
-    parameters, world = (
-        sum(p.numel() for p in model.parameters()),
-        World(0, 8, torch.device("cuda")),
-    )
+    parameters = sum(p.numel() for p in model.parameters())
     free = [12 * parameters // 8 + 6 * parameters]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: free)
     monkeypatch.setattr(activations, "chunk_bytes", lambda *_: 2 * parameters)
     monkeypatch.setattr(activations, "kept", lambda *_: (0, 0))
-    assert memory.estimate(model, 8, [1, 2], world, 8, False) == 2
-    assert memory.estimate(model, 8, [1, 2], world, 8, False, reshard=False) == 1  # whole weights
+    assert memory.estimate(model, plan(8), [1, 2], None, 8) == 2
+    assert (
+        memory.estimate(model, plan(8, "train.reshard=false"), [1, 2], None, 8) == 1
+    )  # whole weights
     free[0] -= 3 * parameters
-    assert memory.estimate(model, 8, [1, 2], world, 8, False) == 1
+    assert memory.estimate(model, plan(8), [1, 2], None, 8) == 1
 
 
 @pytest.mark.parametrize(
@@ -134,16 +156,26 @@ def test_other_errors_of_a_device_are_not_for_want_of_memory():
         assert not errors.out_of_memory(RuntimeError(message)), message
 
 
-def test_smaller_divides():
+def test_divisors():
     assert memory.divisors(1) == [1] and memory.divisors(12) == [1, 2, 3, 4, 6, 12]
-    assert [memory.smaller(n, 12) for n in (12, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, 1]
-    assert memory.smaller(7, 7) == 1
+
+
+@pytest.mark.parametrize(("per_rank", "wanted"), [(12, [6, 3, 1]), (7, [1]), (9, [3, 1])])
+def test_a_smaller_micro_batch_divides(per_rank, wanted):
+    model, _ = small()
+    engine = SimpleNamespace(world=World(0, 1, torch.device("cpu")), model=model, dealt=False)
+    micro = memory.MicroBatch(per_rank, per_rank, engine, SimpleNamespace(step=0), "again")
+    for size in wanted:
+        micro.shrink(True, "")
+        assert micro.size == size and micro.count * size == per_rank
+    with pytest.raises(errors.OutOfMemory, match="one sequence already"):
+        micro.shrink(True, "")
 
 
 def test_on_a_cpu_it_is_arithmetic():
     world = World(0, 1, torch.device("cpu"))
-    assert memory.choose(small, 1024, 12, world) == 6
-    assert memory.choose(small, 16384, 12, world) == 1
+    assert memory.choose(small, plan(1024), 12, world) == 6
+    assert memory.choose(small, plan(16384), 12, world) == 1
 
 
 def test_activation_checkpointing_keeps_a_fraction_and_the_same_bits():

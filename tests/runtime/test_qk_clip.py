@@ -67,13 +67,13 @@ def test_peaks_are_the_largest_logits_and_heads_above_end_at_the_limit(sizes, ro
     with torch.no_grad():
         model(torch.randint(64, (1, 12)))  # an evaluation does not count
     engine.accumulate(iter(zip(tokens.split(2), targets.split(2))), 3)
-    engine.qk_clip.begin()  # a step that is repeated begins anew
+    engine.extras[0].begin()  # a step that is repeated begins anew
     loss = engine.accumulate(iter(zip(tokens.split(2), targets.split(2))), 3)
-    assert torch.isfinite(loss) and torch.allclose(engine.qk_clip.peaks, wanted, rtol=1e-5)
+    assert torch.isfinite(loss) and torch.allclose(engine.extras[0].peaks, wanted, rtol=1e-5)
     engine.update()
     above = wanted > limit
     assert above.any() and not above.all()
-    assert engine.qk_clip.row() == {
+    assert engine.extras[0].row() == {
         "qk_max": pytest.approx(float(wanted.max()), rel=1e-5), "qk_clipped": int(above.sum()),
     }  # fmt: skip
     # of the first layer, whose input no clipping has changed
@@ -84,7 +84,7 @@ def test_peaks_are_the_largest_logits_and_heads_above_end_at_the_limit(sizes, ro
 
 def test_without_it_attention_is_untouched_and_with_qk_norm_it_is_refused(tiny, tmp_path, capsys):
     engine = engine_of(loud(), 0.0)
-    assert engine.qk_clip is None and "attend" not in vars(engine.model.layers[0].self_attn)
+    assert not engine.extras and "attend" not in vars(engine.model.layers[0].self_attn)
     assert cli.main(["run", *tiny, "optim.qk_clip=100", "--out", str(tmp_path / "r")]) == 2
     assert "model.qk_norm=false" in capsys.readouterr().err
 

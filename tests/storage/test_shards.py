@@ -14,6 +14,7 @@ from support import write_shard
 
 from nanonormuon.data import Batches, validation_batches
 from nanonormuon.errors import DataError, exit_code
+from nanonormuon.runtime.distributed import ALONE
 from nanonormuon.storage import shards
 from nanonormuon.storage.shards import Split
 
@@ -219,7 +220,7 @@ def test_flipped_byte(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened.train.files[1].check()
     opened.train.settle()
     opened.val.settle()  # nothing of it was read
-    list(validation_batches(opened.val, 10, 20))  # one batch
+    list(validation_batches(opened.val, 10, 20, ALONE))  # one batch
     listed = opened.manifest["val"]["shards"][0]["sha256"]
     says = rf"{path}: sha256: expected {listed} \(manifest\.json\), found {shards.sha256(path)}"
     whole = Split.joined([opened.train, opened.val])  # as in a mixture
