@@ -20,6 +20,7 @@ TINY = [
     "model.n_kv_head=1",
     "model.n_embd=32",
     "model.bigram_embed=96",
+    "model.key_shift=false",  # which needs two key heads
     "data.seq_len=32",
     "data.val_tokens=900",
     "train.batch_tokens=384",

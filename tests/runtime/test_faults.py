@@ -27,7 +27,7 @@ from nanonormuon.checkpoint import Saver
 from nanonormuon.runtime.distributed import World
 from nanonormuon.runtime.faults import Stopping
 from nanonormuon.storage import checkpoints as checkpoint
-from nanonormuon.storage.run import read_metrics
+from nanonormuon.storage.run import read_rows
 
 STEPS = 12
 KILLS = int(os.environ.get("FAULT_KILLS", "100"))  # at random moments
@@ -509,7 +509,7 @@ def test_canonical_runs_end_in_the_same_bits_on_one_two_and_four_ranks(
         assert codes == [0] * ranks, said
 
     def ratios(out):
-        return [row["update_ratio"] for row in read_metrics(out / "metrics.jsonl")]
+        return [row["update_ratio"] for row in read_rows(out / "metrics.jsonl")]
 
     run(one, 1)
     assert max(ratios(one)) > 0
