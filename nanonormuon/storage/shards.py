@@ -228,9 +228,10 @@ class Data:
         if "sha256" not in self.manifest and tokenizer.lengths is not None:  # an older one
             expected["val.bytes"] = self.val.bytes
             found["val.bytes"] = replace(self.val, bytes=None).text_bytes(tokenizer)
-        if found != expected:
-            problem = f"expected {expected} ({MANIFEST}), found {found} (the tokenizer)"
-            raise DataError(f"{self.path}: {problem}; {AGAIN}")
+        for key, value in expected.items():
+            if found[key] != value:
+                problem = f"expected {value} ({MANIFEST}), found {found[key]} (the tokenizer)"
+                raise DataError(f"{self.path}: {key}: {problem}; {AGAIN}")
 
 
 def open_data(
