@@ -28,7 +28,7 @@ def generate(
     model: GPT,
     prompt: Tensor,
     max_tokens: int,
-    temperature: float = 0.8,
+    temperature: float = 0.9,
     top_k: int = 0,
     top_p: float = 0.95,
     seed: int = 0,

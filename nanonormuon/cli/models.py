@@ -15,7 +15,7 @@ def sample(
     file: Annotated[Path | None, Option(help="Read the prompt from a file.")] = None,
     interactive: Annotated[bool, Option("--interactive", "-i", help="Ask for prompts.")] = False,
     max_tokens: Annotated[int, Option(min=1, help="Tokens per sample.")] = 256,
-    temperature: Annotated[float, Option(min=0, help="Randomness; 0: likeliest token.")] = 0.8,
+    temperature: Annotated[float, Option(min=0, help="Randomness; 0: likeliest token.")] = 0.9,
     top_k: Annotated[int, Option(min=0, help="Draw from the k likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, Option(min=0.01, max=1, help="Probability mass to draw from.")] = 0.95,
     stop: Annotated[list[str] | None, Option(help="Stop before this text; repeatable.")] = None,
