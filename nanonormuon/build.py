@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -89,8 +90,9 @@ def make_engine(
     def make_optimizers(model: nn.Module) -> list[Optimizer]:
         return optim.make_optimizers(model, config.optim, dtype)
 
-    def on_trial() -> tuple[GPT, list[Optimizer]]:
-        model = make_model()
+    def on_trial(device: torch.device) -> tuple[GPT, list[Optimizer]]:
+        with device:
+            model = make_model()
         return model, make_optimizers(model)
 
     if train.micro_batch != "auto":

@@ -127,7 +127,7 @@ MAY_CHANGE = ("data.path", "data.verify", *(f"train.{key}" for key in (
 )))  # fmt: skip
 
 LARGEST = 2**63 - 1  # of a whole number
-BELOW_1 = (0, 0.999999)
+BELOW_1 = (0, math.nextafter(1, 0))
 WIDTH = (0, 1 << 20)  # beyond any model, but parameters are counted quickly and without overflow
 LIMITS: dict[str, tuple[float, float]] = {  # least and largest value; others: 0 or more
     **dict.fromkeys(("train.steps", "train.log_every", "train.micro_batch"), (1, LARGEST)),
@@ -225,7 +225,8 @@ def convert(name: str, value: Any, where: str = "") -> Any:
     found = coerce(value, KINDS[name], where + name)
     low, high = LIMITS.get(name, (0, LARGEST if isinstance(found, int) else math.inf))
     if not isinstance(found, str) and not low <= found <= high:
-        expected = f"at least {low}" if found < low else f"at most {high}"
+        most = "below 1" if high == BELOW_1[1] else f"at most {high}"
+        expected = f"at least {low}" if found < low else most
         raise ConfigError(f"{where}{name} = {found!s:.60}: expected {expected}")
     return found
 

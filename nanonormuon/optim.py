@@ -141,7 +141,10 @@ def make_optimizers(
         own: dict[str, Any] = {key: getattr(s, key) for key in OWN}
         own["beta2"] = s.beta2 if s.name == "normuon" else None
         parts = [part for group in matrices for part in split_group(group, s.beta2_on)]
-        optimizers.append(NorMuon(parts, ns_dtype=ns_dtype, **own))
+        try:
+            optimizers.append(NorMuon(parts, ns_dtype=ns_dtype, **own))
+        except ValueError as error:
+            raise ConfigError(f"optim: NorMuon: {error}") from None
     if others:
         fused = all(p.device.type in ("cpu", "cuda") for g in others for p in g["params"])
         betas = (s.adam_beta1, s.adam_beta2)

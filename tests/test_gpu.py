@@ -96,8 +96,8 @@ def test_a_canonical_run_repeats_and_resumes_in_the_same_bits(separated, shards,
 
 
 def test_what_the_probe_took_is_not_the_runs_peak():
-    def make():
-        model = GPT(GPTConfig(vocab_size=512, n_layer=2, n_head=2, n_embd=64)).to("cuda")
+    def make(device):
+        model = GPT(GPTConfig(vocab_size=512, n_layer=2, n_head=2, n_embd=64)).to(device)
         return model, [NorMuon(layer.mlp.up_proj.parameters()) for layer in model.layers]
 
     world = World(0, 1, torch.device("cuda", 0))

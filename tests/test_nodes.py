@@ -78,6 +78,13 @@ def test_ranks_that_are_not_numbered_node_by_node_are_refused(monkeypatch):
             )
 
 
+def test_a_rank_without_the_address_of_the_first_is_refused(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # start would set the threads
+    launched(monkeypatch, 0, 0, 2, 2)
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        distributed.start("cpu", 60.0)
+
+
 def test_settings_that_differ_between_ranks_are_named_on_the_rank_that_has_them(monkeypatch):
     """Each node has its own command line, and perhaps its own copy of the data."""
     first, other = (flat(load(["train.seed=1", more])[0]) for more in ("optim.lr=1", "optim.lr=2"))

@@ -11,6 +11,7 @@ from torch import nn
 
 from nanonormuon import NorMuon, param_groups
 from nanonormuon.config import OptimConfig, load
+from nanonormuon.errors import ConfigError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.normuon import CHOICES
 from nanonormuon.optim import Schedule, group_rows, make_optimizers
@@ -215,3 +216,15 @@ def test_schedule_reaches_every_group_of_every_optimizer():
             assert g["lr"] == pytest.approx(g["initial_lr"] * s.lr(80)) and s.lr(80) < 1
     assert optimizers[0].param_groups[0]["momentum"] == s.momentum_at(80)
     assert "momentum" not in optimizers[1].param_groups[0]
+
+
+def test_a_matrix_that_the_optimizer_cannot_update_is_named():
+    class Forked(nn.Module):
+        parameter_roles = {"w": "matrix"}  # noqa: RUF012
+
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2, 2, 2, 2))
+
+    with pytest.raises(ConfigError, match=r"NorMuon.*\(2, 2, 2, 2\)"):
+        make_optimizers(Forked(), OptimConfig(), torch.float32)

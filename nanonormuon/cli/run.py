@@ -122,6 +122,9 @@ def without_effect(config: Any, origin: dict[str, str]) -> list[str]:
     reasons = {f"optim.{key}": f"{name} does not have this setting" for key in others}
     if not config.train.eval_every:
         reasons["train.patience"] = "train.eval_every = 0 evaluates only the last step"
+    if config.train.canonical:
+        names = "train.parallel", "train.reshard"
+        reasons |= dict.fromkeys(names, "train.canonical keeps replicas of all weights")
     return [f"{k}: {reason}" for k, reason in reasons.items() if origin.get(k) == "command line"]
 
 

@@ -296,12 +296,16 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
     text = files.read_file(file)
     try:
         begun = dict.fromkeys(content) | json.loads(text)
-        begun |= begun.pop("settings", {})  # none in plans of older versions
+        if (known := begun.pop("settings", None)) is not None:  # none in plans of older versions
+            begun |= json.loads(json.dumps(config.flat(config.Config()))) | known  # new: defaults
     except (ValueError, TypeError):
         raise RunError(f"{file}: {text[:99]!r}, expected a plan; choose another --out") from None
+    changed = []
     for name, value in begun.items():
-        now = (settings | content).get(name, value)  # a setting that is new had its default
-        if value != now:
-            found = f"begun with {name} = {json.dumps(value)[:999]}, found {json.dumps(now)}"
-            hint = "begin other runs in another --out; if a recipe has changed, use its version"
-            raise RunError(f"{file}: {found}: {hint}")
+        if value != (now := (settings | content).get(name, value)):
+            changed.append(
+                f"begun with {name} = {json.dumps(value)[:999]}, found {json.dumps(now)}"
+            )
+    if changed:
+        hint = "begin other runs in another --out; if a recipe has changed, use its version"
+        raise RunError(f"{file}: {'; '.join(changed[:3])}: {hint}")

@@ -85,7 +85,11 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size()))
     if (size() > 1 or dist.is_torchelastic_launched()) and not dist.is_initialized():
         device_id = where if device == "cuda" else None
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
+        limit = timedelta(seconds=timeout)
+        try:
+            dist.init_process_group(backend, timeout=limit, device_id=device_id)
+        except ValueError as error:  # such as a missing MASTER_ADDR
+            raise ConfigError(str(error)) from None
     return World(rank, size(), where)
 
 

@@ -46,7 +46,7 @@ def refuse_absurd(config: Config, world: distributed.World) -> None:
         return count(few) + (config.model.n_layer - first) * (count(more) - count(few)) / two
 
     parameters = whole(lambda model: sum(p.numel() for p in model.parameters()))
-    share = distributed.shards(t.parallel)
+    share = 1 if t.canonical else distributed.shards(t.parallel)
     windows = 32 * t.batch_tokens // config.data.seq_len  # bytes of Batches.windows
     model = f"model: {parameters:,} parameters", 8 * parameters // share, world.device
     batch = f"train.batch_tokens = {t.batch_tokens}", windows, torch.device("cpu")
@@ -73,7 +73,7 @@ def memory_of(device: torch.device) -> float:
 
 
 def choose(
-    make: Callable[[], tuple[GPT, Sequence[Optimizer]]], config: Config, per_rank: int,
+    make: Callable[[torch.device], tuple[GPT, Sequence[Optimizer]]], config: Config, per_rank: int,
     world: distributed.World,
 ) -> int:  # fmt: skip
     """Return the largest divisor of per_rank, in sequences, that fits on every rank.
@@ -87,12 +87,10 @@ def choose(
         return max((n for n in candidates if n * T <= CPU_TOKENS), default=1)
     shards = distributed.shards(config.train.parallel)
     if shards > 1:
-        with torch.device("meta"):
-            model, _ = make()
+        model, _ = make(torch.device("meta"))
         fitting = estimate(model, config, candidates, world.device, shards)
     else:
-        with world.device:
-            fitting = probe(*make(), T, candidates)
+        fitting = probe(*make(world.device), T, candidates)
     free_cache(world.device)
     torch.cuda.reset_peak_memory_stats(world.device)  # a run reports its own peak
     return -int(distributed.largest([-fitting])[0])

@@ -107,6 +107,10 @@ def test_mistakes(arguments, code, words, tmp_path, capsys, monkeypatch):
         (["optim.name=torch.optim:Adagrad", "optim.momentum=0.9"], ["optim.momentum"]),
         (["train.patience=2", "train.eval_every=0"], ["train.patience"]),
         (["train.patience=2", "optim.beta2=0.9", "optim.beta2_on=*"], []),
+        (
+            ["train.canonical=true", "train.micro_batch=4", "train.parallel=fsdp"],
+            ["train.parallel"],
+        ),
         (["track3-normuon", "optim.name=adamw"], []),  # the recipe's, not the user's
     ],
 )

@@ -437,6 +437,11 @@ def test_a_race_goes_on_only_with_the_settings_that_it_began_with(tmp_path, monk
     plan.write_text(json.dumps(content))
     with pytest.raises(RunError, match=r"train\.batch_tokens = 8192.* 4096"):
         processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+    content["settings"]["train.batch_tokens"] = 4096
+    del content["settings"]["model.key_shift"]  # a plan from before this setting: its default
+    plan.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"model\.key_shift = false, found true"):
+        processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
     del content["settings"]  # a plan of an older version
     plan.write_text(json.dumps(content))
     processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")

@@ -56,8 +56,9 @@ def test_under_fsdp_activations_may_take_60_percent_of_the_memory(monkeypatch, r
     model = GPT(GPTConfig(vocab_size=64, n_layer=3, n_head=2, n_embd=16))
     own = (12 // 2 + 4) * sum(p.numel() for p in model.parameters())  # whole gradients add up
 
-    def make():
-        return GPT(model.config), []
+    def make(device):
+        with device:
+            return GPT(model.config), []
 
     m, dtype, world = model.config, model.compute_dtype, World(0, 2, torch.device("cuda"))
     kept = [sum(activations.kept(m, 8, n, dtype, recompute)) for n in (0, 4)]
@@ -95,7 +96,7 @@ def test_all_ranks_take_the_smallest_that_a_probe_found(monkeypatch):
     monkeypatch.setattr(memory, "probe", lambda *_: 6)
     world, reset = World(0, 1, torch.device("cuda")), []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
-    assert memory.choose(lambda: (), plan(8), 12, world) == 3
+    assert memory.choose(lambda _: (), plan(8), 12, world) == 3
     assert reset == [world.device]  # the probe's peak is not the run's
 
 
