@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shlex
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -146,7 +147,10 @@ def describe(summary: dict, out: Path, prompts: str) -> str:
         others = "gzip -9 needs {gzip_bpb:.3f} and xz {xz_bpb:.3f}".format(**summary)
         learned = f"{summary['val_bpb']:.3f} bits per byte of text it never saw"
         lines.append(f"learned: {learned}; {others} ({in_units(size)} of validation text)")
-    lines += [*story(out, Console()), f"checkpoint: {out / summary['checkpoint']}"]
+    colours = None if os.environ.get("NO_COLOR") else "auto"  # for rich, bold is no colour
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # whatever FORCE_COLOR says
+    console = Console(force_terminal=terminal, color_system=colours)
+    lines += [*story(out, console), f"checkpoint: {out / summary['checkpoint']}"]
     if summary["hugging_face"] or summary["own_source"]:
         trusting = ", with trust_remote_code=True" if summary["own_source"] else ""
         lines[-1] += f"  (in Hugging Face's format{trusting}; normuon-train export verifies it)"

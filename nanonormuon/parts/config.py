@@ -82,6 +82,8 @@ class GPTConfig:
             near = max(n for n in range(1, most + 1) if self.n_embd % n == 0)
             hint = f"set n_head = {near}, or set head_dim"
             self._refuse("n_embd", f"a multiple of n_head = {self.n_head}: {hint}")
+        if not self.rope_theta:
+            self._refuse("rope_theta", "more than 0")
         if self.key_shift and (self.n_kv_head or self.n_head) < 2:
             expected = "false with a single key head: none would be left without a shift"
             self._refuse("key_shift", expected)

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -137,9 +138,12 @@ def on_split(
 def read_text(file: Path, tokenizer: Tokenizer, text_field: str = "text") -> Split:
     """Encode the documents of a file or directory as a split of one shard. Raises DataError."""
     parts, size = [], 0
-    for document in documents([file], text_field=text_field):
-        parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data, document.name)]))
-        size += len(document.data)
+    try:
+        for document in documents([file], text_field=text_field):
+            parts.append(np.array([tokenizer.eot, *tokenizer.encode(document.data, document.name)]))
+            size += len(document.data)
+    except DataError as error:  # without advice on options that only `prepare` has
+        raise type(error)(re.split(r"(?: \(|; )prepare --", str(error))[0]) from None
     if not parts:
         raise DataError(f"{file}: empty, expected text")
     return Split([file], [np.concatenate(parts)], bytes=size)

@@ -186,7 +186,10 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
         elif not path.is_dir():
             raise DataError(f"{path}: the run's data are missing: give --data")
     data = open_data(path, tokenizer.vocab_size, headerless=headerless)
-    data.check_tokenizer(tokenizer)
+    try:
+        data.check_tokenizer(tokenizer)
+    except DataError as error:
+        raise DataError(f"{error} with the model's tokenizer, or use --text") from None
     return data
 
 

@@ -28,7 +28,7 @@ def story(run: Path, console: Console) -> list[str]:
         columns = [titles] if width >= NARROW else [{s: titles[s]} for s in titles]
         parts: list[Text | Table] = [] if console.options.ascii_only else curves(rows, width)
         with console.capture() as shown:
-            for part in (*parts, *(beside(samples, part) for part in columns)):
+            for part in (*parts, *(beside(samples, part, console, width) for part in columns)):
                 console.print(part, width=width)
         return shown.get().splitlines()
     lines = []
@@ -53,7 +53,9 @@ def curves(rows: Sequence[dict[str, Any]], width: int) -> list[Text]:
     return parts
 
 
-def beside(samples: Sequence[dict[str, Any]], titles: dict[int, str]) -> Table:
+def beside(
+    samples: Sequence[dict[str, Any]], titles: dict[int, str], console: Console, width: int
+) -> Table:
     """The samples of some steps, a column each, prompt by prompt. Nothing in their text moves the
     cursor or changes a colour."""
     table = Table(box=box.MINIMAL, show_lines=True, expand=True, header_style="dim")
@@ -64,8 +66,10 @@ def beside(samples: Sequence[dict[str, Any]], titles: dict[int, str]) -> Table:
         prompt = row.get("prompt", "")
         text = (prompt + row.get("text", "")).expandtabs(4).rstrip()
         lines = "".join(c if c.isprintable() or c == "\n" else "?" for c in text).split("\n")
-        cells[row["step"], prompt] = Text("\n".join(lines[:LONGEST]))
-        cells[row["step"], prompt].stylize("bold", 0, len(prompt))
+        cell = Text("\n".join(lines))
+        cell.stylize("bold", 0, len(prompt))
+        wrapped = cell.wrap(console, width // len(titles) - 3)  # without rules and margins
+        cells[row["step"], prompt] = Text("\n").join(wrapped[:LONGEST])
     for prompt in dict.fromkeys(prompt for _, prompt in cells):
         table.add_row(*(cells.get((step, prompt), Text()) for step in titles))
     return table

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nanonormuon.errors import CheckpointError
+from nanonormuon.errors import CheckpointError, DataError
 from nanonormuon.storage import files
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(files.read_file(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete") from None
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):

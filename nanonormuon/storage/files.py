@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
@@ -197,5 +198,7 @@ def in_shell(path: Path) -> str:
 
 def cache_directory() -> Path:
     """Return the directory for demo data: NANONORMUON_CACHE, or one in the user's cache folder."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folders = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": Path.home() / "Library/Caches"}
+    usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    caches = folders.get(sys.platform) or usual
     return Path(os.environ.get("NANONORMUON_CACHE") or Path(caches, "nanonormuon"))

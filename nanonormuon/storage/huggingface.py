@@ -294,9 +294,13 @@ def gpt_config(content: dict[str, Any]) -> GPTConfig:
     if "sliding_attention" in (found.get("layer_types") or []):
         odd.append("layer_types: sliding_attention")
     fields, sparse = SIZES_OF[kind] | OTHERS, kind in EXPERTS
-    # transformers' defaults are ours, but for one
+    # transformers' defaults are ours, but for these
     absent = {name: getattr(GPTConfig, name) for name in (*OTHERS, "n_kv_head", "rope_interleave")}
     absent["head_dim"] = 128 if kind == "qwen3" else 0
+    if kind in ("qwen3_moe", "dots1"):  # DeepSeek-V3's are those of its largest model
+        sizes = ("n_expert", "n_expert_used", "expert_hidden")  # which no file leaves out
+        absent |= {name: getattr(GPTConfig, name) for name in EXPERTS[kind] if name not in sizes}
+        absent |= {"router_norm": False, "n_expert_shared": 0}
     settings: dict[str, Any] = {"qk_norm": kind != "llama"}
     if kind == "deepseek_v3":
         settings["attention"], fields["rope_interleave"] = "latent", "rope_interleave"

@@ -333,6 +333,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             shards = manifest[split]["shards"]
             if sum(shard["tokens"] for shard in shards) != manifest[split]["tokens"]:
                 raise ValueError(f"{split}: tokens are not the sum over the shards")
+            if len({shard["name"] for shard in shards}) < len(shards):
+                raise ValueError(f"{split}: a shard is listed twice")
             if (largest := max((s["max_token"] for s in shards), default=0)) >= vocab_size:
                 raise ValueError(f"{split}: token id {largest} in a vocabulary of {vocab_size}")
     except (ValueError, RecursionError) as error:

@@ -73,6 +73,8 @@ def prepare(
     per core. If `out` already contains this preparation, it is verified and kept; a directory with
     other visible files is refused. Raises DataError, TokenizerError, OSError.
     """
+    if "" in (out, tokenizer):  # Path("") is the working directory
+        raise DataError("prepare: expected a name for --out and --tokenizer, found ''")
     out, readings = Path(out), count()
     names = ["standard input" if str(t) == "-" else Path(os.path.realpath(t)).name for t in texts]
     with contextlib.ExitStack() as stack:

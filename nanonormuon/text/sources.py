@@ -199,7 +199,10 @@ def _texts(
 
 def _opened(file: Path | IO[bytes]) -> Any:
     if isinstance(file, Path):
-        return open_regular(file, PEEK)  # a pipe could not be read three times
+        try:
+            return open_regular(file, PEEK)
+        except DataError as error:  # a pipe could not be read three times
+            raise NotText(f"{error}; pipe it in with -") from None
     file.seek(0)
     return io.BufferedReader(io.FileIO(file.fileno(), closefd=False), PEEK)
 

@@ -142,7 +142,7 @@ def _from_cache(name: str) -> Tokenizer:
     path = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
     path = path / hashlib.sha1(published.address.encode()).hexdigest()
     try:
-        data = read_file(path, LARGEST_OTHER) if os.path.lexists(path) else b""
+        data = read_file(path, LARGEST_OTHER) if path.exists() else b""
     except ValueError as error:
         raise TokenizerError(f"tokenizer {name}: {error}") from None
     if (found := hashlib.sha256(data).hexdigest()) != published.sha256:

@@ -93,7 +93,7 @@ def test_a_dry_run_says_it_and_stays_readable(capsys, monkeypatch):
     monkeypatch.setattr(dry_run, "TRIAL_SECONDS", 0.01)
     assert cli.main(["run", "demo", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert tomllib.loads(said)["train"]["steps"] == 440
+    assert tomllib.loads(said)["train"]["steps"] == 360
     model, _ = dry_run.build(sized("demo"), torch.device("meta"))
     total = sum(p.numel() for p in model.parameters())
     assert f"\n# parameters: {total:,} (" in said and f"{total:,}".startswith("3,2")

@@ -298,6 +298,14 @@ def test_experts_that_do_not_fit_are_named(changed, words):
         hf.gpt_config(content | changed)
 
 
+def test_fields_that_a_file_of_experts_may_leave_out():
+    config = replace(GPTConfig(**QWEN3_MOE, vocab_size=64), router_norm=False).resolved()
+    content = hf.config_json(config, 64, None)
+    for name in ("nanonormuon", "norm_topk_prob", "router_aux_loss_coef"):
+        content.pop(name)
+    assert hf.gpt_config(content) == config
+
+
 def test_gpt2s_layers_are_known_by_their_class():
     sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 40, "bos_token_id": 0}
     config = transformers.GPT2Config(**sizes, eos_token_id=0)

@@ -326,7 +326,7 @@ def test_an_older_manifest_is_compared_with_its_tokenizer(directory: Path, key: 
         edit(directory, lambda m: m["val"].update(bytes=10 * text_bytes))
     else:
         setattr(Words, key, 55)
-    with pytest.raises(DataError, match=f"expected .*{key}.*manifest.* found .*{key}"):
+    with pytest.raises(DataError, match=f"{key}: expected .*manifest.*, found "):
         shards.open_data(directory).check_tokenizer(Words())
     for path in directory.glob("*.json"):
         path.unlink()

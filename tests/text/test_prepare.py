@@ -379,7 +379,7 @@ def test_damaged_output_is_not_reused(corpus: Path, tmp_path: Path) -> None:
     path.write_bytes(raw)
     prepare([corpus], tmp_path / "out", tokenizer="byte")
     tokenizer.get("bpe:300", ["some text"]).save(tmp_path / "out")
-    with pytest.raises(DataError, match=r"expected .*'hash': .*manifest\.json"):
+    with pytest.raises(DataError, match=r"hash: expected .*manifest\.json"):
         prepare([corpus], tmp_path / "out", tokenizer="byte")
 
 
