@@ -25,19 +25,28 @@ GROUPS = {
 }
 
 
-class Commands(typer.core.TyperGroup):
+class Groups(typer.core.TyperGroup):
+    """Lists the commands by group in plain text too, as rich does at a terminal."""
+
     def get_params(self, ctx: Any) -> list[Any]:
         params = super().get_params(ctx)
         for flag in (p for p in params if getattr(p, "is_flag", False) and p.default is None):
             flag.default = False  # --help and other flags of typer, which loads pydantic for None
         return params
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        for group, members in GROUPS.items():
+            names = [command.__name__ for command in members]
+            with formatter.section(group):
+                formatter.write_dl([(n, self.commands[n].get_short_help_str(limit)) for n in names])
+
 
 terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by whoever started it
 plain = not terminal or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
 app = typer.Typer(
     name="normuon-train",
-    cls=Commands,
+    cls=Groups,
     help="Train small language models with NorMuon (arXiv 2510.05491).\n\n"
     "Start here: `normuon-train run` is a demo of a few minutes; it needs no GPU and no network.",
     no_args_is_help=True,
