@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from peers import nanogpt_step
 
-from nanonormuon.cli import dry_run as estimate
+from nanonormuon.cli import dry_run
 from nanonormuon.config import load
 from nanonormuon.runtime import distributed, qk_clip
 from nanonormuon.runtime.faults import Stopping, Watch
@@ -120,7 +120,9 @@ def measure(arguments: list[str], steps: int, checkout: str = "") -> dict:
         torch.Tensor.backward = original
     seconds, tokens = statistics.median(whole), config.train.batch_tokens
     shards = distributed.shards(trainer.config.train.parallel)
-    needed = estimate.estimate(trainer.config, trainer.memory.size, world.size, shards)
+    made = dry_run.build(trainer.config, torch.device("meta"))
+    parts_of = dry_run.memory_parts(trainer.config, *made, trainer.memory.size, world.size, shards)
+    needed = sum(parts_of.values())
     parts = {name: 1e3 * s / steps for name, s in clock.seconds.items()}
     # with optim.qk_clip=100 model.qk_norm=false; within the forward pass
     reading = parts.get("QK-clip, reading", 0.0)
@@ -138,8 +140,8 @@ def measure(arguments: list[str], steps: int, checkout: str = "") -> dict:
         "seconds to set up and compile": compile_seconds,
         "peak memory, GB": peak / 1e9,
         "of which before the model": before / 1e9,
-        "and needed after": needed.memory / 1e9,
-        "peak / (before + needed)": peak / (before + needed.memory),
+        "and needed after": needed / 1e9,
+        "peak / (before + needed)": peak / (before + needed),
         **({"ms per step of nanoGPT": 1e3 * statistics.median(theirs)} if peer else {}),
         **({"ours / nanoGPT's": seconds / statistics.median(theirs)} if peer else {}),
         "percent outside passes and update": 100 * (parts["batch"] + parts["rest"]) / parts["step"],

@@ -92,9 +92,12 @@ def row(recipe: str, ranks: int) -> list[str]:
     T, sharded = config.data.seq_len, ranks > 1 and config.train.parallel == "fsdp"
     per_rank = config.train.batch_tokens // T // ranks
     fits = [n for n in divisors(per_rank) if n * T <= 1 << 17]
-    estimates = {n: dry_run.estimate(config, n, ranks, ranks if sharded else 1) for n in fits}
-    micro = max((n for n, e in estimates.items() if e.memory < ROOM), default=1)
-    cost, count = estimates[micro], per_rank // micro
+    whole, shards = dry_run.build(config, torch.device("meta")), ranks if sharded else 1
+    bytes_of = {
+        n: sum(dry_run.memory_parts(config, *whole, n, ranks, shards).values()) for n in fits
+    }
+    micro = max((n for n, size in bytes_of.items() if size < ROOM), default=1)
+    count = per_rank // micro
     with torch.device("meta"):
         model = GPT(config.model, torch.bfloat16)
         tokens = torch.zeros(micro, T, dtype=torch.int64)
@@ -103,7 +106,7 @@ def row(recipe: str, ranks: int) -> list[str]:
 
     _, pass_seconds, passes = counted(lambda: model(tokens, tokens).backward())
     ns_flops, ns_seconds, steps = counted(muon.step)
-    parameters = sum(cost.parameters.values())
+    parameters = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for g in muon.param_groups for p in g["params"])
     others, held = parameters - matrices, parameters // (ranks if sharded else 1)
     ns_seconds = ns_seconds / ranks + LAUNCH * steps.kernels
@@ -120,7 +123,7 @@ def row(recipe: str, ranks: int) -> list[str]:
         collectives = f"{ceil(4 * parameters / 26e6)} reductions, {buckets} NorMuon"
     computing = count * pass_seconds + ns_seconds + adam_seconds + norms_seconds
     sending = sent / NVLINK / TRAFFIC
-    flops = cost.flops_per_token * config.train.batch_tokens / ranks
+    flops = model.flops_per_token(T) * config.train.batch_tokens / ranks
     mfu = [flops / PEAK / seconds for seconds in (computing, computing + sending)]
     ms = [1e3 * s for s in (count * pass_seconds, ns_seconds, adam_seconds, norms_seconds, sending)]
     return [
@@ -128,7 +131,7 @@ def row(recipe: str, ranks: int) -> list[str]:
         f"{count * sum(passes.bytes.values()) / 1e9:,.0f}", f"{count * passes.kernels:,}",
         f"{steps.kernels:,}", collectives, *(f"{x:,.1f}" for x in ms),
         f"{1e3 * (computing + sending):,.0f}",
-        f"{100 * mfu[0]:.0f}, {100 * mfu[1]:.0f}", f"{cost.memory / 1e9:.0f}", "",
+        f"{100 * mfu[0]:.0f}, {100 * mfu[1]:.0f}", f"{bytes_of[micro] / 1e9:.0f}", "",
     ]  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def inject(kind, place, step="0", rank="0"):
         "evaluated": (evaluate, "bits_per_byte"),
         "announce": (train, "announce"),
         "summary": (Trainer, "summarise"),
-        "sample": (sample, "stream"),
+        "sample": (sample, "write"),
         "weight": (Trainer, "take_step"),
         "buffer": (Trainer, "take_step"),
         "loss": (Trainer, "take_step"),
