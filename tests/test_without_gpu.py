@@ -147,7 +147,8 @@ def test_a_step_waits_for_the_device_once(fake_cuda):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [["demo", "model.key_shift=false"], ["track3-normuon"], ["train.activation_checkpointing=true"], ["masked"],
+    [["demo", "model.key_shift=false"], ["track3-normuon"],
+     ["train.activation_checkpointing=true"], ["masked"],
      ["latent-demo"],
      ["model.mlp=experts", "model.n_expert=4", "model.n_expert_used=2", "model.balance_loss=0.1",
       "train.activation_checkpointing=true"]],
