@@ -174,7 +174,8 @@ class Survey:
 
     def __init__(self, read: Read, names: list[str], val: float, whole: bool = False) -> None:
         self.read, self.val = read, val
-        rows = array("Q")  # of each document: first eight bytes of its sha256, bytes, source
+        # of each document: first eight bytes of its sha256, bytes, source
+        numbers, sizes, of = array("Q"), array("Q"), array("I")
         self.sources: list[dict] = [{"name": n, "documents": 0, "bytes": 0} for n in names]
         longest: dict[int, tuple[int, int, str]] = {}  # by source: bytes, number, name
         hashes = [sha256() for _ in names]  # over the documents' sha256 (binary, in order)
@@ -187,7 +188,9 @@ class Survey:
                 hashes[index].update(digest)
                 if size > longest.get(index, (0,))[0]:
                     longest[index] = size, number, document.name
-                rows.extend((number, size, index))
+                numbers.append(number)
+                sizes.append(size)
+                of.append(index)
                 bar.update(size)
         if not longest:
             where = ", ".join(names) or "prepare"
@@ -195,8 +198,8 @@ class Survey:
         for source, digests in zip(self.sources, hashes):
             source["sha256"] = digests.hexdigest()
         self.bytes = sum(source["bytes"] for source in self.sources)
-        self.numbers, sizes, of = np.asarray(rows).reshape(-1, 3).T
-        self._assign(sizes, of, longest, whole)
+        self.numbers = np.asarray(numbers)
+        self._assign(np.asarray(sizes), np.asarray(of), longest, whole)
 
     def _assign(
         self, sizes: np.ndarray, of: np.ndarray, longest: dict[int, tuple], whole: bool
@@ -206,11 +209,11 @@ class Survey:
         cut, held_out = np.zeros(len(numbers), bool), numbers < ceil(self.val * 2**64)
         by_hash = held_out.copy()
         balanced = longest if not whole and len(sizes) > 1 else ()
-        parts = [(which[of == index], sizes[of == index]) for index in balanced]
-        for place, size in parts:
+        for index in balanced:
+            place, size = which[of == index], sizes[of == index]
             cut[place[(size > 2 * self.val * size.sum()) & (self.val * size >= TAIL_BYTES)]] = True
-        for place, size in parts:
-            self._balance(held_out, cut, place, size)
+        for index in balanced:  # a copy may be cut because of another source
+            self._balance(held_out, cut, which[of == index], sizes[of == index])
         moved = np.count_nonzero(held_out != by_hash)
         self.method = "hash of each document"
         if cut.any() or moved:
