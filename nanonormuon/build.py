@@ -23,6 +23,7 @@ from nanonormuon.runtime.distributed import World
 from nanonormuon.storage import huggingface
 from nanonormuon.storage.run import aligned
 from nanonormuon.storage.shards import Data, too_few
+from nanonormuon.storage.tensors import TensorFile
 from nanonormuon.text import corpus
 from nanonormuon.text.tokenizer import Tokenizer
 
@@ -35,18 +36,19 @@ COMPILE_FROM = {"cpu": 4e14, "cuda": 3e16}
 
 def complete(config: Config, data: Data) -> Config:
     """Fill in the vocabulary, from the data or with the whole model from train.init_from."""
-    if config.train.init_from and not config.model.vocab_size:
+    if config.train.init_from:
         from nanonormuon.pretrained import models  # few runs need it
 
-        config = models.adopt(config, data)
+        config = models.adopt(config)
     given, found = config.model.vocab_size, data.vocab_size
     if not found and not given:
         raise ConfigError(f"model.vocab_size = 0, and {data.path} does not say: set it")
     if given and found and given < found:
-        raise ConfigError(
-            f"model.vocab_size = {given}: the data in {data.path} have {found} token ids; "
-            "leave it at 0 to take it from the data"
-        )
+        hint = "leave it at 0 to take it from the data"
+        if source := config.train.init_from:
+            hint = f"prepare text with --tokenizer and the tokenizer.json of {source}"
+        problem = f"the data in {data.path} have {found} token ids"
+        raise ConfigError(f"model.vocab_size = {given}: {problem}; {hint}")
     vocab_size = given or -(-found // 64) * 64  # whole tiles for the largest product
     return replace(config, model=replace(config.model, vocab_size=vocab_size).resolved())
 
@@ -135,7 +137,7 @@ def load_checkpoint(
         raise ConfigError(f"train.{name} = {last}: {path} is at step {state['step']} already")
     if steps != before and engine.world.first:
         log.warning(f"train.steps: {before} -> {steps}; the schedule of the rest follows it")
-    checkpoint.load_weights(engine.model, path)
+    checkpoint.load_weights(engine.model, TensorFile(path / "model.safetensors"))
     checkpoint.load_optimizers(engine.optimizers, path)
 
 

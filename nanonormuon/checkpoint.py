@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanonormuon.config import Config, from_dict
+from nanonormuon.config import KINDS, SECTIONS, Config, convert
 from nanonormuon.errors import CheckpointError
 from nanonormuon.optim import by_parameter
 from nanonormuon.runtime import distributed
 from nanonormuon.runtime.faults import Stopping
 from nanonormuon.runtime.health import Spikes
 from nanonormuon.storage import checkpoints, tensors
-from nanonormuon.storage.files import as_json
+from nanonormuon.storage.files import as_json, progress
 from nanonormuon.storage.huggingface import MODELING, config_json, modeling, to_hf
 from nanonormuon.storage.shards import check_shape
 from nanonormuon.storage.tensors import TensorFile, placed_like
@@ -151,14 +151,17 @@ class Saver:
             distributed.first_does(lambda: pending and pending.result())
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load model.safetensors into a model of any layout. Raises CheckpointError."""
-    file = TensorFile(path / "model.safetensors")
+def load_weights(model: nn.Module, file: TensorFile) -> None:
+    """Load a model's tensors into a model of any layout. Raises CheckpointError."""
     parameters = named_for_hf(weights_of(model))
     file.expect({name: p.shape for name, p in parameters.items()})
     with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(placed_like(file.read(name), p))
+        for name, p in progress("reading", None, "tensor", iterable=[*parameters.items()]):
+            value = file.read(name)
+            if not value.is_floating_point() or not value.isfinite().all():
+                found = f"{name} ({value.dtype})"
+                raise CheckpointError(f"{file.path}: {found}: expected finite floating point")
+            p.copy_(placed_like(value.float(), p))
 
 
 def load_optimizers(optimizers: Sequence[Optimizer], path: Path) -> None:
@@ -191,8 +194,8 @@ def load_optimizers(optimizers: Sequence[Optimizer], path: Path) -> None:
 
 # ---------------------------------------------------------------------------- The run's description
 
-STATE = {"step": int, "seconds": float, "total_seconds": float, "ranks": int, "micro_batch": int,
-         "config": {}, "data": str}  # fmt: skip
+STATE = {"step": int, "tokens": int, "seconds": float, "total_seconds": float, "ranks": int,
+         "micro_batch": int, "config": {}, "data": str}  # fmt: skip
 
 
 def describe(
@@ -219,23 +222,30 @@ def newest(folder: Path, world: distributed.World) -> tuple[Path, dict[str, Any]
         if not checkpoints.all_steps(folder):
             return None
         path, state = checkpoints.newest(folder)
-        check_state(path / "state.json", state)
-        return [str(path), state]
+        return [str(path), check_state(path / "state.json", state)]
 
     found = distributed.first_does(look)
     return None if found is None else (Path(found[0]), found[1])
 
 
-def check_state(file: Path, state: dict[str, Any]) -> None:
-    """Raise CheckpointError for a state.json that no run can have written."""
+def check_state(file: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a state.json with the defaults of settings that it lacks. Raises
+    CheckpointError if no run can have written it."""
     try:
         check_shape(state, STATE, "state")
         Spikes(0.0, **state.get("spikes", {})).skip(1.0)
-        from_dict(state["config"])
-        train, T = state["config"]["train"], state["config"]["data"]["seq_len"]
-        if train["batch_tokens"] // T % (state["ranks"] * state["micro_batch"]):
+        for section, kind in SECTIONS.items():
+            settings = state["config"][section] = asdict(kind()) | state["config"][section]
+            for name, value in settings.items():
+                if section != "model" and f"{section}.{name}" in KINDS:
+                    settings[name] = convert(f"{section}.{name}", value)
+                elif not isinstance(value, bool | int | float | str):  # unknown here
+                    raise ValueError(f"{name} = {value!s:.60}: expected a number or text")
+        batch = state["config"]["train"]["batch_tokens"] // state["config"]["data"]["seq_len"]
+        if batch % (state["ranks"] * state["micro_batch"]):
             raise ValueError("ranks and micro_batch do not divide the batch")
-        if type(train["steps"]) is not int or not isinstance(state["tokenizer"], str | None):
-            raise ValueError("expected a number of steps and the tokenizer's hash")
+        if not isinstance(state["tokenizer"], str | None):
+            raise ValueError("expected the tokenizer's hash")
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: not written by a run: {error}") from None
+    return state

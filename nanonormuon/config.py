@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from nanonormuon.errors import ConfigError
+from nanonormuon.errors import CheckpointError, ConfigError
 from nanonormuon.parts.config import GPTConfig
 from nanonormuon.storage.files import optimizer_file, read_file
 from nanonormuon.storage.values import coerce, mixture, nearest
@@ -160,6 +160,15 @@ class FromFile(str):
     file: str
 
 
+def from_file(name: str, file: str) -> str:
+    """Mark the name of an optimizer that `file` gives, unless it is one of TRUSTED."""
+    if ":" not in name or name.rpartition(":")[0] in TRUSTED:  # "zoo:a.py:C" is a file's class
+        return name
+    found = FromFile(name)
+    found.file = file
+    return found
+
+
 def our_optimizers() -> list[str]:
     """List the package's optimizers, including "zoo:NAME" for each file of the zoo."""
     zoo = {path.stem for path in (Path(__file__).parent / "lab" / "zoo").glob("*.py")}
@@ -191,14 +200,12 @@ def load(arguments: Sequence[str]) -> tuple[Config, dict[str, str]]:
         section, _, key = name.partition(".")
         if name not in KINDS:
             alike = [n for n in KINDS if n.partition(".")[2] == name.rpartition(".")[2]]
-            hint = nearest(name, alike or KINDS)
+            hint = f'did you mean "{alike[0]}"?' if alike else nearest(name, KINDS)
             raise ConfigError(f'{origin[name]}: unknown key "{name}": {hint}')
         changed[section][key] = convert(name, value, f"{origin[name]}: ")
-    named, where = changed["optim"].get("name", ""), origin.get("optim.name")
-    # "zoo:a.py:C" names a class of a file
-    if where != "command line" and ":" in named and named.rpartition(":")[0] not in TRUSTED:
-        changed["optim"]["name"] = FromFile(named)
-        changed["optim"]["name"].file = where
+    where = origin.get("optim.name", "command line")
+    if where != "command line":
+        changed["optim"]["name"] = from_file(changed["optim"]["name"], where)
     try:
         config = Config(**{section: kind(**changed[section]) for section, kind in SECTIONS.items()})
     except ValueError as error:  # GPTConfig checks itself
@@ -216,7 +223,8 @@ def read_toml(source: str) -> dict[str, Any]:
         raise ConfigError(f'unknown recipe "{source}": {hint}') from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also 5,000 digits
         hint = "" if source.endswith(".toml") else "; name a data directory with data.path=DIR"
-        raise ConfigError(f"{source}: not a readable TOML file: {error}{hint}") from None
+        problem = getattr(error, "strerror", None) or str(error).removeprefix(f"{source}: ")
+        raise ConfigError(f"{source}: not a readable TOML file: {problem}{hint}") from None
 
 
 def convert(name: str, value: Any, where: str = "") -> Any:
@@ -250,6 +258,8 @@ def check(config: Config, origin: dict[str, str]) -> None:
         refuse("data.order", "shuffled with data.mix")
     if module and (":" not in o.name or o.name.startswith("zoo:")):
         refuse("optim.name", f"FILE.py:Class or module:Class; {nearest(o.name, our_optimizers())}")
+    if not config.data.path:
+        refuse("data.path", "a directory; . is the working directory")
     if o.options and o.name in OPTIMIZERS:
         refuse("optim.options", f"none: set the arguments of {o.name} by optim.KEY=VALUE")
     if rest := t.batch_tokens % T:
@@ -257,7 +267,7 @@ def check(config: Config, origin: dict[str, str]) -> None:
         refuse("train.batch_tokens", f"a multiple of data.seq_len = {T}; the nearest are {near}")
     given = [f"{name} ({where})" for name, where in origin.items() if name.startswith("model.")]
     if t.init_from and given and not config.model.vocab_size:
-        refuse("train.init_from", f"no [model]: leave out {', '.join(given)}, or take finetune")
+        refuse("train.init_from", f"no model settings beside it: leave out {', '.join(given)}")
     try:
         if not all(map(math.isfinite, coefficients(o.ns_coefficients, 1)[0])):
             raise ValueError(f"ns_coefficients = {o.ns_coefficients}: expected finite numbers")
@@ -266,11 +276,11 @@ def check(config: Config, origin: dict[str, str]) -> None:
 
 
 def from_dict(content: dict[str, dict[str, Any]]) -> Config:
-    """Invert dataclasses.asdict(config), for the configuration in a checkpoint's state.json."""
+    """Invert dataclasses.asdict(config), for a checkpoint's state.json. Raises CheckpointError."""
     try:
         return Config(**{section: SECTIONS[section](**table) for section, table in content.items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"the saved configuration is from another version: {error}") from None
+        raise CheckpointError(f"state.json: configuration of another version: {error}") from None
 
 
 def flat(config: Config, without: Collection[str] = ()) -> dict[str, Any]:

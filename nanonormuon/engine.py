@@ -145,14 +145,10 @@ class Engine:
 
     def update(self) -> None:
         """Step the optimizers, then apply QK-clip and move the routers' biases."""
-        self.step()
-        for extra in self.extras:
-            extra.apply()
-
-    def step(self) -> None:
-        """Step the optimizers."""
         for optimizer in self.optimizers:
             optimizer.step()
+        for extra in self.extras:
+            extra.apply()
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

@@ -3,8 +3,7 @@
 The default config is the Qwen3 architecture (pre-RMSNorm, RoPE, grouped-query attention, per-head
 QK-norm with gains, SwiGLU, no biases). Parameters have Hugging Face's names without the prefix
 `model.`. The settings under "departures" make it Llama (qk_norm) or the GPT of modded-nanogpt's
-track 3 (all others but value_embed, bigram_embed and key_shift); storage/huggingface.py knows which
-models transformers can load. parts/ has latent attention, experts and a bigram table.
+track 3. parts/ has what few models need; storage/huggingface.py knows what transformers can load.
 
 Shapes: B sequences, T tokens, C = n_embd, H query heads and G key/value heads of D = head_dim.
 """
@@ -66,8 +65,7 @@ class Normalise(torch.autograd.Function):
 
 
 def rope_tables(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Compute cos and sin, each (length, D) float32, for `rotate`. The first half of sin is
-    negated."""
+    """Compute cos and sin, (length, D) float32, for `rotate`. The first half of sin is negated."""
     D = config.rope_head_dim or config.head_dim
     if config.rope == "half":  # rotates in the opposite direction to Qwen3
         turning = (1 / 1024) ** torch.linspace(0, 1, D // 4, device=device)
@@ -109,16 +107,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
     return (scores.softmax(-1) @ v).view(B, H, T, -1)
 
 
-def shift(k: Tensor, before: Tensor, mask: Tensor | None) -> Tensor:
-    """Give each token of k (B, G, T, D) the key of the token before it; the first one gets `before`
-    (B, G, 1, D). With a mask of documents (B, 1, T, T) a document's first token keeps its own."""
-    shifted = torch.cat((before, k[:, :, :-1]), 2)
-    if mask is None:
-        return shifted
-    first = F.pad(~mask.diagonal(-1, 2, 3), (1, 0))  # a token that cannot attend to the last
-    return torch.where(first[..., None], k, shifted)
-
-
 class Attention(nn.Module):
     attend = staticmethod(attend)  # runtime/qk_clip.py replaces it to see the logits
 
@@ -128,7 +116,6 @@ class Attention(nn.Module):
         self.head_dim, self.scale = D, config.attn_scale
         self.cached = ((G, D), (G, D))  # (heads, width) of what Cache holds per token
         self.products = H * 2 * D  # multiplications per pair of query and key
-        self.n_shifted = G // 2 if config.key_shift else 0
         # not one fused matrix: NorMuon orthogonalises each projection separately
         self.q_proj = Linear(C, H * D, bias=config.bias)
         self.k_proj = Linear(C, G * D, bias=config.bias)
@@ -150,18 +137,15 @@ class Attention(nn.Module):
             v = v + value.to(v.dtype).view(heads).transpose(1, 2)
         if x.device.type == "cpu":  # mixed memory layouts are slow there
             q, k = q.contiguous(), k.contiguous()
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.n_shifted:
-            # a token that followed an equal one is found by its key: copying takes one layer, where
-            # it takes two otherwise, of which one learns to look at the token before
-            own, late = k.tensor_split((-self.n_shifted,), 1)
-            before = late[:, :, :1] if cache is None else cache.replace(self, late)
-            k = torch.cat((own, shift(late, before, mask if cache is None else None)), 1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.keys(k, cache, mask), cos, sin)
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = self.attend(q, k, v, self.scale, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def keys(self, k: Tensor, cache: "Cache | None", mask: Tensor | None) -> Tensor:
+        """Normalise the keys (B, G, T, D); see also parts/shift.py."""
+        return self.k_norm(k)
 
 
 class MLP(nn.Module):
@@ -181,8 +165,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, index: int):
         super().__init__()
-        # value embeddings (modded-nanogpt): every second layer, counted from the last, adds a
-        # learnt vector per token to its values; many parameters, no FLOPs
+        # every second layer adds a learnt vector per token to its values (modded-nanogpt)
         self.value_embed = None
         if config.value_embed and (config.n_layer - index) % 2 == 1:
             self.value_embed = nn.Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
@@ -192,6 +175,10 @@ class Block(nn.Module):
             from nanonormuon.parts.latent import LatentAttention  # imports this file
 
             self.self_attn: nn.Module = LatentAttention(config)
+        elif config.key_shift:
+            from nanonormuon.parts.shift import ShiftedAttention  # imports this file
+
+            self.self_attn = ShiftedAttention(config)
         else:
             self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
@@ -279,8 +266,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """The model. Activations and matmuls use `compute_dtype`; weights stay float32, except for an
-    embedding in embed_dtype."""
+    """Computes in `compute_dtype`. Weights stay float32, except for an embedding in embed_dtype."""
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -369,8 +355,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, vocab_size), or with targets (B, T) the cross entropy in nats.
 
-        reduction: "mean" or "sum" over targets other than IGNORE. cache: the tokens before these;
-        `tokens` are appended to it.
+        reduction: "mean" or "sum", without IGNORE. cache: earlier tokens; it takes these, too.
         """
         h = self.hidden(tokens, cache)
         if targets is None:
@@ -404,8 +389,7 @@ class GPT(nn.Module):
 
 
 class Cache:
-    """Keys and values (or latents: see an attention's `cached`) of up to `size` tokens, for
-    generation.
+    """Keys and values, or latents (an attention's `cached` says which), of up to `size` tokens.
 
     cuDNN plans a kernel for every number of keys, so a single query gets whole blocks of keys, with
     a mask over those still to come. On a CPU a block is one token.
@@ -434,16 +418,8 @@ class Cache:
             return None
         return (torch.arange(self.shown(), device=self.device) <= self.length)[None, None, None]
 
-    def replace(self, attention: nn.Module, k: Tensor) -> Tensor:
-        """Keep the last of the keys k (B, heads, T, D), which are neither shifted nor rotated;
-        returns (B, heads, 1, D), the key before the first, which stands for itself at the start."""
-        before = self.latest[attention] if self.length else k[:, :, :1]
-        self.latest[attention] = k[:, :, -1:]
-        return before
-
     def extend(self, attention: nn.Module, *new: Tensor) -> list[Tensor]:
-        """Append tensors (B, heads, T, width), in the order of attention.cached; returns those to
-        attend to."""
+        """Append (B, heads, T, width) in the order of attention.cached; return all to attend to."""
         end = self.length + (T := new[0].size(2))
         if end > self.size:
             raise ValueError(f"{end} tokens do not fit into a cache of {self.size}")

@@ -61,7 +61,7 @@ def draw(
     logits: Tensor, temperature: float, top_k: int, top_p: float, random: Sequence[torch.Generator]
 ) -> Tensor:
     """Draw token ids (B,) from logits (B, vocab_size), each row with its own generator."""
-    if temperature == 0:
+    if temperature < 1e-9:  # or the division overflows
         return logits.argmax(-1)
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):

@@ -2,6 +2,7 @@
 what is printed reads back as the same configuration."""
 
 import dataclasses
+import os
 import re
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from nanonormuon import config
 from nanonormuon.config import Config, load
-from nanonormuon.errors import ConfigError, exit_code
+from nanonormuon.errors import CheckpointError, ConfigError, exit_code
 from nanonormuon.model import GPT
 from nanonormuon.storage.values import to_toml
 
@@ -159,6 +160,9 @@ def test_printed_configuration_reads_back(tmp_path):
         (tmp_path / "c.toml").write_text(text, encoding="utf-8")
         assert load([str(tmp_path / "c.toml")])[0] == changed
     assert config.from_dict(settings) == changed
+    settings["train"]["odd"] = 1
+    with pytest.raises(CheckpointError, match=r"another version.*odd"):
+        config.from_dict(settings)
     assert "optim.lr" in origin and "# command line" in to_toml(settings, origin)
 
 
@@ -226,6 +230,15 @@ def test_mistakes_in_files_are_named_with_the_file(tmp_path, text, words):
     with pytest.raises(ConfigError) as error:
         load([str(tmp_path / "bad.toml")])
     assert words in str(error.value) and "bad.toml" in str(error.value)
+
+
+def test_what_is_no_file_is_named_once(tmp_path):
+    (tmp_path / "folder.toml").mkdir()
+    os.mkfifo(tmp_path / "pipe.toml")
+    for name, words in (("folder", "Is a directory"), ("pipe", "expected a regular file")):
+        with pytest.raises(ConfigError, match=words) as error:
+            load([str(tmp_path / f"{name}.toml")])
+        assert str(error.value).count(f"{name}.toml") == 1
 
 
 def test_what_may_change_on_resume_exists_and_the_rest_is_reported():

@@ -57,6 +57,7 @@ def test_filters():
     assert torch.allclose(
         shares(1, 2, 1), torch.cat([p[:2] / p[:2].sum(), p.new_zeros(2)]), atol=0.03
     )
+    assert shares(1e-40, 0, 1).tolist() == [1, 0, 0, 0]
     assert shares(1, 0, 0.5).tolist() == [1, 0, 0, 0]  # the first token alone has 0.64
     assert (shares(1, 0, 0.7) > 0).tolist() == [True, True, False, False]
     assert shares(0, 0, 1).tolist() == [1, 0, 0, 0]

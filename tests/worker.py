@@ -33,6 +33,7 @@ from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.optim import Schedule, make_optimizers
 from nanonormuon.runtime import compilation, health
 from nanonormuon.runtime.distributed import World
+from nanonormuon.storage.tensors import TensorFile
 
 STEPS = 5
 # name -> shape: more rows than ranks, fewer (so that some shards are empty), one row per shard,
@@ -189,7 +190,7 @@ def read_back(path, model):
     stored = read_tensors(path / "model.safetensors")
     buffers = read_tensors(path / "optimizer.safetensors")
     optimizers = make_optimizers(model, OptimConfig())
-    snapshot.load_weights(model, path)
+    snapshot.load_weights(model, TensorFile(path / "model.safetensors"))
     snapshot.load_optimizers(optimizers, path)
     found, state = snapshot.named_state(model, optimizers)
     found = {hf.to_hf(name): whole(t) for name, t in found.items()}

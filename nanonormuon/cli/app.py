@@ -122,6 +122,7 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
     """Run `main` and end the process; the entry point for the shell and torchrun. Once torch is
     loaded, skip Python's cleanup: 0.4 s, and lost ranks or gloo's threads spoil it."""
     # None if they were closed from the start
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     code = main(arguments)

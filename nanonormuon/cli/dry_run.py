@@ -2,7 +2,7 @@
 on a model without storage and on fake tensors; timed on the model itself, unless it is large."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,6 @@ from nanonormuon import checkpoint, optim
 from nanonormuon.build import split_batch
 from nanonormuon.config import Config, our_optimizers
 from nanonormuon.model import GPT
-from nanonormuon.pretrained import models
 from nanonormuon.runtime import distributed, health, memory
 from nanonormuon.runtime.activations import chunk_bytes, here, kept
 from nanonormuon.sample import cache_bytes
@@ -63,15 +62,6 @@ def memory_parts(
     }
 
 
-def with_model(config: Config, origin: dict[str, str]) -> tuple[Config, dict[str, str]]:
-    """Fill in the model that --init-from names, and where each setting comes from."""
-    source = config.train.init_from
-    if not source or config.model.vocab_size:
-        return config, origin
-    model = models.model_config(models.find_checkpoint(Path(source)))
-    return replace(config, model=model), origin | {f"model.{key}": source for key in asdict(model)}
-
-
 def with_vocabulary(config: Config) -> tuple[Config, int | None]:
     """Fill in the data's vocabulary; also returns the number of training tokens. Without prepared
     data the vocabulary follows from the tokenizer's name, and the number is None. Raises
@@ -111,8 +101,8 @@ def report(config: Config) -> list[str]:
         f"{of_token / 1e6:.4g} MFLOP per token = {of_token * tokens:.3g} FLOP",
     ]
     if not (data_tokens or given or config.data.path.startswith("builtin:")):
-        ids = f"{config.model.vocab_size:,} token ids assumed, by data.tokenizer"
-        lines.insert(0, f"{config.data.path}: nothing prepared there, {ids}")
+        ids = f"assuming {config.model.vocab_size:,} token ids, from data.tokenizer"
+        lines.insert(0, f"{config.data.path}: nothing is prepared there; {ids}")
     if data_tokens:
         lines.append(f"data: {data_tokens:,} train tokens, {tokens / data_tokens:.2f} epochs")
     alone = memory_parts(config, model, optimizers, micro)
@@ -156,7 +146,8 @@ def timed(config: Config, micro: int) -> list[float]:
     def update() -> None:
         weights, buffers = checkpoint.named_state(model, optimizers)
         checked = (*weights.values(), *buffers.values(), *(p.grad for p in weights.values()))
-        health.norm(t for t in checked if t.is_floating_point())  # before every update
+        # before every update; a buffer of the model has no gradient
+        health.norm(t for t in checked if t is not None and t.is_floating_point())
         for optimizer in optimizers:
             optimizer.step()
 

@@ -12,7 +12,7 @@ from typer import Argument, Option
 from nanonormuon.cli import options
 
 Recipe = Annotated[list[str], Argument(help="Settings of all runs.", **options.SETTINGS)]
-Out = Annotated[Path, Option(help="Directory of the experiment; an existing one is continued.")]
+Out = Annotated[Path, Option(help="Directory; an existing one is continued.", **options.OUT)]
 AT_ONCE = "Runs at a time; 0: one per GPU, one on a CPU. Each has OMP_NUM_THREADS threads if set."
 Parallel = Annotated[int, Option(min=0, help=AT_ONCE)]
 Ranks = Annotated[int, Option(min=1, help="Processes (GPUs) per run, through torchrun.")]

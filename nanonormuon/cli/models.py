@@ -68,7 +68,7 @@ def evaluate(
     data: Annotated[Paths, Option(help=DATA, parser=options.named)] = None,
     text: Annotated[Paths, Option(help=TEXT, parser=options.named)] = None,
     text_field: Annotated[str, Option(help="Field or column with a record's text.")] = "text",
-    choices: Annotated[Paths, Option(help=CHOICES)] = None,
+    choices: Annotated[Paths, Option(help=CHOICES, parser=options.named)] = None,
     window: Annotated[int, Option(min=0, help="Tokens of context; 0: as in training.")] = 0,
     stride: Annotated[int, Option(min=0, help=STRIDE)] = 0,
     max_tokens: Annotated[int, Option(min=0, help="Tokens per data set; 0: all.")] = 0,
@@ -95,12 +95,15 @@ def evaluate(
     options.show(results, "\n".join(map(judge.describe, results)), as_json)
 
 
+VERIFY = "Data to verify on; default: the run's own."
+
+
 def export(
     path: options.Run,
     out: Annotated[Path | None, Option(help="Directory to create (required).")] = None,
     older: options.Older = None,
     dtype: Annotated[str, Option(help="Type of the stored weights: fp32 or bf16.")] = "fp32",
-    data: Annotated[Path | None, Option(help="Data to verify on; default: the run's own.")] = None,
+    data: Annotated[Path | None, Option(help=VERIFY, **options.DIR)] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Export a model to Hugging Face's format, and verify it.

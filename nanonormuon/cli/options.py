@@ -21,6 +21,13 @@ def named(value: str) -> Path:
     return Path(value)
 
 
+def folder(value: str) -> Path:
+    """A directory that exists or may be made."""
+    if (path := named(value)).exists() and not path.is_dir():
+        raise typer.BadParameter(f"{path}: expected a directory, found a file")
+    return path
+
+
 def completions(incomplete: str) -> list[str]:
     """Recipes, then settings, that begin as what has been typed."""
     from nanonormuon.config import KINDS, recipes
@@ -46,6 +53,8 @@ def newest(having: str = "checkpoints") -> Path:
 
 
 SETTINGS = {"metavar": "RECIPE|FILE.toml|SECTION.KEY=VALUE", "autocompletion": completions}
+DIR = {"metavar": "DIR", "parser": named}
+OUT = {"metavar": "DIR", "parser": folder}
 RUN = {"metavar": "RUN", "show_default": False, "parser": named}
 MODEL = "Run, checkpoint or model directory; by default the newest run in runs/."
 Run = Annotated[Path, Argument(default_factory=newest, help=MODEL, **RUN)]

@@ -24,9 +24,10 @@ LIMITS = (
     "what to expect: after minutes, a model of this size knows how its text looks (words, "
     "indentation, closing brackets), not what a program does; that takes larger models and data"
 )
-HELP = "Recipes, TOML files and settings; later ones override earlier ones."
+HELP = "Recipes and TOML files (later ones win) and settings (which always win)."
 SOURCE = "Run or Hugging Face model to start from."
 COST = "Print settings and cost, then stop."
+OUT = "Run directory; else runs/RECIPE-DATE-TIME."
 Settings = Annotated[list[str] | None, Argument(help=HELP, **options.SETTINGS)]
 OF_NORMUON = ("beta2", "beta2_on", "neuron_axis")  # settings of NorMuon alone
 OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_lr_fn",
@@ -36,9 +37,9 @@ OF_MUON = ("momentum", "momentum_start", "momentum_warmup", "nesterov", "adjust_
 def run(
     context: typer.Context,
     settings: Settings = None,
-    out: Annotated[Path | None, Option(help="Run directory; else runs/RECIPE-DATE-TIME.")] = None,
+    out: Annotated[Path | None, Option(help=OUT, **options.OUT)] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
-    init_from: Annotated[Path | None, Option(help=SOURCE)] = None,
+    init_from: Annotated[Path | None, Option(help=SOURCE, **options.DIR)] = None,
     dry_run: Annotated[bool, Option("--dry-run", help=COST)] = False,
 ) -> None:
     """Train a model.
@@ -69,11 +70,13 @@ def run(
     for line in without_effect(loaded, origin) if first else ():
         log.warning(f"{line}; it does nothing")
     if dry_run:
-        from nanonormuon.cli.dry_run import report, with_model
+        from nanonormuon.cli.dry_run import report
+        from nanonormuon.pretrained.models import adopt
 
-        loaded, origin = with_model(loaded, origin)
-        typer.echo(to_toml(asdict(loaded), origin))
-        typer.echo("\n".join(f"# {line}" for line in report(loaded)))
+        if (found := adopt(loaded)) is not loaded:
+            origin |= {f"model.{key}": loaded.train.init_from for key in asdict(found.model)}
+        typer.echo(to_toml(asdict(found), origin))
+        typer.echo("\n".join(f"# {line}" for line in report(found)))
         return
     if out is None:
         sources = [Path(a).stem for a in arguments if not config.is_setting(a)]
@@ -157,7 +160,7 @@ def describe(summary: dict, out: Path, prompts: str) -> str:
     best, step = summary.get("best_checkpoint"), summary.get("best_step")
     if best not in (None, summary["checkpoint"]):
         saved = best == f"checkpoints/step-{step:06d}"  # else a later one, of those that are kept
-        loss = f": val_loss {summary['best_val_loss']:.4f}" if saved else " of those that are kept"
+        loss = f": val_loss {summary['best_val_loss']:.4f}" if saved else " of those kept"
         lines.append(f"best: {out / best}{loss}")
     if step == 0:
         lines.append("val_loss never fell below its value before training: try a lower optim.lr")

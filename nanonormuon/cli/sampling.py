@@ -32,8 +32,8 @@ def prompts(prompt: str, file: Path | None, interactive: bool) -> Iterator[str]:
         try:
             yield read_file(file).decode()
         except (OSError, ValueError) as error:  # a ValueError: no regular file, or not UTF-8
-            problem = getattr(error, "strerror", None) or error
-            raise UsageError(f"--file {file}: {problem}, expected a text file in UTF-8") from None
+            problem = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
+            raise UsageError(f"--file {file}: {problem}; expected a text file in UTF-8") from None
     else:
         yield sys.stdin.read() if prompt == "-" else prompt
 

@@ -12,7 +12,6 @@ from nanonormuon.cli import options
 SOURCES = "Files, directories, quoted patterns, or - for standard input."
 TOKENIZER = "byte, gpt2, cl100k_base, o200k_base, bpe:N (trained here), or a tokenizer's file."
 RECORD = "Largest JSON, CSV or Parquet record, in MB; reading takes about 30 times as much memory."
-DIR = {"metavar": "DIR", "parser": options.named}
 FORMAT = "shards, or nanogpt's train.bin."
 SKIP = "Skip unreadable files, with a warning for each."
 SEPARATOR = "Text that separates documents in a file; \\n and \\t for line break and tab."
@@ -20,7 +19,7 @@ SEPARATOR = "Text that separates documents in a file; \\n and \\t for line break
 
 def prepare(
     sources: Annotated[list[str], Argument(metavar="SOURCE", help=SOURCES)],
-    out: Annotated[Path, Option(help="Directory for the shards.", parser=options.named)],
+    out: Annotated[Path, Option(help="Directory for the shards.", **options.OUT)],
     tokenizer: Annotated[str, Option(help=TOKENIZER)] = "bpe:4096",
     val: Annotated[float, Option(help="Share of the text held out for validation.")] = 0.02,
     text_field: Annotated[str, Option(help="Field or column with a record's text.")] = "text",
@@ -55,7 +54,7 @@ def prepare(
 
 
 def inspect(
-    directory: Annotated[Path, Argument(help="Data directory.", **DIR)],
+    directory: Annotated[Path, Argument(help="Data directory.", **options.DIR)],
     tokenizer: Annotated[str, Option(help="Tokenizer, for shards that do not name theirs.")] = "",
     data_format: Annotated[str, Option("--format", help=FORMAT)] = "shards",
     as_json: options.AsJson = False,

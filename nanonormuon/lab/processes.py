@@ -257,10 +257,8 @@ def resolve(arguments: Sequence[str]) -> config.Config:
     """Load a configuration and build its optimizers on the meta device, so that a wrong name or
     setting is found before any run. Raises ConfigError, CheckpointError."""
     found = config.load(arguments)[0]
-    if found.train.init_from and not found.model.vocab_size:
-        model = models.model_config(models.find_checkpoint(Path(found.train.init_from)))
-    else:  # the data decide the vocabulary
-        model = replace(found.model, vocab_size=found.model.vocab_size or 64)
+    model = models.adopt(found).model
+    model = replace(model, vocab_size=model.vocab_size or 64)  # else the data decide it
     with torch.device("meta"), contextlib.suppress(RuntimeError):  # some optimizers need storage
         make_optimizers(GPT(model), found.optim)
     return found
@@ -296,8 +294,8 @@ def claim(file: Path, arguments: Sequence[str], seeds: str) -> None:
     text = files.read_file(file)
     try:
         begun = dict.fromkeys(content) | json.loads(text)
-        if (known := begun.pop("settings", None)) is not None:  # none in plans of older versions
-            begun |= json.loads(json.dumps(config.flat(config.Config()))) | known  # new: defaults
+        if (known := begun.get("settings")) is not None:  # none in plans of older versions
+            begun = json.loads(json.dumps(config.flat(config.Config()))) | known  # new: defaults
     except (ValueError, TypeError):
         raise RunError(f"{file}: {text[:99]!r}, expected a plan; choose another --out") from None
     changed = []

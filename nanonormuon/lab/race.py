@@ -39,11 +39,11 @@ GRID = "0.5x,1x,2x"
 LONGER = 4  # most rates that extend a grid
 TUNING_SEED = 1_000_000  # the first seed of tuning runs; no reported result uses these
 TUNING_SHARE = 0.05  # of the training tokens, held out for the choice
-SEEDS = "--seeds gives them"
+SEEDS = "--seeds sets the seeds"
 # set by the race or shared by all its runs, so neither an axis nor an optimizer's own setting
-SHARED = {"train.seed": SEEDS} | dict.fromkeys(
+SHARED = {"train.seed": SEEDS, "optim.name": "--optimizers has the names"} | dict.fromkeys(
     ("train.steps", "train.stop_at", "train.batch_tokens", "train.sample_tokens",
-     "train.keep_last", "train.keep_best", "data.tuning", "optim.name"),
+     "train.keep_last", "train.keep_best", "data.tuning"),
     "all runs of a race share it",
 )  # fmt: skip
 
@@ -60,19 +60,20 @@ def entries(
     optimizers: "normuon,zoo:reg,my.py:Class,normuon+beta2=0.9"; +KEY=VALUE adds a setting, in
         [optim] unless it names a section. A comma before a space is part of the value.
     lr: "0.01,0.02" for all, "adamw=0.001,0.003" for one, "0.5x,1x,2x" as multiples of the usual
-        rate. weight_decay: "0,0.1". sweep: "SECTION.KEY=A,B" for further axes.
+        rate; repeated, it adds rates. weight_decay: "0,0.1". sweep: "SECTION.KEY=A,B", more axes.
     """
     axes = [f"optim.weight_decay={weight_decay}"] if weight_decay else []
     others = tuple(itertools.product(*map(axis, (*axes, *sweep))))
     labels = [*filter(None, map(str.strip, re.split(COMMA, optimizers)))]
     if len(set(labels)) < len(labels) or not labels:
         raise ConfigError(f'--optimizers "{optimizers}": expected distinct names')
-    grids = {text.rpartition("=")[0]: text for text in (GRID, *lr)}  # the last one for each name
-    for name in grids:
+    grids: dict[str, str] = {}  # by label, "" for all
+    for text in lr:
+        name, _, more = text.rpartition("=")
         if name and name not in labels:
-            hint = nearest(name, labels)
-            raise ConfigError(f'--lr "{grids[name]}": not in --optimizers; {hint}')
-    return [entry_of(e, arguments, grids.get(e, grids[""]), others) for e in labels]
+            raise ConfigError(f'--lr "{text}": not in --optimizers; {nearest(name, labels)}')
+        grids[name] = f"{grids[name]},{more}" if name in grids else text
+    return [entry_of(e, arguments, grids.get(e, grids.get("", GRID)), others) for e in labels]
 
 
 def entry_of(
@@ -80,13 +81,18 @@ def entry_of(
 ) -> Entry:
     """One optimizer, NAME+KEY=VALUE+..., checked with every combination of the other axes."""
     name, *parts = label.split("+")
-    own = [part if "." in part.partition("=")[0] else f"optim.{part}" for part in parts]
-    keys, swept = {*map(key_of, own)}, {*map(key_of, itertools.chain(*others))}
-    reasons = dict.fromkeys(keys & swept, "set it in one of them") | SHARED
+    own = [part if "." in key_of(part) else f"optim.{part.strip()}" for part in parts]
+    if not all(map(config.is_setting, own)):  # else a file, which may set what runs share
+        raise ConfigError(f'--optimizers "{label}": expected KEY=VALUE after each +')
+    keys, swept = [*map(key_of, own)], [*map(key_of, others[0])]
+    given = keys + swept
+    twice = [key for key in given if given.count(key) > 1]
+    reasons = dict.fromkeys(twice, "set it once, by --optimizers, --sweep or --wd") | SHARED
     if "optim.lr" in swept:
-        reasons["optim.lr"] = "--lr has the rates"
-    for key in (keys | swept) & reasons.keys():
-        raise ConfigError(f'--optimizers "{label}", --sweep, --wd: {key}: {reasons[key]}')
+        reasons["optim.lr"] = "--lr sets the rates"
+    for key in filter(reasons.get, given):
+        option = f'--optimizers "{label}"' if key in keys else "--sweep"
+        raise ConfigError(f"{option}: {key} cannot be set here: {reasons[key]}")
     settings = (f"optim.name={name}", *own)
     for combination in others:
         usual = resolve([*arguments, *settings, *combination]).optim.lr
@@ -98,10 +104,9 @@ def entry_of(
 
 def axis(text: str) -> list[str]:
     """Split "SECTION.KEY=A,B" into KEY=VALUE settings. Raises ConfigError."""
-    key, equals, values = text.partition("=")
-    if not equals:
+    if not config.is_setting(text):
         raise ConfigError(f'--sweep "{text}": expected SECTION.KEY=A,B')
-    key = key.strip()
+    key, values = map(str.strip, text.split("=", 1))
     parts = re.split(COMMA if config.KINDS.get(key) is str else ",", values)
     return list(dict.fromkeys(f"{key}={part.strip()}" for part in parts))
 

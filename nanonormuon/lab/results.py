@@ -154,7 +154,8 @@ def with_spread(values: Sequence[float | None]) -> str:
 def reached(row: Mapping[str, Any]) -> str:
     if "steps_to_baseline" in row:
         return f"{row['steps_to_baseline']:.0f}"
-    count = row.get("reached", 0)
+    if (count := row.get("reached")) is None:  # no baseline
+        return "-"
     return f"{count} of {row['n']} runs" if count else "not reached"
 
 

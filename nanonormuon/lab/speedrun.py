@@ -20,6 +20,7 @@ from nanonormuon import config
 from nanonormuon.errors import ConfigError, DataError
 from nanonormuon.lab import trials
 from nanonormuon.lab.processes import Runner, key_of, resolve
+from nanonormuon.optim import check_trusted
 from nanonormuon.storage.files import as_json, replace_file
 from nanonormuon.storage.run import as_markdown
 from nanonormuon.storage.values import coerce, nearest
@@ -60,7 +61,7 @@ def load(name: str) -> Track:
         coerce(track.target, float, f"{name}: target")
         coerce(track.metric, Metric, f"{name}: metric")
         for record in track.records:
-            resolve(arguments(track, [record]))
+            config.load(arguments(track, [record]))
     except (TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{name}: not a track: {error}") from None
     return track
@@ -87,6 +88,9 @@ def run(track: Track, chosen: Sequence[str], n: int, out: Path, runner: Runner) 
     null if several runs share the machine. Raises ConfigError, DataError, what trials.run raises.
     """
     given = arguments(track, chosen)
+    for named in [a for a in given if key_of(a) == "optim.name"][-1:]:
+        if named not in chosen:
+            check_trusted(config.from_file(named.partition("=")[2].strip(), "the track"))
     settings = resolve(given)
     path, expected = Path(settings.data.path), track.data
     if expected and (data := open_directory(settings, path)[0].fingerprint) != expected:
@@ -109,7 +113,7 @@ def table(track: Track, results: dict[str, dict[str, Any]] | None = None) -> str
     lines = [["record", "steps", "tokens", "result", "p", "time", "what is new"]]
     for name, r in (results or {k: v.get("result", {}) for k, v in track.records.items()}).items():
         if not results:  # a record may be unmeasured
-            t = resolve(arguments(track, [name])).train
+            t = config.load(arguments(track, [name]))[0].train
             r = {"steps": t.last_step, "tokens": t.last_step * t.batch_tokens} | r
         loss = f"{r['mean']:.4f} ± {r['sd'] or 0:.4f} (n = {r['n']})" if "mean" in r else "-"
         p, time = r.get("p_value"), r.get("time")

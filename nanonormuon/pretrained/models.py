@@ -1,25 +1,24 @@
 """Finds, checks and loads a trained model of a run or in a Hugging Face directory."""
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanonormuon.checkpoint import named_for_hf, weights_of
-from nanonormuon.config import KINDS, LIMITS, SECTIONS, Config, convert, differences
+from nanonormuon.checkpoint import check_state, load_weights, named_for_hf, weights_of
+from nanonormuon.config import LIMITS, Config, differences
 from nanonormuon.engine import Engine
 from nanonormuon.errors import CheckpointError, ConfigError, DataError
 from nanonormuon.model import GPT
 from nanonormuon.parts.config import GPTConfig
 from nanonormuon.runtime import distributed
-from nanonormuon.storage import checkpoints, shards
+from nanonormuon.storage import checkpoints
 from nanonormuon.storage import huggingface as hf
-from nanonormuon.storage.files import progress
 from nanonormuon.storage.run import known_runs
 from nanonormuon.storage.shards import Data, open_data
-from nanonormuon.storage.tensors import TensorFile, placed_like
+from nanonormuon.storage.tensors import TensorFile
 from nanonormuon.text.builtin import builtin_data
 from nanonormuon.text.huggingface import vocabulary
 from nanonormuon.text.tokenizer import FILE as TOKENIZER_FILE
@@ -54,26 +53,9 @@ def run_of(path: Path) -> Path | None:
 
 
 def state_of(path: Path) -> dict[str, Any] | None:
-    """Read a checkpoint's state.json, adding defaults of missing settings; None for a model
-    directory without it. Raises CheckpointError."""
+    """Read a checkpoint's state.json; None for a model directory without it."""
     file = path / "state.json"
-    if not file.is_file():
-        return None
-    state = checkpoints.read_json(file)
-    try:
-        shards.check_shape(state, {"step": int, "tokens": int, "data": str}, "state")
-        if not isinstance(state["tokenizer"], str | None):
-            raise ValueError("expected the tokenizer's hash")
-        for section, kind in SECTIONS.items():
-            settings = state["config"][section] = asdict(kind()) | state["config"][section]
-            for name, value in settings.items():
-                if section != "model" and f"{section}.{name}" in KINDS:
-                    settings[name] = convert(f"{section}.{name}", value)
-                elif not isinstance(value, bool | int | float | str):  # unknown here
-                    raise ValueError(f"{name} = {value!s:.60}: expected a number or text")
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: not written by a run: {error}") from None
-    return state
+    return check_state(file, checkpoints.read_json(file)) if file.is_file() else None
 
 
 def model_config(path: Path) -> GPTConfig:
@@ -109,8 +91,11 @@ def open_weights(path: Path, config: GPTConfig) -> TensorFile:
         redundant |= {head} if torch.equal(weights.read(head), weights.read(table)) else set()
     for name in redundant:
         del weights.entries[name]
-    with torch.device("meta"):
-        parameters = named_for_hf(weights_of(GPT(config)))
+    try:
+        with torch.device("meta"):
+            parameters = named_for_hf(weights_of(GPT(config)))
+    except (TypeError, RuntimeError) as error:  # a setting of another type, or absurdly large
+        raise CheckpointError(f"{path / 'config.json'}: no model: {error}") from None
     weights.expect({name: p.shape for name, p in parameters.items()})
     return weights
 
@@ -124,23 +109,11 @@ def context_of(path: Path) -> int:
     return length
 
 
-def load_weights(model: GPT, path: Path) -> None:
-    """Load weights into a model, sharded or not, that was made from model_config(path). Raises
-    CheckpointError."""
-    weights, parameters = open_weights(path, model.config), named_for_hf(weights_of(model))
-    with torch.no_grad():
-        for name, p in progress("reading", None, "tensor", iterable=[*parameters.items()]):
-            value = weights.read(name)
-            if not value.is_floating_point() or not value.isfinite().all():
-                found = f"{name} ({value.dtype})"
-                raise CheckpointError(f"{path}: {found}: expected finite floating point")
-            p.copy_(placed_like(value.float(), p))
-
-
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> GPT:
     """Load the model of a checkpoint or model directory, in float32 and computing in `dtype`."""
-    model = GPT(model_config(path), dtype)
-    load_weights(model, path)
+    config = model_config(path)
+    model = GPT(config, dtype)
+    load_weights(model, open_weights(path, config))
     return model.to(device).eval()
 
 
@@ -196,18 +169,12 @@ def data_of(state: dict[str, Any] | None, tokenizer: Tokenizer, path: Path | Non
 # ------------------------------------------------------------------------------- train.init_from
 
 
-def adopt(config: Config, data: Data) -> Config:
-    """Take the model's configuration. Raises ConfigError if the data have more token ids."""
+def adopt(config: Config) -> Config:
+    """Take the model of train.init_from, unless one is configured. Raises CheckpointError."""
     source = config.train.init_from
-    directory = find_checkpoint(Path(source))
-    model = model_config(directory)
-    if (data.vocab_size or 0) > model.vocab_size:
-        raise ConfigError(
-            f"train.init_from = {source}: a model of {model.vocab_size} token ids, the data in "
-            f"{data.path} have {data.vocab_size}: set data.path to text prepared with "
-            f"--tokenizer {directory / 'tokenizer.json'}"
-        )
-    return replace(config, model=model)
+    if not source or config.model.vocab_size:
+        return config
+    return replace(config, model=model_config(find_checkpoint(Path(source))))
 
 
 def begin_with(config: Config, engine: Engine, tokenizer: Tokenizer | None) -> None:
@@ -219,5 +186,5 @@ def begin_with(config: Config, engine: Engine, tokenizer: Tokenizer | None) -> N
     if lines := differences(Config(model=model), Config(model=config.model)):
         raise ConfigError(f"train.init_from = {path}: another model: {'; '.join(lines)}")
     check_tokenizer(found, tokenizer)
-    load_weights(engine.model, found)
+    load_weights(engine.model, open_weights(found, model))
     log.info(f"weights of {found}")

@@ -13,7 +13,7 @@ from rich.text import Text
 from nanonormuon.runs.compare import sparkline
 from nanonormuon.storage.run import read_rows
 
-WIDEST, NARROW = 100, 72  # columns at most; with fewer than NARROW texts are not side by side
+WIDEST, NARROW, NARROWEST = 100, 72, 20  # columns; below NARROW texts are not side by side
 HEIGHTS = {"loss": 6, "val_loss": 2}  # lines of a curve
 LONGEST = 10  # lines of a sample at most
 
@@ -24,7 +24,7 @@ def story(run: Path, console: Console) -> list[str]:
     steps = sorted({row["step"] for row in samples})
     titles = {s: f"after step {s:,}" if s else "before training" for s in (*steps[:1], *steps[-1:])}
     if console.is_terminal:
-        width = min(WIDEST, console.width - 1)
+        width = max(NARROWEST, min(WIDEST, console.width - 1))
         columns = [titles] if width >= NARROW else [{s: titles[s]} for s in titles]
         parts: list[Text | Table] = [] if console.options.ascii_only else curves(rows, width)
         with console.capture() as shown:

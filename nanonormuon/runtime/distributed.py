@@ -72,7 +72,7 @@ def start(device: str = "auto", timeout: float = 1800.0) -> World:
     if device not in found:
         raise ConfigError(f'device "{device}": expected one of auto, {", ".join(found)}')
     if local_rank >= found[device]:
-        problem = f"expected one for local rank {local_rank}, found {found[device]}"
+        problem = f"expected {local_rank + 1} or more such devices, found {found[device]}"
         hint = "start fewer processes or set train.device=cpu"
         raise ConfigError(f"train.device = {device}: {problem}; {hint}")
     where, backend = torch.device(device), "gloo"

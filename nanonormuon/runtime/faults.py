@@ -41,6 +41,8 @@ class Stopping:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.number and not self.finishing:  # an import may have swallowed Interrupted
+            self.interrupt()
 
     def note(self, number: int, _frame: Any) -> None:
         if self.received:

@@ -62,8 +62,9 @@ def read_shard(path: str | Path, headerless: bool = False) -> np.memmap:
             raise DataError(f"{path}: {problem}; shards with a header need data.format=shards")
         return np.memmap(path, DTYPES[1], "r")
     magic, version, n_tokens = first if found >= HEADER_BYTES else (0, 0, 0)
-    size = HEADER_BYTES + n_tokens * DTYPES[version].itemsize if version in DTYPES else HEADER_BYTES
-    if magic != MAGIC or n_tokens < 1 or found != size:
+    known = version in DTYPES
+    size = HEADER_BYTES + n_tokens * DTYPES[version].itemsize if known else HEADER_BYTES
+    if magic != MAGIC or not known or n_tokens < 1 or found != size:
         expected = f"[{MAGIC}, 1 (uint16) or 2 (uint32), number of tokens] and {size} bytes"
         problem = f"expected a shard with {expected}, found {first} and {found} bytes"
         raise DataError(f"{path}: {problem}; copy or prepare it again")

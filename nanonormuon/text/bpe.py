@@ -285,9 +285,9 @@ class Stream:
         return self.tokenizer.decode(self.window)[self.shown :]
 
     def _mark(self) -> None:
-        """Take the window as shown."""
+        """Take the whole window as shown, even if it ends within a character, as a prompt may."""
         self.context = len(self.window)
-        self.shown = len(self.tokenizer.decode(self.window).rstrip("\ufffd"))  # characters
+        self.shown = len(self.tokenizer.decode(self.window))  # characters
 
 
 # ----------------------------------------------------------------------------------- byte-level BPE

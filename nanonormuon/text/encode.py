@@ -44,16 +44,18 @@ class Plan:
             shards.check_shape(found["shards"], [shards.SHARD_SHAPE], "shards")
             fits, self.tokenizer = found["asked"] == asked, found["tokenizer"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            fits = False  # missing or damaged
+            fits = None  # missing, as nothing was encoded yet, or damaged
+        if fits is False:
+            log.info("prepare: removing another run's files in %s", directory)
         if not fits:
             if directory.exists():
-                log.info("prepare: removing another run's files in %s", directory)
                 shutil.rmtree(directory)
             directory.mkdir()
             return
         for entry in found["shards"]:
             path = directory / entry["name"]
-            if path.is_file() and shards.sha256(path) == entry["sha256"]:
+            here = path.name == entry["name"]  # a plan from a stranger may name a file elsewhere
+            if here and path.is_file() and shards.sha256(path) == entry["sha256"]:
                 log.info("prepare: keeping %s, finished by an earlier run", path.name)
                 self.shards[path.name] = entry
 

@@ -91,8 +91,7 @@ def _json_array(file: Any, name: str, text_field: str, limit: int) -> Iterator[b
 def _field(record: Any, text_field: str, where: str) -> bytes:
     """Return the UTF-8 text of a record, a string or an object with a text field; null is empty."""
     if isinstance(record, dict):
-        if text_field not in record:
-            raise _no_text(where, text_field, f"only {', '.join(record)}")
+        _column([*record], text_field, where)  # which refuses a record without it
         record = record[text_field]
     if record is None:
         return b""
@@ -132,11 +131,11 @@ def _csv(
 
 
 def _column(names: list[str], text_field: str, name: str) -> int:
-    """Return the index of the only column of this name. Raises DataError."""
+    """Return the index of the only column or field of this name. Raises DataError."""
     if (count := names.count(text_field)) > 1:
         raise DataError(f"{name}: {count} columns are {text_field!r}; rename all but one")
     if not count:
-        raise _no_text(name, text_field, f"only {', '.join(names)}")
+        raise _no_text(name, text_field, f"only {', '.join(names)}" if any(names) else "none")
     return names.index(text_field)
 
 

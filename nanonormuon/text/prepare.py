@@ -115,6 +115,8 @@ def prepare_documents(
             manifest = _reuse(out, asked)
         else:
             with _working(out / PARTIAL, asked) as plan:
+                for note in survey.notes:
+                    log.info("prepare: %s", note)
                 vocabulary = vocabulary or _trained(str(spec), survey, plan)
                 vocabulary.save(plan.directory)
                 text, size = survey.split(), survey.bytes
@@ -223,12 +225,12 @@ class Survey:
             cut[numbers == max(longest.values(), key=lambda found: found[0])[1]] = True
         self.sides = np.where(cut, CUT, held_out).astype(np.uint8)[which]
         self.copies = len(sizes) - len(numbers)
+        self.notes: list[str] = []  # for the log
         if self.copies:
-            copies = f"{self.copies} of {len(sizes)} documents are exact copies of another"
-            log.info("prepare: %s; copies are in one split, or cut alike", copies)
-        if tails := [name for _, number, name in longest.values() if number in numbers[cut]]:
-            what = f"the last {self.val:g} of each large document becomes validation"
-            log.info("prepare: %s: %s", what, ", ".join(tails[:3]))
+            self.notes.append(f"{self.copies} of {len(sizes)} documents are exact copies of others")
+        if names := [name for _, number, name in longest.values() if number in numbers[cut]][:3]:
+            tails = ", ".join(names) + ", ..." * bool((self.sides == CUT).sum() > len(names))
+            self.notes.append(f"held out for validation: the last {100 * self.val:g} % of {tails}")
 
     def _balance(
         self, held_out: np.ndarray, cut: np.ndarray, place: np.ndarray, size: np.ndarray
@@ -263,8 +265,7 @@ class Survey:
             text = document.data.decode("utf-8", "surrogateescape")
             at = max(1, int(len(text) * (1 - self.val)))  # in characters, as nanoGPT cuts
             if at >= len(text):
-                name, length = document.name, len(text)
-                raise DataError(f"{name}: {length} characters cannot be split in two")
+                raise DataError(f"{document.name}: {len(text)} characters cannot be split in two")
             for split, part in zip(SPLITS, (text[:at], text[at:])):
                 yield split, replace(document, data=part.encode("utf-8", "surrogateescape"))
 

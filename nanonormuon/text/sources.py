@@ -98,7 +98,7 @@ def documents(
                     raise type(error)(f"{error}{hint}") from None
                 elif log_passed:
                     passed["bad"].append(name)
-                    log.warning("prepare: skipped the rest of a file: %s", error)
+                    log.warning("prepare: skipped (earlier documents are kept): %s", error)
         if walked and log_passed:
             log.info("prepare: %s: read %s; skipped %s", source, _listed(read), _listed(passed))
 
@@ -128,7 +128,7 @@ def _find(
         found = {Path(name) for name in glob.glob(str(source), recursive=True)}
         own = os.path.realpath(skip) if skip else None  # leave out an earlier run's output
         found = {p for p in found if not (own and Path(os.path.realpath(p)).is_relative_to(own))}
-        if files := sorted(filter(Path.is_file, found)):
+        if files := sorted(filter(Path.is_file, found), key=lambda path: path.parts):
             return files
         raise DataError(f"{source}: the pattern matches no file (directories are named without *)")
     raise DataError(f"{path}: no such file or directory, or a broken link")
@@ -144,7 +144,7 @@ def walk(root: Path, skip: Path | None, passed: dict[str, list[str]]) -> Iterato
             passed[reason].append(str(path))
         elif path.is_dir():
             try:
-                left += sorted(path.iterdir(), reverse=True)
+                left += sorted(path.iterdir(), key=lambda path: path.name, reverse=True)
             except OSError as error:
                 hint = "change its permissions or name other sources"
                 raise DataError(f"{path}: cannot be read: {error.strerror}; {hint}") from None
@@ -257,11 +257,13 @@ def _checked(file: Any, name: str) -> Iterator[bytes]:
     DataError for a NUL or too much invalid UTF-8."""
     done = bad = 0
     while block := file.read(LARGE):
-        valid = block.decode(errors="ignore").replace("\0", "").encode()
-        bad += len(block) - len(valid)
+        at = block.find(0)
+        try:
+            block.decode()
+        except UnicodeDecodeError as error:
+            at = error.start if at < 0 else at
+            bad += len(block) - len(block.decode(errors="ignore").encode())
         if 0 in block or bad > BAD_SHARE * (done + len(block)):
-            differ = (i for i, (a, b) in enumerate(zip(block, valid)) if a != b)
-            at = next(differ, len(valid))
             what = f"expected UTF-8 text, found byte 0x{block[at]:02x}"
             problem = f"{name}: offset {done + at}: {what}; convert the file or leave it out"
             raise (DataError if done else NotText)(problem)

@@ -18,8 +18,6 @@ from nanonormuon.storage.files import read_file
 from nanonormuon.text import bpe
 from nanonormuon.text.bpe import BYTES, CL100K, CONFIG, EOT, FILE, GPT2, O200K, PATTERN, Tokenizer
 
-__all__ = ["CONFIG", "EOT", "FILE", "PUBLISHED", "Tokenizer", "get", "load", "trained_size"]
-
 MAX_IDS = 9_999_999  # in a trained vocabulary
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)  # from a damaged file
 # maximum bytes: of tokenizer.json (ten million ids take 0.6 GB), and of any other file
@@ -119,7 +117,7 @@ def load(path: str | Path) -> Tokenizer:
         raise
     except DAMAGE as error:
         problem = f"damaged or of an unknown format ({type(error).__name__}: {str(error)[:200]})"
-        problem = error if isinstance(error, DataError) else problem
+        problem = str(error).removeprefix(f"{path}: ") if isinstance(error, DataError) else problem
         raise TokenizerError(f"{path}: {problem}") from None
 
 

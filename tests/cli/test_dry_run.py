@@ -102,6 +102,12 @@ def test_a_dry_run_says_it_and_stays_readable(capsys, monkeypatch):
         assert word in said
 
 
+def test_experts_are_timed(capsys):
+    small = ["model.n_layer=1", "model.n_embd=32", "train.batch_tokens=256", "data.seq_len=64"]
+    assert cli.main(["run", "experts-demo", *small, "--dry-run"]) == 0
+    assert "minutes of training" in capsys.readouterr().out
+
+
 def test_what_is_assumed_of_data_that_are_not_there_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(dry_run, "timed", lambda *_: [0.1, 0.1])
     for arguments, words in (([], "320 token ids"), (["model.vocab_size=64"], "")):

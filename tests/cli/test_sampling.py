@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 import torch
@@ -32,6 +33,10 @@ def test_prompts_from_everywhere(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     assert cli.main(["sample", str(trained), "--file", str(tmp_path / "bytes.txt")]) == 2
     assert "position 0" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe")
+    assert cli.main(["sample", str(trained), "--file", str(tmp_path / "pipe")]) == 2
+    error = capsys.readouterr().err
+    assert error.count(str(tmp_path / "pipe")) == 1 and "a regular file" in error
     assert cli.main(["sample", str(trained), "--prompt", "a", "--interactive"]) == 2
     assert "expected at most one of these" in capsys.readouterr().err
 

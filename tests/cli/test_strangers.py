@@ -58,6 +58,23 @@ def test_a_file_cannot_pass_for_a_trusted_module(name, tmp_path, monkeypatch):
     assert not os.path.exists("executed")
 
 
+@pytest.mark.parametrize("place", ["settings", "record"])
+def test_a_strangers_track_runs_no_code(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("their.py").write_text(f"open('executed', 'w')  # {place}\n")
+    own = {"settings": [], "record": [], place: ["optim.name = their.py:X"]}
+    Path("track.toml").write_text(
+        'title = "t"\ntarget = 1.0\nfree = ["optim.*"]\n'
+        f"settings = {['demo', *own['settings']]}\n[records.a]\nsettings = {own['record']}\n"
+    )
+    assert cli.main(["speedrun", "track.toml"]) == 0  # the list
+    assert cli.main(["speedrun", "track.toml", "a", "--n", "1"]) == 2
+    assert "add optim.name=their.py:X" in capsys.readouterr().err
+    assert not os.path.exists("executed")
+    trusting = ["speedrun", "track.toml", "a", "optim.name=their.py:X", "--n", "1"]
+    assert cli.main(trusting) == 2 and os.path.exists("executed")  # which has no X
+
+
 @pytest.mark.parametrize(
     ("code", "command"),
     [

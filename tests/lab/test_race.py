@@ -106,7 +106,7 @@ def test_every_optimizer_has_a_grid_about_its_own_rate():
     assert adamw.rates == lion.rates == (0.0015, 0.003, 0.006)
     kin, other = race.entries(["demo"], "zoo:muon8bit,zoo:reg")
     assert kin.rates == normuon.rates and other.rates == adamw.rates
-    lr = ["0.5x,1x", "adamw=1e-3,0.01"]
+    lr = ["0.5x", "adamw=1e-3", "1x", "adamw=0.01"]  # repeated, it adds rates
     normuon, adamw = race.entries(["demo"], "normuon,adamw", lr, "0,0.1", ["optim.beta2=0.9,0.95"])
     assert normuon.rates == (0.02, 0.04) and adamw.rates == (0.001, 0.01)
     assert len(adamw.others) == 4
@@ -135,17 +135,29 @@ def test_a_race_that_cannot_be_is_refused(optimizers, lr, message):
 @pytest.mark.parametrize(
     ("optimizers", "sweep", "message"),
     [
-        ("normuon", "train.seed=1,2", "train.seed: --seeds gives them"),
-        ("normuon", "optim.lr=0.1,0.2", "optim.lr: --lr has the rates"),
-        ("normuon", "train.steps=2,4", "train.steps: all runs of a race share it"),
-        ("normuon+train.seed=3", "optim.beta2=0.9", "train.seed: --seeds gives them"),
-        ("normuon+beta2=0.5", "optim.beta2=0.9", "optim.beta2: set it in one of them"),
+        ("normuon", "train.seed=1,2", "--sweep: train.seed cannot be set here: --seeds"),
+        ("normuon", "optim.lr=0.1,0.2", "--sweep: optim.lr .*: --lr"),
+        ("normuon", "train.steps=2,4", "--sweep: train.steps .*: all runs of a race share it"),
+        ("normuon+train.seed=3", "", r'^--optimizers "normuon\+.*": train.seed .*: --seeds'),
+        ("normuon+name=muon", "", '^--optimizers ".*": optim.name .*: --optimizers'),
+        ("normuon+beta2=0.5", "optim.beta2=0.9", '^--optimizers ".*": optim.beta2 .* once'),
+        ("normuon+beta2=0.5+optim.beta2=0.9", "", '^--optimizers ".*": optim.beta2 .* once'),
+        ("normuon", "optim.weight_decay=0,0.2", "--sweep: optim.weight_decay .* once, .*--wd"),
         ("normuon", "optim.beta2", "expected SECTION.KEY=A,B"),
+        ("normuon", "=", "expected SECTION.KEY=A,B"),
+        ("normuon", "./longer.toml=", "expected SECTION.KEY=A,B"),
+        *((f"muon,normuon+{part}", "", rf'"normuon\+{part}": expected KEY=VALUE')
+          for part in ("longer.toml", "./longer.toml=", "")),
     ],
-)
-def test_a_setting_that_would_be_overruled_is_refused(optimizers, sweep, message):
+)  # fmt: skip
+def test_a_setting_that_would_be_overruled_is_refused(
+    optimizers, sweep, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("longer.toml", "longer.toml=", "optim."):
+        Path(name).write_text("[train]\nsteps = 99")
     with pytest.raises(ConfigError, match=message):
-        race.entries(["demo"], optimizers, sweep=[sweep])
+        race.entries(["demo"], optimizers, (), "0,0.1", [sweep] if sweep else [])
 
 
 def test_a_rate_is_said_once():
@@ -363,6 +375,8 @@ def test_the_judgement_by_hand():
     assert b["difference"] == 0 and b["percent_saved"] == 0 and b["reached"] == 2
     assert c["reached"] == 0 and "percent_saved" not in c
     assert a["ms_per_step"] == pytest.approx(30) and a["peak_memory"] == 7
+    alone = results.markdown({"optimizers": results.judge(field[:1], 100), "steps": 100})
+    assert "a (baseline)" not in alone and "| - | - | - |" in alone and "reached" not in alone
     table = results.markdown({"optimizers": [a, b, c], "steps": 100})
     assert "b (baseline)" in table and "not reached" in table and "1.2500 ± 0.3536" in table
 
@@ -435,8 +449,9 @@ def test_a_race_goes_on_only_with_the_settings_that_it_began_with(tmp_path, monk
     assert content["settings"]["train.batch_tokens"] == 4096
     content["settings"]["train.batch_tokens"] = 8192
     plan.write_text(json.dumps(content))
-    with pytest.raises(RunError, match=r"train\.batch_tokens = 8192.* 4096"):
-        processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+    with pytest.raises(RunError, match=r"train\.batch_tokens = 8192.* 4096") as refused:
+        processes.claim(plan, ["demo", "train.steps=4"], "seeds are the race's")
+    assert "train.steps = 3" in str(refused.value) and "arguments" not in str(refused.value)
     content["settings"]["train.batch_tokens"] = 4096
     del content["settings"]["model.key_shift"]  # a plan from before this setting: its default
     plan.write_text(json.dumps(content))
@@ -445,6 +460,8 @@ def test_a_race_goes_on_only_with_the_settings_that_it_began_with(tmp_path, monk
     del content["settings"]  # a plan of an older version
     plan.write_text(json.dumps(content))
     processes.claim(plan, ["demo", "train.steps=3"], "seeds are the race's")
+    with pytest.raises(RunError, match=r"arguments = .*3.*4.*steps = 3, found 4"):
+        processes.claim(plan, ["demo", "train.steps=4"], "seeds are the race's")
     for broken in ("[]", "{", "null"):
         plan.write_text(broken)
         with pytest.raises(RunError, match=r"race\.json"):

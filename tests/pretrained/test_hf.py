@@ -711,7 +711,8 @@ def test_what_init_from_refuses(trained, bpe_data, shards, tmp_path, capsys):
             "--tokenizer")  # fmt: skip
     made_by_transformers("llama", tmp_path / "small", bpe_data, vocab_size=200, bos_token_id=0,
                          eos_token_id=0)  # fmt: skip
-    refused(["--init-from", str(tmp_path / "small"), mine], 2, "200 token ids", "300")
+    refused(["--init-from", str(tmp_path / "small"), mine], 2, "vocab_size = 200", "300 token ids",
+            f"tokenizer.json of {tmp_path / 'small'}")  # fmt: skip
     there = tmp_path / "llama"
     made_by_transformers("llama", there, bpe_data)
     config = json.loads((there / "config.json").read_text())
@@ -814,3 +815,15 @@ def test_weights_that_do_not_fit_are_named(name, value, words, tmp_path):
         return
     with pytest.raises(CheckpointError, match=words):
         models.load_model(tmp_path, *float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_embd", 32.0), ("vocab_size", 10**20), ("bigram_embed", True)]
+)
+def test_a_setting_that_no_model_has_is_named_with_its_file(name, value, tmp_path):
+    written(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["nanonormuon"][name] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"config\.json: "):
+        models.load_model(tmp_path, torch.float32, torch.device("cpu"))

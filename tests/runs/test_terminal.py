@@ -80,6 +80,10 @@ SAMPLES = [
 ]
 
 
+def test_the_narrowest_terminal_shows_something(logged):
+    assert "loss" in drawn(Stream(), logged, width=4)
+
+
 @pytest.mark.parametrize("width", [91, 61])
 def test_samples_before_and_after(width, logged):
     text = drawn(Stream(), logged, width=width, color_system=None)

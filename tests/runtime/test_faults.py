@@ -6,6 +6,7 @@ Random moments come from a seed that is printed; set FAULT_SEED to repeat it. Mo
 full
 """
 
+import contextlib
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from support import FSYNC, LATENT, ROOT, WAIT, Forks, alive, final, outcome
 
 from nanonormuon.checkpoint import Saver
+from nanonormuon.errors import Interrupted
 from nanonormuon.runtime.distributed import World
 from nanonormuon.runtime.faults import Stopping
 from nanonormuon.storage import checkpoints as checkpoint
@@ -86,6 +88,15 @@ def killed_at(points, forks, short, out, whole):
         codes, said = forks.run([*short, *more, "--out", out], fault=f"kill@{point}")
         assert codes == [-signal.SIGKILL], (point, said)
     ends_alike(forks, short, out, whole)
+
+
+def test_a_signal_that_an_import_swallows_still_ends_the_run():
+    """As torch does with an exception while it imports numpy."""
+    with pytest.raises(Interrupted) as error, Stopping() as stopping:
+        with contextlib.suppress(Interrupted):
+            stopping.note(15, None)
+        raise ImportError("cannot load module more than once per process")
+    assert error.value.code == 143
 
 
 def test_killed_around_a_save(forks, short, tmp_path, whole):

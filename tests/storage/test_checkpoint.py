@@ -18,7 +18,7 @@ from nanonormuon.config import load
 from nanonormuon.errors import CheckpointError
 from nanonormuon.model import GPT, GPTConfig
 from nanonormuon.storage import checkpoints as checkpoint
-from nanonormuon.storage.tensors import read_tensors
+from nanonormuon.storage.tensors import TensorFile, read_tensors
 from nanonormuon.train import train
 
 FILES = {"model.safetensors": b"weights", "optimizer.safetensors": b"buffers", "config.json": b"{}"}
@@ -236,7 +236,7 @@ def test_every_buffer_is_stored_and_none_may_be_missing(trained):
     config, path = trained
     model = GPT(GPTConfig(**{**config.model.__dict__, "vocab_size": 320}))
     optimizers = optim.make_optimizers(model, config.optim)
-    snapshot.load_weights(model, path)
+    snapshot.load_weights(model, TensorFile(path / "model.safetensors"))
     snapshot.load_optimizers(optimizers, path)
     buffers = read_tensors(path / "optimizer.safetensors")
     names = {name for name, _ in model.named_parameters()}
@@ -264,10 +264,10 @@ def test_weights_of_another_shape_are_refused(trained):
     sizes["bigram_embed"] = 96
     other = GPT(GPTConfig(n_layer=2, n_embd=64, **sizes))
     with pytest.raises(CheckpointError, match="has shape"):
-        snapshot.load_weights(other, path)
+        snapshot.load_weights(other, TensorFile(path / "model.safetensors"))
     deeper = GPT(GPTConfig(n_layer=4, n_embd=32, **sizes))
     with pytest.raises(CheckpointError, match=r"tensors missing, first model\.layers\.2"):
-        snapshot.load_weights(deeper, path)
+        snapshot.load_weights(deeper, TensorFile(path / "model.safetensors"))
     shutil.rmtree(path)
 
 

@@ -146,7 +146,7 @@ def fuzz_checkpoint(trials, dice, trained, folder):
         try:
             state = checkpoint.verify(path)
             snapshot.check_state(path / "state.json", state)
-            snapshot.load_weights(model, path)
+            snapshot.load_weights(model, TensorFile(path / "model.safetensors"))
             snapshot.load_optimizers(optimizers, path)
         except Exception as error:
             assert documented(error), (trial, name, repr(error))

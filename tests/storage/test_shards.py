@@ -106,6 +106,7 @@ def put(offset: int, value: int) -> Callable[[bytes], bytes]:
         (lambda raw: raw[:-1], "2024 bytes, found .* and 2023"),
         (lambda raw: raw + b"\0\0", "and 2026"),
         (lambda raw: raw[:1024], "and 1024"),
+        (lambda raw: put(4, 3)(raw)[:1024], r"\[20240520, 3, 500\] and 1024"),
         (lambda raw: raw[:100], "1024 bytes, found .* and 100"),
         (lambda raw: b"", r"1024 bytes, found \[\] and 0"),
     ],

@@ -149,7 +149,7 @@ def test_bad_files_are_skipped_by_name(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "long.jsonl").unlink()
     found = [d.data for d in documents([tmp_path], log_passed=True, skip_bad=True)]
     assert found == [b"one", b"two"]
-    for part in ("skipped .*b.csv: exp", "skipped .*c.jsonl:2: ", "2 bad", "png"):
+    for part in ("kept.: .*b.csv: exp", "kept.: .*c.jsonl:2: ", "2 bad", "png"):
         assert re.search(part, caplog.text)
     with pytest.raises(DataError, match="no text found"):
         prepare([tmp_path / "b.csv"], tmp_path / "out", skip_bad=True)
@@ -184,6 +184,17 @@ def test_a_mixed_directory_a_pattern_and_an_open_file(tmp_path: Path) -> None:
             assert [d.data for d in documents([file], text_field="text")] == [b"two", b"three"]
 
 
+def test_files_come_in_name_order_where_paths_are_compared_without_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    for name in ("B.txt", "a.txt", "C.txt"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(Path, "__lt__", lambda a, b: str(a).lower() < str(b).lower())
+    for source in (tmp_path, tmp_path / "*.txt"):
+        assert [d.data for d in documents([source])] == [b"B.txt", b"C.txt", b"a.txt"]
+
+
 def test_text_field(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x", "text": "y"}')
     assert [d.data for d in documents([tmp_path / "a.jsonl"], text_field="body")] == [b"x"]
@@ -205,6 +216,8 @@ def test_a_byte_order_mark_before_an_array(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": oops}\n', r"a\.jsonl:2: expected a JSON record"),
         ("a.jsonl", b'{"text": ""}\n\n{"body": 1, "n": 2}', r"l:3: .* found only body, n"),
+        ("a.jsonl", b"{}", r"expected text in 'text', found none;"),
+        ("a.csv", b'""\n', r"expected text in 'text', found none;"),
         ("a.jsonl", b'{"text": ["a"]}', r"a\.jsonl:1: expected text in 'text', found list"),
         ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: expected a JSON record"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: expected a JSON record"),
@@ -266,6 +279,7 @@ def test_parquet_that_expands_or_is_no_text(tmp_path: Path) -> None:
     for content, says in (
         (column(invalid), "near row 2: .* byte 0xff"), (two, "2 columns are 'text'"),
         (numbers, "expected text in 'text', found list"),
+        (column(), "expected text in 'text', found none;"),
         (page, "row group 0: a page of 3 MB of text; prepare --max-record 1 "),
     ):  # fmt: skip
         path.write_bytes(content)

@@ -387,7 +387,7 @@ def test_files_that_are_no_files(
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises((TokenizerError, OSError), match=name) as caught:
         module.get("gpt2" if name == GPT2_FILE else tmp_path)
-    assert "damaged" not in str(caught.value)
+    assert "damaged" not in str(caught.value) and str(caught.value).count(str(path)) == 1
 
 
 def test_tokens_of_one_long_run_are_capped() -> None:
@@ -632,6 +632,22 @@ def test_tokens_one_at_a_time_give_the_text_of_all(kind: str, tmp_path: Path) ->
             if not before.endswith("\ufffd"):
                 assert before + "".join(pieces) == expected
         assert len(list(filter(None, pieces))) >= 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "then", "shown"),
+    [
+        ("abc\ufffd", b"de", ["d", "e", ""]),
+        ("ab\udcff", b"de", ["d", "e", ""]),
+        (b"ab\xff", b"\xffd\xff", ["", "\ufffdd", "", "\ufffd"]),
+        (b"ab\xe5\xad", b"de", ["d", "e", ""]),
+        (b"ab\xe5\xad", b"\x97de", ["", "d", "e", ""]),  # which complete a character
+    ],
+)
+def test_nothing_of_a_prompt_is_repeated(prompt: Any, then: bytes, shown: list[str]) -> None:
+    ours = module.get("byte")
+    stream = ours.stream([ours.eot, *ours.encode(prompt)])
+    assert [*map(stream.add, ours.encode(then)), stream.finish()] == shown
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "nfc", "llama2", "unigram"])
