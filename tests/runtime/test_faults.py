@@ -105,9 +105,16 @@ def test_killed_around_a_save(forks, short, tmp_path, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], [ASYNC]])
-def test_killed_at_each_point_around_a_save(more, forks, short, tmp_path, whole):
-    killed_at(POINTS, forks, [*short, *more], tmp_path / "run", whole)
+def test_killed_at_each_point_around_a_save(forks, short, tmp_path, whole):
+    killed_at(POINTS, forks, short, tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_killed_at_each_point_while_a_save_goes_on(forks, short, tmp_path, whole):
+    """Each in a run of its own: which steps are saved in the background before the process ends is
+    chance, so a resumed run may begin after the next point."""
+    for point in POINTS:
+        killed_at([point], forks, [*short, ASYNC], tmp_path / point, whole)
 
 
 @pytest.mark.full
