@@ -263,13 +263,12 @@ def test_a_signal_in_any_part_of_a_run(fault, code, step, ranks, forks, short, t
     codes, said = forks.run([*short, "--out", out], ranks, fault)
     assert codes == [code] * ranks, said
     assert "Traceback" not in "".join(said)
-    found = checkpoint.all_steps(out / "checkpoints")
-    assert [checkpoint.step_of(p) for p in found][-1:] == ([step] if step else [])
     if step:
-        assert checkpoint.newest(out / "checkpoints")[1]["step"] == step
-        assert f"after step {step}, which is saved" in said[0]
+        saved_at = checkpoint.newest(out / "checkpoints")[1]["step"]
+        assert saved_at == step or ("data" in fault and saved_at == step + 1)  # it is read ahead
+        assert f"after step {saved_at}, which is saved" in said[0]
     else:
-        assert "before its first step" in said[0]
+        assert "before its first step" in said[0] and not checkpoint.all_steps(out / "checkpoints")
     if ranks == 1:
         ends_alike(forks, short, out, whole)
 
