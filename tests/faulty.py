@@ -121,7 +121,9 @@ def inject(kind, place, step="0", rank="0"):
         return begin(self, *args)
 
     def call(*args, **kwargs):
-        if not done and (made[0].step if made else 0) >= int(step):
+        now = made[0].step if made else 0
+        # a write in the background may begin when the run is further
+        if not done and (args[1] if place == "write" else now) >= int(step):
             done.append(True)
             if kind in ("nan", "bit"):
                 spoil(made[0], kind, place)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +72,19 @@ def write_shard(path, tokens, vocab_size):
     Path(path).write_bytes(shards.header(version, len(tokens)) + content)
 
 
+RESERVED = deque(maxlen=64)
+
+
+def reserved_port():
+    """A port for processes that this one starts. A socket stays bound to it without listening, so
+    that nobody else is given it, but a server with SO_REUSEADDR, as torch's store is, may take it.
+    """
+    RESERVED.append(s := socket.socket())
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s.bind(("", 0))
+    return s.getsockname()[1]
+
+
 class Ranks:
     """The processes of one training run, one per rank."""
 
@@ -127,9 +141,7 @@ class Forks:
     def start(self, arguments, ranks=1, fault="", program="faulty.py", nodes=1):
         env = {"FAULT": fault, "OMP_NUM_THREADS": "1"}
         if ranks > 1:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserved_port())}
             env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks // nodes)}
         pids, logs = [], []
         for rank in range(ranks):

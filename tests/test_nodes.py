@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.run
-from support import ROOT, WAIT, final, losses, run
+from support import ROOT, WAIT, final, losses, reserved_port, run
 
 from nanonormuon.config import flat, load
 from nanonormuon.errors import ConfigError, Diverged, describe
@@ -143,16 +142,10 @@ def test_a_lost_rank_is_looked_for_on_the_other_nodes(monkeypatch):
 # Two nodes of two ranks
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def two_nodes(forks, arguments, fault="", second=()):
     """(exit codes, standard error) of two launchers, each with two ranks, as two machines start
     them; `second`: further arguments of the second."""
-    port = free_port()
+    port = reserved_port()
     nodes = [
         forks.start([f"2/{node}/2/{port}", *arguments, *more], 1, fault, "launch")
         for node, more in enumerate(((), second))
@@ -246,7 +239,7 @@ def test_the_script_for_slurm_starts_stops_and_goes_on(tiny, tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "a,b", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "2"}
-    slurm |= {"SLURM_JOB_ID": f"{os.getpid()}-test", "PORT": str(free_port())}
+    slurm |= {"SLURM_JOB_ID": f"{os.getpid()}-test", "PORT": str(reserved_port())}
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     script = ["bash", str(ROOT / "scripts" / "slurm_two_nodes.sh"), str(tmp_path / "run"), *tiny]
     script += ["train.sample_tokens=0", "train.eval_every=0", "train.steps=100_000"]

@@ -9,7 +9,6 @@ arguments: OUTPUT_FOLDER CHECKPOINT   with RANK, WORLD_SIZE, MASTER_ADDR, MASTER
 import json
 import os
 import re
-import socket
 import sys
 from collections import namedtuple
 from dataclasses import replace
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from support import reserved_port
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -392,9 +392,7 @@ def alone(folder, device):
     sizes = {"rope": "half", "n_embd": 64, "embed_dtype": "bf16"}
     wanted = engine_of(plain, "ddp", torch.bfloat16, **sizes)
     losses = {"alone": wanted.accumulate(batches(plain), 2).item()}
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = str(reserved_port())
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "one"}
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     asked, original = [], dist.all_reduce

@@ -465,7 +465,7 @@ def test_a_signal_to_the_launcher_saves_on_all_ranks(short, tmp_path):
 
 @pytest.mark.slow
 def test_a_hang_ends_with_every_ranks_stack(forks, short, tmp_path):
-    limited = [*short, "train.time_limit=15", "--out", tmp_path / "run"]
+    limited = [*short, "train.sample_every=0", "train.time_limit=15", "--out", tmp_path / "run"]
     codes, said = forks.run(limited, 2, "hang@step:4:1")
     assert codes == [7, 7], said
     for rank in (0, 1):

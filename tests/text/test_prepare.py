@@ -605,7 +605,7 @@ def test_killed_at_random_moments(
     wanted = content(tmp_path / "clean")
     assert len(wanted) > 15
     out, moments, kills, kept = tmp_path / "killed", random.Random(0), 0, 0
-    while kills < 10:
+    while kills < 10 or (kept < 4 and kills < 100):
         options = {**settings, "workers": 1 + kills % 2}
         process = context.Process(target=prepare, args=([root], out), kwargs=options)
         process.start()
@@ -615,7 +615,9 @@ def test_killed_at_random_moments(
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
         if not (out / "manifest.json").exists():
-            kept += (out / ".partial" / "plan.json").exists()
+            begun = (out / ".partial" / "plan.json").exists()
+            kept += begun
+            seconds *= 1 if begun else 1.2  # the machine may be busier than it was
             continue
         if not (out / ".partial").exists():
             assert content(out) == wanted
