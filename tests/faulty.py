@@ -122,7 +122,7 @@ def inject(kind, place, step="0", rank="0"):
 
     def call(*args, **kwargs):
         now = made[0].step if made else 0
-        # a write in the background may begin when the run is further
+        # a checkpoint is written in the background while the run takes further steps
         if not done and (args[1] if place == "write" else now) >= int(step):
             done.append(True)
             if kind in ("nan", "bit"):

@@ -265,7 +265,7 @@ def test_a_signal_in_any_part_of_a_run(fault, code, step, ranks, forks, short, t
     assert "Traceback" not in "".join(said)
     if step:
         saved_at = checkpoint.newest(out / "checkpoints")[1]["step"]
-        assert saved_at == step or ("data" in fault and saved_at == step + 1)  # it is read ahead
+        assert saved_at == step or ("data" in fault and saved_at == step + 1)  # data are read ahead
         assert f"after step {saved_at}, which is saved" in said[0]
     else:
         assert "before its first step" in said[0] and not checkpoint.all_steps(out / "checkpoints")
